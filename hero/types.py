@@ -1,0 +1,160 @@
+"""The nouns of the pipeline: what flows from `envs` to the optimiser.
+
+    envs -> rollout -> reflection -> teacher -> packing -> loss -> optimiser
+            Trajectory  Diagnosis     Sample     PackedBatch
+
+Token ids are the currency: a prompt is the ids the sampler saw, an action is the ids it sampled (the
+end token included). Text is never tokenised a second time, so what is trained is what was sampled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+Message = dict[str, str]
+"""One chat message: `{"role": "system" | "user" | "assistant" | "tool", "content": text}`."""
+
+
+class StrEnum(str, Enum):
+    """`enum.StrEnum` of Python 3.11, for Python 3.10."""
+
+    __str__ = str.__str__
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    DONE = "done"  # the environment terminated
+    TRUNCATED = "truncated"  # the environment's own limit
+    MAX_TURNS = "max_turns"  # the trainer's cap of turns an episode
+    MAX_TOKENS = "max_tokens"  # the trainer's cap of tokens an episode
+
+
+class FeedbackKind(StrEnum):
+    """What an observation says about the action before it."""
+
+    OK = "ok"
+    NO_RESULTS = "no_results"
+    INVALID_ACTION = "invalid_action"
+    PARSE_ERROR = "parse_error"
+    INSUFFICIENT = "insufficient"
+    BUDGET = "budget"
+    DONE = "done"
+
+
+@dataclass(kw_only=True, slots=True)
+class Turn:
+    """One decision of the student and what the environment answered."""
+
+    prompt_ids: list[int]
+    """The exact ids the sampler saw: the student's decision context h_k."""
+    action_ids: list[int]
+    """The exact ids it sampled, with the end token unless the turn was cut off by length."""
+    sampled_logprobs: list[float]
+    """Log-probability of each action id at the sampling temperature; same length as `action_ids`."""
+    loss_mask: list[bool]
+    """True where an action token may be trained; same length as `action_ids`."""
+    action_text: str
+    observation: str | None = None
+    """What followed; None only if the environment never answered."""
+    observation_role: str = "user"
+    feedback_kind: FeedbackKind = FeedbackKind.OK
+    is_error: bool = False
+    parse_ok: bool = True
+    executed_action: str | None = None
+    """The action as the environment understood it; None if it could not be read."""
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.action_ids), len(self.sampled_logprobs), len(self.loss_mask))
+        if len(set(lengths)) != 1:
+            raise ValueError(
+                "action_ids, sampled_logprobs and loss_mask must have one length, got "
+                f"{lengths}: every sampled token needs its log-probability and its mask."
+            )
+
+
+@dataclass(kw_only=True, slots=True)
+class Trajectory:
+    """One whole episode."""
+
+    id: str
+    group_id: str
+    """Episodes of one group share task and initial state (GRPO, successful siblings)."""
+    task_id: str
+    seed: int
+    instruction: str
+    turns: list[Turn]
+    reward: float
+    success: bool
+    stop_reason: StopReason
+    policy_version: int
+    """Number of optimiser updates the sampling weights had seen."""
+
+    @property
+    def num_action_tokens(self) -> int:
+        return sum(len(turn.action_ids) for turn in self.turns)
+
+
+@dataclass(kw_only=True, slots=True)
+class Diagnosis:
+    """The reflector's reading of one turn. An empty `hint` masks the turn."""
+
+    turn: int
+    """0-based index into `Trajectory.turns`."""
+    necessary: bool = True
+    valid: bool = True
+    failure_cause: str = ""
+    corrected_action: str = ""
+    hint: str = ""
+    source: str = ""
+    """Which reflector wrote it: self, teacher, rules, openai, or "" for none."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One turn, annotated by an algorithm: what the loss needs and nothing else.
+
+    The teacher's prompt is `prompt_ids[:branch_at] + block_ids + prompt_ids[branch_at:]`: the student's
+    own context with a privileged block spliced in at the end of the last user or tool message.
+    """
+
+    trajectory: int
+    """Index into the batch's trajectories."""
+    turn: int
+    prompt_ids: list[int]
+    action_ids: list[int]
+    sampled_logprobs: list[float]
+    loss_mask: list[bool]
+    branch_at: int = 0
+    block_ids: list[int] = field(default_factory=list)
+    """Privileged block; empty when the turn has no teacher."""
+    distill_weight: float = 0.0
+    """m_ik of the distillation loss: 0 masks the turn, and then no teacher pass is spent on it."""
+    advantage: float = 0.0
+    """Advantage of the policy-gradient loss; 0 leaves the turn out of it."""
+
+    @property
+    def teacher_prompt_ids(self) -> list[int]:
+        return self.prompt_ids[: self.branch_at] + self.block_ids + self.prompt_ids[self.branch_at :]
+
+
+def to_json(item: Turn | Trajectory | Diagnosis | Sample) -> str:
+    """One line of JSON; the inverse for trajectories is `trajectory_from_dict`."""
+    return json.dumps(asdict(item), ensure_ascii=False)
+
+
+def trajectory_from_dict(data: dict[str, Any]) -> Trajectory:
+    """Read back a trajectory written by `to_json`; unknown keys are an error."""
+    data = dict(data)
+    known = {f.name for f in fields(Trajectory)}
+    if unknown := set(data) - known:
+        raise ValueError(f"Unknown keys {sorted(unknown)} in a trajectory; expected {sorted(known)}.")
+    turns = [
+        Turn(**{**turn, "feedback_kind": FeedbackKind(turn.get("feedback_kind", "ok"))})
+        for turn in data.pop("turns")
+    ]
+    data["stop_reason"] = StopReason(data["stop_reason"])
+    return Trajectory(turns=turns, **data)
