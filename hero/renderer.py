@@ -1,0 +1,116 @@
+"""Messages to token ids, one piece at a time, so that ids once made are never made again.
+
+A chat template is used as four pieces of ids for each role: what stands before a message's content, what
+stands between its content and the first token of the answer, and the token that ends an answer. A prompt
+grows only at its end:
+
+    prompt_0 = open . content . close            (close holds the generation prompt)
+    prompt_1 = prompt_0 + action_0 + open' . observation . close
+
+so every turn's prompt extends the last one's prompt and action, and the teacher's block can be spliced in
+before `close` without touching a token of the student's own context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from hero.types import Message
+
+CONTENT = "HEROCONTENTMARK"
+ANSWER = "HEROANSWERMARK"
+
+
+class Renderer:
+    """Token ids of chat messages by a tokenizer's own chat template.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or one that cannot be taken apart.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise ValueError(
+                "The tokenizer has no chat template: use an instruction-tuned model, or set "
+                "tokenizer.chat_template and save it with the model."
+            )
+        self.tokenizer = tokenizer
+        self._pieces = lru_cache(maxsize=None)(self._make_pieces)
+        self.end_id = self._pieces("user")[2]
+        """Id of the token that ends an answer."""
+        eos = tokenizer.eos_token_id
+        self.stop_ids = sorted({self.end_id} | ({eos} if eos is not None else set()))
+        """Ids that end a sampled turn."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of sampled ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def start(self, messages: list[Message]) -> list[int]:
+        """Ids of a conversation that ends with a user or tool message, ready for the answer."""
+        last = messages[-1]
+        before, _ = self._split([*messages[:-1], {**last, "content": CONTENT}], CONTENT)
+        close = self._pieces(last["role"])[1]
+        return self.encode(before) + self.encode(last["content"]) + list(close)
+
+    def observe(self, action_ids: Sequence[int], role: str, text: str) -> list[int]:
+        """Ids that follow a sampled action: the end token where the action lacks one, then the observation."""
+        open_ids, close, end_id = self._pieces(role)
+        ended = bool(action_ids) and action_ids[-1] in self.stop_ids
+        return ([] if ended else [end_id]) + list(open_ids) + self.encode(text) + list(close)
+
+    def branch_at(self, prompt_ids: Sequence[int]) -> int:
+        """Position in a prompt where its last message's content ends: there a block can be spliced in."""
+        for role in ("user", "tool"):
+            try:
+                close = list(self._pieces(role)[1])
+            except ValueError:  # a template without that role cannot have made this prompt
+                continue
+            if list(prompt_ids[-len(close) :]) == close:
+                return len(prompt_ids) - len(close)
+        raise ValueError("The prompt does not end with a user or tool message of this chat template.")
+
+    def clip(self, text: str, max_tokens: int) -> str:
+        """`text` if it has at most `max_tokens` tokens, else its head and tail around an ellipsis."""
+        ids = self.encode(text)
+        if len(ids) <= max_tokens:
+            return text
+        head = max_tokens * 2 // 3
+        tail = max_tokens - head
+        return f"{self.decode(ids[:head])} … {self.decode(ids[-tail:]) if tail else ''}".strip()
+
+    def _make_pieces(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
+        """(open, close, end) of a message of `role` that follows an answer."""
+        messages = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": ANSWER},
+            {"role": role, "content": CONTENT},
+        ]
+        before, after = self._split(messages, CONTENT)
+        if ANSWER not in before:
+            raise ValueError("The chat template drops earlier answers: multi-turn training needs them kept.")
+        between = self.encode(before.split(ANSWER, 1)[1])
+        if not between or between[0] not in self.tokenizer.all_special_ids:
+            raise ValueError(
+                "The chat template does not end an answer with a special token: the end of a turn cannot be sampled."
+            )
+        return tuple(between[1:]), tuple(self.encode(after)), between[0]
+
+    def _split(self, messages: list[Message], mark: str) -> tuple[str, str]:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
+        except Exception as error:  # templates raise jinja2 errors of their own wording
+            raise ValueError(
+                f"The chat template refuses the roles {[m['role'] for m in messages]}: {error}"
+            ) from error
+        before, found, after = text.partition(mark)
+        if not found or mark in after:
+            raise ValueError("The chat template does not show a message's content exactly once.")
+        return before, after
