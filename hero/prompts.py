@@ -1,0 +1,150 @@
+"""Every word that the method says to a model: teacher blocks and reflection requests, in two wordings.
+
+`standard` is for language models, `compact` for the shipped small agent, whose vocabulary has a few hundred
+words. Two rules come from measurement (docs/method.md): a block names only the corrected action, never the
+original one (small models raise whatever string is quoted), and it stands at the end of the last message.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from hero.types import FeedbackKind, StopReason
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Hindsight:
+    """What a teacher's block may show of one turn; None or "" leaves a part out."""
+
+    observation: str | None = None
+    reward: float | None = None
+    parse_ok: bool = True
+    failure_cause: str = ""
+    hint: str = ""
+    corrected_action: str = ""
+    outcome: bool | None = None
+    """True/False: the episode succeeded/failed (mode terminal)."""
+    demonstration: str = ""
+    """A successful episode of the same task (modes full_demo, sdpo)."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class TurnView:
+    """One turn as a reflector reads it."""
+
+    action: str
+    observation: str
+    feedback_kind: FeedbackKind
+    parse_ok: bool
+
+
+class Prompts(Protocol):
+    """One wording."""
+
+    def block(self, hindsight: Hindsight) -> str:
+        """Text spliced in at the end of the last user or tool message."""
+        ...
+
+    def reflection(
+        self, instruction: str, policy: str, turns: list[TurnView], reward: float, stop_reason: StopReason
+    ) -> str:
+        """The whole request for the diagnoses of one episode, as one user message."""
+        ...
+
+
+STOP_SENTENCES = {
+    StopReason.DONE: "the environment ended it",
+    StopReason.TRUNCATED: "the environment's step limit cut it off, so reward 0 does not mean that every turn was bad",
+    StopReason.MAX_TURNS: "the turn limit cut it off, so reward 0 does not mean that every turn was bad",
+    StopReason.MAX_TOKENS: "the context limit cut it off, so reward 0 does not mean that every turn was bad",
+}
+
+
+class StandardPrompts:
+    """For language models."""
+
+    def block(self, hindsight: Hindsight) -> str:
+        lines = ["", "", "[Hindsight, for this turn only]"]
+        if hindsight.demonstration:
+            lines.append(f"An episode of this task that succeeded:\n{hindsight.demonstration}")
+        if not hindsight.parse_ok:
+            lines.append("Your answer could not be read as an action.")
+        if hindsight.observation is not None:
+            lines.append(f"Your answer was followed by: {hindsight.observation}")
+        if hindsight.reward is not None:
+            lines.append(f"The episode's final reward was {hindsight.reward:.2f}.")
+        if hindsight.outcome is not None:
+            lines.append(f"The episode {'succeeded' if hindsight.outcome else 'failed'} in the end.")
+        if hindsight.failure_cause:
+            lines.append(f"What went wrong: {hindsight.failure_cause}")
+        if hindsight.hint:
+            lines.append(f"Advice: {hindsight.hint}")
+        if hindsight.corrected_action:
+            lines.append(f"The right action here: {hindsight.corrected_action}")
+        lines.append("Now give your answer for this turn again.")
+        return "\n".join(lines)
+
+    def reflection(
+        self, instruction: str, policy: str, turns: list[TurnView], reward: float, stop_reason: StopReason
+    ) -> str:
+        policy_part = f"\n\nRules and tools of the agent:\n{policy}" if policy else ""
+        episode = "\n\n".join(
+            f"Turn {i}\nAction: {turn.action}{'' if turn.parse_ok else ' (could not be read as an action)'}\n"
+            f"Then observed: {turn.observation}"
+            for i, turn in enumerate(turns, 1)
+        )
+        return (
+            "You review a finished episode of an agent and diagnose every one of its turns.\n\n"
+            f"Task:\n{instruction}{policy_part}\n\n{episode}\n\n"
+            f"Final reward: {reward:.2f} (1.00 is success). It ended because {STOP_SENTENCES[stop_reason]}.\n\n"
+            "Write one JSON object per turn, one a line, in order, and nothing else:\n"
+            '{"turn": 1, "necessary": true, "valid": true, "failure_cause": "", "corrected_action": "", "hint": ""}\n'
+            "Rules: judge a turn by the observation that followed it. necessary: the action served the task. valid: "
+            "the environment accepted it. If a turn was fine, leave failure_cause, corrected_action and hint empty. "
+            "Otherwise hint says in at most two sentences what to do at that turn, using only what could be known "
+            'before it (say "look the order up first", not the id that was learnt later), and corrected_action is '
+            "the exact action that should have been taken, in the agent's action format. Do not quote the original "
+            "action in the hint."
+        )
+
+
+class CompactPrompts:
+    """For the shipped small agent: the same facts in few words."""
+
+    def block(self, hindsight: Hindsight) -> str:
+        parts = []
+        if hindsight.demonstration:
+            parts.append(f"demo {hindsight.demonstration}")
+        if not hindsight.parse_ok:
+            parts.append("unread")
+        if hindsight.observation is not None:
+            parts.append(f"then {hindsight.observation}")
+        if hindsight.reward is not None:
+            parts.append(f"reward {hindsight.reward:.1f}")
+        if hindsight.outcome is not None:
+            parts.append("success" if hindsight.outcome else "failed")
+        if hindsight.failure_cause:
+            parts.append(f"cause {hindsight.failure_cause}")
+        if hindsight.hint:
+            parts.append(f"hint {hindsight.hint}")
+        if hindsight.corrected_action:
+            parts.append(f"better {hindsight.corrected_action}")
+        return " | " + " ".join([*parts, "again"])
+
+    def reflection(
+        self, instruction: str, policy: str, turns: list[TurnView], reward: float, stop_reason: StopReason
+    ) -> str:
+        episode = " ".join(
+            f"turn {i} {turn.action} then {turn.observation}" for i, turn in enumerate(turns, 1)
+        )
+        return f"review {instruction} {episode} reward {reward:.1f} {stop_reason.value.replace('_', ' ')}"
+
+
+def make_prompts(style: str) -> Prompts:
+    """The wording by its name in `TrainConfig.prompts`."""
+    if style == "standard":
+        return StandardPrompts()
+    if style == "compact":
+        return CompactPrompts()
+    raise ValueError(f"Unknown prompts {style!r}: expected 'standard' or 'compact'.")
