@@ -25,8 +25,8 @@ class Hindsight:
     corrected_action: str = ""
     outcome: bool | None = None
     """True/False: the episode succeeded/failed (mode terminal)."""
-    demonstration: str = ""
-    """A successful episode of the same task (modes full_demo, sdpo)."""
+    demonstration: tuple[tuple[str, str], ...] = ()
+    """(action, observation) of each turn of a successful episode of the same task (modes full_demo, sdpo)."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -67,7 +67,8 @@ class StandardPrompts:
     def block(self, hindsight: Hindsight) -> str:
         lines = ["", "", "[Hindsight, for this turn only]"]
         if hindsight.demonstration:
-            lines.append(f"An episode of this task that succeeded:\n{hindsight.demonstration}")
+            episode = "\n".join(f"{action}\n-> {seen}" for action, seen in hindsight.demonstration)
+            lines.append(f"An episode of this task that succeeded:\n{episode}")
         if not hindsight.parse_ok:
             lines.append("Your answer could not be read as an action.")
         if hindsight.observation is not None:
@@ -115,7 +116,7 @@ class CompactPrompts:
     def block(self, hindsight: Hindsight) -> str:
         parts = []
         if hindsight.demonstration:
-            parts.append(f"demo {hindsight.demonstration}")
+            parts.append("demo " + " ".join(action for action, _ in hindsight.demonstration))
         if not hindsight.parse_ok:
             parts.append("unread")
         if hindsight.observation is not None:

@@ -133,8 +133,10 @@ class Sample:
     """Privileged block; empty when the turn has no teacher."""
     distill_weight: float = 0.0
     """m_ik of the distillation loss: 0 masks the turn, and then no teacher pass is spent on it."""
+    policy_weight: float = 0.0
+    """Weight of the turn in the policy-gradient loss; 0 leaves it out."""
     advantage: float = 0.0
-    """Advantage of the policy-gradient loss; 0 leaves the turn out of it."""
+    """Advantage of the policy-gradient loss; a turn of advantage 0 still counts in its denominator."""
 
     @property
     def teacher_prompt_ids(self) -> list[int]:

