@@ -328,32 +328,42 @@ def _known_fields(cls: Any, location: tuple[int | str, ...]) -> list[str]:
 
 
 RECIPES = Path(__file__).parent / "recipes"
+RECIPE_KINDS = ("train", "sft")
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+def recipe_names(kind: str = "train") -> list[str]:
+    return sorted(path.stem for path in (RECIPES / kind).glob("*.yaml"))
 
 
-def load_recipe(name: str) -> dict[str, Any]:
+def recipe_summary(name: str, kind: str = "train") -> str:
+    """The recipe's first line, a comment that says what it is for."""
+    first = (RECIPES / kind / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ")
+
+
+def load_recipe(name: str, kind: str = "train") -> dict[str, Any]:
     """The nested dictionary of a shipped recipe; `base: NAME` in it names the recipe it changes.
 
     Raises:
         ValueError: no recipe of that name.
     """
-    path = RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        raise ValueError(f"Unknown recipe {name!r}: expected one of {', '.join(recipe_names())}.")
-    return _with_base(read_yaml(path))
+    path = RECIPES / kind / f"{name}.yaml"
+    if name not in recipe_names(kind):
+        raise ValueError(
+            f"Unknown recipe {name!r}: expected one of {', '.join(recipe_names(kind))}; your own file goes "
+            "with --config FILE."
+        )
+    return _with_base(read_yaml(path), kind)
 
 
-def _with_base(data: dict[str, Any]) -> dict[str, Any]:
+def _with_base(data: dict[str, Any], kind: str) -> dict[str, Any]:
     base = data.pop("base", None)
-    return merge(load_recipe(base), data) if base else data
+    return merge(load_recipe(base, kind), data) if base else data
 
 
-def load_config_file(path: str | Path) -> dict[str, Any]:
+def load_config_file(path: str | Path, kind: str = "train") -> dict[str, Any]:
     """A user's YAML file; `base: RECIPE` in it names the recipe it changes."""
-    return _with_base(read_yaml(path))
+    return _with_base(read_yaml(path), kind)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -123,6 +123,14 @@ class Policy:
             self.model.save_pretrained(path)
         self.tokenizer.save_pretrained(path)
 
+    def restore(self, path: Path) -> None:
+        """Take over the trained weights of a folder written by `save`."""
+        saved = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        weights = dict(saved.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.trainable().items():
+                parameter.copy_(weights[name])
+
 
 def find_model(name: str) -> str:
     """Folder of a shipped or fetched model; any other name is passed on as it is."""

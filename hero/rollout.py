@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hero.config import RolloutConfig
-from hero.envs.base import Environment
+from hero.envs.base import Environment, HasOracle
 from hero.generation.base import Generator, Sampling
 from hero.renderer import Renderer
 from hero.types import FeedbackKind, Message, StopReason, Trajectory, Turn
@@ -18,18 +18,19 @@ class EnvironmentFault(RuntimeError):
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Episode:
-    """What to play: a task, the group it belongs to and the seed of its sampling."""
+    """What to play: a task and the group it belongs to."""
 
     id: str
     group_id: str
     task_id: str
-    seed: int
 
 
 class _Running:
     """An episode under way."""
 
-    def __init__(self, env: Environment, episode: Episode, renderer: Renderer, policy_version: int) -> None:
+    def __init__(
+        self, env: Environment, episode: Episode, renderer: Renderer, seed: int, policy_version: int
+    ) -> None:
         self.env = env
         with _blame(env, episode.task_id, 0):
             observation, info = env.reset(episode.task_id)
@@ -40,7 +41,7 @@ class _Running:
         self.prompt_ids = renderer.start(messages)
         self.stopped = False
         self.trajectory = Trajectory(
-            id=episode.id, group_id=episode.group_id, task_id=episode.task_id, seed=episode.seed,
+            id=episode.id, group_id=episode.group_id, task_id=episode.task_id, seed=seed,
             instruction=info.get("instruction", observation), turns=[], reward=0.0, success=False,
             stop_reason=StopReason.MAX_TURNS, policy_version=policy_version,
         )  # fmt: skip
@@ -110,7 +111,7 @@ def rollout(
     trajectories: list[Trajectory] = []
     for start in range(0, len(episodes), len(envs)):
         batch = [
-            _Running(env, episode, renderer, policy_version)
+            _Running(env, episode, renderer, seed, policy_version)
             for env, episode in zip(envs, episodes[start : start + len(envs)], strict=False)
         ]
         for turn in range(config.max_turns):
@@ -138,6 +139,21 @@ def rollout(
                 running.act(completion.ids, completion.logprobs, renderer)
         trajectories += [running.trajectory for running in batch]
     return trajectories
+
+
+def gold_episode(env: Environment, task_id: str, max_turns: int) -> tuple[tuple[str, str], ...]:
+    """(action, observation) of each turn of the environment's oracle; () if it does not end in success."""
+    assert isinstance(env, HasOracle)
+    turns = []
+    with _blame(env, task_id, 0):
+        env.reset(task_id)
+        for _ in range(max_turns):
+            action = env.oracle()
+            observation, _, terminated, truncated, info = env.step(action)
+            turns.append((action, observation))
+            if terminated or truncated:
+                return tuple(turns) if info.get("success") else ()
+    return ()
 
 
 def derive_seed(*parts: int) -> int:

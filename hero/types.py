@@ -85,6 +85,7 @@ class Trajectory:
     """Episodes of one group share task and initial state (GRPO, successful siblings)."""
     task_id: str
     seed: int
+    """Seed of the batch of rollouts it was sampled in."""
     instruction: str
     turns: list[Turn]
     reward: float

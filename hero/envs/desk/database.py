@@ -1,8 +1,8 @@
 """The shop's records: products, users and orders, drawn once from fixed seeds.
 
-Every split has users and orders of its own, cut from one list without repetition; the catalogue is shared.
-Each user owns four orders (one pending, one shipped, two delivered) of which no two hold the same product,
-so "the order with the kettle" names exactly one of them and every task family fits every user.
+Every split has users and orders of its own, cut from one list without repetition; the catalogue
+is shared. Each user owns four orders (one pending, one shipped, two delivered) and no product
+twice, so "the order with the kettle" names exactly one and every task family fits every user.
 """
 
 from __future__ import annotations
@@ -10,38 +10,49 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 SPLIT_USERS = {"train": 120, "dev": 30, "test": 30}
 
+# fmt: off
 FIRST_NAMES = (
-    "Ada Ben Carla David Emma Felix Grace Hugo Ines Jonas Kira Leo Mia Noah Olga Paul Rosa Sam Tara Yusuf"
-).split()
+    "Ada", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ines", "Jonas",
+    "Kira", "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tara", "Yusuf",
+)
 LAST_NAMES = (
-    "Adler Brown Costa Diaz Evans Fischer Garcia Hansen Ito Jensen Kovacs Lopez Meyer Novak Rossi"
-).split()
-STREETS = "Oak Street|Linden Road|Mill Lane|Park Avenue|Harbour Way|Station Road|Rose Court".split("|")
-CITIES = "Ashford Brookfield Clayton Dunmore Eastvale Fairview Greenport".split()
+    "Adler", "Brown", "Costa", "Diaz", "Evans", "Fischer", "Garcia", "Hansen",
+    "Ito", "Jensen", "Kovacs", "Lopez", "Meyer", "Novak", "Rossi",
+)
+STREETS = (
+    "Oak Street", "Linden Road", "Mill Lane", "Park Avenue", "Harbour Way", "Station Road",
+    "Rose Court",
+)
+CITIES = ("Ashford", "Brookfield", "Clayton", "Dunmore", "Eastvale", "Fairview", "Greenport")
 
-COLORS = "black white red blue green".split()
-SIZES = "small medium large".split()
-MATERIALS = "oak steel bamboo".split()
-PRODUCTS: dict[str, dict[str, list[str]]] = {
-    **dict.fromkeys(
-        ("jacket", "backpack", "t-shirt", "raincoat", "tent", "yoga mat", "helmet", "sweater"),
-        {"color": COLORS, "size": SIZES},
+OPTION_VALUES = {
+    "color": ("black", "white", "red", "blue", "green"),
+    "size": ("small", "medium", "large"),
+    "material": ("oak", "steel", "bamboo"),
+    "version": ("basic", "deluxe"),
+}
+PRODUCTS = {
+    ("color", "size"): (
+        "jacket", "backpack", "t-shirt", "raincoat", "tent", "yoga mat", "helmet", "sweater",
     ),
-    **dict.fromkeys(
-        ("desk lamp", "bookshelf", "bedside table", "clock", "mirror", "stool", "picture frame", "tray"),
-        {"color": COLORS, "material": MATERIALS},
+    ("color", "material"): (
+        "desk lamp", "bookshelf", "bedside table", "clock", "mirror", "stool", "picture frame",
+        "tray",
     ),
-    **dict.fromkeys(
-        ("kettle", "toaster", "blender", "headphones", "keyboard", "speaker", "camera", "vacuum cleaner"),
-        {"color": COLORS, "version": ["basic", "deluxe"]},
+    ("color", "version"): (
+        "kettle", "toaster", "blender", "headphones", "keyboard", "speaker", "camera",
+        "vacuum cleaner",
     ),
 }
+"""Names of the products by the two options they come in."""
+# fmt: on
 
 
 class Address(NamedTuple):
@@ -74,12 +85,12 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Frozen: a change replaces the order, which makes a copy of the database one shallow `dict`."""
+    """Frozen: a change replaces the order, so a copy of the database is one shallow `dict`."""
 
     order_id: str
     user_id: str
     status: str
-    """pending, shipped or delivered; after a change also cancelled, return requested, exchange requested."""
+    """pending, shipped, delivered; after a change cancelled, return or exchange requested."""
     item_ids: tuple[str, ...]
     address: Address
     tracking: str
@@ -88,17 +99,6 @@ class Order:
     returned: tuple[str, ...] = ()
     exchanged: tuple[str, ...] = ()
     """(old item id, new item id)"""
-
-    def row(self) -> tuple[object, ...]:
-        """Everything a tool can change, for the digest."""
-        return (
-            self.order_id,
-            self.status,
-            self.address,
-            self.cancel_reason,
-            self.returned,
-            self.exchanged,
-        )
 
 
 @dataclass(slots=True)
@@ -124,10 +124,18 @@ class Database:
         return sum(self.items[item_id].cents for item_id in order.item_ids)
 
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON of all that tools can change: equal iff the states are equal."""
-        rows = [self.orders[order_id].row() for order_id in sorted(self.orders)]
-        text = json.dumps([rows, self.transfers], separators=(",", ":"))
-        return hashlib.sha256(text.encode("ascii")).hexdigest()
+        """SHA-256 of all that tools can change: equal iff the states are equal.
+
+        Orders are never added or removed, so their sequence is fixed.
+        """
+        state = hashlib.sha256(json.dumps(self.transfers).encode())
+        state.update(b"".join(map(_order_digest, self.orders.values())))
+        return state.hexdigest()
+
+
+@lru_cache(maxsize=4096)  # nearly all orders stay as they were: hash each state of each once
+def _order_digest(order: Order) -> bytes:
+    return hashlib.sha256(json.dumps(astuple(order)).encode()).digest()
 
 
 def money(cents: int) -> str:
@@ -142,32 +150,32 @@ def draw_address(rng: random.Random) -> Address:
 
 @lru_cache(maxsize=1)
 def _catalogue() -> dict[str, Item]:
-    """24 products in 2 x 2 variants. One variant of four is sold out, so every variant keeps at least one
-    available neighbour that differs in a single option: exchanges are always possible."""
+    """24 products in 2 x 2 variants, of which one is sold out.
+
+    So every variant has an available neighbour that differs in one option: an exchange is always
+    possible.
+    """
     rng = random.Random("desk catalogue")
-    item_numbers = iter(rng.sample(range(1000, 10000), 4 * len(PRODUCTS)))
-    product_numbers = rng.sample(range(100, 1000), len(PRODUCTS))
+    kinds = [(name, options) for options, names in PRODUCTS.items() for name in names]
+    item_numbers = iter(rng.sample(range(1000, 10000), 4 * len(kinds)))
+    product_numbers = rng.sample(range(100, 1000), len(kinds))
     items: dict[str, Item] = {}
-    for number, (name, options) in zip(product_numbers, PRODUCTS.items(), strict=True):
-        (first, first_values), (second, second_values) = options.items()
-        grid = [
-            {first: a, second: b}
-            for a in rng.sample(first_values, 2)
-            for b in rng.sample(second_values, 2)
-        ]
+    for number, (name, options) in zip(product_numbers, kinds, strict=True):
+        values = [rng.sample(OPTION_VALUES[option], 2) for option in options]
         sold_out = rng.randrange(4)
         base = rng.randint(900, 9000)
-        surcharges = rng.sample(range(0, 2000), 4)
-        for index, choice in enumerate(grid):
+        surcharges = rng.sample(range(2000), 4)
+        for index, pair in enumerate(product(*values)):
             item_id = f"I{next(item_numbers)}"
+            chosen = dict(zip(options, pair, strict=True))
             cents = base + surcharges[index]
-            items[item_id] = Item(item_id, f"P{number}", name, choice, cents, index != sold_out)
+            items[item_id] = Item(item_id, f"P{number}", name, chosen, cents, index != sold_out)
     return items
 
 
 @lru_cache(maxsize=1)
 def _people() -> dict[str, tuple[dict[str, User], dict[str, Order]]]:
-    """Users and orders of all splits, cut from one list so that no name, email or id is in two splits."""
+    """Users and orders by split, cut from one list: no name, email or id is in two splits."""
     rng = random.Random("desk people")
     count = sum(SPLIT_USERS.values())
     names = rng.sample([(first, last) for first in FIRST_NAMES for last in LAST_NAMES], count)

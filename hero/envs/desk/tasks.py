@@ -1,15 +1,14 @@
 """The tasks: what a customer wants, what he tells when asked, and the gold actions.
 
-Task `"{split}-{index}"` takes user `index % users` and family `(index + index // users) % 8`, so no user
-meets a family twice. A goal names an order (or, for a transfer, a user), each order has one user and each
-user one split: goals are disjoint between splits by construction.
+Task `"{split}-{index}"` takes user `index % users` and family `(index + index // users) % 8`, so no
+user meets a family twice. A goal names an order (or, for a transfer, a user), each order has one
+user and each user one split: goals are disjoint between splits by construction.
 """
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import lru_cache
 
 from hero.envs.desk.actions import ToolCall
@@ -23,8 +22,12 @@ from hero.envs.desk.database import (
     money,
 )
 from hero.envs.desk.tools import CANCEL_REASONS, Session, execute
+from hero.types import StrEnum
 
-SPLIT_TASKS = {"train": 240, "dev": 60, "test": 60}
+TASK_IDS = {
+    split: [f"{split}-{index}" for index in range(count)]
+    for split, count in (("train", 240), ("dev", 60), ("test", 60))
+}
 FAMILIES = (
     "cancel",
     "return",
@@ -37,7 +40,7 @@ FAMILIES = (
 )
 
 
-class Mention(str, Enum):
+class Mention(StrEnum):
     """How the customer speaks of his order."""
 
     NUMBER = "number"  # names the number at once
@@ -82,7 +85,7 @@ class Task:
     requests: tuple[Request, ...]
 
     def gold_database(self) -> Database:
-        """The records after the gold actions, run through the tools so that they obey the policy."""
+        """The records after the gold actions, run through the tools: they obey the policy."""
         session = Session(initial_database(self.split), user_id=self.user_id)
         for request in self.requests:
             if request.call is not None:
@@ -94,12 +97,11 @@ class Task:
 @lru_cache(maxsize=512)
 def load_task(task_id: str) -> Task:
     """Draw the task of that id; raises KeyError if there is none."""
-    split, _, number = task_id.partition("-")
-    if split not in SPLIT_TASKS or not number.isdecimal() or task_id != f"{split}-{int(number)}":
-        raise KeyError(f"No task {task_id!r}: expected '<split>-<index>', such as 'train-0'.")
-    index, users = int(number), SPLIT_USERS[split]
-    if index >= SPLIT_TASKS[split]:
-        raise KeyError(f"No task {task_id!r}: {split} has tasks 0 to {SPLIT_TASKS[split] - 1}.")
+    split = task_id.partition("-")[0]
+    if task_id not in TASK_IDS.get(split, ()):
+        ranges = ", ".join(f"{ids[0]} to {ids[-1]}" for ids in TASK_IDS.values())
+        raise KeyError(f"No task {task_id!r}: expected one of {ranges}.")
+    index, users = TASK_IDS[split].index(task_id), SPLIT_USERS[split]
     database = initial_database(split)
     user_id = list(database.users)[index % users]
     family = FAMILIES[(index + index // users) % len(FAMILIES)]
@@ -140,7 +142,7 @@ class _Author:
         order = self._take(*statuses or ("pending",))
         mention, item, phrase = self._refer(order)
         reason = self.rng.choice(CANCEL_REASONS)
-        why = self.rng.choice(["", f", it was {reason}", f", because: {reason}"])
+        why = self.rng.choice(["", f" ({reason})"])
         wish = self.rng.choice(
             [f"I would like to cancel {phrase}{why}.", f"please cancel {phrase}{why}."]
         )
@@ -160,9 +162,15 @@ class _Author:
         others = [other for other in order.item_ids if other != item.item_id]
         chosen = [item.item_id, *self.rng.sample(others, self.rng.randint(0, len(others)))]
         names = " and the ".join(self.database.items[item_id].name for item_id in chosen)
-        goods = self.rng.choice([f"the {names}", "something"])
+        # "something from the order with the kettle" would read as if he had said what goes back.
+        vague = mention is not Mention.ITEM and self.rng.random() < 0.5
+        goods = "something" if vague else f"the {names}"
+        phrase = _without_item(phrase, mention)
         wish = self.rng.choice(
-            [f"I would like to return {goods} from {phrase}.", f"I want to send back {goods} from {phrase}."]
+            [
+                f"I would like to return {goods} from {phrase}.",
+                f"I want to send back {goods} from {phrase}.",
+            ]
         )
         return Request(
             kind="return",
@@ -177,6 +185,7 @@ class _Author:
     def exchange(self, *statuses: str) -> Request:
         order = self._take(*statuses or ("delivered",))
         mention, item, phrase = self._refer(order)
+        phrase = _without_item(phrase, mention)
         new, option = self._neighbour(item)
         options = f"{new.options[option]} instead of {item.options[option]}"
         wish = self.rng.choice(
@@ -234,7 +243,8 @@ class _Author:
                 "the tracking number",
             ),
             "price": (
-                f"I like the {item.name} from {phrase}. What does the same in {value} cost?",
+                f"I like the {item.name} from {_without_item(phrase, mention)}. "
+                f"What does the same in {value} cost?",
                 money(new.cents),
                 f"the price of the same {item.name} in {value}",
             ),
@@ -303,7 +313,15 @@ class _Author:
         choices = [
             (other, differing[0])
             for other in self.database.variants(item.product_id)
-            if other.available
-            and len(differing := [k for k in item.options if other.options[k] != item.options[k]]) == 1
+            if other.available and len(differing := _differing_options(item, other)) == 1
         ]
         return self.rng.choice(choices)
+
+
+def _differing_options(item: Item, other: Item) -> list[str]:
+    return [name for name, value in item.options.items() if other.options[name] != value]
+
+
+def _without_item(phrase: str, mention: Mention) -> str:
+    """The phrase for an order in a sentence that names the item already."""
+    return "an order whose number I do not have" if mention is Mention.ITEM else phrase

@@ -240,7 +240,7 @@ def execute(session: Session, call: ToolCall) -> dict[str, Any]:
     """Check the arguments against the schema and run the tool.
 
     Raises:
-        ToolError: unknown tool, wrong arguments, or a rule of the policy; the database is unchanged.
+        ToolError: unknown tool, wrong arguments or a rule of the policy; the database is unchanged.
     """
     tool = TOOLS.get(call.name)
     if tool is None:

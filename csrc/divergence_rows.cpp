@@ -1,0 +1,92 @@
+// Entry points of the library: instruction set, threads, scratch memory.
+
+#include <stdlib.h>
+
+#ifdef HERO_X86
+#include <xmmintrin.h>
+#endif
+
+#include "rows_problem.h"
+
+void hero_row_baseline(const RowsProblem&, int64_t, float*, int64_t);
+#ifdef HERO_X86
+void hero_row_avx2(const RowsProblem&, int64_t, float*, int64_t);
+void hero_row_avx512(const RowsProblem&, int64_t, float*, int64_t);
+#endif
+
+namespace {
+
+// Results below 1e-38 become 0 while it lives: tails of peaked distributions are full of them, they
+// count for nothing, and most processors are slow at them.
+class FlushSubnormals {
+ public:
+#ifdef HERO_X86
+    FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
+    ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+    const unsigned saved_;
+#else
+    FlushSubnormals() {}  // elsewhere they cost nothing
+    ~FlushSubnormals() {}
+#endif
+};
+
+HeroRowFunction row_function(int instruction_set) {
+#ifdef HERO_X86
+    if (instruction_set == HERO_AVX512) return hero_row_avx512;
+    if (instruction_set == HERO_AVX2) return hero_row_avx2;
+#endif
+    return instruction_set == HERO_BASELINE ? hero_row_baseline : nullptr;
+}
+
+}  // namespace
+
+extern "C" {
+
+int hero_abi_version() {
+    return HERO_ABI_VERSION;
+}
+
+int hero_has_threads() {
+#ifdef _OPENMP
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// The best HeroInstructionSet of this machine.
+int hero_instruction_set() {
+#ifdef HERO_X86
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx2 && avx512) return HERO_AVX512;
+    if (avx2) return HERO_AVX2;
+#endif
+    return HERO_BASELINE;
+}
+
+// Returns 0, 1 (out of memory) or 2 (unknown instruction set). A row is the work of one thread from
+// end to end, so the result does not depend on their number.
+int hero_divergence_rows(const RowsProblem* problem, int instruction_set) {
+    const HeroRowFunction run = row_function(instruction_set);
+    if (!run) return 2;
+    const int64_t stride = (problem->columns + 15) / 16 * 16;
+    const size_t bytes = HERO_SCRATCH_ARRAYS * stride * sizeof(float);
+    int out_of_memory = 0;
+#pragma omp parallel num_threads(problem->num_threads) reduction(| : out_of_memory)
+    {
+        const FlushSubnormals guard;
+        void* scratch = nullptr;
+        out_of_memory = posix_memalign(&scratch, 64, bytes) != 0;
+#pragma omp for schedule(dynamic)
+        for (int64_t row = 0; row < problem->rows; ++row)
+            if (!out_of_memory) run(*problem, row, static_cast<float*>(scratch), stride);
+        free(scratch);
+    }
+    return out_of_memory;
+}
+}

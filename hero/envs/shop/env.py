@@ -1,0 +1,275 @@
+"""The embedded shop: an agent searches, compares, chooses options and buys.
+
+It speaks WebShop's protocol on a synthetic catalogue, or on WebShop's own files from a folder of
+the user. In `strict` mode it behaves like the official text environment, which answers an invalid
+action with the unchanged page and hides the options chosen. In `feedback` mode one line beneath
+the page says what an action did: without it there is little to reflect on.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from hero.envs.base import StepResult
+from hero.envs.shop.feedback import Outcome, compact_line, text_line
+from hero.envs.shop.guide import Guide, guide_to
+from hero.envs.shop.hints import Cause, hint_for
+from hero.envs.shop.pages import RENDERERS, Page
+from hero.envs.shop.protocol import Action, State, View, advance, labels, parse_action
+from hero.envs.shop.reward import Score, score_purchase
+from hero.envs.shop.store import PROFILES, Shop, open_shop
+from hero.envs.shop.vocabulary import tiny_vocabulary
+from hero.types import Diagnosis, Trajectory
+
+MODES = ("feedback", "strict")
+ANY_SEARCH = "search[...]"
+"""Stands in `available_actions` for a search with any words."""
+
+SYSTEM_PROMPT = """\
+You shop online for what the instruction asks. Write one action a turn and nothing else:
+search[words] looks for products; it works on every page.
+click[x] clicks x on the page: a product id, an option, Next >, < Prev, Back to Search, \
+Description, Features, Reviews or Buy Now.
+Open the product that fits, click every option that the instruction names, then click[Buy Now]."""
+
+
+class ShopEnv:
+    """A shop as an `Environment` with oracle and diagnosis; picklable, also within an episode.
+
+    Goals are split once and for all: test, dev and train hold different (product, instruction)
+    pairs. `full` has 500 test and 1000 dev goals as WebShop has, `small` and `tiny` 200 and 200;
+    the rest is train.
+
+    Args: profile: "full" (WebShop's statistics), "small" (short pages for small models) or "tiny"
+        (two-word titles and a closed vocabulary, for models of less than a million parameters).
+        data_dir: folder with WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`,
+        `title_nouns.json`); needs profile "full". mode: "feedback", or "strict" for the official
+        behaviour. `strict` also reads actions exactly; `feedback` forgives white space around
+        them. observation: "text", "text_rich" or "compact"; None takes the profile's own
+        ("compact" for tiny). max_steps: actions after which the episode is truncated; None takes
+        15 (full) or 8 (small, tiny). catalogue_seed: draws the synthetic catalogue, and the price
+        limits of the goals. num_products: size of the catalogue; None takes 1000 (full), 200
+        (small, tiny), or all of `data_dir`. forget: probability with which `demonstrate` forgets
+        an option of the goal, for a whole episode. noise: probability with which a step of
+        `demonstrate` is a random action.
+
+    Raises:
+        ValueError: an argument that is none of these, or a catalogue too small to be split.
+    """
+
+    def __init__(
+        self,
+        profile: str = "small",
+        *,
+        data_dir: str | None = None,
+        mode: str = "feedback",
+        observation: str | None = None,
+        max_steps: int | None = None,
+        catalogue_seed: int = 0,
+        num_products: int | None = None,
+        forget: float = 0.45,
+        noise: float = 0.06,
+    ) -> None:
+        _check_choice("profile", profile, PROFILES)
+        _check_choice("mode", mode, MODES)
+        defaults = PROFILES[profile]
+        self.observation = defaults.observation if observation is None else observation
+        _check_choice("observation", self.observation, RENDERERS)
+        self.max_steps = defaults.max_steps if max_steps is None else max_steps
+        if self.max_steps < 1:
+            raise ValueError(
+                f"max_steps={max_steps}; expected at least 1, or None for the profile's own."
+            )
+        for name, value in (("forget", forget), ("noise", noise)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}; expected a probability from 0 to 1.")
+        if data_dir is not None and (profile != "full" or self.observation == "compact"):
+            raise ValueError(
+                f"data_dir with profile={profile!r}, observation={self.observation!r}; real data "
+                "needs profile='full' and observation='text' or 'text_rich'."
+            )
+        self.profile, self.mode, self.forget, self.noise = profile, mode, forget, noise
+        resolved = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
+        self._shop_key = (profile, num_products, catalogue_seed, resolved)
+        self._shop: Shop = open_shop(*self._shop_key)
+        self._task_id: str | None = None
+        self._start()
+
+    @staticmethod
+    def vocabulary(profile: str = "tiny") -> list[str]:
+        """Every word of a profile's compact observations, actions, causes and hints.
+
+        Words are what the pattern `[a-z]+|\\d|[^\\sa-z\\d]` finds in lower-case text.
+
+        Raises:
+            ValueError: the profile's vocabulary is open; only that of tiny is closed.
+        """
+        if profile != "tiny":
+            raise ValueError(f"profile={profile!r} has an open vocabulary; expected 'tiny'.")
+        return tiny_vocabulary()
+
+    @property
+    def system_prompt(self) -> str:
+        return "" if self.profile == "tiny" else SYSTEM_PROMPT
+
+    def tasks(self, split: str) -> list[str]:
+        _check_choice("split", split, self._shop.splits)
+        return list(self._shop.splits[split])
+
+    def reset(self, task_id: str) -> tuple[str, dict[str, Any]]:
+        goal = self._shop.goal(task_id)
+        self._task_id = task_id
+        self._start()
+        info = {
+            "task_id": task_id,
+            "instruction": goal.instruction,
+            "available_actions": self.available_actions(),
+        }
+        return self._render(None), info
+
+    def _start(self) -> None:
+        self._state = State()
+        self._steps = 0
+        self._truncated = False
+        self._forgotten: frozenset[str] | None = None
+
+    def step(self, text: str) -> StepResult:
+        """Take one action.
+
+        Raises:
+            RuntimeError: there is no episode, or it has ended; call reset first.
+        """
+        guide = self._guide()
+        if self._state.view is View.DONE or self._truncated:
+            raise RuntimeError(
+                f"The episode of task {self._task_id!r} has ended; call reset(task_id) first."
+            )
+        self._steps += 1
+        action = parse_action(text, tolerant=self.mode == "feedback")
+        after = None if action is None else advance(self._state, action, self._shop)
+        outcome = self._outcome(guide, action, after)
+        self._state = after or self._state
+        terminated = self._state.view is View.DONE
+        self._truncated = not terminated and outcome.steps_left == 0
+        reward = outcome.score.reward if outcome.score else 0.0
+        info = {
+            "valid": after is not None,
+            "feedback_kind": outcome.kind,
+            "parse_ok": action is not None,
+            "executed_action": None if action is None else str(action),
+            "role": "user",
+            "success": reward == 1.0,
+            "available_actions": self.available_actions(),
+        }
+        return self._observe(outcome), reward, terminated, self._truncated, info
+
+    def _outcome(self, guide: Guide, action: Action | None, after: State | None) -> Outcome:
+        score, found = None, 0
+        if after is not None and after.view is View.DONE:
+            product, target = self._shop.products[after.asin], self._shop.products[guide.goal.asin]
+            score = score_purchase(product, after.chosen, guide.goal, target)
+        elif after is not None and after.view is View.RESULTS:
+            found = len(self._shop.results_page(after.query, after.number))
+        return Outcome(action, self._state, after, found, score, self.max_steps - self._steps)
+
+    def _observe(self, outcome: Outcome) -> str:
+        page = self._render(outcome.score)
+        if self.mode == "strict":
+            return page
+        line = (compact_line if self.observation == "compact" else text_line)(outcome)
+        return f"{page.rstrip()}\n{line}" if line else page
+
+    def _render(self, score: Score | None) -> str:
+        return RENDERERS[self.observation](Page(self._shop, self._guide().goal, self._state, score))
+
+    def available_actions(self) -> list[str]:
+        """The actions that the page offers; `search[...]` stands for a search with any words."""
+        if self._state.view is View.DONE or self._truncated:
+            return []
+        clicks = [self._show(Action("click", label)) for label in labels(self._state, self._shop)]
+        return [ANY_SEARCH, *clicks]
+
+    def _show(self, action: Action) -> str:
+        """With names as the page writes them: in compact style all lower case."""
+        return str(action).lower() if self.observation == "compact" else str(action)
+
+    def _guide(self) -> Guide:
+        if self._task_id is None:
+            raise RuntimeError("No episode has begun; call reset(task_id) first.")
+        return guide_to(self._shop, self._task_id)
+
+    def oracle(self) -> str:
+        return self._show(self._guide().oracle(self._state))
+
+    def random_action(self, rng: random.Random) -> str:
+        """One of the available actions; a search looks for the kind of a random product."""
+        action = rng.choice(self.available_actions())
+        if action != ANY_SEARCH:
+            return action
+        return str(Action("search", self._shop.products[rng.choice(self._shop.asins)].query))
+
+    def demonstrate(self, rng: random.Random) -> str:
+        """The action of an imperfect demonstrator, who forgets options and sometimes slips."""
+        guide = self._guide()
+        if self._forgotten is None:
+            names = [name for name, _ in guide.goal.options]
+            self._forgotten = frozenset(name for name in names if rng.random() < self.forget)
+        if rng.random() < self.noise:
+            return self.random_action(rng)
+        return self._show(guide.oracle(self._state, self._forgotten))
+
+    def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
+        """Judge each turn from a replay of its action; the running episode is left alone.
+
+        Raises:
+            KeyError: this shop has no such task.
+            ValueError: the trajectory goes on after its purchase, so it is not from this shop.
+        """
+        guide = guide_to(self._shop, trajectory.task_id)
+        state, diagnoses = State(), []
+        for index, turn in enumerate(trajectory.turns):
+            if state.view is View.DONE:
+                raise ValueError(
+                    f"Trajectory {trajectory.id!r} has {len(trajectory.turns)} turns, but the "
+                    f"purchase is turn {index - 1}: it is not from this shop. Use the environment "
+                    "it came from (profile, catalogue_seed, num_products, data_dir)."
+                )
+            action = parse_action(turn.action_text, tolerant=self.mode == "feedback")
+            cause = guide.judge(state, action)
+            diagnoses.append(self._diagnosis(guide, state, cause, index, trajectory.task_id))
+            state = (advance(state, action, self._shop) if action else None) or state
+        return diagnoses
+
+    def _diagnosis(
+        self, guide: Guide, state: State, cause: Cause | None, turn: int, task_id: str
+    ) -> Diagnosis:
+        if cause is None:
+            return Diagnosis(turn=turn, source="rules")
+        corrected = self._show(guide.oracle(state))
+        hint = hint_for(cause, corrected, task_id, turn)
+        return Diagnosis(
+            turn=turn,
+            necessary=cause is not Cause.DETOUR,
+            valid=cause not in (Cause.UNREADABLE, Cause.NOT_ON_PAGE),
+            failure_cause=str(cause),
+            corrected_action=corrected,
+            hint=hint.lower() if self.observation == "compact" else hint,
+            source="rules",
+        )
+
+    def close(self) -> None:
+        """Nothing to release: the shop is shared by the process."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shop"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shop = open_shop(*self._shop_key)
+
+
+def _check_choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}; expected one of {sorted(choices)}.")

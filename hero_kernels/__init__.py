@@ -1,0 +1,26 @@
+"""Exact, fused divergences between a student and a teacher language model, on any device.
+
+`reference` is the definition, `explain` says what a call would do.
+"""
+
+from hero_kernels.backends import supports
+from hero_kernels.explain import explain
+from hero_kernels.from_logits import divergence_from_logits
+from hero_kernels.functional import fused_linear_divergence
+from hero_kernels.logprobs import linear_logprobs
+from hero_kernels.modules import FusedLinearDivergence, LinearLogprobs
+from hero_kernels.options import DivergenceOutput, KernelOptions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DivergenceOutput",
+    "FusedLinearDivergence",
+    "KernelOptions",
+    "LinearLogprobs",
+    "divergence_from_logits",
+    "explain",
+    "fused_linear_divergence",
+    "linear_logprobs",
+    "supports",
+]

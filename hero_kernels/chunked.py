@@ -1,0 +1,221 @@
+"""The chunk loop: library GEMMs around one row kernel, on any device.
+
+For each chunk of rows: teacher logits, student logits (or, for a shared head, delta = (h_s - h_t)·Wᵀ), the row
+kernel, which overwrites the student's chunk by the gradient, then the products with the head and the hidden
+states. No more than two chunks of logits exist at any time. Rows of zero weight are dropped first.
+
+Four GEMMs for a trainable head, three for a frozen one, two for evaluation; one less without a teacher's head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hero_kernels import gemm
+from hero_kernels.options import Storage
+from hero_kernels.rows import STATS
+
+
+class Head(NamedTuple):
+    """Hidden states and the head that turns them into logits."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class Plan(NamedTuple):
+    """How a call is carried out."""
+
+    impl: str
+    """Which row kernel: a key of `backends.IMPLEMENTATIONS`."""
+    chunk_size: int
+    storage: str
+    """`Storage.FLOAT32` or `Storage.MIXED`."""
+    max_active_rows: int
+    """0 for no bound."""
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    with_stats: bool
+
+    @property
+    def need_grad(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
+
+
+class Gradients(NamedTuple):
+    """With respect to the student's tensors; None where not asked for."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class LogitChunk(NamedTuple):
+    """What a row kernel is given: rows `rows` of the call, R of them."""
+
+    rows: slice
+    student: Tensor  # [R, V] raw logits, or raw_s - raw_t for a shared head
+    teacher: Tensor | None  # [R, V] raw logits
+    grad: Tensor | None  # [R, V] to be filled; may be `student` itself
+    student_bias: Tensor | None  # [V] fp32
+    teacher_bias: Tensor | None  # [V] fp32
+
+
+def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the rows to compute (None for all), and whether there are more than `bound` (None if known).
+
+    On CUDA the number of active rows is not known to the host: there a bound gives the size of the result, and
+    the count is compared on the device.
+
+    Args:
+        row_weights: [N]; 0 masks a row.
+        bound: 0 for none.
+
+    Raises:
+        ValueError: more rows are active than `bound`, on CPU.
+    """
+    active = row_weights != 0
+    if not row_weights.is_cuda:
+        kept = active.nonzero()[:, 0]
+        if bound and len(kept) > bound:
+            raise ValueError(
+                f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: raise the bound "
+                "or leave it None."
+            )
+        return (None if len(kept) == len(active) else kept), None
+    if not bound or bound >= len(active):
+        return None, None
+    first = torch.argsort(active, descending=True, stable=True)[:bound]
+    return first.sort().values, active.sum() > bound
+
+
+def spread(values: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
+    """[num_rows, ...] with `values` at the rows `kept` and 0 elsewhere."""
+    if kept is None:
+        return values
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, kept, values)
+
+
+def run_chunks(
+    student: Head,
+    teacher: Head | None,
+    active: Tensor,
+    vocab_size: int,
+    row_kernel: Callable[[LogitChunk], Tensor],
+    plan: Plan,
+) -> tuple[Tensor, Gradients]:
+    """Statistics of every row and the gradients of what the row kernel differentiates.
+
+    Args:
+        student: N rows.
+        teacher: the same rows; with the student's own weight tensor the head counts as shared.
+        active: [N] bool; other rows are computed from zeros, whatever they hold.
+        vocab_size: columns that are real.
+        row_kernel: fills `LogitChunk.grad` and returns statistics [R, 8].
+        plan: how.
+    """
+    hidden, weight = student.hidden, student.weight
+    head = weight[:vocab_size]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    shared = teacher is not None and teacher.weight is weight
+    sizes = chunk_sizes(hidden.shape[0], plan.chunk_size)
+    longest = max(sizes, default=0)
+
+    types = buffer_types(hidden.dtype, plan.storage, shared, len(sizes))
+    logits = hidden.new_empty(longest, vocab_size, dtype=types.student)
+    teacher_logits = None if teacher is None else logits.new_empty(logits.shape, dtype=wide)
+    grads = None
+    if plan.need_grad:
+        in_place = types.gradient == types.student
+        grads = logits if in_place else logits.new_empty(logits.shape, dtype=types.gradient)
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    d_weight = weight.new_zeros(weight.shape if plan.need_weight else 0, dtype=types.weight_sum)
+    d_bias = weight.new_zeros(len(weight), dtype=wide)
+    stats = hidden.new_empty(hidden.shape[0], STATS, dtype=wide)
+    student_bias, teacher_bias = (
+        None if side is None or side.bias is None else side.bias[:vocab_size].to(wide)
+        for side in (student, teacher)
+    )
+
+    start = 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        start += size
+        operand = h_s = _cleared(hidden[rows], active[rows])
+        if teacher is not None and teacher_logits is not None:
+            h_t = _cleared(teacher.hidden[rows], active[rows])
+            gemm.logits_into(teacher_logits[:size], h_t, teacher.weight[:vocab_size])
+            if shared:  # the difference is rounded at most once, to what the GEMM takes
+                operand = h_s.to(wide) - h_t.to(wide)
+        gemm.logits_into(logits[:size], operand, head)
+        grad = None if grads is None else grads[:size]
+        stats[rows] = row_kernel(
+            LogitChunk(
+                rows,
+                logits[:size],
+                None if teacher_logits is None else teacher_logits[:size],
+                grad,
+                student_bias,
+                teacher_bias,
+            )
+        )
+        if grad is None:
+            continue
+        if plan.need_hidden:
+            d_hidden[rows] = gemm.hidden_gradient(grad, head)
+        if plan.need_weight:
+            gemm.add_weight_gradient(d_weight[:vocab_size], grad, h_s)
+        if plan.need_bias:
+            d_bias[:vocab_size] += grad.sum(0, dtype=wide)
+    return stats, Gradients(
+        d_hidden if plan.need_hidden else None,
+        d_weight.to(weight.dtype) if plan.need_weight else None,
+        d_bias.to(student.bias.dtype) if plan.need_bias and student.bias is not None else None,
+    )
+
+
+class BufferTypes(NamedTuple):
+    """Types of the buffers of a call; teacher logits are always fp32 (fp64)."""
+
+    student: torch.dtype
+    gradient: torch.dtype
+    """If the same as `student`, the gradient takes the logits' place."""
+    weight_sum: torch.dtype
+
+
+def buffer_types(
+    dtype: torch.dtype, storage: str, shared_head: bool, num_chunks: int
+) -> BufferTypes:
+    """What the chunk loop holds its chunks in.
+
+    16 bits are enough for the gradient, and for a delta: rounding it is an error relative to the delta. They are
+    not for the student's logits, whose difference to the teacher's is small beside them. A sum over chunks is
+    kept in fp32; of a single chunk the GEMM itself sums in fp32.
+
+    Args:
+        dtype: of the hidden states.
+        storage: `Storage.FLOAT32` or `Storage.MIXED`.
+        shared_head: whether the student's logits are a delta.
+        num_chunks: in this call.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    if storage != Storage.MIXED:
+        return BufferTypes(wide, wide, wide)
+    return BufferTypes(dtype if shared_head else wide, dtype, dtype if num_chunks == 1 else wide)
+
+
+def _cleared(hidden: Tensor, active: Tensor) -> Tensor:
+    """Masked rows as zeros: they may hold NaN, and 0·NaN would spoil the sums. On CPU they are gone already."""
+    return hidden.masked_fill(~active[:, None], 0) if hidden.is_cuda else hidden
+
+
+def chunk_sizes(num_rows: int, chunk_size: int) -> list[int]:
+    """As few chunks as possible, as equal as possible: no GEMM with a handful of rows at the end."""
+    count = -(-num_rows // chunk_size)
+    return [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)]

@@ -1,0 +1,165 @@
+"""The divergence of every row: masked rows dropped, the chunk loop with a divergence row kernel, losses."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hero_kernels import backends, checks, rows
+from hero_kernels.chunked import Gradients, Head, LogitChunk, Plan, active_rows, run_chunks, spread
+from hero_kernels.options import Objective, Support
+from hero_kernels.rows_sparse import sparse_rows
+
+
+class RowTensors(NamedTuple):
+    """What a row kernel is told of each of N rows."""
+
+    weights: Tensor  # [N] fp32, or fp64; 0 masks the row
+    target_ids: Tensor | None  # [N] int64, -1 for none
+    old_logprobs: Tensor | None  # [N] like `weights`
+    teacher_ids: Tensor | None  # [N, k] int64; of a teacher given by its top-k
+    teacher_logprobs: Tensor | None  # [N, k]
+
+    @classmethod
+    def flat(
+        cls,
+        weights: Tensor,
+        target_ids: Tensor | None,
+        old_logprobs: Tensor | None,
+        teacher_topk: tuple[Tensor, Tensor] | None,
+    ) -> RowTensors:
+        """From tensors in the leading shape of the hidden states, and `weights` [N]."""
+        ids, logprobs = teacher_topk or (None, None)
+        num_rows = len(weights)
+        return cls(
+            weights,
+            None if target_ids is None else target_ids.reshape(-1).long().clamp(min=-1),
+            None if old_logprobs is None else old_logprobs.detach().reshape(-1).to(weights.dtype),
+            None if ids is None else ids.reshape(num_rows, ids.shape[-1]).long(),
+            None if logprobs is None else logprobs.detach().reshape(num_rows, logprobs.shape[-1]),
+        )
+
+    def check(self, vocab_size: int) -> None:
+        """Raise ValueError if a row of non-zero weight holds values that cannot be."""
+        active = self.weights != 0
+        if self.target_ids is not None:
+            checks.targets("target_ids", self.target_ids, vocab_size, active)
+        if self.old_logprobs is not None:
+            checks.finite("old_logprobs", self.old_logprobs[active])
+        if self.teacher_ids is not None and self.teacher_logprobs is not None:
+            checks.targets("teacher_topk[0]", self.teacher_ids, vocab_size, active)
+            checks.finite("teacher_topk[1]", self.teacher_logprobs[active])
+
+    def take(self, index: Tensor | slice) -> RowTensors:
+        """The same for some of the rows."""
+        return RowTensors(
+            self.weights[index],
+            *(None if tensor is None else tensor[index] for tensor in self[1:]),
+        )
+
+
+def run(
+    student: Head, teacher: Head | None, row_tensors: RowTensors, objective: Objective, plan: Plan
+) -> tuple[Tensor, Tensor, Gradients]:
+    """The loss of every row, its statistics, and the gradients of the sum of the losses.
+
+    Args:
+        student: N rows.
+        teacher: the same rows; with the student's weight tensor itself if the head is shared; None for a teacher
+            given by its top-k.
+        row_tensors: of the same rows.
+        objective: what to compute.
+        plan: how.
+
+    Returns:
+        losses [N] (row weight · importance ratio · divergence), stats [N, 8] as the row kernel writes them
+        (0 for rows of zero weight), gradients.
+    """
+    num_rows = len(student.hidden)
+    delta = teacher is not None and teacher.weight is student.weight
+    kept, overflow = active_rows(row_tensors.weights, plan.max_active_rows)
+    if kept is not None:
+        row_tensors = row_tensors.take(kept)
+        student = student._replace(hidden=student.hidden[kept])
+        teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[kept])
+    active = row_tensors.weights != 0
+
+    def row_kernel(chunk: LogitChunk) -> Tensor:
+        part = row_tensors.take(chunk.rows)
+        return divergence_of_chunk(chunk, part, objective, plan.impl, delta, plan.with_stats)
+
+    with torch.autocast(student.hidden.device.type, enabled=False):
+        stats, grads = run_chunks(student, teacher, active, objective.vocab_size, row_kernel, plan)
+    stats = stats.masked_fill(~active[:, None], 0.0)
+    losses = row_losses(row_tensors, stats)
+    if overflow is not None:
+        losses = losses.masked_fill(overflow, torch.nan)
+    if grads.hidden is not None:
+        grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
+    return spread(losses, kept, num_rows), spread(stats, kept, num_rows), grads
+
+
+def row_losses(row_tensors: RowTensors, stats: Tensor) -> Tensor:
+    """[N] weight · importance ratio · divergence, from stats [N, 8]."""
+    return row_tensors.weights * stats[:, rows.RATIO] * stats[:, rows.LOSS]
+
+
+def divergence_of_chunk(
+    chunk: LogitChunk,
+    row_tensors: RowTensors,
+    objective: Objective,
+    impl: str,
+    delta: bool,
+    with_stats: bool,
+) -> Tensor:
+    """Call the row kernel that `objective` and `impl` ask for.
+
+    Args:
+        chunk: R rows of logits.
+        row_tensors: of the same rows.
+        objective: what to compute.
+        impl: key of `backends.IMPLEMENTATIONS`.
+        delta: whether the student's logits are a difference.
+        with_stats: compute entropies and agreement.
+
+    Returns:
+        [R, 8] statistics; `chunk.grad` is filled.
+    """
+    common: dict[str, Any] = {
+        "delta": delta,
+        "inv_temperature": 1.0 / objective.temperature,
+        "softcap": objective.softcap,
+        "logit_scale": objective.logit_scale,
+        "student_bias": chunk.student_bias,
+        "teacher_bias": chunk.teacher_bias,
+        "target_ids": row_tensors.target_ids,
+        "row_weights": row_tensors.weights,
+        "old_logprobs": row_tensors.old_logprobs,
+        "is_clip": objective.is_clip,
+        "vocab_size": objective.vocab_size,
+        "with_stats": with_stats,
+    }
+    if objective.support != Support.FULL:
+        server = None
+        if row_tensors.teacher_ids is not None and row_tensors.teacher_logprobs is not None:
+            server = (row_tensors.teacher_ids, row_tensors.teacher_logprobs)
+        return sparse_rows(
+            chunk.student,
+            chunk.teacher,
+            chunk.grad,
+            objective=objective,
+            teacher_topk=server,
+            **common,
+        )
+    if objective.pointwise_clip:
+        common["pointwise_clip"] = objective.pointwise_clip
+    return backends.row_kernel(impl)(
+        chunk.student,
+        chunk.teacher,
+        chunk.grad,
+        divergence=objective.divergence,
+        beta=objective.beta,
+        **common,
+    )

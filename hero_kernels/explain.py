@@ -1,0 +1,95 @@
+"""What a call would do, in words."""
+
+from __future__ import annotations
+
+import torch
+
+from hero_kernels import backends
+from hero_kernels.chunked import buffer_types, chunk_sizes
+from hero_kernels.options import KernelOptions
+
+
+def explain(
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    shared_head: bool = True,
+    trainable_trunk: bool = True,
+    trainable_head: bool = True,
+    support: str = "full",
+    pointwise_clip: float | None = None,
+    impl: str = "auto",
+    options: KernelOptions | None = None,
+) -> str:
+    """Describe how `fused_linear_divergence` would compute a call: implementation, GEMMs, memory.
+
+    Args:
+        num_rows: tokens with a weight other than 0.
+        hidden_size: H.
+        vocab_size: V.
+        device: of the tensors.
+        dtype: of the student's hidden states and weight.
+        shared_head: whether `teacher_weight` is None.
+        trainable_trunk: whether the student's hidden states require grad.
+        trainable_head: whether the student's weight requires grad.
+        support: as for `fused_linear_divergence`.
+        pointwise_clip: as for `fused_linear_divergence`.
+        impl: as for `fused_linear_divergence`.
+        options: as for `fused_linear_divergence`.
+
+    Returns:
+        A few lines of text.
+
+    Raises:
+        ValueError: the implementation named cannot serve.
+    """
+    options = options or KernelOptions()
+    where = torch.device(device)
+    request = backends.Request(where, dtype, support, pointwise_clip)
+    chosen = backends.choose(impl, request)
+    storage = backends.storage(options, where, dtype)
+    chunks = chunk_sizes(num_rows, backends.chunk_rows(options, where, vocab_size))
+    types = buffer_types(dtype, storage, shared_head, len(chunks))
+    gemms = ["teacher logits", "h_s - h_t" if shared_head else "student logits"]
+    gemms += ["dX"] * trainable_trunk + ["dW"] * trainable_head
+
+    wide = torch.promote_types(dtype, torch.float32)
+    held = [wide, types.student]
+    if types.gradient != types.student and (trainable_trunk or trainable_head):
+        held.append(types.gradient)
+    logits_bytes = max(chunks, default=0) * vocab_size * sum(kind.itemsize for kind in held)
+    lines = [f"implementation: {chosen}"]
+    for name in backends.IMPLEMENTATIONS:
+        if name != chosen:
+            reason = backends.refusal(name, request)
+            lines.append(f"  not {name}: {reason or f'{chosen} was preferred'}")
+    lines += [
+        f"rows at once: {max(chunks, default=0)}, {len(chunks)} chunk(s) for {num_rows} rows",
+        f"held as: teacher {_name(wide)}, student {_name(types.student)}, "
+        f"gradient {_name(types.gradient)}",
+        f"head GEMMs: {len(gemms)} ({', '.join(gemms)}), "
+        f"{2e-9 * num_rows * hidden_size * vocab_size:.1f} GFLOP each",
+        f"workspace: {_mebibytes(logits_bytes)} of logits",
+    ]
+    if trainable_head and types.weight_sum != dtype:
+        size = vocab_size * hidden_size * types.weight_sum.itemsize
+        lines.append(f"  and {_mebibytes(size)} for the {_name(types.weight_sum)} sum of dW")
+    lines.append("masked rows: " + _masking(where, options))
+    return "\n".join(lines)
+
+
+def _masking(device: torch.device, options: KernelOptions) -> str:
+    if device.type == "cpu" or options.max_active_rows is not None:
+        return "dropped before the first GEMM"
+    return "computed and thrown away; options.max_active_rows lets them be dropped"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,18 @@
+"""Drop-ins with the call orders of other libraries; none of them is imported."""
+
+from __future__ import annotations
+
+
+def named_divergence(beta: float) -> dict[str, str | float]:
+    """`divergence` and `beta` for what Liger and TRL call beta: 0 and 1 stand for the two KLs.
+
+    Raises:
+        ValueError: beta outside of [0, 1].
+    """
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}: 0 forward KL, 1 reverse KL, between them JSD.")
+    if beta == 0.0:
+        return {"divergence": "forward_kl"}
+    if beta == 1.0:
+        return {"divergence": "reverse_kl"}
+    return {"divergence": "jsd", "beta": beta}

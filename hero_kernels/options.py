@@ -1,0 +1,152 @@
+"""Names, options and results of the public functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class StrEnum(str, Enum):
+    """`enum.StrEnum` of Python 3.11, for Python 3.10."""
+
+    __str__ = str.__str__
+
+
+class Divergence(StrEnum):
+    """How far the student's distribution p_s is from the teacher's p_t."""
+
+    JSD = "jsd"  # (1-beta) KL(p_s | m) + beta KL(p_t | m), m = (1-beta) p_s + beta p_t
+    FORWARD_KL = "forward_kl"  # KL(p_t | p_s)
+    REVERSE_KL = "reverse_kl"  # KL(p_s | p_t)
+
+    @property
+    def code(self) -> int:
+        """The number row kernels know it by."""
+        return {"jsd": 0, "forward_kl": 1, "reverse_kl": 2}[self.value]
+
+
+class Support(StrEnum):
+    """Over which tokens of the vocabulary the divergence is taken."""
+
+    FULL = "full"
+    TOPK = "topk"
+    SAMPLED = "sampled"
+
+
+class TopKSource(StrEnum):
+    """Whose largest probabilities choose the tokens of `support="topk"`."""
+
+    STUDENT = "student"
+    TEACHER = "teacher"
+    UNION = "union"
+
+
+class Reduction(StrEnum):
+    MEAN = "mean"
+    SUM = "sum"
+    NONE = "none"
+
+
+class LossAggregation(StrEnum):
+    """What the mean is taken over."""
+
+    TOKEN = "token"  # all tokens
+    TURN = "turn"  # token means within turns, then turns
+    TRAJECTORY = "trajectory"  # token means, then turn means, then trajectories
+
+
+class Storage(StrEnum):
+    """How a chunk of logits is held when the inputs are 16-bit."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"  # fp32 operands and results: no rounding but the inputs' own
+    MIXED = "mixed"  # teacher logits fp32; delta and gradient tile in the inputs' 16-bit type
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """How the loss is computed; no option changes what is computed."""
+
+    chunk_size: int | None = None
+    """Rows of logits held at once; None chooses by device and vocabulary."""
+    storage: str = Storage.AUTO
+    """"float32", "mixed" or "auto" (the faster of the two that keeps gradients within 0.3 % of fp64).
+
+    Only for 16-bit inputs: fp32 and fp64 inputs are held as they are.
+    """
+    max_active_rows: int | None = None
+    """Upper bound on the rows of non-zero weight.
+
+    On CUDA it lets masked rows be dropped before the GEMMs without a device synchronisation; a bound that
+    proves too small makes the loss NaN there. On CPU rows are always dropped and the bound is only checked.
+    """
+    validate: bool = False
+    """Check values as well (NaN weights, ids out of range), at the price of a device synchronisation on CUDA."""
+
+    def __post_init__(self) -> None:
+        Storage(self.storage)
+        for name in ("chunk_size", "max_active_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, or None to leave it open; got {value}."
+                )
+
+
+class Objective(NamedTuple):
+    """What is computed for one token: everything but the tensors.
+
+    Attributes:
+        divergence: `Divergence.code`.
+        beta: weight of the teacher in the JSD's mixture.
+        temperature: divides the logits.
+        softcap: s of s·tanh(z / s), 0 for none.
+        logit_scale: multiplies the logits before the soft cap.
+        is_clip: upper bound of the importance ratio, 0 for none.
+        pointwise_clip: upper bound of one vocabulary entry's contribution, 0 for none.
+        vocab_size: columns that are real.
+        support: value of `Support`.
+        top_k: tokens kept by `support="topk"`.
+        top_k_source: value of `TopKSource`.
+        top_k_tail: keep the rest of the mass as one more bucket (True) or renormalise (False).
+    """
+
+    divergence: int
+    beta: float
+    temperature: float
+    softcap: float
+    logit_scale: float
+    is_clip: float
+    pointwise_clip: float
+    vocab_size: int
+    support: str
+    top_k: int
+    top_k_source: str
+    top_k_tail: bool
+
+
+class DivergenceOutput(NamedTuple):
+    """What `return_stats=True` returns; N stands for the leading shape of the hidden states.
+
+    All but `loss` is detached. Entries of masked tokens are 0. With `reduction="none"` `per_token` is `loss`.
+    """
+
+    loss: Tensor
+    """[] or, with `reduction="none"`, [N]: weights and importance ratio included."""
+    per_token: Tensor
+    """[N] divergence of each token, in nats, without weights and importance ratio."""
+    per_turn: Tensor | None
+    """[K] weighted mean of the tokens of each turn; None without `turn_ids`."""
+    student_logprobs: Tensor | None
+    """[N] log-probability of `target_ids` at the given temperature; None without `target_ids`."""
+    teacher_logprobs: Tensor | None
+    """[N] the same under the teacher; None also for a teacher given by its top-k."""
+    student_entropy: Tensor
+    """[N] in nats."""
+    teacher_entropy: Tensor | None
+    """[N] in nats; None for a teacher given by its top-k."""
+    top1_agreement: Tensor | None
+    """[N] 1 where both rank the same token first; None for a teacher given by its top-k."""

@@ -1,0 +1,80 @@
+"""Elementary functions for the row kernels, accurate relative to their result also near zero.
+
+The same formulas as csrc/vector_math.h. Everything is fp32: Triton's interpreter computes bf16 wrongly.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def quadratic_remainder(x):
+    """(exp(x) - 1 - x) / x^2 for |x| <= 1 by its Taylor series; relative error below 1e-7."""
+    x2 = x * x
+    low = (1.0 / 2 + x * (1.0 / 6)) + x2 * (1.0 / 24 + x * (1.0 / 120))
+    high = (1.0 / 720 + x * (1.0 / 5040)) + x2 * (1.0 / 40320 + x * (1.0 / 362880))
+    x4 = x2 * x2
+    return low + x4 * (high + x4 * (1.0 / 3628800))
+
+
+@triton.jit
+def exp_minus_1(x):
+    """exp(x) - 1; infinite above 88."""
+    near = x + x * x * quadratic_remainder(x)
+    return tl.where(tl.abs(x) <= 1.0, near, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log_1_plus(t):
+    """log(1 + t) for t > -1."""
+    # 1 + t = 2^k m with m in [sqrt(1/2), sqrt(2)); where k = 0 the fraction is t itself, unrounded.
+    bits = (1.0 + t).to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+    k = (bits >> 23) - 127
+    m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
+    f = tl.where(k == 0, t, m - 1.0)
+    # log(1 + f) = 2 artanh(s), s = f / (2 + f), |s| < 0.172.
+    s = f / (2.0 + f)
+    z = s * s
+    series = (1.0 / 3 + z * (1.0 / 5)) + z * z * (1.0 / 7 + z * (1.0 / 9))
+    return k.to(tl.float32) * 0.6931471805599453 + (2.0 * s + 2.0 * s * z * series)
+
+
+@triton.jit
+def kl_term(p, q, x):
+    """q - p - p x >= 0: the column's share of KL(p || q) where log q - log p = x."""
+    near = p * (x * x) * quadratic_remainder(x)
+    return tl.where(tl.abs(x) <= 1.0, near, (q - p) - p * x)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """`x` within bounds; a NaN stays a NaN."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def sign_times(size, sign):
+    """`size` with the sign of `sign`."""
+    return tl.where(sign < 0.0, -size, size)
+
+
+@triton.jit
+def soft_cap(z, cap):
+    """cap * tanh(z / cap), and its slope without the cancellation of 1 - tanh^2."""
+    u = z / cap
+    fall = tl.exp(-2.0 * tl.abs(u))
+    capped = sign_times(-cap * exp_minus_1(-2.0 * tl.abs(u)) / (1.0 + fall), u)
+    return capped, 4.0 * fall / ((1.0 + fall) * (1.0 + fall))
+
+
+@triton.jit
+def soft_cap_gap(gap, z, cap):
+    """soft_cap(z + gap) - soft_cap(z) = cap sinh(gap/cap) / (cosh((z+gap)/cap) cosh(z/cap))."""
+    d, v = gap / cap, z / cap
+    size, a, b = tl.abs(d), tl.abs(v + d), tl.abs(v)
+    # All exponents are at most 0.
+    decay = tl.exp(tl.minimum(size - a - b, 0.0))
+    scale = (1.0 + tl.exp(-2.0 * a)) * (1.0 + tl.exp(-2.0 * b))
+    return sign_times(-2.0 * cap * exp_minus_1(-2.0 * size) * decay / scale, d)

@@ -1,0 +1,407 @@
+"""The row kernel in Triton: one program for each row, two or three sweeps over its logits.
+
+    sweep 1   maxima, normalisers, log sum p_t exp(delta), and for reverse KL its mean log ratio
+    sweep 2   the divergence, entropies; for both KLs the gradient too
+    sweep 3   the gradient of the JSD, which needs sweep 2's KL(p_s || m)
+
+Formulas as in csrc/row_kernel.cpp, with x = log p_s - log p_t: every value is a sum of terms
+F(p, q, x) = q - p - p x >= 0, so nothing large cancels when teacher and student are close. Sums are
+kept for each lane and combined once at the end of a sweep: no synchronisation within a sweep, and a
+result that depends on the shape and the launch settings alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hero_kernels.row_arguments import check_matrices, check_vectors
+from hero_kernels.triton.configs import RowConfig, row_config
+from hero_kernels.triton.device import (
+    clamp,
+    exp_minus_1,
+    kl_term,
+    log_1_plus,
+    quadratic_remainder,
+    soft_cap,
+    soft_cap_gap,
+)
+
+NUM_STATS = tl.constexpr(8)
+JSD = tl.constexpr(0)
+FORWARD_KL = tl.constexpr(1)
+MASKED = tl.constexpr(-1e30)
+"""A logit of -inf, or padding: finite, so that the difference of two is 0."""
+LOG_RATIO_LIMIT = tl.constexpr(1e4)
+"""|x| where only one side is masked."""
+
+
+def available() -> None | str:
+    """None if the kernel can run, else the reason why not."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "the Triton row kernel needs compute capability 8.0 or newer"
+    return None
+
+
+@triton.jit
+def _load_logits(
+    student_ptr,
+    teacher_ptr,
+    student_bias_ptr,
+    teacher_bias_ptr,
+    offs_v,
+    columns,
+    vocab_size,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    DELTA: tl.constexpr,
+    HAS_STUDENT_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """z_t, z_s, delta and d z_s / d raw student logit at `offs_v` of a row."""
+    # Loads are masked by the padded width: a vocabulary of odd size would make them scalar.
+    inside = offs_v < columns
+    z_t = tl.load(teacher_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    stored = tl.load(student_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    shared_bias = 0.0
+    if HAS_TEACHER_BIAS:
+        teacher_bias = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+        z_t += teacher_bias
+        if DELTA:
+            shared_bias = teacher_bias
+    if HAS_STUDENT_BIAS:
+        student_bias = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+        stored += student_bias - shared_bias  # a bias of both sides cancels exactly
+    elif DELTA:
+        stored -= shared_bias
+    if DELTA:  # a masked column is masked for both, whatever the GEMM made of its delta
+        stored = tl.where(z_t < MASKED, 0.0, stored)
+    z_t *= logit_scale
+    stored *= logit_scale
+    slope = tl.full(z_t.shape, 1.0, tl.float32)
+    if HAS_SOFTCAP:
+        if DELTA:
+            _, slope = soft_cap(z_t + stored, softcap)
+            stored = soft_cap_gap(stored, z_t, softcap)
+        else:
+            stored, slope = soft_cap(stored, softcap)
+        z_t, _ = soft_cap(z_t, softcap)
+    z_t *= inv_temperature
+    stored *= inv_temperature
+    z_t = tl.where(z_t < MASKED, MASKED, z_t)
+    z_s = z_t + stored if DELTA else stored
+    z_s = tl.where(z_s < MASKED, MASKED, z_s)
+    gap = stored if DELTA else z_s - z_t
+    real = offs_v < vocab_size
+    return tl.where(real, z_t, MASKED), tl.where(real, z_s, MASKED), tl.where(real, gap, 0.0), slope
+
+
+@triton.jit
+def _divergence_rows_kernel(
+    # tensors
+    student_ptr,
+    teacher_ptr,
+    grad_ptr,
+    student_bias_ptr,
+    teacher_bias_ptr,
+    target_ids_ptr,
+    row_weights_ptr,
+    old_logprobs_ptr,
+    stats_ptr,
+    # shapes
+    columns,
+    vocab_size,
+    # strides
+    stride_sr,
+    stride_tr,
+    stride_gr,
+    # scalars
+    beta,
+    inv_temperature,
+    softcap,
+    logit_scale,
+    is_clip,
+    # constexpr
+    DIVERGENCE: tl.constexpr,
+    DELTA: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    HAS_STUDENT_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_TARGETS: tl.constexpr,
+    HAS_RATIO: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    WITH_STATS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # a chunk may hold more than 2^31 logits
+    student_ptr += row * stride_sr
+    teacher_ptr += row * stride_tr
+    grad_ptr += row * stride_gr
+    stats_ptr += row * NUM_STATS
+    lanes = tl.arange(0, BLOCK_V)
+
+    # The target's logits come first: the gradient may overwrite them.
+    if HAS_TARGETS:
+        target = tl.load(target_ids_ptr + row)
+        target_t, target_s, target_gap, _ = _load_logits(
+            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
+            tl.maximum(target, 0), columns, vocab_size, logit_scale, softcap, inv_temperature,
+            DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+
+    # x is invariant under a constant; one that aligns the maxima of the first block keeps it small.
+    z_t, z_s, _, _ = _load_logits(
+        student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
+        lanes, columns, vocab_size, logit_scale, softcap, inv_temperature,
+        DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
+    )  # fmt: skip
+    shift = tl.max(z_s, 0) - tl.max(z_t, 0)
+    shift = tl.where(tl.abs(shift) < LOG_RATIO_LIMIT, shift, 0.0)
+
+    # Sweep 1, each lane with its own running maximum: of exp(z - max) and exp(max - z) one is 1.
+    max_t = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    max_s = tl.full((BLOCK_V,), float("-inf"), tl.float32)
+    sum_t = tl.zeros((BLOCK_V,), tl.float32)
+    sum_s = tl.zeros((BLOCK_V,), tl.float32)
+    sum_growth = tl.zeros((BLOCK_V,), tl.float32)
+    sum_ratio = tl.zeros((BLOCK_V,), tl.float32)
+    top_t = tl.zeros((BLOCK_V,), tl.int32)
+    top_s = tl.zeros((BLOCK_V,), tl.int32)
+    for start in range(0, columns, BLOCK_V):
+        offs_v = start + lanes
+        z_t, z_s, gap, _ = _load_logits(
+            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
+            offs_v, columns, vocab_size, logit_scale, softcap, inv_temperature,
+            DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        higher_t = z_t > max_t
+        higher_s = z_s > max_s
+        fall_t = tl.exp(-tl.abs(z_t - max_t))
+        fall_s = tl.exp(-tl.abs(z_s - max_s))
+        keep_t = tl.where(higher_t, fall_t, 1.0)
+        add_t = tl.where(higher_t, 1.0, fall_t)
+        keep_s = tl.where(higher_s, fall_s, 1.0)
+        add_s = tl.where(higher_s, 1.0, fall_s)
+        sum_t = sum_t * keep_t + add_t
+        sum_growth = sum_growth * keep_t + add_t * exp_minus_1(x)
+        sum_s = sum_s * keep_s + add_s
+        sum_ratio = sum_ratio * keep_s + add_s * x
+        max_t = tl.where(higher_t, z_t, max_t)
+        max_s = tl.where(higher_s, z_s, max_s)
+        if WITH_STATS:
+            top_t = tl.where(higher_t, offs_v, top_t)
+            top_s = tl.where(higher_s, offs_v, top_s)
+
+    row_max_t = tl.max(max_t, 0)
+    row_max_s = tl.max(max_s, 0)
+    weight_t = tl.exp(max_t - row_max_t)
+    weight_s = tl.exp(max_s - row_max_s)
+    mass_t = tl.sum(sum_t * weight_t, 0)
+    mass_s = tl.sum(sum_s * weight_s, 0)
+    growth = tl.sum(sum_growth * weight_t, 0) / mass_t
+    # Where the growth is large or overflowed, so is the divergence, and the normalisers serve.
+    is_near = tl.abs(growth) < 0.5
+    offset = log_1_plus(tl.where(is_near, growth, 0.0))
+    far_offset = (row_max_s - row_max_t - shift) + (tl.log(mass_s) - tl.log(mass_t))
+    offset = tl.where(is_near, offset, far_offset)
+    log_mass_t = row_max_t + tl.log(mass_t)
+    mean = tl.sum(sum_ratio * weight_s, 0) / mass_s - offset
+
+    weight = tl.load(row_weights_ptr + row)
+    ratio = 1.0
+    target_logprob_s = 0.0
+    target_logprob_t = 0.0
+    if HAS_TARGETS:
+        logprob_t = target_t - log_mass_t
+        target_x = target_gap - shift - offset
+        # The difference of the two keeps delta's accuracy, unless one side is masked.
+        is_close = tl.abs(target_x) < 30.0
+        logprob_s = tl.where(
+            is_close, logprob_t + target_x, target_s - row_max_s - tl.log(mass_s)
+        )
+        target_logprob_s = tl.where(target >= 0, logprob_s, 0.0)
+        target_logprob_t = tl.where(target >= 0, logprob_t, 0.0)
+        if HAS_RATIO:
+            ratio = tl.exp(logprob_s - tl.load(old_logprobs_ptr + row))
+            if HAS_CLIP:
+                ratio = tl.where(ratio > is_clip, is_clip, ratio)
+            ratio = tl.where(target >= 0, ratio, 1.0)
+    scale = weight * ratio * logit_scale * inv_temperature
+
+    # Sweep 2.
+    divergence = tl.zeros((BLOCK_V,), tl.float32)
+    student_part = tl.zeros((BLOCK_V,), tl.float32)
+    entropy_s = tl.zeros((BLOCK_V,), tl.float32)
+    entropy_t = tl.zeros((BLOCK_V,), tl.float32)
+    for start in range(0, columns, BLOCK_V):
+        offs_v = start + lanes
+        z_t, _, gap, slope = _load_logits(
+            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
+            offs_v, columns, vocab_size, logit_scale, softcap, inv_temperature,
+            DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
+        )  # fmt: skip
+        log_p, p, q, difference, x = _probabilities(z_t, gap, log_mass_t, shift, offset)
+        if WITH_STATS:
+            entropy_t -= p * log_p
+            entropy_s -= q * (log_p + x)
+        if DIVERGENCE == JSD:
+            m = beta * p + (1.0 - beta) * q
+            from_teacher, from_student = _log_mixture(x, beta)
+            term = kl_term(q, m, from_student)
+            student_part += term
+            divergence += beta * kl_term(p, m, from_teacher) + (1.0 - beta) * term
+        else:
+            if DIVERGENCE == FORWARD_KL:
+                divergence += kl_term(p, q, x)
+                gradient = difference
+            else:
+                divergence += kl_term(q, p, -x)
+                gradient = q * (x - mean)
+            if HAS_GRAD:
+                _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)
+
+    value = tl.sum(divergence, 0)
+    if DIVERGENCE == JSD:
+        if HAS_GRAD:  # sweep 3
+            part = tl.sum(student_part, 0)
+            for start in range(0, columns, BLOCK_V):
+                offs_v = start + lanes
+                z_t, _, gap, slope = _load_logits(
+                    student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
+                    offs_v, columns, vocab_size, logit_scale, softcap, inv_temperature,
+                    DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
+                )  # fmt: skip
+                _, _, q, _, x = _probabilities(z_t, gap, log_mass_t, shift, offset)
+                _, from_student = _log_mixture(x, beta)
+                gradient = (1.0 - beta) * q * (-from_student - part)
+                _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)
+
+    # Garbage behind a mask must not poison the weighted sum.
+    hidden = (weight == 0.0) & ((value != value) | (tl.abs(value) == float("inf")))
+    tl.store(stats_ptr + 0, tl.where(hidden, 0.0, value))
+    tl.store(stats_ptr + 1, tl.where(hidden, 0.0, ratio))
+    tl.store(stats_ptr + 2, tl.where(hidden, 0.0, target_logprob_s))
+    tl.store(stats_ptr + 3, tl.where(hidden, 0.0, target_logprob_t))
+    tl.store(stats_ptr + 4, tl.where(hidden, 0.0, tl.sum(entropy_s, 0)))
+    tl.store(stats_ptr + 5, tl.where(hidden, 0.0, tl.sum(entropy_t, 0)))
+    agreement = 0.0
+    if WITH_STATS:
+        first_t = tl.min(tl.where(max_t == row_max_t, top_t, columns), 0)
+        first_s = tl.min(tl.where(max_s == row_max_s, top_s, columns), 0)
+        agreement = tl.where((first_t == first_s) & (first_t < columns), 1.0, 0.0)
+    tl.store(stats_ptr + 6, agreement)
+    tl.store(stats_ptr + 7, 0.0)
+
+
+@triton.jit
+def _probabilities(z_t, gap, log_mass_t, shift, offset):
+    """log p_t, p_t, p_s, p_s - p_t without cancellation, and x."""
+    x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - offset
+    log_p = z_t - log_mass_t
+    p = tl.exp(log_p)
+    near = p * (x + x * x * quadratic_remainder(x))
+    far = tl.exp(tl.minimum(log_p + x, 0.0)) - p  # p exp(x) could be 0 times infinity
+    difference = tl.where(tl.abs(x) <= 1.0, near, far)
+    return log_p, p, p + difference, difference, x
+
+
+@triton.jit
+def _log_mixture(x, beta):
+    """log m - log p_t and log m - log p_s, m = beta p_t + (1 - beta) p_s."""
+    is_student = x > 0.0  # the more probable side: from there the logarithm's argument is in (-1, 0]
+    log_mixture = log_1_plus(tl.where(is_student, beta, 1.0 - beta) * exp_minus_1(-tl.abs(x)))
+    from_teacher = tl.where(is_student, x + log_mixture, log_mixture)
+    return from_teacher, tl.where(is_student, log_mixture, log_mixture - x)
+
+
+@triton.jit
+def _store_gradient(grad_ptr, offs_v, columns, gradient, weight):
+    gradient = tl.where(weight == 0.0, 0.0, gradient)  # also where the row holds NaN
+    tl.store(grad_ptr + offs_v, gradient.to(grad_ptr.dtype.element_ty), mask=offs_v < columns)
+
+
+def divergence_rows(
+    student: Tensor,
+    teacher: Tensor,
+    grad: Tensor | None,
+    *,
+    delta: bool,
+    divergence: int,
+    beta: float,
+    inv_temperature: float,
+    softcap: float,
+    logit_scale: float,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    row_weights: Tensor,
+    old_logprobs: Tensor | None,
+    is_clip: float,
+    vocab_size: int,
+    with_stats: bool,
+    config: RowConfig | None = None,
+) -> Tensor:
+    """Divergence, statistics and gradient of every row; as `hero_kernels.cpu.divergence_rows`.
+
+    Args:
+        config: launch settings; None for those of the device.
+
+    Returns:
+        [R, 8] fp32.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
+    """
+    check_matrices(student, teacher, grad, vocab_size)
+    check_vectors(student, target_ids, row_weights, old_logprobs, vocab_size)
+    rows, columns = student.shape
+    stats = student.new_empty((rows, NUM_STATS.value), dtype=torch.float32)
+    if rows == 0:
+        return stats
+    config = config or row_config(torch.cuda.get_device_capability(student.device))
+
+    def pointer(tensor: Tensor | None) -> Tensor:
+        return stats if tensor is None else tensor  # what is absent is never read
+
+    _divergence_rows_kernel[(rows,)](
+        student,
+        teacher,
+        pointer(grad),
+        pointer(student_bias),
+        pointer(teacher_bias),
+        pointer(target_ids),
+        row_weights,
+        pointer(old_logprobs),
+        stats,
+        columns,
+        vocab_size,
+        student.stride(0),
+        teacher.stride(0),
+        0 if grad is None else grad.stride(0),
+        beta,
+        inv_temperature,
+        softcap,
+        logit_scale,
+        is_clip,
+        DIVERGENCE=divergence,
+        DELTA=delta,
+        HAS_GRAD=grad is not None,
+        HAS_STUDENT_BIAS=student_bias is not None,
+        HAS_TEACHER_BIAS=teacher_bias is not None,
+        HAS_SOFTCAP=softcap > 0,
+        HAS_TARGETS=target_ids is not None,
+        HAS_RATIO=target_ids is not None and old_logprobs is not None,
+        HAS_CLIP=is_clip > 0,
+        WITH_STATS=with_stats,
+        BLOCK_V=config.block_v,
+        num_warps=config.num_warps,
+    )
+    return stats

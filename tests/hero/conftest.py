@@ -1,0 +1,146 @@
+"""Fixtures shared by the tests of `hero`."""
+
+from __future__ import annotations
+
+import copy
+import string
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hero.config import ModelConfig, TeacherConfig
+from hero.generation.base import Sampling
+from hero.generation.hf import HFGenerator
+from hero.policy import Policy
+from hero.prompts import make_prompts
+from hero.renderer import Renderer
+from hero.scratch import ScratchConfig, build_model
+from hero.teacher import TeacherContext
+from hero.types import Diagnosis, StopReason, Trajectory, Turn
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """ChatML, and one token a printable character: texts come back exactly, lengths are plain."""
+    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    words = special + sorted(set(string.printable) | {"…"})
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def renderer(tiny_tokenizer: PreTrainedTokenizerFast) -> Renderer:
+    return Renderer(tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def episode(renderer: Renderer) -> Callable[..., Trajectory]:
+    """Makes an episode whose turns saw `prompts`, acted `act` and observed `obs 0`, `obs 1`, …"""
+
+    def make(
+        prompts: Sequence[str], *, task: str = "t", instruction: str = "buy a lamp"
+    ) -> Trajectory:
+        turns = [
+            Turn(
+                prompt_ids=renderer.start([{"role": "user", "content": prompt}]),
+                action_ids=renderer.encode("act"),
+                sampled_logprobs=[-1.0] * 3,
+                loss_mask=[True] * 3,
+                action_text="act",
+                observation=f"obs {k}",
+            )
+            for k, prompt in enumerate(prompts)
+        ]
+        return Trajectory(
+            id=f"{task}/0",
+            group_id=task,
+            task_id=task,
+            seed=0,
+            instruction=instruction,
+            turns=turns,
+            reward=0.0,
+            success=False,
+            stop_reason=StopReason.DONE,
+            policy_version=0,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(tiny_tokenizer: PreTrainedTokenizerFast) -> Policy:
+    """A random two-layer Llama over the character tokenizer; tests that train it take a copy."""
+    torch.manual_seed(0)
+    model = build_model(ScratchConfig(width=32, layers=2, heads=4, init_std=0.15), tiny_tokenizer)
+    return Policy(model, tiny_tokenizer, ModelConfig(device="cpu"))
+
+
+@pytest.fixture
+def fresh_policy(policy: Policy) -> Policy:
+    """A copy that a test may change."""
+    return Policy(copy.deepcopy(policy.model), policy.tokenizer, ModelConfig(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def played(policy: Policy) -> list[Trajectory]:
+    """Four episodes of three turns each, sampled from `policy` with an environment of echoes."""
+    generator = HFGenerator(policy)
+    renderer = policy.renderer
+    trajectories = []
+    for number in range(4):
+        prompt = renderer.start([{"role": "user", "content": f"task {number}"}])
+        turns = []
+        for k in range(3):
+            [done] = generator.generate([prompt], Sampling(max_tokens=6, seed=10 * number + k))
+            turns.append(
+                Turn(
+                    prompt_ids=prompt,
+                    action_ids=done.ids,
+                    sampled_logprobs=done.logprobs,
+                    loss_mask=[True] * len(done.ids),
+                    action_text=renderer.decode(done.ids),
+                    observation=f"seen {k}",
+                )
+            )
+            prompt = prompt + done.ids + renderer.observe(done.ids, "user", f"seen {k}")
+        trajectories.append(
+            Trajectory(
+                id=f"t{number}", group_id=f"g{number // 2}", task_id=f"task-{number // 2}", seed=0,
+                instruction=f"task {number}", turns=turns, reward=float(number % 2),
+                success=number % 2 == 1, stop_reason=StopReason.DONE, policy_version=0,
+            )  # fmt: skip
+        )
+    return trajectories
+
+
+@pytest.fixture(scope="session")
+def context(renderer: Renderer) -> TeacherContext:
+    return TeacherContext(TeacherConfig(), renderer, make_prompts("standard"))
+
+
+@pytest.fixture
+def hints(played: list[Trajectory]) -> list[list[Diagnosis]]:
+    """A hint on the first and the last turn of every episode, none on the middle one."""
+    return [
+        [Diagnosis(turn=0, hint="look first"), Diagnosis(turn=1), Diagnosis(turn=2, hint="stop here")]
+        for _ in played
+    ]

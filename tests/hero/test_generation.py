@@ -1,0 +1,72 @@
+"""The sampler against log-probabilities recomputed by one plain forward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hero.generation.base import Sampling
+from hero.generation.hf import HFGenerator, sample
+from hero.policy import Policy
+
+
+@pytest.fixture
+def prompts(policy: Policy) -> list[list[int]]:
+    texts = ["a", "find a lamp", "a much longer request than the others", "b b"]
+    return [policy.renderer.start([{"role": "user", "content": text}]) for text in texts]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logprobs_are_the_models_own(
+    policy: Policy, prompts: list[list[int]], temperature: float
+) -> None:
+    done = HFGenerator(policy, batch_size=3).generate(
+        prompts, Sampling(max_tokens=9, seed=1, temperature=temperature)
+    )
+    for prompt, completion in zip(prompts, done, strict=True):
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([prompt + completion.ids])).logits[0]
+        logprobs = (logits.double() / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = logprobs.gather(1, torch.tensor(completion.ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs, dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
+
+
+def test_rows_stop_by_themselves(policy: Policy, prompts: list[list[int]]) -> None:
+    done = HFGenerator(policy).generate(prompts * 8, Sampling(max_tokens=40, seed=0))
+    assert any(c.finished for c in done)
+    for completion in done:
+        stops = [i for i, t in enumerate(completion.ids) if t in policy.renderer.stop_ids]
+        assert stops == ([len(completion.ids) - 1] if completion.finished else [])
+        assert completion.finished or len(completion.ids) == 40
+
+
+def test_greedy_does_not_depend_on_the_batch(policy: Policy, prompts: list[list[int]]) -> None:
+    sampling = Sampling(max_tokens=12, seed=0, temperature=0)
+    together = HFGenerator(policy).generate(prompts, sampling)
+    alone = [HFGenerator(policy).generate([p], sampling)[0] for p in prompts]
+    assert [c.ids for c in together] == [c.ids for c in alone]
+
+
+def test_the_same_seed_samples_the_same_ids(policy: Policy, prompts: list[list[int]]) -> None:
+    generator = HFGenerator(policy)
+    first = generator.generate(prompts, Sampling(max_tokens=12, seed=5))
+    again = generator.generate(prompts, Sampling(max_tokens=12, seed=5))
+    other = generator.generate(prompts, Sampling(max_tokens=12, seed=6))
+    assert [c.ids for c in first] == [c.ids for c in again] != [c.ids for c in other]
+
+
+def test_nucleus_keeps_the_token_that_passes_top_p() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
+    tokens, logprobs = sample(
+        logits, Sampling(max_tokens=1, seed=0, top_p=0.6), torch.Generator().manual_seed(0)
+    )
+    assert set(tokens.tolist()) == {0, 1}
+    assert tokens.float().mean().item() == pytest.approx(0.3 / 0.8, abs=0.03)
+    assert logprobs[tokens == 1][0].exp().item() == pytest.approx(0.3)  # of the whole distribution
+
+
+def test_an_empty_prompt_is_an_error(policy: Policy) -> None:
+    with pytest.raises(ValueError, match="prompt is empty"):
+        HFGenerator(policy).generate([[]], Sampling(max_tokens=1, seed=0))

@@ -1,0 +1,286 @@
+"""Loss, optimiser step and teacher weights against textbook formulas in plain torch."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from hero.algorithms import Episodes, make_algorithm
+from hero.config import LossConfig, OptimConfig, RolloutConfig, TeacherConfig, TrainConfig
+from hero.loss import compute_loss, token_weights
+from hero.optim import Learner, split
+from hero.packing import pack
+from hero.policy import Policy
+from hero.teacher import TeacherContext, TeacherWeights
+from hero.types import Diagnosis, Sample, Trajectory
+
+
+@pytest.fixture
+def episodes(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Episodes:
+    return Episodes(trajectories=copy.deepcopy(played), diagnoses=hints, gold={})
+
+
+@pytest.fixture
+def samples(episodes: Episodes, context: TeacherContext) -> list[Sample]:
+    return make_algorithm("hero", context).annotate(episodes)
+
+
+def config(mode: str = "hero", **optim: object) -> TrainConfig:
+    settings = {"learning_rate": 1e-2, "warmup_steps": 1, **optim}
+    return TrainConfig(
+        mode=mode,  # type: ignore[arg-type]
+        rollout=RolloutConfig(group_size=2),
+        optim=OptimConfig(**settings),  # type: ignore[arg-type]
+        loss=LossConfig(loss_aggregation="token"),
+    )
+
+
+def learner(policy: Policy, settings: TrainConfig, weights: str = "ema") -> Learner:
+    teacher = TeacherWeights(policy, TeacherConfig(weights=weights))  # type: ignore[arg-type]
+    return Learner(policy, teacher, settings)
+
+
+def gradients(policy: Policy, settings: TrainConfig, samples: list[Sample]) -> dict[str, torch.Tensor]:
+    policy.model.zero_grad(set_to_none=True)
+    learner(policy, settings)._accumulate(samples)
+    return {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
+
+
+def textbook_jsd(policy: Policy, samples: list[Sample], ratio_clip: float) -> torch.Tensor:
+    """Σ over action tokens of min(ratio, clip)·JSD, divided by their number; a forward pass a turn."""
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for s in samples:
+        def logprobs(prompt: list[int], s: Sample = s) -> torch.Tensor:
+            logits = policy.model(torch.tensor([prompt + s.action_ids])).logits[0]
+            return logits[len(prompt) - 1 : -1].double().log_softmax(-1)
+
+        student = logprobs(s.prompt_ids)
+        with torch.no_grad():
+            teacher = logprobs(s.teacher_prompt_ids)
+        mixed = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
+        jsd = 0.5 * (student.exp() * (student - mixed) + teacher.exp() * (teacher - mixed)).sum(-1)
+        own = student.gather(1, torch.tensor(s.action_ids)[:, None]).squeeze(1)
+        ratio = (own - torch.tensor(s.sampled_logprobs)).exp().clamp(max=ratio_clip).detach()
+        total, count = total + (ratio * jsd).sum(), count + len(s.action_ids)
+    return total / count
+
+
+def test_loss_and_gradient_equal_the_textbook(fresh_policy: Policy, samples: list[Sample]) -> None:
+    for sample in samples:  # off-policy by up to a factor of e^0.8, so that the clip bites
+        noise = random.Random(sample.turn)
+        sample.sampled_logprobs = [x - noise.uniform(-0.8, 1.6) for x in sample.sampled_logprobs]
+    # The shared head gets no gradient through the teacher: textbook_jsd detaches it as well.
+    expected = textbook_jsd(fresh_policy, samples, 2.0)
+    expected.backward()
+    truth = {n: p.grad.clone() for n, p in fresh_policy.trainable().items()}
+    fresh_policy.model.zero_grad(set_to_none=True)
+    outputs = learner(fresh_policy, config())._accumulate(samples)
+    loss = float(sum(o.loss.detach() for _, o in outputs))
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-4)
+    for name, parameter in fresh_policy.trainable().items():
+        torch.testing.assert_close(parameter.grad, truth[name], atol=2e-6, rtol=1e-3)
+
+
+def test_gradients_do_not_depend_on_micro_batches(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    whole = gradients(fresh_policy, config(micro_batch_tokens=10**6), samples)
+    parts = gradients(fresh_policy, config(micro_batch_tokens=1), samples)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_tree_and_separate_packing_give_one_gradient(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    separate = config()
+    separate.teacher.packing = "separate"
+    first = gradients(fresh_policy, config(), samples)
+    for name, gradient in gradients(fresh_policy, separate, samples).items():
+        torch.testing.assert_close(first[name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_teacher_without_a_block_gives_exactly_zero(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    """The classic mistake: the teacher built from the student's own context. Then nothing is learnt."""
+    for sample in samples:
+        sample.block_ids = []
+    separate = config()
+    separate.teacher.packing = "separate"
+    grads = gradients(fresh_policy, separate, samples)
+    assert all(float(g.abs().max()) < 1e-7 for g in grads.values())
+
+
+def test_masked_turns_have_exactly_no_gradient(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    kept = [s for s in samples if s.turn == 0]
+    for sample in samples:
+        sample.distill_weight = float(sample.turn == 0)
+    first = gradients(fresh_policy, config(), samples)
+    for sample in samples:
+        if sample.turn:
+            sample.sampled_logprobs = [-9.0] * len(sample.action_ids)
+    second = gradients(fresh_policy, config(), samples)
+    alone = gradients(fresh_policy, config(), kept)
+    assert first.keys() == alone.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], alone[name], atol=1e-7, rtol=1e-5)
+
+
+def test_observation_tokens_are_never_trained(
+    fresh_policy: Policy, samples: list[Sample], played: list[Trajectory]
+) -> None:
+    batch = pack(
+        samples, [torch.ones(len(s.action_ids)) for s in samples],
+        [torch.ones(len(s.action_ids)) for s in samples], packing="tree", device=torch.device("cpu"),
+    )  # fmt: skip
+    width = batch.student.input_ids.shape[1]
+    trained = {(int(i) // width, int(i) % width + 1) for i in batch.student.index}
+    for row in range(len(played)):
+        for turn in played[row].turns:
+            start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.action_ids)
+            previous = [t for t in played[row].turns if len(t.prompt_ids) < start]
+            begin = len(previous[-1].prompt_ids) + len(previous[-1].action_ids) if previous else 0
+            assert not any((row, column) in trained for column in range(begin, start))
+            expected = turn is not played[row].turns[1]  # the middle turns have no hint
+            assert all(((row, column) in trained) == expected for column in range(start, end))
+
+
+def test_on_policy_importance_ratio_is_one(fresh_policy: Policy, samples: list[Sample]) -> None:
+    def total(clip: float) -> float:
+        weights = [torch.ones(len(s.action_ids)) for s in samples]
+        batch = pack(samples, weights, weights, packing="tree", device=torch.device("cpu"))
+        teacher = TeacherWeights(fresh_policy, TeacherConfig(weights="live"))
+        loss = LossConfig(is_clip=clip)
+        return float(compute_loss(fresh_policy, teacher, batch, loss, 1.0).loss)
+
+    assert total(2.0) == pytest.approx(total(0.0), rel=1e-4)
+
+
+def test_no_samples_is_no_step_and_no_ema(fresh_policy: Policy) -> None:
+    learn = learner(fresh_policy, config())
+    before = {n: p.detach().clone() for n, p in fresh_policy.trainable().items()}
+    teacher = {n: p.clone() for n, p in learn.teacher.state_dict().items()}
+    learned = learn.learn([], seed=0)
+    assert learned.steps == 0 and learned.loss == 0.0 and learn.steps_taken == 0
+    assert all(torch.equal(p, before[n]) for n, p in fresh_policy.trainable().items())
+    assert all(torch.equal(p, teacher[n]) for n, p in learn.teacher.state_dict().items())
+
+
+def test_ema_formula(fresh_policy: Policy, samples: list[Sample]) -> None:
+    learn = learner(fresh_policy, config())
+    start = {n: p.clone() for n, p in learn.teacher.state_dict().items()}
+    learn.learn(samples, seed=0)
+    assert learn.steps_taken == 1
+    for name, value in learn.teacher.state_dict().items():
+        student = fresh_policy.trainable()[name].detach()
+        torch.testing.assert_close(value, 0.95 * start[name] + 0.05 * student)
+        assert not torch.equal(value, start[name])
+
+
+def test_frozen_teacher_stays_and_the_swap_undoes_itself(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    learn = learner(fresh_policy, config(), weights="frozen")
+    prompt = torch.tensor([samples[0].prompt_ids])
+    before = fresh_policy.hidden(prompt).detach()
+    learn.learn(samples, seed=0)
+    student = {n: p.detach().clone() for n, p in fresh_policy.trainable().items()}
+    with learn.teacher.applied():
+        names = set(learn.teacher.state_dict())
+        assert all(
+            not torch.equal(p, student[n])
+            for n, p in fresh_policy.trainable().items()
+            if n in names and "norm" not in n
+        )
+    assert all(torch.equal(p, student[n]) for n, p in fresh_policy.trainable().items())
+    assert not torch.allclose(fresh_policy.hidden(prompt), before)
+    with pytest.raises(RuntimeError, match="inside"), learn.teacher.applied():
+        raise RuntimeError("inside")
+    assert all(torch.equal(p, student[n]) for n, p in fresh_policy.trainable().items())
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    next(iter(fresh_policy.trainable().values())).register_hook(lambda g: g * float("nan"))
+    learn = learner(fresh_policy, config())
+    before = {n: p.detach().clone() for n, p in fresh_policy.trainable().items()}
+    learned = learn.learn(samples, seed=0)
+    assert (learned.steps, learned.skipped_steps, learn.steps_taken) == (0, 1, 0)
+    assert all(torch.equal(p, before[n]) for n, p in fresh_policy.trainable().items())
+
+
+def test_training_moves_the_student_towards_its_teacher(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    learn = learner(fresh_policy, config(learning_rate=3e-3), weights="frozen")
+    losses = [learn.learn(samples, seed=step).loss for step in range(15)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_grpo_gradient_is_the_policy_gradient(
+    fresh_policy: Policy, episodes: Episodes, context: TeacherContext
+) -> None:
+    samples = make_algorithm("grpo", context).annotate(episodes)
+    total, count = torch.zeros(()), 0
+    for s in samples:
+        logits = fresh_policy.model(torch.tensor([s.prompt_ids + s.action_ids])).logits[0]
+        logprobs = logits[len(s.prompt_ids) - 1 : -1].log_softmax(-1)
+        own = logprobs.gather(1, torch.tensor(s.action_ids)[:, None])
+        total, count = total - s.advantage * own.sum(), count + len(s.action_ids)
+    (total / count).backward()
+    truth = {n: p.grad.clone() for n, p in fresh_policy.trainable().items()}
+    for name, gradient in gradients(fresh_policy, config("grpo"), samples).items():
+        torch.testing.assert_close(gradient, truth[name], atol=2e-6, rtol=2e-3)
+
+
+def test_grpo_without_variance_does_nothing(
+    fresh_policy: Policy, episodes: Episodes, context: TeacherContext
+) -> None:
+    for trajectory in episodes.trajectories:
+        trajectory.reward = 0.5
+    samples = make_algorithm("grpo", context).annotate(episodes)
+    assert learner(fresh_policy, config("grpo")).learn(samples, seed=0).steps == 0
+
+
+def make_sample(trajectory: int, length: int) -> Sample:
+    return Sample(
+        trajectory=trajectory, turn=0, prompt_ids=[1], action_ids=[1] * length,
+        sampled_logprobs=[0.0] * length, loss_mask=[True] * length,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "expected"),
+    [
+        ("token", [1 / 7, 1 / 7, 1 / 7]),
+        ("turn", [1 / 6, 1 / 3, 1 / 12]),
+        ("trajectory", [1 / 8, 1 / 4, 1 / 8]),
+    ],
+)
+def test_aggregations_by_hand(aggregation: str, expected: list[float]) -> None:
+    """Trajectory 0: turns of 2 and 1 tokens; trajectory 1: a turn of 4 tokens and a masked one."""
+    samples = [make_sample(0, 2), make_sample(0, 1), make_sample(1, 4), make_sample(1, 3)]
+    weights = token_weights(samples, [1, 1, 1, 0], aggregation)
+    assert [float(w[0]) for w in weights[:3]] == pytest.approx(expected)
+    assert float(weights[3].abs().sum()) == 0.0
+    assert float(sum(w.sum() for w in weights)) == pytest.approx(1.0)
+
+
+def test_skip_first_token() -> None:
+    weights = token_weights([make_sample(0, 3)], [1.0], "token", skip_first_token=True)
+    assert weights[0].tolist() == pytest.approx([0.0, 0.5, 0.5])
+
+
+def test_minibatches_keep_episodes_whole(samples: list[Sample]) -> None:
+    parts = split(samples, 2, random.Random(0))
+    assert sorted(len(part) for part in parts) == [4, 4]
+    owners = [{s.trajectory for s in part} for part in parts]
+    assert not owners[0] & owners[1]

@@ -1,0 +1,157 @@
+"""The reflector behind an endpoint. Oracle: an HTTP server on loopback, and what it was sent."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from hero.config import ReflectionConfig
+from hero.prompts import StandardPrompts
+from hero.reflection import OpenAIReflector, ReflectionError
+from hero.renderer import Renderer
+from hero.types import Trajectory
+
+BARE = '{"turn": 1, "hint": "h"}'
+Episode = Callable[..., Trajectory]
+
+
+class Endpoint(BaseHTTPRequestHandler):
+    """Answers chat completions with `server.reply(request)` -> (status, content type, body)."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server: Any = self.server
+        server.requests.append((self.path, self.headers["Authorization"], request))
+        status, kind, body = server.reply(request)
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("retry-after-ms", "10")  # the client's own retries need not wait
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def completion(content: str | None, tokens: int | None) -> tuple[int, str, bytes]:
+    message = {"role": "assistant", "content": content}
+    body = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+        "usage": tokens
+        and {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens},
+    }
+    return 200, "application/json", json.dumps(body).encode()
+
+
+def openai_reflector(renderer: Renderer, url: str, **settings: Any) -> OpenAIReflector:
+    config = ReflectionConfig(reflector="openai", base_url=url, model="m", **settings)
+    return OpenAIReflector(config, StandardPrompts(), renderer, "be kind")
+
+
+def test_endpoint_answers_in_order_and_is_filtered(
+    renderer: Renderer, episode: Episode, endpoint: Any
+) -> None:
+    def reply(request: dict[str, Any]) -> tuple[int, str, bytes]:
+        text = request["messages"][0]["content"]
+        number = text.split("task number ")[1].split("\n")[0]
+        if number == "3" and request["seed"] == 0:
+            return completion(None, None)  # a refusal: unreadable, asked again
+        return completion(f'{{"turn": 1, "hint": "hint {number}"}}\n{{"turn": 2, "hint": "W9"}}', 7)
+
+    endpoint.reply = reply
+    trajectories = [episode(["s", "s"], instruction=f"task number {i}") for i in range(10)]
+    reflections = openai_reflector(renderer, endpoint.url).reflect(trajectories, seed=0)
+    assert [ds[0].hint for ds in reflections.diagnoses] == [f"hint {i}" for i in range(10)]
+    assert [ds[1].hint for ds in reflections.diagnoses] == [""] * 10
+    assert reflections.diagnoses[0][0].source == "openai"
+    stats = reflections.stats
+    assert (stats.leaked, stats.retried, stats.generated_tokens) == (10, 1, 70)
+    path, key, request = endpoint.requests[0]
+    assert path == "/v1/chat/completions"
+    assert key == "Bearer none"
+    assert request | {"messages": 0} == {
+        "model": "m",
+        "messages": 0,
+        "temperature": 0.7,
+        "max_tokens": 1024,
+        "seed": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("reply", "cause"),
+    [
+        ((500, "application/json", b'{"error": {"message": "out of memory"}}'), "out of memory"),
+        ((404, "application/json", b'{"error": {"message": "no model m"}}'), "no model m"),
+        ((200, "text/html", b"<html>log in first</html>"), "log in first"),
+        ((200, "application/json", b'{"error": "overloaded"}'), "overloaded"),
+        ((200, "application/json", b"{not json"), "not json|JSON|Expecting"),
+    ],
+    ids=["500", "404", "html", "no_choices", "broken_json"],
+)
+def test_endpoint_errors_are_never_empty_hints(
+    renderer: Renderer, episode: Episode, endpoint: Any, reply: tuple[int, str, bytes], cause: str
+) -> None:
+    endpoint.reply = lambda request: reply
+    reflector = openai_reflector(renderer, endpoint.url)
+    with pytest.raises(ReflectionError, match=cause) as caught:
+        reflector.reflect([episode(["s"])], seed=0)
+    assert endpoint.url in str(caught.value)
+    assert "reflection.base_url" in str(caught.value)
+
+
+def test_closed_port(renderer: Renderer, episode: Episode, endpoint: Any) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as closed:
+        url = f"http://127.0.0.1:{closed.server_port}/v1"
+    reflector = openai_reflector(renderer, url)
+    with pytest.raises(
+        ReflectionError, match=r"APIConnectionError.*--reflection\.reflector self"
+    ) as caught:
+        reflector.reflect([episode(["s"])], seed=0)
+    assert url in str(caught.value)
+
+
+def test_api_key(
+    renderer: Renderer, episode: Episode, endpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"MY_KEY holds no API key for https://example\.org"):
+        openai_reflector(renderer, "https://example.org/v1", api_key_env="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "secret")
+    endpoint.reply = lambda request: completion(BARE, None)
+    reflector = openai_reflector(renderer, endpoint.url, api_key_env="MY_KEY")
+    stats = reflector.reflect([episode(["s"])], seed=0).stats
+    assert endpoint.requests[0][1] == "Bearer secret"
+    assert stats.generated_tokens == len(BARE)  # the endpoint counted none: the student's tokens
+
+
+def test_missing_settings_and_package(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"needs reflection\.base_url"):
+        openai_reflector(renderer, "")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ImportError, match=r"pip install 'hero-kernels\[openai\]'"):
+        openai_reflector(renderer, "http://localhost:1/v1")

@@ -1,0 +1,81 @@
+"""Rendering piece by piece against the chat template rendered whole (the tokenizer is the oracle)."""
+
+from __future__ import annotations
+
+import pytest
+
+from hero.renderer import Renderer
+
+USER = {"role": "user", "content": "find a lamp"}
+
+
+def whole(renderer: Renderer, messages: list[dict[str, str]]) -> list[int]:
+    text = renderer.tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    return renderer.encode(text)
+
+
+def test_start_equals_the_template(renderer: Renderer) -> None:
+    messages = [{"role": "system", "content": "be brief"}, USER]
+    assert renderer.start(messages) == whole(renderer, messages)
+
+
+@pytest.mark.parametrize("role", ["user", "tool"])
+def test_a_grown_prompt_equals_the_template(renderer: Renderer, role: str) -> None:
+    answer = [*renderer.encode("search[lamp]"), renderer.end_id]
+    grown = renderer.start([USER]) + answer + renderer.observe(answer, role, "two lamps")
+    expected = whole(
+        renderer,
+        [
+            USER,
+            {"role": "assistant", "content": "search[lamp]"},
+            {"role": role, "content": "two lamps"},
+        ],
+    )
+    assert grown == expected
+
+
+def test_a_cut_off_answer_gets_its_end_token(renderer: Renderer) -> None:
+    cut = renderer.encode("search[la")
+    following = renderer.observe(cut, "user", "what?")
+    assert following[0] == renderer.end_id
+    assert following[1:] == renderer.observe([*cut, renderer.end_id], "user", "what?")
+
+
+def test_branch_is_at_the_end_of_the_last_message(renderer: Renderer) -> None:
+    prompt = renderer.start([USER])
+    at = renderer.branch_at(prompt)
+    spliced = prompt[:at] + renderer.encode(" HINT") + prompt[at:]
+    assert spliced == whole(renderer, [{"role": "user", "content": "find a lamp HINT"}])
+
+
+def test_branch_refuses_what_is_no_prompt(renderer: Renderer) -> None:
+    with pytest.raises(ValueError, match="does not end with a user or tool message"):
+        renderer.branch_at(renderer.encode("just text"))
+
+
+def test_clip_keeps_head_and_tail(renderer: Renderer) -> None:
+    assert renderer.clip("short", 10) == "short"
+    clipped = renderer.clip("a" * 50 + "b" * 50, 30)
+    assert clipped.startswith("a" * 20) and clipped.endswith("b" * 10) and "…" in clipped
+
+
+def test_no_chat_template_is_an_error() -> None:
+    class Bare:
+        chat_template = None
+
+    with pytest.raises(ValueError, match="no chat template"):
+        Renderer(Bare())
+
+
+def test_a_template_that_drops_answers_is_an_error(tiny_tokenizer: object) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = (  # type: ignore[attr-defined]
+        "{% for m in messages %}{% if m['role'] != 'assistant' %}<|im_start|>{{ m['content'] }}"
+        "<|im_end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="drops earlier answers"):
+        Renderer(tokenizer)

@@ -1,0 +1,350 @@
+"""Run files, the final table's statistics, and the console.
+
+Oracles: json.loads refusing NaN, for what is on disk; every possible crash, made by cutting the
+file at each byte; the textbook standard error of a mean, for the bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hero.comparison import bootstrap_interval, compare
+from hero.console import Console
+from hero.tracking import (
+    Tracker,
+    read_jsonl,
+    trajectory_record,
+    write_atomic,
+)
+from hero.types import Diagnosis, FeedbackKind, StopReason, Trajectory, Turn
+
+
+def strict_lines(path: Path) -> list[dict[str, Any]]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return [
+        json.loads(line, parse_constant=refuse) for line in path.read_text("utf-8").split("\n")[:-1]
+    ]
+
+
+def an_episode(observation: str = "No such button.") -> Trajectory:
+    turns = [
+        Turn(
+            prompt_ids=[1, 2],
+            action_ids=[3, 4],
+            sampled_logprobs=[-0.5, -0.1],
+            loss_mask=[True, True],
+            action_text="click[x]",
+            observation=observation,
+            feedback_kind=FeedbackKind.INVALID_ACTION,
+            is_error=True,
+        ),
+        Turn(
+            prompt_ids=[1],
+            action_ids=[5],
+            sampled_logprobs=[0.0],
+            loss_mask=[True],
+            action_text="buy",
+        ),
+    ]
+    return Trajectory(
+        id="e1",
+        group_id="g1",
+        task_id="t1",
+        seed=0,
+        instruction="Buy a shirt.",
+        turns=turns,
+        reward=0.5,
+        success=False,
+        stop_reason=StopReason.DONE,
+        policy_version=3,
+    )
+
+
+def a_record(
+    update: int = 3, observation: str = "No such button.", **changes: Any
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "trajectory": an_episode(observation),
+        "diagnoses": [Diagnosis(turn=0, valid=False, hint="Look first.", source="rules")],
+        "tokens": [["click", "[x]"], ["buy"]],
+        "divergence": [[0.1, 0.2], None],
+        "logprob_gap": [[-1.0, 0.5], None],
+        "trained": [True, False],
+        "update": update,
+        "split": "train",
+    }
+    return trajectory_record(**{**arguments, **changes})
+
+
+def test_lines_are_strict_json_and_nan_is_null(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "runs" / "one", "none", {}, None)
+    tracker.log(1, {"loss": math.nan, "grad_norm": math.inf, "reflector": "rules", "turns": 7})
+    tracker.log_trajectories(3, [a_record(divergence=[[math.nan, 0.2], None])])
+    assert strict_lines(tmp_path / "runs/one/metrics.jsonl") == [
+        {"step": 1, "loss": None, "grad_norm": None, "reflector": "rules", "turns": 7}
+    ]
+    (record,) = strict_lines(tmp_path / "runs/one/trajectories.jsonl")
+    assert record["turns"][0]["divergence"] == [None, 0.2]
+    tracker.close()
+
+
+def test_a_crash_at_any_byte_loses_only_the_unfinished_line(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "none", {}, None)
+    for step in range(3):
+        tracker.log(step, {"loss": step / 7, "note": "é\u2028"})
+    tracker.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_bytes()
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        tracker = Tracker(tmp_path, "none", {}, None)
+        tracker.log(99, {})
+        tracker.close()
+        complete = whole[:cut].count(b"\n")
+        assert [line["step"] for line in strict_lines(path)] == [*range(complete), 99]
+
+
+def test_lines_are_on_disk_before_close(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "none", {}, None)
+    tracker.log(1, {"loss": 0.5})
+    assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    tracker.close()
+
+
+def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "none", {}, None)
+    for step in range(1, 7):
+        tracker.log(step, {"loss": float(step)})
+        tracker.log_trajectories(step, [a_record(step), a_record(step)])
+    tracker.log_trajectories(4, [a_record(4, split="after")])
+    tracker.close()
+    tracker = Tracker(tmp_path, "none", {}, resume_at=4)
+    tracker.log(5, {"loss": 50.0})
+    tracker.close()
+    assert [(m["step"], m["loss"]) for m in read_jsonl(tmp_path / "metrics.jsonl")] == [
+        *((step, float(step)) for step in range(1, 5)),
+        (5, 50.0),
+    ]
+    assert [r["update"] for r in read_jsonl(tmp_path / "trajectories.jsonl")] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "trajectories.jsonl",
+    ]
+
+
+def test_lone_surrogates_do_not_stop_a_run(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "none", {}, None)
+    tracker.log_trajectories(3, [a_record(observation="broken \ud800 emoji")])
+    tracker.close()
+    (record,) = read_jsonl(tmp_path / "trajectories.jsonl")
+    assert record["turns"][0]["observation"] == "broken \ud800 emoji"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b'{"a": 1}\n{"a"\n', "line 2 is no valid JSON"), (b"[1]\n", "line 1 must be a")],
+)
+def test_read_jsonl_names_the_broken_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(path)
+
+
+def test_read_jsonl_without_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Cannot read .*none\.jsonl: No such file"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_write_atomic_replaces_or_leaves_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "new \ud800")
+    assert path.read_text() == "old"
+    write_atomic(path, b"new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_record_holds_what_the_report_needs() -> None:
+    record = a_record()
+    assert json.loads(json.dumps(record)) == record
+    first, second = record["turns"]
+    assert first["diagnosis"] == {
+        "necessary": True,
+        "valid": False,
+        "failure_cause": "",
+        "corrected_action": "",
+        "hint": "Look first.",
+        "source": "rules",
+    }
+    assert (first["tokens"], first["divergence"], first["trained"]) == (
+        ["click", "[x]"],
+        [0.1, 0.2],
+        True,
+    )
+    assert (first["feedback_kind"], record["stop_reason"]) == ("invalid_action", "done")
+    assert (second["diagnosis"], second["divergence"], second["observation"]) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "test"}, "split must be"),
+        ({"trained": [True]}, "trained must have 2 turns, got 1"),
+        (
+            {"tokens": [["click"], ["buy"]]},
+            "tokens of turn 0 must have one entry for each of the 2",
+        ),
+        ({"divergence": [[0.1, 0.2, 0.3], None]}, "divergence of turn 0"),
+    ],
+    ids=["split", "turns", "tokens", "divergence"],
+)
+def test_a_record_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        a_record(**changes)
+
+
+def test_records_of_another_update_are_refused(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, "none", {}, None)
+    with pytest.raises(ValueError, match=r"must have update=4, got \[3\]"):
+        tracker.log_trajectories(4, [a_record(3)])
+    tracker.close()
+
+
+def test_unknown_dashboard(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Unknown report_to 'mlflow': expected one of none, wandb"):
+        Tracker(tmp_path, "mlflow", {}, None)
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio", "tensorboard"])
+def test_missing_dashboard_names_the_extra(tmp_path: Path, package: str) -> None:
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(ValueError, match=rf"pip install 'hero-kernels\[{package}\]'"):
+        Tracker(tmp_path, package, {}, None)
+
+
+def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker(tmp_path, "tensorboard", {}, None)
+    for step in (1, 2):
+        tracker.log(step, {"loss": 0.5 * step, "reflector": "rules"})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    assert [(event.step, event.value) for event in events] == [(1, 0.5), (2, 1.0)]
+
+
+def evaluation(scores: dict[str, float], turns: float = 5.0) -> dict[str, Any]:
+    per_task = {
+        task: {"success": float(score >= 1), "score": score, "turns": turns}
+        for task, score in scores.items()
+    }
+    means = {
+        key: sum(row[key] for row in per_task.values()) / len(per_task)
+        for key in ("success", "score", "turns")
+    }
+    return {**means, "per_task": per_task}
+
+
+def test_compare_pairs_the_tasks() -> None:
+    # Tasks differ by up to 0.8 and gain 0.1 each: only an unpaired interval would have a width.
+    before = {f"t{i}": i / 10 for i in range(9)}
+    after = {task: score + 0.1 for task, score in reversed(before.items())}
+    success, score, turns = compare(evaluation(before, 6.0), evaluation(after, 4.5))
+    assert (success.label, score.label, turns.label) == ("success %", "score", "average turns")
+    assert score.difference == pytest.approx(0.1)
+    assert score.interval == pytest.approx((0.1, 0.1))
+    assert (turns.before, turns.after, turns.interval) == (6.0, 4.5, (-1.5, -1.5))
+    assert success.before == success.after == 0.0
+
+
+def test_bootstrap_interval_agrees_with_the_standard_error() -> None:
+    values = [random.Random(seed).gauss(0.2, 1.0) for seed in range(400)]
+    mean = sum(values) / len(values)
+    error = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    low, high = bootstrap_interval(values)
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.1 * error)
+    assert (low, high) == bootstrap_interval(values)
+
+
+def test_compare_without_figures_for_each_task_has_no_interval() -> None:
+    (row,) = compare({"success": 0.25, "score": None}, {"success": 0.5, "score": 0.1})
+    assert (row.before, row.after, row.interval) == (25.0, 50.0, None)
+
+
+def test_compare_refuses_different_tasks() -> None:
+    with pytest.raises(ValueError, match=r"same tasks, got 2 and 1; only one of them has b\."):
+        compare(evaluation({"a": 1.0, "b": 0.0}), evaluation({"a": 1.0}))
+
+
+UPDATE = {"rewards/mean": 0.412, "rollout/success": 0.38, "reflection/non_empty_rate": 0.62}
+
+
+def show_a_run(console: Console) -> None:
+    console.header(
+        recipe="quickstart",
+        model="tiny-shop",
+        parameters=1_234_567,
+        device="cpu",
+        environment="shop",
+        mode="hero",
+        reflector="rules",
+        reflector_reason="the model is too small",
+        divergence="cpu",
+    )
+    with console.training(total=12, done=3):
+        for step in (4, 5, 12):
+            console.stage("rollout")
+            console.update(step, {**UPDATE, "seconds/rollout": 2.0, "seconds/train": 1.5})
+    console.final_table(evaluation({"a": 0.0, "b": 0.0}), evaluation({"a": 1.0, "b": 1.0}))
+    console.error("task [/bold] is unknown", "See [hero recipes].")
+
+
+def test_logs_are_plain_and_have_one_line_an_update() -> None:
+    out = io.StringIO()
+    show_a_run(Console(out))
+    text = out.getvalue()
+    assert text.isascii() and "\x1b" not in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    updates = [line for line in text.splitlines() if line.startswith("update ")]
+    assert updates[0] == "update  4/12  reward 0.41  success 38%  hints 62%  3.5 s"
+    assert len(updates) == 3
+    for part in (
+        "tiny-shop (1.2M parameters)",
+        "rules: the model is too small",
+        "+100.0",
+        "[+100.0, +100.0]",
+    ):
+        assert part in text
+    assert "error: task [/bold] is unknown\nhint: See [hero recipes].\n" in text
+
+
+def test_a_terminal_gets_a_bar_and_a_table() -> None:
+    out = io.StringIO()
+    show_a_run(Console(out, terminal=True))
+    text = out.getvalue()
+    assert "\x1b[" in text and "12/12" in text and "0.41" in text
+    assert "error: " in text and "[hero recipes]" in text

@@ -1,0 +1,342 @@
+"""The report. Oracle: the page as html.parser and xml.etree, which know nothing of it, read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from hero.charts import Chart, Line, _ticks, draw
+from hero.config import TrainConfig, to_dict
+from hero.tracking import Tracker, trajectory_record
+from hero.types import Diagnosis, StopReason, Trajectory, Turn
+from hero.viewer import render
+
+ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+
+
+class Page(HTMLParser):
+    """Elements (tag, attributes, own text) in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.open: list[int] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs), []))
+        if tag not in ("meta", "input"):
+            self.open.append(len(self.elements) - 1)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self.elements[self.open.pop()][0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self.open:
+            self.elements[self.open[-1]][2].append(data)
+
+    def find(self, tag: str, css: str = "") -> list[tuple[dict[str, str | None], str]]:
+        return [
+            (attrs, "".join(text))
+            for name, attrs, text in self.elements
+            if name == tag and (not css or css in (attrs.get("class") or "").split())
+        ]
+
+
+def a_record(
+    update: int, split: str = "train", instruction: str = "Buy a shirt.", **changes: Any
+) -> dict[str, Any]:
+    turns = [
+        Turn(
+            prompt_ids=[1],
+            action_ids=[1, 2, 3],
+            sampled_logprobs=[0.0] * 3,
+            loss_mask=[True] * 3,
+            action_text="click[x]",
+            observation=ATTACK,
+            is_error=True,
+        ),
+        Turn(
+            prompt_ids=[1],
+            action_ids=[4],
+            sampled_logprobs=[0.0],
+            loss_mask=[True],
+            action_text="buy",
+        ),
+    ]
+    episode = Trajectory(
+        id=f"e{update}",
+        group_id="g",
+        task_id="t",
+        seed=0,
+        instruction=instruction,
+        turns=turns,
+        reward=0.25,
+        success=split == "after",
+        stop_reason=StopReason.MAX_TURNS,
+        policy_version=update,
+    )
+    arguments: dict[str, Any] = {
+        "diagnoses": [
+            Diagnosis(
+                turn=0,
+                valid=False,
+                failure_cause="Wrong <b>page</b>.",
+                corrected_action="search[shirt]",
+                hint="Search & look first.",
+                source="rules",
+            ),
+            Diagnosis(turn=1),
+        ],
+        "tokens": [["click", "<b>", "\n"], ["buy"]],
+        "divergence": [[0.0, 0.1, 5.0], None],
+        "logprob_gap": [[0.01, -1.0, 0.9], None],
+        "trained": [True, False],
+    }
+    return trajectory_record(episode, **{**arguments, **changes}, update=update, split=split)
+
+
+def a_run(path: Path, records: list[dict[str, Any]]) -> Path:
+    tracker = Tracker(path, "none", {}, None)
+    tracker.log(0, {"dev/success": 0.2, "dev/turns": 9.0})
+    for step in (1, 2, 3):
+        values = {
+            "rewards/mean": 0.1 * step,
+            "divergence/error_turns": 0.2,
+            "divergence/clean_turns": 0.02,
+        }
+        tracker.log(step, {**values, "grad_norm": math.nan if step == 2 else 1.5})
+    for record in records:
+        tracker.log_trajectories(record["update"], [record])
+    tracker.close()
+    per_task = {"t": {"success": 0.2, "score": 0.25, "turns": 9.0}}
+    gained = {"t": {"success": 0.7, "score": 0.75, "turns": 6.5}}
+    summary = {
+        "before": {**per_task["t"], "per_task": per_task},
+        "after": {**gained["t"], "per_task": gained},
+        "reflector": "rules",
+        "reflector_reason": "the model is too small",
+        "recipe": "my <recipe>",
+        "seconds": 125.0,
+        "versions": {"torch": "2.13.0"},
+        "stopped": "all updates made",
+        "device": "cpu",
+    }
+    (path / "summary.json").write_text(json.dumps(summary))
+    (path / "config.json").write_text(json.dumps(to_dict(TrainConfig())))
+    return path
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return a_run(tmp_path / "run", [a_record(0, "before"), a_record(2), a_record(3, "after")])
+
+
+def read(path: Path) -> str:
+    return path.read_text("utf-8")
+
+
+def test_texts_are_data(tmp_path: Path) -> None:
+    page = Page(read(render(a_run(tmp_path, [a_record(1, instruction=ATTACK)]))))
+    assert not page.find("img")
+    assert len(page.find("script")) == 1
+    assert page.find("pre", "observation")[0][1] == ATTACK
+    assert page.find("p", "task")[0][1] == ATTACK
+    assert page.find("h1")[0][1] == "my <recipe>"
+    assert "<b>" in [text for _, text in page.find("span", "tok")]
+
+
+def test_the_file_stands_alone(run_dir: Path) -> None:
+    html = read(render(run_dir))
+    assert (
+        "http:" not in html
+        and "https:" not in html
+        and "@import" not in html
+        and "url(" not in html
+    )
+    for tag, attrs, _ in Page(html).elements:
+        assert tag not in ("link", "img", "iframe", "object", "embed"), tag
+        assert not {"src", "href", "srcset"} & set(attrs), (tag, attrs)
+
+
+def test_the_header_and_the_table(run_dir: Path) -> None:
+    out = render(run_dir)
+    assert out == run_dir / "report.html"
+    page = Page(read(out))
+    facts = [text for _, text in page.find("dd")]
+    for value in ("hero", "tiny-shop", "shop", "jsd", "ema", "rules", "2 min 5 s", "torch 2.13.0"):
+        assert value in facts
+    cells = " ".join(text.strip() for tag in ("td", "b") for _, text in page.find(tag))
+    for value in ("20.0", "70.0", "+50.0", "+50.0 to +50.0", "0.750", "-2.5"):
+        assert value in cells
+
+
+def test_tokens_are_coloured_by_divergence_and_underlined_by_gap(run_dir: Path) -> None:
+    tokens = [
+        item for item in Page(read(render(run_dir))).find("span", "tok") if "title" in item[0]
+    ]
+    calm, down, up = tokens[:3]
+    assert calm == (
+        {
+            "class": "tok",
+            "style": "--d:0.00",
+            "title": "divergence 0.000 nats; teacher finds it 1 times as likely (+0.01 nats)",
+        },
+        "click",
+    )
+    assert (
+        down[0]["class"] == "tok down"
+        and down[0]["style"] == f"--d:{math.sqrt(0.1 / math.log(2)):.2f}"
+    )
+    assert up[0]["class"] == "tok up" and up[0]["style"] == "--d:1.00"
+    assert up[1] == "↵\n"
+
+
+def test_diagnoses_and_masked_turns(run_dir: Path) -> None:
+    page = Page(read(render(run_dir)))
+    diagnoses = [text for _, text in page.find("dd")]
+    assert "Search & look first." in diagnoses and "Wrong <b>page</b>." in diagnoses
+    assert "search[shirt]" in [text for _, text in page.find("code")]
+    # Of three episodes only the one in training has a turn that was left out of training.
+    assert len(page.find("li", "masked")) == 1
+    assert [text for _, text in page.find("span", "chip") if "trained" in text] == [
+        "no hint: not trained"
+    ]
+
+
+def test_filters_know_split_and_outcome(run_dir: Path) -> None:
+    episodes = [attrs for attrs, _ in Page(read(render(run_dir))).find("details", "episode")]
+    kinds = {(e["data-split"], e["data-success"]) for e in episodes}
+    assert kinds == {("before", "no"), ("train", "no"), ("after", "yes")}
+    assert episodes[0]["data-split"] == "train" and "open" in episodes[0]
+    assert sum("open" in e for e in episodes) == 1
+
+
+def test_the_most_disputed_training_episode_comes_first(tmp_path: Path) -> None:
+    calm: dict[str, Any] = {"divergence": [[0.01] * 3, None]}
+    records = [a_record(1, **calm), a_record(2), a_record(3, **calm), a_record(4, "after")]
+    page = Page(read(render(a_run(tmp_path, records))))
+    assert re.findall(r"episode (e\d)", " ".join(t for _, t in page.find("p", "note"))) == [
+        "e2",
+        "e4",
+        "e3",
+        "e1",
+    ]
+
+
+def test_only_200_episodes_with_a_share_for_each_split(tmp_path: Path) -> None:
+    records = [a_record(0, "before") for _ in range(5)] + [a_record(u) for u in range(1, 231)]
+    html = read(render(a_run(tmp_path, records)))
+    page = Page(html)
+    splits = [attrs["data-split"] for attrs, _ in page.find("details", "episode")]
+    assert (splits.count("before"), splits.count("train")) == (5, 195)
+    assert "35 older episodes are left out" in html
+    assert "episode e230 " in html and "episode e36 " in html and "episode e35 " not in html
+
+
+def test_grpo_has_no_teacher_to_explain(tmp_path: Path) -> None:
+    path = a_run(
+        tmp_path, [a_record(1, divergence=[None, None], logprob_gap=[None, None], diagnoses=[])]
+    )
+    (path / "config.json").write_text(json.dumps({"mode": "grpo"}))
+    html = read(render(path))
+    assert "The redder a token" not in html and "no hint" not in html and "not trained" in html
+
+
+@pytest.mark.parametrize("case", ["no folder", "empty folder", "empty files"])
+def test_nothing_to_show_is_an_error(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "run"
+    if case != "no folder":
+        path.mkdir()
+    if case == "empty files":
+        Tracker(path, "none", {}, None).close()
+    with pytest.raises(ValueError, match=r"holds nothing to show: expected lines in metrics.jsonl"):
+        render(path)
+
+
+@pytest.mark.parametrize("present", ["metrics.jsonl", "trajectories.jsonl"])
+def test_a_run_that_has_not_finished(run_dir: Path, tmp_path: Path, present: str) -> None:
+    part = tmp_path / "part"
+    part.mkdir()
+    (part / present).write_bytes((run_dir / present).read_bytes() + b'{"half')
+    page = Page(read(render(part, tmp_path / "out.html")))
+    assert page.find("h1")[0][1] == "part"
+    notes = " ".join(text for _, text in page.find("p", "note"))
+    assert "has not finished" in notes
+    assert (
+        ("No episodes were kept" in notes)
+        == (present == "metrics.jsonl")
+        == bool(page.find("figure"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("summary.json", "{", "summary.json is no valid JSON"),
+        ("config.json", "[]", "config.json must hold a JSON object, got list"),
+        (
+            "trajectories.jsonl",
+            '{"update": 1, "split": "train", "turns": []}\n',
+            "lacks the field 'id'",
+        ),
+    ],
+)
+def test_broken_files_are_named(run_dir: Path, name: str, content: str, message: str) -> None:
+    (run_dir / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        render(run_dir)
+
+
+def test_nan_and_surrogates_are_shown_as_unknown(tmp_path: Path) -> None:
+    record = a_record(
+        1, divergence=[[math.nan, 0.1, 0.2], None], tokens=[["a\ud800", "b", "c"], ["d"]]
+    )
+    page = Page(read(render(a_run(tmp_path, [{**record, "reward": math.nan}]))))
+    first = page.find("pre", "action")
+    assert first and "nan" not in read(tmp_path / "report.html").lower()
+    assert "style" not in page.find("span", "tok")[-4][0]
+    assert "mean divergence 0.150 nats" in [text for _, text in page.find("span", "mean")]
+
+
+METRICS = [
+    {"step": s, "a": v, "odd": "x"} for s, v in ((1, 0.0), (2, 1.0), (3, None), (4, 4.0), (4, 2.0))
+]
+
+
+def test_a_chart_is_well_formed_and_to_scale() -> None:
+    svg = draw(Chart("T <1>", (Line("a", "A & B"), Line("gone", "gone"))), METRICS)
+    assert svg is not None
+    figure = ElementTree.fromstring(svg)
+    (path,) = [e for e in figure.iter("path") if (e.get("class") or "").startswith("line")]
+    points = [tuple(map(float, p.split())) for p in path.attrib["d"].removeprefix("M").split("L")]
+    (x1, y1), (x2, y2), (x4, y4) = points  # step 3 is unknown; step 4 counts as logged last
+    assert (x4 - x1) == pytest.approx(3 * (x2 - x1), abs=0.2)
+    assert (y1 - y4) == pytest.approx(2 * (y1 - y2), abs=0.2) and y4 < y2 < y1
+    assert [e.text for e in figure.iter("title")][-1] == "A & B, update 4: 2"
+    assert "gone" not in svg
+
+
+def test_a_chart_without_values_is_left_out() -> None:
+    assert draw(Chart("T", (Line("gone", "gone"),)), METRICS) is None
+
+
+@given(st.floats(-1e30, 1e30), st.floats(0, 1e30))
+@example(0.0, 5e-324)
+@example(1e20, 0.0)
+def test_ticks_are_round_and_enclose(low: float, width: float) -> None:
+    ticks = _ticks(low, low + width)
+    step = ticks[1] - ticks[0]
+    slack = 1e-6 * max(step, abs(low), 1e-9)
+    assert ticks[0] <= low + slack and ticks[-1] >= low + width - slack
+    assert 2 <= len(ticks) <= 7
