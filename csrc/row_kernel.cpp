@@ -88,10 +88,10 @@ Sums exponentiate(const Row& row, const Extremes& top, float shift, int64_t size
                      : exponentiate<false, false>(row, top, shift, size);
 }
 
-// What turns pass 2's numbers into probabilities: p = p~ * inv_teacher, q = q~ * inv_student, x =
-// x~ - offset.
+// What turns pass 2's numbers into probabilities and x.
 struct Normaliser {
-    float inv_teacher, inv_student, offset;
+    float inv_teacher, inv_student;  // factors
+    float offset;                    // subtracted
 };
 
 struct Value {
@@ -232,8 +232,8 @@ void HERO_ROW_FUNCTION(const RowsProblem& problem, int64_t index, float* scratch
     stats[HERO_STAT_DIVERGENCE] = static_cast<float>(value.divergence);
     stats[HERO_STAT_RATIO] = ratio;
     const float weight = problem.row_weights[index];
-    if (weight == 0.0f &&
-        !isfinite(value.divergence))  // garbage behind a mask must not poison the weighted sum
+    // Garbage behind a mask must not poison the weighted sum.
+    if (weight == 0.0f && !isfinite(value.divergence))
         for (int i = 0; i < HERO_NUM_STATS; ++i) stats[i] = 0.0f;
     if (!problem.grad) return;
     void* grad =

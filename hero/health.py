@@ -34,11 +34,9 @@ def checkup() -> Iterator[str]:
         yield "missing  CUDA device: everything runs on the CPU"
     for impl in ("torch", "cpu", "triton"):
         device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-        reason = hero_kernels.supports(
-            impl, num_tokens=1024, hidden_size=576, vocab_size=49152, dtype=torch.float32,
-            device=torch.device(device),
-        )  # fmt: skip
-        yield f"{'ok      ' if reason is None else 'missing '} divergence impl={impl}{'' if reason is None else f': {reason}'}"
+        reason = hero_kernels.supports(impl, device=device)
+        found = "ok      " if reason is None else "missing "
+        yield f"{found} divergence impl={impl}" + (f": {reason}" if reason else "")
     for package, purpose in EXTRAS.items():
         there = importlib.util.find_spec(package) is not None
         yield f"{'ok      ' if there else 'missing '} {package}: {purpose}"

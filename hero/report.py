@@ -54,7 +54,7 @@ def describe(config: TrainConfig, policy: Policy) -> dict[str, Any]:
         "reflector": config.reflection.reflector if uses_reflection else "none",
         "reflector_reason": reflector_reason(config),
         "divergence": hero_kernels.explain(
-            num_tokens=1024, hidden_size=weight.shape[1], vocab_size=weight.shape[0], dtype=policy.dtype,
-            device=policy.device, impl=config.loss.impl,
+            1024, weight.shape[1], weight.shape[0], dtype=policy.dtype, device=policy.device,
+            trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
         ).splitlines()[0],
     }  # fmt: skip

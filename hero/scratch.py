@@ -46,8 +46,8 @@ class ScratchConfig:
     """Shape of the small model."""
 
     width: int = 128
-    layers: int = 2
-    heads: int = 8
+    layers: int = 3
+    heads: int = 4
     context: int = 1024
     init_std: float = 0.1
     """transformers' 0.02 is far too small at this width."""
@@ -67,7 +67,6 @@ def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     """Word-level tokenizer of the vocabulary's words, with chat template and JSON pieces."""
     words = sorted({w for text in (*vocabulary, PROMPT_WORDS) for w in re.findall(WORD, text.lower())})
     words += [d for d in "0123456789" if d not in words]
-    words += [f"p{i}" for i in range(100, 1000)]
     tokens = SPECIAL + JSON_PIECES + words
     tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<|unk|>"))
     pieces = "|".join(re.escape(piece) for piece in sorted(JSON_PIECES, key=len, reverse=True))

@@ -267,6 +267,5 @@ def _load(config: SftConfig, env: Any) -> Policy:
             f"A model from nothing needs the words of {config.env.name}, but it has no vocabulary(); name a "
             "pretrained model with --model.path."
         )
-    profile = str(config.env.options.get("profile", "tiny"))
-    tokenizer = build_tokenizer(env.vocabulary(profile))
+    tokenizer = build_tokenizer(env.vocabulary())
     return Policy(build_model(config.scratch, tokenizer), tokenizer, config.model)

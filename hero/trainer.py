@@ -27,7 +27,7 @@ from hero.optim import Learned, Learner
 from hero.policy import Policy
 from hero.probes import Probe, probe_teacher
 from hero.prompts import make_prompts
-from hero.reflection import Reflections, ReflectionStats, make_reflector
+from hero.reflection import Reflections, make_reflector
 from hero.report import describe, reflector_reason, versions
 from hero.rollout import Episode, derive_seed, gold_episode, rollout
 from hero.teacher import TeacherContext, TeacherWeights
@@ -83,7 +83,7 @@ class Trainer:
         if self.algorithm.needs_reflection:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, generator=self.generator, renderer=renderer,
-                prompts=prompts, teacher_weights=self.teacher,
+                prompts=prompts, teacher_weights=self.teacher.applied,
             )  # fmt: skip
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
@@ -99,6 +99,7 @@ class Trainer:
             TeacherGate: `eval.min_teacher_lift` is not reached.
         """
         started = time.perf_counter()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         resumed = self._restore()
         write_atomic(self.run_dir / "config.json", json.dumps(to_dict(self.config), indent=1))
         self.console.header(recipe=self.recipe, **describe(self.config, self.policy))
@@ -237,7 +238,7 @@ class Trainer:
 
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
-            return Reflections(diagnoses=[[] for _ in trajectories], stats=ReflectionStats(), texts=[])
+            return Reflections.none(trajectories)
         return self.reflector.reflect(trajectories, seed)
 
     def _annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
@@ -287,7 +288,7 @@ class Trainer:
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
         result, trajectories = self._evaluate("test", self.config.eval.test_tasks, TEST)
-        nothing = Reflections(diagnoses=[[] for _ in trajectories], stats=ReflectionStats(), texts=[])
+        nothing = Reflections.none(trajectories)
         kept = range(min(self.config.save_trajectories, len(trajectories)))
         tracker.log_trajectories(
             number, [self._record(t, trajectories, nothing, Learned(), number, split) for t in kept]

@@ -1,9 +1,9 @@
 """The custom op around the whole chunk loop, its fake and its autograd.
 
-To autograd and to `torch.compile` the loop is one opaque operation. For a scalar loss the gradients are formed in
-the forward pass, and the backward pass multiplies them, out of place, by the one upstream number. For a loss per
-row (`per_row=True`) the backward pass runs the loop again with the row weights multiplied by the upstream
-gradient, so any upstream gradient is right.
+To autograd and to `torch.compile` the loop is one opaque operation. For a scalar loss the gradients
+are formed in the forward pass, and the backward pass multiplies them, out of place, by the one
+upstream number. For a loss per row (`per_row=True`) the backward pass runs the loop again with the
+row weights multiplied by the upstream gradient, so any upstream gradient is right.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hero_kernels import rows
-from hero_kernels.chunked import Head, Plan
+from hero_kernels.chunked import Head, Plan, gradient_dtype
 from hero_kernels.divergence_loop import RowTensors, run
 from hero_kernels.options import Objective
 
@@ -65,8 +65,8 @@ def linear_divergence(
     """Loss, statistics and gradients; arguments as in `Head`, `RowTensors`, `Objective` and `Plan`.
 
     Returns:
-        loss ([N] if `per_row`, else []), stats [N, 8], and the gradients of the student's hidden states, weight
-        and bias: empty where not asked for.
+        loss ([N] if `per_row`, else []), stats [N, 8], and the gradients of the student's hidden
+        states, weight and bias, of type `gradient_dtype`: empty where not asked for.
     """
     student = Head(student_hidden, student_weight, student_bias)
     teacher = None
@@ -115,7 +115,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = row_weights.new_empty(num_rows if args[_PER_ROW] else ())
     stats = student_hidden.new_empty(num_rows, rows.STATS, dtype=wide)
     hidden, weight, bias = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        tensor.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype))
         if needed
         else student_hidden.new_empty(0)
         for tensor, needed in zip(args[_STUDENT], args[_NEEDS], strict=True)
@@ -127,6 +127,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.per_row = inputs[_PER_ROW]
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[_STUDENT]]
     ctx.settings = inputs[_TENSORS.stop :]
     ctx.save_for_backward(*(inputs[_TENSORS] if ctx.per_row else output[2:]))
 
@@ -143,8 +144,11 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         arguments[_WITH_STATS] = arguments[_PER_ROW] = False
         grads = linear_divergence(*arguments)[2:]
     else:
-        grads = [(grad * upstream).to(grad.dtype) for grad in ctx.saved_tensors]
-    wanted = (grad if need else None for grad, need in zip(grads, needed, strict=True))
+        grads = [grad * upstream for grad in ctx.saved_tensors]
+    wanted = (
+        grad.to(dtype) if need else None
+        for grad, dtype, need in zip(grads, ctx.dtypes, needed, strict=True)
+    )
     return (*wanted, *constants)
 
 

@@ -1,4 +1,4 @@
-"""The table of implementations: which there are, what each can do, and which one `impl="auto"` takes."""
+"""The table of implementations: what each can do, and which one `impl="auto"` takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels.options import KernelOptions, Storage, Support
+from hero_kernels.options import KernelOptions, Objective, Support
 
 RowKernel = Callable[..., Tensor]
 """See `rows.divergence_rows`."""
@@ -55,7 +55,7 @@ def _load(name: str) -> RowKernel | str:
 
 
 def row_kernel(name: str) -> RowKernel:
-    """The row kernel called `name`; raises ValueError if it is not installed."""
+    """The row kernel called `name`; raises ValueError if it is not to be had."""
     kernel = _load(name)
     if isinstance(kernel, str):
         raise ValueError(f"impl={name!r} cannot serve: {kernel}.")
@@ -69,7 +69,8 @@ class Request(NamedTuple):
     dtype: torch.dtype
     """Of the student's hidden states and weight."""
     support: str
-    pointwise_clip: float | None
+    clips: bool
+    """Whether `pointwise_clip` is given."""
 
 
 def supports(
@@ -95,7 +96,7 @@ def supports(
     Raises:
         ValueError: there is no implementation of that name.
     """
-    return refusal(impl, Request(torch.device(device), dtype, support, pointwise_clip))
+    return refusal(impl, Request(torch.device(device), dtype, support, pointwise_clip is not None))
 
 
 def refusal(impl: str, request: Request) -> str | None:
@@ -110,7 +111,7 @@ def refusal(impl: str, request: Request) -> str | None:
         return f"it does not take {request.dtype}"
     if entry.dense_only and Support(request.support) != Support.FULL:
         return f"support={str(request.support)!r} is implemented by 'torch' only"
-    if entry.dense_only and request.pointwise_clip is not None:
+    if entry.dense_only and request.clips:
         return "pointwise_clip is implemented by 'torch' only"
     kernel = _load(impl)
     return kernel if isinstance(kernel, str) else None
@@ -136,11 +137,17 @@ def choose(impl: str, request: Request) -> str:
     )
 
 
+def resolve(impl: str, tensor: Tensor, objective: Objective) -> str:
+    """`choose` for the student's hidden states (or logits) and what is to be computed."""
+    clips = objective.pointwise_clip > 0
+    return choose(impl, Request(tensor.device, tensor.dtype, objective.support, clips))
+
+
 def chunk_rows(options: KernelOptions, device: torch.device, vocab_size: int) -> int:
     """Rows of logits held at once.
 
-    On CPU 256 rows keep the GEMM busy. On CUDA the chunk is as large as 2 GiB of logits allow, since dX of a
-    small chunk has too few tiles to fill the device.
+    On CPU 256 rows keep the GEMM busy. On CUDA the chunk is as large as 2 GiB of logits allow,
+    since dX of a small chunk has too few tiles to fill the device.
     """
     if options.chunk_size is not None:
         return options.chunk_size
@@ -148,20 +155,3 @@ def chunk_rows(options: KernelOptions, device: torch.device, vocab_size: int) ->
         return _CPU_CHUNK
     rows = _CUDA_WORKSPACE // (6 * vocab_size) // 256 * 256
     return max(_MIN_CUDA_CHUNK, min(_MAX_CUDA_CHUNK, rows))
-
-
-def storage(options: KernelOptions, device: torch.device, dtype: torch.dtype) -> str:
-    """How chunks are held: `options.storage` with "auto" resolved."""
-    if dtype in (torch.float32, torch.float64):
-        return Storage.FLOAT32.value
-    if options.storage != Storage.AUTO:
-        return Storage(options.storage).value
-    if device.type == "cpu" and not _cpu_multiplies_16bit():
-        return Storage.FLOAT32.value
-    return Storage.MIXED.value
-
-
-@functools.cache
-def _cpu_multiplies_16bit() -> bool:
-    """Without such instructions a 16-bit GEMM takes four times as long as an fp32 one (measured on AVX2)."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -35,15 +35,18 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
     """A plain tensor; `dims` says its shape in the message."""
     if isinstance(value, torch.nn.Module):
         raise TypeError(
-            f"{name} must be a tensor {dims}, got the module {type(value).__name__}: pass its .weight. If an "
-            "adapter (LoRA) sits on the head, pass base weight plus adapter as one tensor: the base weight "
+            f"{name} must be a tensor {dims}, got the module {type(value).__name__}: pass its "
+            ".weight. If an "
+            "adapter (LoRA) sits on the head, pass base weight plus adapter as one tensor: the "
+            "base weight "
             "alone would ignore the adapter."
         )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {dims}, got {type(value).__name__}.")
     if hasattr(value, "full_tensor"):
         raise ValueError(
-            f"{name} is a DTensor of placements {getattr(value, 'placements', '?')}; a whole tensor {dims} is "
+            f"{name} is a DTensor of placements {getattr(value, 'placements', '?')}; a whole "
+            f"tensor {dims} is "
             "expected: pass .full_tensor(), or gather the head before the loss."
         )
 
@@ -51,13 +54,14 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
 def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
     if value is not None and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), or compute "
+            f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
+            "or compute "
             "it under torch.no_grad()."
         )
 
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under torch.autocast, hidden states and head in its type, as a linear layer would take them."""
+    """Under torch.autocast, both in its type, as a linear layer would take them."""
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -72,12 +76,14 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     is_tensor(f"{side}_weight", weight, "[V, H]")
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"{side}_hidden {list(hidden.shape)} and {side}_weight {list(weight.shape)} do not match: expected "
+            f"{side}_hidden {list(hidden.shape)} and {side}_weight {list(weight.shape)} do not "
+            "match: expected "
             "[..., H] and [V, H] with the same H."
         )
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
         raise ValueError(
-            f"{side}_hidden is {hidden.dtype} and {side}_weight is {weight.dtype}: expected one floating-point "
+            f"{side}_hidden is {hidden.dtype} and {side}_weight is {weight.dtype}: expected one "
+            "floating-point "
             "type. Cast one of them, or call under torch.autocast, which casts both."
         )
     same_device(f"{side}_weight", weight, hidden)
@@ -93,7 +99,8 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
 def same_device(name: str, value: Tensor, reference: Tensor) -> None:
     if value.device != reference.device:
         raise ValueError(
-            f"{name} is on {value.device}, the student's hidden states on {reference.device}: move it with "
+            f"{name} is on {value.device}, the student's hidden states on {reference.device}: move "
+            "it with "
             f".to({str(reference.device)!r})."
         )
 
@@ -107,7 +114,8 @@ def per_token(name: str, value: Tensor | None, hidden: Tensor, integer: bool = F
     leading = tuple(hidden.shape[:-1])
     if tuple(value.shape) not in (leading, (math.prod(leading),)):
         raise ValueError(
-            f"{name} is {list(value.shape)}; expected {list(leading)}, the leading shape of student_hidden "
+            f"{name} is {list(value.shape)}; expected {list(leading)}, the leading shape of "
+            "student_hidden "
             f"{list(hidden.shape)}: one entry per token."
         )
     if integer and (value.is_floating_point() or value.dtype == torch.bool):
@@ -121,8 +129,10 @@ def vocabulary(student: int, teacher: int | None, vocab_size: int | None) -> int
     if vocab_size is None:
         if teacher is not None and teacher != student:
             raise ValueError(
-                f"The student has {student} tokens and the teacher {teacher}. If one of them is padded and the "
-                "tokenizers are the same, pass vocab_size, the number of tokens that are real; otherwise "
+                f"The student has {student} tokens and the teacher {teacher}. If one of them is "
+                "padded and the "
+                "tokenizers are the same, pass vocab_size, the number of tokens that are real; "
+                "otherwise "
                 "the two cannot be compared."
             )
         return student
@@ -152,7 +162,7 @@ def objective(
     has_old_logprobs: bool,
     has_targets: bool,
 ) -> Objective:
-    """The settings as an `Objective`, once those that exclude or need each other have been checked."""
+    """The settings as an `Objective`; ValueError for those that exclude or need each other."""
     kind = choice("divergence", divergence, Divergence)
     where = choice("support", support, Support)
     positive("temperature", temperature)
@@ -165,7 +175,8 @@ def objective(
         positive(name, bound, optional=True)
     if kind == Divergence.JSD and not 0.0 < beta < 1.0:
         raise ValueError(
-            f"beta must lie between 0 and 1, got {beta}: at the ends the JSD is 0 for any student. For what other "
+            f"beta must lie between 0 and 1, got {beta}: at the ends the JSD is 0 for any student. "
+            "For what other "
             "libraries call beta=0 and beta=1 use divergence='forward_kl' and 'reverse_kl'."
         )
     if has_old_logprobs and not has_targets:
@@ -178,18 +189,21 @@ def objective(
         )
     if where == Support.SAMPLED and (not has_targets or kind != Divergence.REVERSE_KL):
         raise ValueError(
-            "support='sampled' estimates the reverse KL from the sampled token: pass target_ids and "
+            "support='sampled' estimates the reverse KL from the sampled token: pass target_ids "
+            "and "
             f"divergence='reverse_kl'; got divergence={divergence!r}, target_ids "
             f"{'given' if has_targets else 'missing'}."
         )
     if where == Support.TOPK and not has_teacher_topk:
         if top_k is None or not 1 <= top_k <= vocab_size:
             raise ValueError(
-                f"support='topk' needs top_k between 1 and {vocab_size}, the vocabulary; got {top_k}."
+                f"support='topk' needs top_k between 1 and {vocab_size}, the vocabulary; got "
+                f"{top_k}."
             )
     elif top_k is not None:
         raise ValueError(
-            f"top_k={top_k} has no effect here: it belongs to support='topk' and a teacher whose logits are known."
+            f"top_k={top_k} has no effect here: it belongs to support='topk' and a teacher whose "
+            "logits are known."
         )
     if has_teacher_topk and where != Support.TOPK:
         raise ValueError(f"teacher_topk needs support='topk'; got support={support!r}.")
@@ -237,7 +251,7 @@ def grouping(
 
 
 def values_readable(reference: Tensor, validate: bool) -> bool:
-    """Whether values may be looked at: always on CPU (unless traced), on request where it costs a synchronisation."""
+    """Whether values may be looked at: on CPU unless traced, elsewhere only on request."""
     return not torch.compiler.is_compiling() and (validate or reference.device.type == "cpu")
 
 
@@ -245,13 +259,14 @@ def finite(name: str, value: Tensor | None) -> None:
     if value is not None and not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
         raise ValueError(
-            f"{name} has {bad} entries that are NaN or infinite of {value.numel()}; expected finite numbers "
+            f"{name} has {bad} entries that are NaN or infinite of {value.numel()}; expected "
+            "finite numbers "
             "(0 masks a token)."
         )
 
 
 def below(name: str, ids: Tensor | None, size: int) -> None:
-    """Ids that count something are dense: at most one per token, or as many as there are weights."""
+    """Ids are dense: no more of them than there are weights, or else tokens."""
     if ids is not None and ids.numel() and int(ids.max()) >= size:
         raise ValueError(
             f"{name} must be less than {size} (0-based; negative for none); got {int(ids.max())}."
@@ -263,6 +278,8 @@ def targets(name: str, ids: Tensor, vocab_size: int, active: Tensor) -> None:
     ids = ids[active]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
-            f"{name} of tokens with weight must lie between 0 and {vocab_size - 1}; got values from "
-            f"{int(ids.min())} to {int(ids.max())}. Give the other tokens weight 0 in token_weights."
+            f"{name} of tokens with weight must lie between 0 and {vocab_size - 1}; got values "
+            "from "
+            f"{int(ids.min())} to {int(ids.max())}. Give the other tokens weight 0 in "
+            "token_weights."
         )

@@ -1,10 +1,12 @@
 """The chunk loop: library GEMMs around one row kernel, on any device.
 
-For each chunk of rows: teacher logits, student logits (or, for a shared head, delta = (h_s - h_t)·Wᵀ), the row
-kernel, which overwrites the student's chunk by the gradient, then the products with the head and the hidden
-states. No more than two chunks of logits exist at any time. Rows of zero weight are dropped first.
+For each chunk of rows: teacher logits, student logits (or, for a shared head, delta = (h_s -
+h_t)·Wᵀ), the row kernel, which overwrites the student's chunk by the gradient, then the products
+with the head and the hidden states. No more than two chunks of logits exist at any time. Rows of
+zero weight are dropped first.
 
-Four GEMMs for a trainable head, three for a frozen one, two for evaluation; one less without a teacher's head.
+Four GEMMs for a trainable head, three for a frozen one, two for evaluation; one less without a
+teacher's head.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Plan(NamedTuple):
     """How a call is carried out."""
 
     impl: str
-    """Which row kernel: a key of `backends.IMPLEMENTATIONS`."""
+    """Which row kernel: "auto" or a key of `backends.IMPLEMENTATIONS`."""
     chunk_size: int
     storage: str
     """`Storage.FLOAT32` or `Storage.MIXED`."""
@@ -49,11 +51,15 @@ class Plan(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """With respect to the student's tensors; None where not asked for."""
+    """With respect to the student's tensors, of type `gradient_dtype`; None where not asked for."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+    def unscaled(self, scale: Tensor) -> Gradients:
+        """Divided by `scale` []."""
+        return Gradients(*(None if grad is None else grad.div_(scale) for grad in self))
 
 
 class LogitChunk(NamedTuple):
@@ -68,10 +74,11 @@ class LogitChunk(NamedTuple):
 
 
 def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor | None]:
-    """Indices of the rows to compute (None for all), and whether there are more than `bound` (None if known).
+    """Indices of the rows to compute (None for all), and whether there are more than `bound` (None
+    if known).
 
-    On CUDA the number of active rows is not known to the host: there a bound gives the size of the result, and
-    the count is compared on the device.
+    On CUDA the number of active rows is not known to the host: there a bound gives the size of the
+    result, and the count is compared on the device.
 
     Args:
         row_weights: [N]; 0 masks a row.
@@ -85,7 +92,8 @@ def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor 
         kept = active.nonzero()[:, 0]
         if bound and len(kept) > bound:
             raise ValueError(
-                f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: raise the bound "
+                f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: "
+                "raise the bound "
                 "or leave it None."
             )
         return (None if len(kept) == len(active) else kept), None
@@ -127,14 +135,14 @@ def run_chunks(
     sizes = chunk_sizes(hidden.shape[0], plan.chunk_size)
     longest = max(sizes, default=0)
 
-    types = buffer_types(hidden.dtype, plan.storage, shared, len(sizes))
+    types = buffer_types(hidden.dtype, hidden.device, plan.storage, shared, len(sizes))
     logits = hidden.new_empty(longest, vocab_size, dtype=types.student)
     teacher_logits = None if teacher is None else logits.new_empty(logits.shape, dtype=wide)
     grads = None
     if plan.need_grad:
         in_place = types.gradient == types.student
         grads = logits if in_place else logits.new_empty(logits.shape, dtype=types.gradient)
-    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    d_hidden = hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden.dtype))
     d_weight = weight.new_zeros(weight.shape if plan.need_weight else 0, dtype=types.weight_sum)
     d_bias = weight.new_zeros(len(weight), dtype=wide)
     stats = hidden.new_empty(hidden.shape[0], STATS, dtype=wide)
@@ -147,13 +155,18 @@ def run_chunks(
     for size in sizes:
         rows = slice(start, start + size)
         start += size
+        subtract = None
         operand = h_s = _cleared(hidden[rows], active[rows])
         if teacher is not None and teacher_logits is not None:
             h_t = _cleared(teacher.hidden[rows], active[rows])
             gemm.logits_into(teacher_logits[:size], h_t, teacher.weight[:vocab_size])
-            if shared:  # the difference is rounded at most once, to what the GEMM takes
+            if shared and types.student != types.gradient:
+                operand, subtract = difference_operand(h_s, h_t)
+            elif shared:  # rounded at most once, to what the GEMM takes
                 operand = h_s.to(wide) - h_t.to(wide)
         gemm.logits_into(logits[:size], operand, head)
+        if subtract is not None and teacher_logits is not None:
+            logits[:size].addcmul_(teacher_logits[:size], subtract, value=-1.0)
         grad = None if grads is None else grads[:size]
         stats[rows] = row_kernel(
             LogitChunk(
@@ -175,9 +188,32 @@ def run_chunks(
             d_bias[:vocab_size] += grad.sum(0, dtype=wide)
     return stats, Gradients(
         d_hidden if plan.need_hidden else None,
-        d_weight.to(weight.dtype) if plan.need_weight else None,
-        d_bias.to(student.bias.dtype) if plan.need_bias and student.bias is not None else None,
+        d_weight.to(gradient_dtype(weight.dtype)) if plan.need_weight else None,
+        d_bias.to(gradient_dtype(student.bias.dtype))
+        if plan.need_bias and student.bias is not None
+        else None,
     )
+
+
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which gradients wait for the upstream gradient; fp16 has not the range for it."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def power_of_two_scale(row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """[] factor for the rows of an fp16 gradient tile, so that small probabilities do not vanish;
+    else 1.
+
+    Args:
+        row_scales: [N, ...] what the rows of the tile are multiplied by.
+        dtype: of the hidden states.
+    """
+    one = row_scales.new_ones(())
+    if dtype != torch.float16 or row_scales.numel() == 0:
+        return one
+    peak = row_scales.abs().max()
+    factor = torch.exp2(8.0 - torch.ceil(torch.log2(peak)))
+    return torch.where(torch.isfinite(factor), factor, one)
 
 
 class BufferTypes(NamedTuple):
@@ -190,32 +226,57 @@ class BufferTypes(NamedTuple):
 
 
 def buffer_types(
-    dtype: torch.dtype, storage: str, shared_head: bool, num_chunks: int
+    dtype: torch.dtype, device: torch.device, storage: str, shared_head: bool, num_chunks: int
 ) -> BufferTypes:
     """What the chunk loop holds its chunks in.
 
-    16 bits are enough for the gradient, and for a delta: rounding it is an error relative to the delta. They are
-    not for the student's logits, whose difference to the teacher's is small beside them. A sum over chunks is
-    kept in fp32; of a single chunk the GEMM itself sums in fp32.
+    Beside teacher logits in fp32 a 16-bit delta is as good as an fp32 one where delta is small: its
+    error is relative to itself. Student logits are never 16-bit: their difference to the teacher's
+    is what counts. On CUDA the gradient is 16-bit, the type of the GEMM's operands; on CPU, whose
+    16-bit GEMM would round its result too, it is fp32. A sum over chunks is kept in fp32; of a
+    single chunk the GEMM itself sums in fp32.
 
     Args:
         dtype: of the hidden states.
-        storage: `Storage.FLOAT32` or `Storage.MIXED`.
+        device: of the hidden states.
+        storage: value of `Storage`.
         shared_head: whether the student's logits are a delta.
         num_chunks: in this call.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    if storage != Storage.MIXED:
-        return BufferTypes(wide, wide, wide)
-    return BufferTypes(dtype if shared_head else wide, dtype, dtype if num_chunks == 1 else wide)
+    mixed = storage == Storage.MIXED
+    gradient = dtype if mixed or device.type == "cuda" else wide
+    return BufferTypes(
+        student=dtype if mixed and shared_head else wide,
+        gradient=gradient,
+        weight_sum=dtype if gradient == dtype and num_chunks == 1 else wide,
+    )
+
+
+def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
+    """What to multiply by the head, in 16 bits, to get delta [R, V] without the error of rounding
+    h_s - h_t.
+
+    The difference of nearby 16-bit numbers is itself a 16-bit number, so there it is taken. Where
+    it is not, h_s and h_t lie so far apart that the fp32 logits of both can be subtracted.
+
+    Returns:
+        The operand [R, H], h_s - h_t or h_s; and [R, 1], 0 or 1: how much of the teacher's logits
+        is still to be subtracted.
+    """
+    exact = h_s.float() - h_t.float()
+    rounded = exact.to(h_s.dtype)
+    error = (exact - rounded.float()).norm(dim=1, keepdim=True)
+    far = error > 2.0**-12 * exact.norm(dim=1, keepdim=True)
+    return torch.where(far, h_s, rounded), far.float()
 
 
 def _cleared(hidden: Tensor, active: Tensor) -> Tensor:
-    """Masked rows as zeros: they may hold NaN, and 0·NaN would spoil the sums. On CPU they are gone already."""
+    """Masked rows as zeros: 0·NaN would spoil the sums. On CPU they are gone already."""
     return hidden.masked_fill(~active[:, None], 0) if hidden.is_cuda else hidden
 
 
 def chunk_sizes(num_rows: int, chunk_size: int) -> list[int]:
-    """As few chunks as possible, as equal as possible: no GEMM with a handful of rows at the end."""
+    """As few chunks as possible, as equal as possible: no GEMM of a handful of rows at the end."""
     count = -(-num_rows // chunk_size)
     return [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)]

@@ -1,4 +1,4 @@
-"""The divergence of every row: masked rows dropped, the chunk loop with a divergence row kernel, losses."""
+"""The divergence of every row: the chunk loop with a divergence row kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from hero_kernels import backends, checks, rows
-from hero_kernels.chunked import Gradients, Head, LogitChunk, Plan, active_rows, run_chunks, spread
+from hero_kernels.chunked import (
+    Gradients,
+    Head,
+    LogitChunk,
+    Plan,
+    active_rows,
+    power_of_two_scale,
+    run_chunks,
+    spread,
+)
 from hero_kernels.options import Objective, Support
 from hero_kernels.rows_sparse import sparse_rows
 
@@ -67,17 +76,18 @@ def run(
 
     Args:
         student: N rows.
-        teacher: the same rows; with the student's weight tensor itself if the head is shared; None for a teacher
-            given by its top-k.
+        teacher: the same rows; with the student's weight tensor itself if the head is shared; None
+            for a teacher given by its top-k.
         row_tensors: of the same rows.
         objective: what to compute.
         plan: how.
 
     Returns:
-        losses [N] (row weight · importance ratio · divergence), stats [N, 8] as the row kernel writes them
-        (0 for rows of zero weight), gradients.
+        losses [N] (row weight · importance ratio · divergence), stats [N, 8] as the row kernel
+        writes them (0 for rows of zero weight), gradients.
     """
     num_rows = len(student.hidden)
+    impl = backends.resolve(plan.impl, student.hidden, objective)
     delta = teacher is not None and teacher.weight is student.weight
     kept, overflow = active_rows(row_tensors.weights, plan.max_active_rows)
     if kept is not None:
@@ -85,10 +95,12 @@ def run(
         student = student._replace(hidden=student.hidden[kept])
         teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[kept])
     active = row_tensors.weights != 0
+    scale = power_of_two_scale(row_tensors.weights, student.hidden.dtype)
+    scaled = row_tensors._replace(weights=row_tensors.weights * scale)
 
     def row_kernel(chunk: LogitChunk) -> Tensor:
-        part = row_tensors.take(chunk.rows)
-        return divergence_of_chunk(chunk, part, objective, plan.impl, delta, plan.with_stats)
+        part = scaled.take(chunk.rows)
+        return divergence_of_chunk(chunk, part, objective, impl, delta, plan.with_stats)
 
     with torch.autocast(student.hidden.device.type, enabled=False):
         stats, grads = run_chunks(student, teacher, active, objective.vocab_size, row_kernel, plan)
@@ -96,6 +108,8 @@ def run(
     losses = row_losses(row_tensors, stats)
     if overflow is not None:
         losses = losses.masked_fill(overflow, torch.nan)
+    if student.hidden.dtype == torch.float16:
+        grads = grads.unscaled(scale)
     if grads.hidden is not None:
         grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
     return spread(losses, kept, num_rows), spread(stats, kept, num_rows), grads

@@ -48,11 +48,10 @@ def explain(
     """
     options = options or KernelOptions()
     where = torch.device(device)
-    request = backends.Request(where, dtype, support, pointwise_clip)
+    request = backends.Request(where, dtype, support, pointwise_clip is not None)
     chosen = backends.choose(impl, request)
-    storage = backends.storage(options, where, dtype)
     chunks = chunk_sizes(num_rows, backends.chunk_rows(options, where, vocab_size))
-    types = buffer_types(dtype, storage, shared_head, len(chunks))
+    types = buffer_types(dtype, where, str(options.storage), shared_head, len(chunks))
     gemms = ["teacher logits", "h_s - h_t" if shared_head else "student logits"]
     gemms += ["dX"] * trainable_trunk + ["dW"] * trainable_head
 

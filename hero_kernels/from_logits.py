@@ -46,15 +46,16 @@ def divergence_from_logits(
 ) -> Tensor | DivergenceOutput:
     """`fused_linear_divergence` from logits [..., V]; arguments of the same name mean the same.
 
-    Logits in 16 bits have lost much of what distinguishes student and teacher: prefer fp32 logits, or
-    `fused_linear_divergence`. Rows of weight 0 are computed but count nothing; they must be free of NaN.
+    Logits in 16 bits have lost much of what distinguishes student and teacher: prefer fp32 logits,
+    or `fused_linear_divergence`. Rows of weight 0 are computed but count nothing; they must be free
+    of NaN.
 
     Args:
         student_logits: [..., V] raw logits of any floating-point type.
         teacher_logits: [..., V] raw logits; no gradient.
-        inplace_gradient: write the gradient over `student_logits`, whose values are then lost: no second
-            [..., V] tensor is made. Not for leaves or logits that another operation needs for its backward
-            pass (autograd raises then).
+        inplace_gradient: write the gradient over `student_logits`, whose values are then lost: no
+            second [..., V] tensor is made. Not for leaves or logits that another operation needs
+            for its backward pass (autograd raises then).
         return_stats: as there.
 
     Returns:
@@ -70,7 +71,8 @@ def divergence_from_logits(
     shape = student_logits.shape[:-1]
     if teacher_logits.shape[:-1] != shape:
         raise ValueError(
-            f"student_logits {list(student_logits.shape)} and teacher_logits {list(teacher_logits.shape)} must "
+            f"student_logits {list(student_logits.shape)} and teacher_logits "
+            f"{list(teacher_logits.shape)} must "
             "have the same leading shape."
         )
     objective = checks.objective(
@@ -111,9 +113,6 @@ def divergence_from_logits(
     )
     if checks.values_readable(student, validate=False):
         row_tensors.check(objective.vocab_size)
-    impl = backends.choose(
-            impl, backends.Request(student.device, student.dtype, support, pointwise_clip)
-        )
     need_grad = torch.is_grad_enabled() and student_logits.requires_grad
     constants = (teacher, *row_tensors[:3], *objective, impl, return_stats)
     if inplace_gradient and need_grad:
@@ -124,7 +123,9 @@ def divergence_from_logits(
     loss = losses.reshape(shape) if weighting.reduction == Reduction.NONE else losses.sum()
     if not return_stats:
         return loss
-    return weighting.output(loss, stats, shape, target_ids is not None, teacher_known=True)
+    return weighting.output(
+        loss, stats, row_tensors.weights, shape, target_ids is not None, teacher_known=True
+    )
 
 
 def _matrix(logits: Tensor) -> Tensor:
@@ -136,7 +137,8 @@ def _matrix(logits: Tensor) -> Tensor:
 def _check_overwritable(logits: Tensor, matrix: Tensor) -> None:
     if logits.is_leaf:
         raise ValueError(
-            "inplace_gradient=True would overwrite student_logits, which is a leaf that requires grad: pass the "
+            "inplace_gradient=True would overwrite student_logits, which is a leaf that requires "
+            "grad: pass the "
             "output of an operation, or leave inplace_gradient=False."
         )
     if matrix.data_ptr() != logits.data_ptr():
@@ -157,9 +159,11 @@ def _fill(
 ) -> tuple[Tensor, Tensor]:
     """Losses [N] and stats [N, 8]; `grad` [N, V] receives the gradient of each row's loss."""
     *objective, impl, with_stats = settings
+    target = Objective(*objective)
+    impl = backends.resolve(impl, student, target)
     row_tensors = RowTensors(row_weights, target_ids, old_logprobs, None, None)
     chunk = LogitChunk(slice(0, len(student)), student, teacher, grad, None, None)
-    stats = divergence_of_chunk(chunk, row_tensors, Objective(*objective), impl, False, with_stats)
+    stats = divergence_of_chunk(chunk, row_tensors, target, impl, False, with_stats)
     masked = (row_weights == 0)[:, None]
     if grad is not None:
         grad.masked_fill_(masked, 0.0)
@@ -209,7 +213,7 @@ def _logits_divergence(
     with_stats: bool,
     need_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses [N], stats [N, 8] and the gradient of each row's loss [N, V] (empty without `need_grad`)."""
+    """Losses [N], stats [N, 8], gradient of each row's loss [N, V] (empty if not needed)."""
     grad = torch.empty_like(student) if need_grad else None
     losses, stats = _fill(
         grad,

@@ -49,20 +49,21 @@ def fused_linear_divergence(
 ) -> Tensor | DivergenceOutput:
     """Token-level divergence between student and teacher without whole logits in memory.
 
-    loss = sum_i w_i · u_turn(i) · ratio_i · D(p_s, p_t)_i / normaliser, with gradients for the student's hidden
-    states, weight and bias; the teacher has none. p = softmax(cap((h·Wᵀ + bias) · logit_scale) / temperature).
-    The definition is written out in `hero_kernels.reference`.
+    loss = sum_i w_i · u_turn(i) · ratio_i · D(p_s, p_t)_i / normaliser, with gradients for the
+    student's hidden states, weight and bias; the teacher has none. p = softmax(cap((h·Wᵀ + bias) ·
+    logit_scale) / temperature). The definition is written out in `hero_kernels.reference`.
 
-    Tokens of weight 0 are dropped before any product and may hold anything, NaN included. Without a token of
-    non-zero weight the loss is 0 and so are the gradients.
+    Tokens of weight 0 are dropped before any product and may hold anything, NaN included. Without a
+    token of non-zero weight the loss is 0 and so are the gradients.
 
     Args:
         student_hidden: [..., H] final hidden states; fp64, fp32, bf16 or fp16.
         student_weight: [V, H] the head.
         teacher_hidden: [..., H_t]; None only with `teacher_topk`.
         teacher_weight: [V, H_t]; None if teacher and student share the head (and its bias), as in
-            self-distillation. Then the loss is computed from (h_s - h_t)·Wᵀ and keeps its relative precision
-            however close the two are. A trainable shared head gets the gradient of the student's path only.
+            self-distillation. Then the loss is computed from (h_s - h_t)·Wᵀ and keeps its relative
+            precision however close the two are. A trainable shared head gets the gradient of the
+            student's path only.
         divergence: "jsd", "forward_kl" = KL(p_t | p_s) or "reverse_kl" = KL(p_s | p_t).
         beta: weight of the teacher in the JSD's mixture, in (0, 1).
         temperature: divides the logits; the loss is not multiplied by its square.
@@ -74,23 +75,27 @@ def fused_linear_divergence(
         turn_ids: [...] 0-based turn of each token, negative for none.
         turn_weights: [K] weight of each turn.
         trajectory_ids: [...] 0-based trajectory of each token, negative for none.
-        target_ids: [...] the tokens that were sampled; for `old_logprobs`, `support="sampled"` and statistics.
-        old_logprobs: [...] their log-probabilities when sampled. Multiplies each token's loss by the detached
-            ratio exp(log p_s(y) - old).
+        target_ids: [...] the tokens that were sampled; for `old_logprobs`, `support="sampled"` and
+            statistics.
+        old_logprobs: [...] their log-probabilities when sampled. Multiplies each token's loss by
+            the detached ratio exp(log p_s(y) - old).
         is_clip: upper bound of that ratio.
-        pointwise_clip: upper bound of each vocabulary entry's contribution to a token's divergence; an entry
-            above it has no gradient.
+        pointwise_clip: upper bound of each vocabulary entry's contribution to a token's divergence;
+            an entry above it has no gradient.
         support: "full" vocabulary, "topk", or "sampled" (score-function form of the reverse KL:
             stop_gradient(log p_s(y) - log p_t(y))·log p_s(y)).
         top_k: tokens kept by "topk".
         top_k_source: whose largest they are: "student", "teacher" or the "union" of both.
-        top_k_tail: keep the rest of the mass as one more outcome; False renormalises over the kept tokens.
-        teacher_topk: (ids [..., k], log-probabilities [..., k] at this temperature) of a teacher behind a
-            server, in place of `teacher_hidden`; needs `support="topk"`.
+        top_k_tail: keep the rest of the mass as one more outcome; False renormalises over the kept
+            tokens.
+        teacher_topk: (ids [..., k], log-probabilities [..., k] at this temperature) of a teacher
+            behind a server, in place of `teacher_hidden`; needs `support="topk"`.
         reduction: "mean", "sum" or "none" (then the loss is [...]).
-        loss_aggregation: what the mean is over: "token", "turn" (token means, then turns) or "trajectory"
-            (then trajectories). A mean is weighted: its divisor is the sum of the weights, whatever it is.
-        num_items: replaces the divisor of the mean by a global count (gradient accumulation, data parallel).
+        loss_aggregation: what the mean is over: "token", "turn" (token means, then turns) or
+            "trajectory" (then trajectories). A mean is weighted: its divisor is the sum of the
+            weights, whatever it is.
+        num_items: replaces the divisor of the mean by a global count (gradient accumulation, data
+            parallel).
         vocab_size: real tokens of a padded vocabulary; the columns beyond are ignored.
         return_stats: return a `DivergenceOutput` instead of the loss alone.
         impl: "auto", or an implementation by name; see `supports` and `explain`.
@@ -159,11 +164,9 @@ def fused_linear_divergence(
         for tensor in (student_hidden, student_weight, student_bias)
     )
     plan = Plan(
-        impl=backends.choose(
-            impl, backends.Request(hidden.device, hidden.dtype, support, pointwise_clip)
-        ),
+        impl=impl,
         chunk_size=backends.chunk_rows(options, hidden.device, vocab),
-        storage=backends.storage(options, hidden.device, hidden.dtype),
+        storage=str(options.storage),
         max_active_rows=options.max_active_rows or 0,
         need_hidden=need_hidden,
         need_weight=need_weight,
@@ -189,6 +192,7 @@ def fused_linear_divergence(
     return weighting.output(
         loss,
         stats,
+        row_tensors.weights,
         student_hidden.shape[:-1],
         has_targets=target_ids is not None,
         teacher_known=teacher_topk is None,
@@ -202,7 +206,7 @@ def _teacher(
     topk: tuple[Tensor, Tensor] | None,
     student_hidden: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Check the teacher in whichever of its three forms it is given; returns hidden states and weight."""
+    """Check the teacher, in whichever of its three forms; returns hidden states and weight."""
     if (hidden is None) == (topk is None):
         raise ValueError(
             "Pass either teacher_hidden or teacher_topk; got "
@@ -221,7 +225,8 @@ def _teacher(
         leading = student_hidden.shape[:-1]
         if ids.shape != logprobs.shape or ids.shape[:-1] != leading or ids.shape[-1] < 1:
             raise ValueError(
-                f"teacher_topk is ids {list(ids.shape)} and logprobs {list(logprobs.shape)}; expected both "
+                f"teacher_topk is ids {list(ids.shape)} and logprobs {list(logprobs.shape)}; "
+                "expected both "
                 f"{[*leading, 'k']}, with the leading shape of student_hidden and k >= 1."
             )
         return None, None
@@ -235,7 +240,8 @@ def _teacher(
         hidden, _ = checks.autocast(hidden, hidden)
         if hidden.shape != student_hidden.shape or hidden.dtype != student_hidden.dtype:
             raise ValueError(
-                f"With a shared head (teacher_weight=None) teacher_hidden must match student_hidden; got "
+                f"With a shared head (teacher_weight=None) teacher_hidden must match "
+                "student_hidden; got "
                 f"{list(hidden.shape)} {hidden.dtype}, expected {list(student_hidden.shape)} "
                 f"{student_hidden.dtype}. A teacher with its own head needs teacher_weight."
             )
@@ -248,7 +254,8 @@ def _teacher(
     checks.same_device("teacher_hidden", hidden, student_hidden)
     if hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
-            f"teacher_hidden is {list(hidden.shape)} and student_hidden {list(student_hidden.shape)}: expected "
+            f"teacher_hidden is {list(hidden.shape)} and student_hidden "
+            f"{list(student_hidden.shape)}: expected "
             "the same leading shape, token by token."
         )
     return hidden, weight

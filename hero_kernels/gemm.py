@@ -1,8 +1,9 @@
 """The head's products, with the type of the result chosen apart from that of the operands.
 
-Logits, and sums over chunks, must not be rounded to 16 bits. CUDA's library writes fp32 results of 16-bit
-operands. On CPU torch cannot, so the operands are widened there, the head in slices of the vocabulary that are
-small beside the chunk; where the CPU has no 16-bit arithmetic that is also several times faster.
+Logits, and sums over chunks, must not be rounded to 16 bits. CUDA's library writes fp32 results of
+16-bit operands. On CPU torch cannot, so the operands are widened there, the head in slices of the
+vocabulary that are small beside the chunk; where the CPU has no 16-bit arithmetic that is also
+several times faster.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad [R, V] · weight [V, H], summed in fp32 or wider; the result [R, H] has the type of `grad`."""
+    """grad [R, V] · weight [V, H], summed in fp32 or wider; [R, H] in the type of `grad`."""
     if grad.dtype == weight.dtype:
         return torch.mm(grad, weight)
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
@@ -39,7 +40,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += gradᵀ · hidden, grad [R, V], hidden [R, H]; `total` may be of a wider type."""
+    """total [V, H] += gradᵀ · hidden, of [R, V] and [R, H]; `total` may be of a wider type."""
     hidden = hidden.to(grad.dtype)
     if total.dtype == grad.dtype:
         total.addmm_(grad.t(), hidden)

@@ -14,6 +14,8 @@ from hero_kernels.chunked import (
     LogitChunk,
     Plan,
     active_rows,
+    gradient_dtype,
+    power_of_two_scale,
     run_chunks,
     spread,
 )
@@ -36,10 +38,11 @@ def linear_logprobs(
     impl: str = "auto",
     options: KernelOptions | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(cap((h·Wᵀ + bias) · logit_scale) / temperature)[target] without whole logits in memory.
+    """log softmax(cap((h·Wᵀ + bias) · logit_scale) / temperature)[target] without whole logits in
+    memory.
 
-    Any upstream gradient is right, of the log-probabilities and of the entropy; the backward pass computes the
-    logits again.
+    Any upstream gradient is right, of the log-probabilities and of the entropy; the backward pass
+    computes the logits again.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.
@@ -49,8 +52,8 @@ def linear_logprobs(
         temperature: divides the logits.
         softcap: s of s·tanh(z / s), or None.
         logit_scale: multiplies the logits before the soft cap.
-        token_mask: [...] bool or weights; tokens where it is 0 are dropped before any product, get 0 and no
-            gradient, and may hold anything. Not multiplied into the result.
+        token_mask: [...] bool or weights; tokens where it is 0 are dropped before any product, get
+            0 and no gradient, and may hold anything. Not multiplied into the result.
         vocab_size: real tokens of a padded vocabulary.
         return_entropy: return the entropy of each distribution too, with gradient.
         impl: "auto" or "torch".
@@ -91,7 +94,7 @@ def linear_logprobs(
         vocab,
         return_entropy,
         backends.chunk_rows(options, hidden.device, vocab),
-        backends.storage(options, hidden.device, hidden.dtype),
+        str(options.storage),
         options.max_active_rows or 0,
     )
     shape = hidden.shape[:-1]
@@ -203,6 +206,10 @@ def _run(
         upstream = None if upstream is None else upstream[kept]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     targets = target_ids.where(mask, -1)
+    scale = hidden.new_ones((), dtype=wide)
+    if upstream is not None:
+        scale = power_of_two_scale(upstream, hidden.dtype)
+        upstream = upstream * scale
 
     def row_kernel(chunk: LogitChunk) -> Tensor:
         chunk_targets, part_of_chunk = targets[chunk.rows], chunk.rows
@@ -239,13 +246,16 @@ def _run(
     stats = stats.masked_fill(~mask[:, None], 0.0)
     if overflow is not None:
         stats = stats.masked_fill(overflow, torch.nan)
+    if hidden.dtype == torch.float16:
+        grads = grads.unscaled(scale)
     if grads.hidden is not None:
         grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
     return spread(stats, kept, num_rows), grads
 
 
 def _gradient(logp: Tensor, target: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a·log p(target) + b·entropy with respect to the logits, (a, b) = upstream [R, 2]; the value is unused.
+    """Of a·log p(target) + b·entropy with respect to the logits, (a, b) = upstream [R, 2]; the
+    value is unused.
 
     d log p(y)/dz_j = [j = y] - p_j and d entropy/dz_j = -p_j (log p_j + entropy).
     """
@@ -267,7 +277,7 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 @_linear_logprobs_backward.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, bias = (
-        torch.empty_like(tensor, memory_format=torch.contiguous_format)
+        tensor.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype))
         if needed
         else args[0].new_empty(0)
         for tensor, needed in zip(args[:3], args[-3:], strict=True)
@@ -287,7 +297,10 @@ def _backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor) -> tuple[Tensor |
     grads = _linear_logprobs_backward(
         *ctx.saved_tensors, torch.stack([d_logprobs, d_entropy], 1), *ctx.settings, *needed
     )
-    wanted = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+    wanted = [
+        grad.to(tensor.dtype) if need else None
+        for grad, tensor, need in zip(grads, ctx.saved_tensors[:3], needed, strict=True)
+    ]
     return (*wanted, *(None,) * 10)
 
 

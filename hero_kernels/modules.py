@@ -67,15 +67,24 @@ class FusedLinearDivergence(nn.Module):
         teacher_weight: Tensor | None = None,
         **tensors: Any,
     ) -> Tensor | DivergenceOutput:
-        """Take the tensors of one call: weights, ids, biases, `num_items` by the names they have there."""
+        """The tensors of one call; weights, ids, biases, `num_items` by their names there."""
         if repeated := sorted(set(tensors) & set(self.settings)):
-            raise TypeError(f"{', '.join(repeated)}: fixed when the module was made, not by the call.")
+            raise TypeError(
+                f"{', '.join(repeated)}: fixed when the module was made, not by the call."
+            )
         return fused_linear_divergence(
-            student_hidden, student_weight, teacher_hidden, teacher_weight, **tensors, **self.settings
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            **tensors,
+            **self.settings,
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)
+        return ", ".join(
+            f"{name}={value!r}" for name, value in self.settings.items() if value is not None
+        )
 
 
 class LinearLogprobs(nn.Module):
@@ -116,4 +125,6 @@ class LinearLogprobs(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)
+        return ", ".join(
+            f"{name}={value!r}" for name, value in self.settings.items() if value is not None
+        )

@@ -59,35 +59,33 @@ class LossAggregation(StrEnum):
 
 
 class Storage(StrEnum):
-    """How a chunk of logits is held when the inputs are 16-bit."""
+    """How a chunk of logits is held when the inputs are 16-bit; see `chunked.buffer_types`."""
 
-    AUTO = "auto"
-    FLOAT32 = "float32"  # fp32 operands and results: no rounding but the inputs' own
-    MIXED = "mixed"  # teacher logits fp32; delta and gradient tile in the inputs' 16-bit type
+    FLOAT32 = "float32"  # logits in fp32: gradients within 0.3 % of fp64 for any divergence
+    MIXED = "mixed"  # shared head: teacher fp32, delta 16-bit; up to 1 % off where the KL is near 1
 
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """How the loss is computed; no option changes what is computed."""
+    """How the loss is computed; no option changes its definition."""
 
     chunk_size: int | None = None
     """Rows of logits held at once; None chooses by device and vocabulary."""
-    storage: str = Storage.AUTO
-    """"float32", "mixed" or "auto" (the faster of the two that keeps gradients within 0.3 % of fp64).
-
-    Only for 16-bit inputs: fp32 and fp64 inputs are held as they are.
-    """
+    storage: str = Storage.FLOAT32
+    """"float32", or "mixed" to trade exactness for memory traffic. For 16-bit inputs only."""
     max_active_rows: int | None = None
     """Upper bound on the rows of non-zero weight.
 
-    On CUDA it lets masked rows be dropped before the GEMMs without a device synchronisation; a bound that
-    proves too small makes the loss NaN there. On CPU rows are always dropped and the bound is only checked.
+    On CUDA it lets masked rows be dropped before the GEMMs without a device synchronisation; a
+    bound that proves too small makes the loss NaN there. On CPU rows are always dropped and the
+    bound is only checked.
     """
     validate: bool = False
-    """Check values as well (NaN weights, ids out of range), at the price of a device synchronisation on CUDA."""
+    """Check values too (NaN weights, ids out of range); on CUDA that is a synchronisation."""
 
     def __post_init__(self) -> None:
-        Storage(self.storage)
+        if self.storage not in tuple(Storage):
+            raise ValueError(f"storage must be 'float32' or 'mixed'; got {self.storage!r}.")
         for name in ("chunk_size", "max_active_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -131,7 +129,8 @@ class Objective(NamedTuple):
 class DivergenceOutput(NamedTuple):
     """What `return_stats=True` returns; N stands for the leading shape of the hidden states.
 
-    All but `loss` is detached. Entries of masked tokens are 0. With `reduction="none"` `per_token` is `loss`.
+    All but `loss` is detached. Entries of masked tokens are 0. With `reduction="none"` `per_token`
+    is `loss`.
     """
 
     loss: Tensor
@@ -139,7 +138,7 @@ class DivergenceOutput(NamedTuple):
     per_token: Tensor
     """[N] divergence of each token, in nats, without weights and importance ratio."""
     per_turn: Tensor | None
-    """[K] weighted mean of the tokens of each turn; None without `turn_ids`."""
+    """[K] weighted mean of each turn, 0 for a turn without weight; None without `turn_ids`."""
     student_logprobs: Tensor | None
     """[N] log-probability of `target_ids` at the given temperature; None without `target_ids`."""
     teacher_logprobs: Tensor | None

@@ -1,7 +1,8 @@
-"""The definition of everything in this package: dense, in textbook form, differentiated by autograd.
+"""The definition of everything in this package: dense, in textbook form, differentiated by
+autograd.
 
-Tests and benchmarks compare with it, documentation points at it. It holds whole logits [N, V] several times over and
-rounds in the type of its inputs: call it in fp64 for the truth.
+Tests and benchmarks compare with it, documentation points at it. It holds whole logits [N, V]
+several times over and rounds in the type of its inputs: call it in fp64 for the truth.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def scaled_logits(
 
 
 def kl(logp: Tensor, logq: Tensor) -> Tensor:
-    """KL(p | q) [N] = sum p·(log p - log q) over the last dimension; outcomes of probability 0 count nothing."""
+    """KL(p | q) [N] = sum p·(log p - log q); outcomes of probability 0 count nothing."""
     return kl_terms(logp, logq).sum(-1)
 
 
@@ -48,14 +49,16 @@ def divergence_terms(logp_s: Tensor, logp_t: Tensor, divergence: str, beta: floa
         return kl_terms(logp_t, logp_s)
     if divergence == "reverse_kl":
         return kl_terms(logp_s, logp_t)
-    mixture = torch.log((1 - beta) * logp_s.exp() + beta * logp_t.exp())
+    mixture = (1 - beta) * logp_s.exp() + beta * logp_t.exp()
+    mixture = mixture.where(mixture > 0, 1.0).log()  # where it is 0, so are both probabilities
     return (1 - beta) * kl_terms(logp_s, mixture) + beta * kl_terms(logp_t, mixture)
 
 
 def restrict(
     logp_s: Tensor, logp_t: Tensor, top_k: int, source: str, tail: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both distributions over the kept tokens of each row: the others impossible, or gathered in one more outcome.
+    """Both distributions over the kept tokens of each row: the others impossible, or gathered in
+    one more outcome.
 
     Returns:
         Two [N, V + 1] tensors of log-probabilities; the last column is the tail.
@@ -82,7 +85,7 @@ def _restrict(logp: Tensor, keep: Tensor, tail: bool) -> Tensor:
 def server_distribution(
     logp_s: Tensor, ids: Tensor, logprobs: Tensor, tail: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both distributions over the k tokens that a server returned, [N, k] or, with the tail, [N, k + 1]."""
+    """Both distributions over the k tokens that a server returned, and their tail: [N, k + 1]."""
     kept_s = logp_s.gather(1, ids)
     if not tail:
         return torch.log_softmax(kept_s, -1), torch.log_softmax(logprobs, -1)
@@ -106,7 +109,7 @@ def token_divergence(
     top_k_tail: bool = True,
     teacher_topk: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Divergence [N] of rows of scaled logits [N, V]; arguments as for `fused_linear_divergence`."""
+    """Divergence [N] of scaled logits [N, V]; arguments as for `fused_linear_divergence`."""
     logp_s = torch.log_softmax(student_logits, -1)
     if teacher_topk is not None:
         logp_s, logp_t = server_distribution(logp_s, *teacher_topk, top_k_tail)
@@ -213,8 +216,11 @@ def fused_linear_divergence(
     per_turn = None
     if turn_ids is not None:
         num_turns = len(turn_weights) if turn_weights is not None else int(turn_ids.max()) + 1
+        counting = (
+            tokens if turn_weights is None else tokens * (turn_weights != 0)[turn_ids.clamp(min=0)]
+        )
         members = [turn_ids == turn for turn in range(num_turns)]
-        per_turn = torch.stack([weighted_mean(values[m].detach(), tokens[m]) for m in members])
+        per_turn = torch.stack([weighted_mean(values[m].detach(), counting[m]) for m in members])
     return DivergenceOutput(
         loss=loss,
         per_token=loss if reduction == "none" else values.detach(),
@@ -264,7 +270,7 @@ def aggregate(
         )
 
     def turn_level(members: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of turn weight times turn mean over the turns in `members` [N], and sum of the turn weights."""
+        """Sums of weight · mean, and of the weights, over the turns in `members` [N]."""
         if turn_ids is None:
             return weighted_mean(values[members], tokens[members]), values.new_ones(())
         total, count = values.new_zeros(()), values.new_zeros(())

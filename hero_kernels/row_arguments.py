@@ -19,7 +19,7 @@ def check_matrices(student: Tensor, teacher: Tensor, grad: Tensor | None, vocab_
                 f"got {list(tensor.shape)}."
             )
         if tensor.device != student.device:
-            raise ValueError(f"{name} must be on {student.device} like student, got {tensor.device}.")
+            raise ValueError(f"{name} must be on {student.device}, got {tensor.device}.")
         if tensor.dtype not in ROW_DTYPES:
             expected = ", ".join(str(dtype) for dtype in ROW_DTYPES)
             raise ValueError(f"{name} must be one of {expected}, got {tensor.dtype}: convert it.")
@@ -65,7 +65,7 @@ def check_vectors(
                 f"got {list(tensor.shape)} of {tensor.dtype} with strides {tensor.stride()}."
             )
         if tensor.device != student.device:
-            raise ValueError(f"{name} must be on {student.device} like student, got {tensor.device}.")
+            raise ValueError(f"{name} must be on {student.device}, got {tensor.device}.")
     if target_ids is not None and target_ids.numel() and target_ids.device.type == "cpu":
         # A wrong id would be a read outside of the row.
         low, high = (int(bound) for bound in target_ids.aminmax())

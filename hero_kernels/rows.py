@@ -1,15 +1,17 @@
 """The row kernel in torch, and with it the definition of the row-kernel interface.
 
-A row kernel takes a chunk of raw logits, returns eight numbers for each row and writes the gradient with
-respect to the raw student logits, which may overwrite the student's chunk. The same function exists in C++
-(`cpu.py`) and in Triton (`triton/rows.py`).
+A row kernel takes a chunk of raw logits, returns eight numbers for each row and writes the gradient
+with respect to the raw student logits, which may overwrite the student's chunk. The same function
+exists in C++ (`cpu.py`) and in Triton (`triton/rows.py`).
 
-Raw logits become z = cap((raw + bias) · logit_scale) / temperature with cap(z) = softcap · tanh(z / softcap).
+Raw logits become z = cap((raw + bias) · logit_scale) / temperature with cap(z) = softcap · tanh(z /
+softcap).
 
-With `delta=True` the student's tensor holds delta = raw_s - raw_t of a shared head (same bias). All formulas
-are then written in x = log p_s - log p_t, which comes from delta without a difference of large numbers, and as
-sums of non-negative terms p·phi(u), phi(u) = exp(u) - 1 - u; so the divergence of nearby distributions
-keeps its relative precision, cannot be negative, and is exactly 0 for delta = 0:
+With `delta=True` the student's tensor holds delta = raw_s - raw_t of a shared head (same bias). All
+formulas are then written in x = log p_s - log p_t, which comes from delta without a difference of
+large numbers, and as sums of non-negative terms p·phi(u), phi(u) = exp(u) - 1 - u; so the
+divergence of nearby distributions keeps its relative precision, cannot be negative, and is exactly
+0 for delta = 0:
 
     forward KL   sum p_t phi(x)                                d/dz = p_t expm1(x) = p_s - p_t
     reverse KL   sum p_s phi(-x)                               d/dz = p_s (x - KL)
@@ -31,14 +33,14 @@ LOSS, RATIO, STUDENT_LOGPROB, TEACHER_LOGPROB, STUDENT_ENTROPY, TEACHER_ENTROPY,
 """Columns of the result; the eighth is reserved."""
 
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Logits worked on at once: a block and its temporaries stay in the CPU's cache, or bound the GPU's memory."""
+"""Logits worked on at once: few enough for the CPU's cache, or for the GPU's memory."""
 
 _EXP_LIMIT = 80.0
-"""exp(80) is finite in fp32, and exp(-80) is beneath anything that counts in a sum of probabilities."""
+"""exp(80) is finite in fp32, and exp(-80) counts nothing in a sum of probabilities."""
 
 
 class LogProbs(NamedTuple):
-    """Both distributions of a block of rows; without teacher logits the teacher equals the student."""
+    """Both distributions of a block of rows; without logits the teacher equals the student."""
 
     student: Tensor  # [R, V] log p_s
     teacher: Tensor  # [R, V] log p_t
@@ -76,8 +78,8 @@ def divergence_rows(
     Args:
         student: [R, V] raw logits, or raw_s - raw_t if `delta`; fp64, fp32, bf16 or fp16.
         teacher: [R, V] raw logits.
-        grad: [R, V] receives row_weights · ratio · d(divergence)/d(raw student logit), 0 in columns from
-            `vocab_size` on; None to skip it, `student` itself to overwrite it.
+        grad: [R, V] receives row_weights · ratio · d(divergence)/d(raw student logit), 0 in columns
+            from `vocab_size` on; None to skip it, `student` itself to overwrite it.
         delta: what `student` holds. Both biases are then the same tensor.
         divergence: `Divergence.code`.
         beta: weight of the teacher in the JSD's mixture.
@@ -88,16 +90,18 @@ def divergence_rows(
         teacher_bias: [V].
         target_ids: [R] int64 tokens whose log-probability is wanted, -1 for none.
         row_weights: [R] fp32.
-        old_logprobs: [R] fp32 log-probability of `target_ids` when they were sampled; turns the ratio on.
+        old_logprobs: [R] fp32 log-probability of `target_ids` when they were sampled; turns the
+            ratio on.
         is_clip: upper bound of the importance ratio exp(log p_s(target) - old), 0 for none.
         vocab_size: columns from here on are padding.
         with_stats: fill columns 4 to 6.
-        pointwise_clip: upper bound of one entry's contribution to the textbook sum, 0 for none; where it
-            binds the entry has no gradient. (Only this implementation has it.)
+        pointwise_clip: upper bound of one entry's contribution to the textbook sum, 0 for none;
+            where it binds the entry has no gradient. (Only this implementation has it.)
 
     Returns:
-        [R, 8] fp32 (fp64 for fp64 logits): divergence (without weight and ratio), importance ratio (1 if off),
-        log p_s(target), log p_t(target), entropy of the student, of the teacher, top-1 agreement, 0.
+        [R, 8] fp32 (fp64 for fp64 logits): divergence (without weight and ratio), importance ratio
+        (1 if off), log p_s(target), log p_t(target), entropy of the student, of the teacher, top-1
+        agreement, 0.
     """
 
     def objective(probs: LogProbs, _: slice) -> tuple[Tensor, Tensor]:
@@ -144,7 +148,7 @@ def map_rows(
     vocab_size: int,
     with_stats: bool,
 ) -> Tensor:
-    """Apply `objective` block by block: what all supports share. Arguments as for `divergence_rows`."""
+    """Apply `objective` block by block: what all supports share. See `divergence_rows`."""
     dtype = torch.promote_types(student.dtype, torch.float32)
     stats = student.new_zeros(student.shape[0], STATS, dtype=dtype)
     stats[:, RATIO] = 1.0
@@ -204,7 +208,7 @@ def log_probs(
     student_bias: Tensor | None,
     teacher_bias: Tensor | None,
 ) -> LogProbs:
-    """Log-probabilities of a block [R, V] from its raw logits. Arguments as for `divergence_rows`."""
+    """Log-probabilities of a block [R, V] from its raw logits. See `divergence_rows`."""
     dtype = torch.promote_types(student.dtype, torch.float32)
 
     def scaled(raw: Tensor, bias: Tensor | None) -> Tensor:
@@ -220,8 +224,14 @@ def log_probs(
             gap = _capped_gap(gap, z_t, softcap)
             z_t = softcap * torch.tanh(z_t / softcap)
         logp_t = torch.log_softmax(z_t * inv_temperature, -1)
-        log_ratio = _normalised_gap(gap * inv_temperature, logp_t)
-        return LogProbs(logp_t + log_ratio, logp_t, log_ratio, slope)
+        gap = gap * inv_temperature
+        top = (logp_t + gap).argmax(-1, keepdim=True)  # seen from there, what counts is small
+        z_s = (logp_t - logp_t.gather(1, top)) + (gap - gap.gather(1, top))
+        logp_s = torch.log_softmax(z_s, -1)
+        growth = (logp_t.exp() * torch.expm1(gap)).sum(-1, keepdim=True)  # sum p_t exp(gap) - 1
+        near = growth.abs() < 0.5  # False for overflow (inf, or nan from 0·inf) too
+        log_ratio = gap - growth.where(near, 0.0).log1p()
+        return LogProbs(logp_s, logp_t, log_ratio.where(near, logp_s - logp_t), slope)
 
     z_s = scaled(student, student_bias)
     if softcap:
@@ -244,7 +254,7 @@ def _sech2(a: Tensor) -> Tensor:
 
 
 def _capped_gap(gap: Tensor, z_t: Tensor, softcap: float) -> Tensor:
-    """cap(z_t + gap) - cap(z_t) = s·sinh(gap/s) / (cosh(z_s/s)·cosh(z_t/s)), all exponents being <= 0."""
+    """cap(z_t + gap) - cap(z_t) = s·sinh(gap/s) / (cosh(z_s/s)·cosh(z_t/s)), all exponents <= 0."""
     d, a_t = gap / softcap, (z_t / softcap).abs()
     a_s = (z_t / softcap + d).abs()
     size = d.abs()
@@ -254,20 +264,10 @@ def _capped_gap(gap: Tensor, z_t: Tensor, softcap: float) -> Tensor:
     )
 
 
-def _normalised_gap(gap: Tensor, logp_t: Tensor) -> Tensor:
-    """log p_s - log p_t = gap - log sum p_t exp(gap), for p_s proportional to p_t exp(gap)."""
-    growth = (logp_t.exp() * torch.expm1(gap)).sum(-1, keepdim=True)
-    near = growth.abs() < 0.5  # False for overflow (inf, or nan from 0·inf) too
-    shift = torch.where(
-        near, growth.where(near, 0.0).log1p(), (logp_t + gap).logsumexp(-1, keepdim=True)
-    )
-    return gap - shift
-
-
 def dense_divergence(
     logp_s: Tensor, logp_t: Tensor, log_ratio: Tensor, divergence: int, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [R] of rows of log-probabilities [R, V] and its gradient [R, V] with respect to z_s."""
+    """Divergence [R] of log-probabilities [R, V] and its gradient [R, V] by z_s."""
     p_s, p_t, x = logp_s.exp(), logp_t.exp(), log_ratio
     if divergence == 1:
         small = p_t * torch.expm1(x.clamp(-1.0, 1.0))
@@ -286,7 +286,7 @@ def dense_divergence(
 def clipped_divergence(
     probs: LogProbs, divergence: int, beta: float, pointwise_clip: float
 ) -> tuple[Tensor, Tensor]:
-    """The same with each entry of the textbook sum, e.g. p_t·(log p_t - log p_s), bounded from above."""
+    """The same with each entry of the textbook sum, as p_t·(log p_t - log p_s), bounded."""
     p_s, p_t, x = probs.student.exp(), probs.teacher.exp(), probs.log_ratio
     if divergence == 1:
         terms, d_logp = -p_t * x, -p_t
@@ -307,7 +307,7 @@ def _log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
 
 
 def _weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
-    """p·(exp(u) - 1 - u) >= 0 where q = p·exp(u): a series near 0, where the difference would cancel."""
+    """p·(exp(u) - 1 - u) >= 0 where q = p·exp(u); near 0, where it would cancel, a series."""
     terms = 13 if u.dtype == torch.float64 else 6
     near = u.clamp(-0.25, 0.25)
     series = torch.full_like(u, 1 / math.factorial(terms + 1))

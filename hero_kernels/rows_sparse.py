@@ -1,8 +1,9 @@
-"""Row kernels over part of the vocabulary: top-k with or without a tail, and the sampled token alone.
+"""Row kernels over part of the vocabulary: top-k with or without a tail, and the sampled token
+alone.
 
-The kept tokens, with the rest of the mass as one more bucket, are themselves a softmax: of the kept logits and of
-the logsumexp of the others. So the dense formulas of `rows.py` apply to the buckets, and the tail's gradient
-is shared out among its tokens by their probability within the tail.
+The kept tokens, with the rest of the mass as one more bucket, are themselves a softmax: of the kept
+logits and of the logsumexp of the others. So the dense formulas of `rows.py` apply to the buckets,
+and the tail's gradient is shared out among its tokens by their probability within the tail.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hero_kernels.options import Objective, Support, TopKSource
 from hero_kernels.rows import LogProbs, RowObjective, dense_divergence, map_rows
 
 _SERVER_ROUNDING = 1e-7
-"""Log-probabilities from a server are rounded: the mass they leave for the tail is known no better than this."""
+"""Log-probabilities from a server are rounded: the tail's mass is known no better than this."""
 
 
 def sparse_rows(
@@ -53,7 +54,7 @@ def sparse_rows(
 
 
 def _sampled(probs: LogProbs, rows: slice, *, target_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """stop_gradient(log p_s(y) - log p_t(y)) · log p_s(y): the score-function form of the reverse KL."""
+    """stop_gradient(log p_s(y) - log p_t(y))·log p_s(y): the score-function form of the KL."""
     target = target_ids[rows, None].clamp(min=0)
     advantage = probs.log_ratio.gather(1, target)
     d_logits = -advantage * probs.student.exp()

@@ -1,7 +1,7 @@
 """From token and turn weights to the coefficient of each row, and from rows back to the result.
 
-Sums over turns and trajectories are taken in fp64: their order differs from run to run on CUDA, and fp64 keeps that
-beneath what the fp32 result can show.
+Sums over turns and trajectories are taken in fp64: their order differs from run to run on CUDA, and
+fp64 keeps that beneath what the fp32 result can show.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Weighting(NamedTuple):
         num_items: float | Tensor | None,
         validate: bool,
     ) -> Weighting:
-        """Check and flatten the arguments of that name of the public functions; `hidden` [..., H]."""
+        """Check and flatten the public functions' arguments of these names; `hidden` [..., H]."""
         aggregation = checks.choice("loss_aggregation", loss_aggregation, LossAggregation)
         checks.per_token("token_weights", token_weights, hidden)
         checks.per_token("turn_ids", turn_ids, hidden, integer=True)
@@ -69,11 +69,14 @@ class Weighting(NamedTuple):
         """c [N] with loss = sum c_i · ratio_i · divergence_i.
 
         "token":      c_i = w_i·u_k                            / sum of w_i·u_k
-        "turn":       c_i = w_i·u_k / (sum of w in the turn)   / sum of u_k over turns that hold a weight
-        "trajectory": the turn's c_i / (their sum in the trajectory) / number of trajectories that hold one
+        "turn":       c_i = w_i·u_k / (sum of w in the turn)   / sum of u_k over turns that hold a
+        weight
+        "trajectory": the turn's c_i / (their sum in the trajectory) / number of trajectories that
+        hold one
 
-        with w the token's weight and u the turn's. `num_items` replaces the last divisor of a mean; a sum and
-        `reduction="none"` have none. Divisions by 0 give 0. Without `turn_ids` a trajectory is one turn.
+        with w the token's weight and u the turn's. `num_items` replaces the last divisor of a mean;
+        a sum and `reduction="none"` have none. Divisions by 0 give 0. Without `turn_ids` a
+        trajectory is one turn.
 
         Args:
             num_rows: N.
@@ -103,18 +106,28 @@ class Weighting(NamedTuple):
         self,
         loss: Tensor,
         stats: Tensor,
+        row_weights: Tensor,
         shape: torch.Size,
         has_targets: bool,
         teacher_known: bool,
     ) -> DivergenceOutput:
-        """The columns of `stats` [N, 8] by name, in the leading shape of the hidden states."""
+        """The columns of `stats` [N, 8] by name, in the leading shape of the hidden states.
+
+        Args:
+            loss: [N] or [].
+            stats: of the row kernel, 0 where `row_weights` are.
+            row_weights: [N] what `coefficients` returned.
+            shape: leading shape of the hidden states.
+            has_targets: whether `target_ids` were given.
+            teacher_known: whether the teacher's logits are known.
+        """
 
         def column(index: int, wanted: bool = True) -> Tensor | None:
             return stats[:, index].detach().reshape(shape) if wanted else None
 
         per_turn = None
         if self.turn_ids is not None:
-            per_turn = self._turn_means(stats[:, rows.LOSS].detach(), self.turn_ids)
+            per_turn = self._turn_means(stats[:, rows.LOSS].detach(), row_weights, self.turn_ids)
         loss = loss.reshape(shape) if self.reduction == Reduction.NONE else loss
         per_token = loss if self.reduction == Reduction.NONE else column(rows.LOSS)
         student_entropy = column(rows.STUDENT_ENTROPY)
@@ -136,14 +149,17 @@ class Weighting(NamedTuple):
             weights = self.token_weights.to(torch.float64)
         return weights if self.turn_ids is None else weights * (self.turn_ids >= 0)
 
-    def _turn_means(self, values: Tensor, turn_ids: Tensor) -> Tensor:
-        """[K] weighted mean of values [N] in each turn; K costs a synchronisation without `turn_weights`."""
+    def _turn_means(self, values: Tensor, row_weights: Tensor, turn_ids: Tensor) -> Tensor:
+        """[K] weighted mean of values [N] over the tokens of each turn that count, 0 without any.
+
+        Without `turn_weights` K has to be read from the ids: a synchronisation on CUDA.
+        """
         if self.turn_weights is not None:
             num_turns = len(self.turn_weights)
         else:
             num_turns = int(turn_ids.max()) + 1 if turn_ids.numel() else 0
         turns = turn_ids.clamp(min=0)
-        weights = self._weights_within_turns(len(values), values)
+        weights = self._weights_within_turns(len(values), values) * (row_weights != 0)
         total = _group_sum(values.double() * weights, turns, max(num_turns, 1))
         means = _divide(total, _group_sum(weights, turns, max(num_turns, 1)))
         return means[:num_turns].to(values.dtype)

@@ -73,6 +73,15 @@ class Reflections:
     texts: list[str]
     """What the reflector wrote, one text a trajectory; "" where nothing was asked."""
 
+    @classmethod
+    def none(cls, trajectories: Sequence[Trajectory]) -> Reflections:
+        """What a method without reflection has: no diagnosis at all."""
+        stats = ReflectionStats(
+            turns=sum(len(trajectory.turns) for trajectory in trajectories),
+            parsed=0, non_empty=0, leaked=0, too_long=0, retried=0, generated_tokens=0, seconds=0.0,
+        )  # fmt: skip
+        return cls(diagnoses=[[] for _ in trajectories], stats=stats, texts=[])
+
 
 class Reflector(Protocol):
     """Reads finished episodes."""

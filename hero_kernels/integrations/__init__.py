@@ -10,7 +10,9 @@ def named_divergence(beta: float) -> dict[str, str | float]:
         ValueError: beta outside of [0, 1].
     """
     if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must lie in [0, 1], got {beta}: 0 forward KL, 1 reverse KL, between them JSD.")
+        raise ValueError(
+            f"beta must lie in [0, 1], got {beta}: 0 forward KL, 1 reverse KL, between them JSD."
+        )
     if beta == 0.0:
         return {"divergence": "forward_kl"}
     if beta == 1.0:

@@ -1,7 +1,8 @@
 """The call order of Liger-Kernel's `LigerFusedLinearJSD`.
 
-What differs from it: per-token values are exact for nearby distributions when both heads are one tensor, frozen heads
-cost no GEMM, a second backward pass gives the same gradient, and a teacher with another vocabulary is refused.
+What differs from it: per-token values are exact for nearby distributions when both heads are one
+tensor, frozen heads cost no GEMM, a second backward pass gives the same gradient, and a teacher
+with another vocabulary is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def fused_linear_jsd(
         teacher_input: [N, H_t].
         teacher_weight: [V, H_t]; the student's own tensor takes the path for shared heads.
         shift_labels: [N], already shifted; tokens equal to `ignore_index` are masked.
-        jsd_beta: weight of the teacher in the mixture; 0 is KL(teacher | student), 1 KL(student | teacher).
+        jsd_beta: weight of the teacher in the mixture; 0 is KL(teacher | student), 1 KL(student |
+            teacher).
         ignore_index: label of masked tokens.
         temperature: divides the logits.
 
@@ -54,7 +56,9 @@ def fused_linear_jsd(
 class FusedLinearJSD(nn.Module):
     """Takes the place of `LigerFusedLinearJSD`."""
 
-    def __init__(self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0) -> None:
+    def __init__(
+        self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         named_divergence(jsd_beta)
         self.jsd_beta = jsd_beta

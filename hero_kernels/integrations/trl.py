@@ -44,8 +44,8 @@ def chunked_divergence(
         teacher_final_logit_softcapping: must equal the student's.
 
     Returns:
-        Divergence of each token [N], differentiable in the student's tensors, and the student's entropy [N],
-        detached.
+        Divergence of each token [N], differentiable in the student's tensors, and the student's
+        entropy [N], detached.
 
     Raises:
         ValueError: scales or soft caps of the two models differ.
@@ -54,8 +54,10 @@ def chunked_divergence(
     teacher_scaling = (teacher_logit_scale, teacher_final_logit_softcapping)
     if student_scaling != teacher_scaling:
         raise ValueError(
-            f"logit scale and soft cap must be the same for both models; got {student_scaling} for the student "
-            f"and {teacher_scaling} for the teacher. Fold a scale into the head's weight, or compute the "
+            f"logit scale and soft cap must be the same for both models; got {student_scaling} for "
+            "the student "
+            f"and {teacher_scaling} for the teacher. Fold a scale into the head's weight, or "
+            "compute the "
             "logits and call divergence_from_logits."
         )
     shared = teacher_weight is student_weight and teacher_bias is student_bias
@@ -93,7 +95,8 @@ def generalized_jsd_loss(
         labels: [B, L]; tokens labelled -100 are masked.
         beta: 0 is KL(teacher | student), 1 KL(student | teacher), between them the JSD.
         temperature: divides the logits.
-        reduction: "batchmean" divides by the number of unmasked tokens (without labels by B), "sum" does not.
+        reduction: "batchmean" divides by the number of unmasked tokens (without labels by B), "sum"
+            does not.
 
     Returns:
         [] the loss.

@@ -13,7 +13,7 @@ class RowConfig(NamedTuple):
     """How one row is walked through."""
 
     block_v: int
-    """Columns of one step; a power of two. 8 for each thread make 128-bit loads of 16-bit logits."""
+    """Columns of one step, a power of two; 8 a thread make 128-bit loads of 16-bit logits."""
     num_warps: int
 
 
@@ -22,7 +22,7 @@ ROWS = {
     90: RowConfig(block_v=1024, num_warps=4),
     100: RowConfig(block_v=1024, num_warps=4),
 }
-"""By compute capability times 10: the entry of the newest architecture not newer than the device."""
+"""By compute capability times 10; a device takes the newest entry that is not newer than itself."""
 
 
 def row_config(capability: tuple[int, int]) -> RowConfig:

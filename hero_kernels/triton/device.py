@@ -1,12 +1,18 @@
 """Elementary functions for the row kernels, accurate relative to their result also near zero.
 
-The same formulas as csrc/vector_math.h. Everything is fp32: Triton's interpreter computes bf16 wrongly.
+The same formulas as csrc/vector_math.h, in fp32: Triton's interpreter gets bf16 arithmetic wrong.
 """
+
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# Arguments of @triton.jit functions are typed by Triton.
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+LOG_RATIO_LIMIT = tl.constexpr(1e4)
+"""|x| where only one side is masked."""
 
 
 @triton.jit
@@ -52,6 +58,28 @@ def kl_term(p, q, x):
 def clamp(x, low, high):
     """`x` within bounds; a NaN stays a NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
+def probabilities(z_t, gap, log_mass_t, offset):
+    """log p_t, p_t, p_s, p_s - p_t without cancellation, and x."""
+    x = clamp(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - offset
+    log_p = z_t - log_mass_t
+    p = tl.exp(log_p)
+    near = p * (x + x * x * quadratic_remainder(x))
+    far = tl.exp(tl.minimum(log_p + x, 0.0)) - p  # p exp(x) could be 0 times infinity
+    difference = tl.where(tl.abs(x) <= 1.0, near, far)
+    return log_p, p, p + difference, difference, x
+
+
+@triton.jit
+def log_mixture(x, beta):
+    """log m - log p_t and log m - log p_s, m = beta p_t + (1 - beta) p_s."""
+    # From the more probable side: there the logarithm's argument is in (-1, 0].
+    is_student = x > 0.0
+    to_mixture = log_1_plus(tl.where(is_student, beta, 1.0 - beta) * exp_minus_1(-tl.abs(x)))
+    from_teacher = tl.where(is_student, x + to_mixture, to_mixture)
+    return from_teacher, tl.where(is_student, to_mixture, to_mixture - x)
 
 
 @triton.jit

@@ -10,6 +10,9 @@ kept for each lane and combined once at the end of a sweep: no synchronisation w
 result that depends on the shape and the launch settings alone.
 """
 
+# mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
+# Arguments of @triton.jit functions are typed by Triton.
+
 from __future__ import annotations
 
 import torch
@@ -20,86 +23,28 @@ from torch import Tensor
 from hero_kernels.row_arguments import check_matrices, check_vectors
 from hero_kernels.triton.configs import RowConfig, row_config
 from hero_kernels.triton.device import (
+    LOG_RATIO_LIMIT,
     clamp,
     exp_minus_1,
     kl_term,
     log_1_plus,
-    quadratic_remainder,
-    soft_cap,
-    soft_cap_gap,
+    log_mixture,
+    probabilities,
 )
+from hero_kernels.triton.logits import load_logits
 
 NUM_STATS = tl.constexpr(8)
 JSD = tl.constexpr(0)
 FORWARD_KL = tl.constexpr(1)
-MASKED = tl.constexpr(-1e30)
-"""A logit of -inf, or padding: finite, so that the difference of two is 0."""
-LOG_RATIO_LIMIT = tl.constexpr(1e4)
-"""|x| where only one side is masked."""
 
 
-def available() -> None | str:
+def available() -> str | None:
     """None if the kernel can run, else the reason why not."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if torch.cuda.get_device_capability() < (8, 0):
         return "the Triton row kernel needs compute capability 8.0 or newer"
     return None
-
-
-@triton.jit
-def _load_logits(
-    student_ptr,
-    teacher_ptr,
-    student_bias_ptr,
-    teacher_bias_ptr,
-    offs_v,
-    columns,
-    vocab_size,
-    logit_scale,
-    softcap,
-    inv_temperature,
-    DELTA: tl.constexpr,
-    HAS_STUDENT_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """z_t, z_s, delta and d z_s / d raw student logit at `offs_v` of a row."""
-    # Loads are masked by the padded width: a vocabulary of odd size would make them scalar.
-    inside = offs_v < columns
-    z_t = tl.load(teacher_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    stored = tl.load(student_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    shared_bias = 0.0
-    if HAS_TEACHER_BIAS:
-        teacher_bias = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-        z_t += teacher_bias
-        if DELTA:
-            shared_bias = teacher_bias
-    if HAS_STUDENT_BIAS:
-        student_bias = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-        stored += student_bias - shared_bias  # a bias of both sides cancels exactly
-    elif DELTA:
-        stored -= shared_bias
-    if DELTA:  # a masked column is masked for both, whatever the GEMM made of its delta
-        stored = tl.where(z_t < MASKED, 0.0, stored)
-    z_t *= logit_scale
-    stored *= logit_scale
-    slope = tl.full(z_t.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
-        if DELTA:
-            _, slope = soft_cap(z_t + stored, softcap)
-            stored = soft_cap_gap(stored, z_t, softcap)
-        else:
-            stored, slope = soft_cap(stored, softcap)
-        z_t, _ = soft_cap(z_t, softcap)
-    z_t *= inv_temperature
-    stored *= inv_temperature
-    z_t = tl.where(z_t < MASKED, MASKED, z_t)
-    z_s = z_t + stored if DELTA else stored
-    z_s = tl.where(z_s < MASKED, MASKED, z_s)
-    gap = stored if DELTA else z_s - z_t
-    real = offs_v < vocab_size
-    return tl.where(real, z_t, MASKED), tl.where(real, z_s, MASKED), tl.where(real, gap, 0.0), slope
 
 
 @triton.jit
@@ -145,23 +90,30 @@ def _divergence_rows_kernel(
     teacher_ptr += row * stride_tr
     grad_ptr += row * stride_gr
     stats_ptr += row * NUM_STATS
+    source = (
+        student_ptr,
+        teacher_ptr,
+        student_bias_ptr,
+        teacher_bias_ptr,
+        columns,
+        vocab_size,
+        logit_scale,
+        softcap,
+        inv_temperature,
+    )
     lanes = tl.arange(0, BLOCK_V)
 
     # The target's logits come first: the gradient may overwrite them.
     if HAS_TARGETS:
         target = tl.load(target_ids_ptr + row)
-        target_t, target_s, target_gap, _ = _load_logits(
-            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
-            tl.maximum(target, 0), columns, vocab_size, logit_scale, softcap, inv_temperature,
-            DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
-        )  # fmt: skip
+        target_t, target_s, target_gap, _ = load_logits(
+            source, tl.maximum(target, 0), DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
+        )
 
     # x is invariant under a constant; one that aligns the maxima of the first block keeps it small.
-    z_t, z_s, _, _ = _load_logits(
-        student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
-        lanes, columns, vocab_size, logit_scale, softcap, inv_temperature,
-        DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
-    )  # fmt: skip
+    z_t, z_s, _, _ = load_logits(
+        source, lanes, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
+    )
     shift = tl.max(z_s, 0) - tl.max(z_t, 0)
     shift = tl.where(tl.abs(shift) < LOG_RATIO_LIMIT, shift, 0.0)
 
@@ -176,11 +128,9 @@ def _divergence_rows_kernel(
     top_s = tl.zeros((BLOCK_V,), tl.int32)
     for start in range(0, columns, BLOCK_V):
         offs_v = start + lanes
-        z_t, z_s, gap, _ = _load_logits(
-            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
-            offs_v, columns, vocab_size, logit_scale, softcap, inv_temperature,
-            DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
-        )  # fmt: skip
+        z_t, z_s, gap, _ = load_logits(
+            source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
+        )
         x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         higher_t = z_t > max_t
         higher_s = z_s > max_s
@@ -210,9 +160,9 @@ def _divergence_rows_kernel(
     # Where the growth is large or overflowed, so is the divergence, and the normalisers serve.
     is_near = tl.abs(growth) < 0.5
     offset = log_1_plus(tl.where(is_near, growth, 0.0))
-    far_offset = (row_max_s - row_max_t - shift) + (tl.log(mass_s) - tl.log(mass_t))
+    far_offset = (row_max_s - row_max_t - shift) + tl.log(mass_s / mass_t)
     offset = tl.where(is_near, offset, far_offset)
-    log_mass_t = row_max_t + tl.log(mass_t)
+    log_mass_t = tl.log(mass_t)
     mean = tl.sum(sum_ratio * weight_s, 0) / mass_s - offset
 
     weight = tl.load(row_weights_ptr + row)
@@ -220,13 +170,11 @@ def _divergence_rows_kernel(
     target_logprob_s = 0.0
     target_logprob_t = 0.0
     if HAS_TARGETS:
-        logprob_t = target_t - log_mass_t
+        logprob_t = target_t - row_max_t - log_mass_t
         target_x = target_gap - shift - offset
         # The difference of the two keeps delta's accuracy, unless one side is masked.
         is_close = tl.abs(target_x) < 30.0
-        logprob_s = tl.where(
-            is_close, logprob_t + target_x, target_s - row_max_s - tl.log(mass_s)
-        )
+        logprob_s = tl.where(is_close, logprob_t + target_x, target_s - row_max_s - tl.log(mass_s))
         target_logprob_s = tl.where(target >= 0, logprob_s, 0.0)
         target_logprob_t = tl.where(target >= 0, logprob_t, 0.0)
         if HAS_RATIO:
@@ -243,18 +191,16 @@ def _divergence_rows_kernel(
     entropy_t = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, columns, BLOCK_V):
         offs_v = start + lanes
-        z_t, _, gap, slope = _load_logits(
-            student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
-            offs_v, columns, vocab_size, logit_scale, softcap, inv_temperature,
-            DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
-        )  # fmt: skip
-        log_p, p, q, difference, x = _probabilities(z_t, gap, log_mass_t, shift, offset)
+        z_t, _, gap, slope = load_logits(
+            source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
+        )
+        log_p, p, q, difference, x = probabilities(z_t - row_max_t, gap - shift, log_mass_t, offset)
         if WITH_STATS:
             entropy_t -= p * log_p
             entropy_s -= q * (log_p + x)
         if DIVERGENCE == JSD:
             m = beta * p + (1.0 - beta) * q
-            from_teacher, from_student = _log_mixture(x, beta)
+            from_teacher, from_student = log_mixture(x, beta)
             term = kl_term(q, m, from_student)
             student_part += term
             divergence += beta * kl_term(p, m, from_teacher) + (1.0 - beta) * term
@@ -269,20 +215,17 @@ def _divergence_rows_kernel(
                 _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)
 
     value = tl.sum(divergence, 0)
-    if DIVERGENCE == JSD:
-        if HAS_GRAD:  # sweep 3
-            part = tl.sum(student_part, 0)
-            for start in range(0, columns, BLOCK_V):
-                offs_v = start + lanes
-                z_t, _, gap, slope = _load_logits(
-                    student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
-                    offs_v, columns, vocab_size, logit_scale, softcap, inv_temperature,
-                    DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP,
-                )  # fmt: skip
-                _, _, q, _, x = _probabilities(z_t, gap, log_mass_t, shift, offset)
-                _, from_student = _log_mixture(x, beta)
-                gradient = (1.0 - beta) * q * (-from_student - part)
-                _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)
+    if DIVERGENCE == JSD and HAS_GRAD:  # sweep 3
+        part = tl.sum(student_part, 0)
+        for start in range(0, columns, BLOCK_V):
+            offs_v = start + lanes
+            z_t, _, gap, slope = load_logits(
+                source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
+            )
+            _, _, q, _, x = probabilities(z_t - row_max_t, gap - shift, log_mass_t, offset)
+            _, from_student = log_mixture(x, beta)
+            gradient = (1.0 - beta) * q * (-from_student - part)
+            _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)
 
     # Garbage behind a mask must not poison the weighted sum.
     hidden = (weight == 0.0) & ((value != value) | (tl.abs(value) == float("inf")))
@@ -296,30 +239,10 @@ def _divergence_rows_kernel(
     if WITH_STATS:
         first_t = tl.min(tl.where(max_t == row_max_t, top_t, columns), 0)
         first_s = tl.min(tl.where(max_s == row_max_s, top_s, columns), 0)
-        agreement = tl.where((first_t == first_s) & (first_t < columns), 1.0, 0.0)
+        agrees = (first_t == first_s) & (first_t < columns)
+        agreement = tl.where(agrees & (hidden == 0), 1.0, 0.0)
     tl.store(stats_ptr + 6, agreement)
     tl.store(stats_ptr + 7, 0.0)
-
-
-@triton.jit
-def _probabilities(z_t, gap, log_mass_t, shift, offset):
-    """log p_t, p_t, p_s, p_s - p_t without cancellation, and x."""
-    x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - offset
-    log_p = z_t - log_mass_t
-    p = tl.exp(log_p)
-    near = p * (x + x * x * quadratic_remainder(x))
-    far = tl.exp(tl.minimum(log_p + x, 0.0)) - p  # p exp(x) could be 0 times infinity
-    difference = tl.where(tl.abs(x) <= 1.0, near, far)
-    return log_p, p, p + difference, difference, x
-
-
-@triton.jit
-def _log_mixture(x, beta):
-    """log m - log p_t and log m - log p_s, m = beta p_t + (1 - beta) p_s."""
-    is_student = x > 0.0  # the more probable side: from there the logarithm's argument is in (-1, 0]
-    log_mixture = log_1_plus(tl.where(is_student, beta, 1.0 - beta) * exp_minus_1(-tl.abs(x)))
-    from_teacher = tl.where(is_student, x + log_mixture, log_mixture)
-    return from_teacher, tl.where(is_student, log_mixture, log_mixture - x)
 
 
 @triton.jit
@@ -371,37 +294,38 @@ def divergence_rows(
     def pointer(tensor: Tensor | None) -> Tensor:
         return stats if tensor is None else tensor  # what is absent is never read
 
-    _divergence_rows_kernel[(rows,)](
-        student,
-        teacher,
-        pointer(grad),
-        pointer(student_bias),
-        pointer(teacher_bias),
-        pointer(target_ids),
-        row_weights,
-        pointer(old_logprobs),
-        stats,
-        columns,
-        vocab_size,
-        student.stride(0),
-        teacher.stride(0),
-        0 if grad is None else grad.stride(0),
-        beta,
-        inv_temperature,
-        softcap,
-        logit_scale,
-        is_clip,
-        DIVERGENCE=divergence,
-        DELTA=delta,
-        HAS_GRAD=grad is not None,
-        HAS_STUDENT_BIAS=student_bias is not None,
-        HAS_TEACHER_BIAS=teacher_bias is not None,
-        HAS_SOFTCAP=softcap > 0,
-        HAS_TARGETS=target_ids is not None,
-        HAS_RATIO=target_ids is not None and old_logprobs is not None,
-        HAS_CLIP=is_clip > 0,
-        WITH_STATS=with_stats,
-        BLOCK_V=config.block_v,
-        num_warps=config.num_warps,
-    )
+    with torch.cuda.device_of(student):
+        _divergence_rows_kernel[(rows,)](
+            student,
+            teacher,
+            pointer(grad),
+            pointer(student_bias),
+            pointer(teacher_bias),
+            pointer(target_ids),
+            row_weights,
+            pointer(old_logprobs),
+            stats,
+            columns,
+            vocab_size,
+            student.stride(0),
+            teacher.stride(0),
+            0 if grad is None else grad.stride(0),
+            beta,
+            inv_temperature,
+            softcap,
+            logit_scale,
+            is_clip,
+            DIVERGENCE=divergence,
+            DELTA=delta,
+            HAS_GRAD=grad is not None,
+            HAS_STUDENT_BIAS=student_bias is not None,
+            HAS_TEACHER_BIAS=teacher_bias is not None,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_TARGETS=target_ids is not None,
+            HAS_RATIO=target_ids is not None and old_logprobs is not None,
+            HAS_CLIP=is_clip > 0,
+            WITH_STATS=with_stats,
+            BLOCK_V=config.block_v,
+            num_warps=config.num_warps,
+        )
     return stats

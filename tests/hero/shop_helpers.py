@@ -21,7 +21,7 @@ def write_catalogue(folder: Path) -> str:
     options = {"Color": colors, "Size": sizes, "Cord": cords}
     items = [_item(LAMP, "Bright Desk Lamp", "$12.50", options)]
     items += [
-        _item(f"B0000001{number}", f"Lamp {number}", "$30.00", {}) for number in range(10, 21)
+        _item(f"B0000001{number}", f"Lamp {number}", "$90.00", {}) for number in range(10, 21)
     ]
     notes = {
         "instruction": "Find me bright light lamp",

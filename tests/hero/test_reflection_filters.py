@@ -33,6 +33,8 @@ Episode = Callable[..., Trajectory]
         ("pay $12.99", "it costs 12 . 99 now", False),
         ("pay $12.99", "12 pieces, 99 left", True),
         ("pay 1299", "it costs 12.99", True),
+        ("pay $12.99", "1299 points", True),
+        ("take 42", "142 in stock", True),
         ("on 2024-05-01", "2024/05/01", False),
         ("click B07XYZ9", "b 0 7 xyz 9", False),
         ("click B07XYZ9", "b07xyz8", True),
@@ -51,7 +53,7 @@ def test_a_text_never_leaks_against_itself(text: str, more: str) -> None:
 
 
 def test_filters_and_statistics_by_hand(renderer: Renderer, episode: Episode) -> None:
-    trajectory = episode(["s", "s W1", "s W1 9", "s", "s", "s"], instruction="get item 77")
+    trajectory = episode(["s", "s W1", "s W1 9", "s", "s", "s W1 8"], instruction="get item 77")
     written = [
         Diagnosis(turn=0, hint="open W1", failure_cause="c"),  # W1 is seen only from turn 1 on
         Diagnosis(turn=1, hint="open W1 for 77"),

@@ -81,6 +81,15 @@ def test_a_broken_object_costs_only_itself() -> None:
     }
 
 
+def test_line_breaks_in_a_text() -> None:
+    assert hints('{"turn": 1, "hint": "look\nfirst"} as {said}') == {0: "look first"}
+
+
+def test_an_action_with_a_turn_is_no_diagnosis() -> None:
+    text = '{"turn": 1, "hint": "h", "corrected_action": {"turn": 2, "hint": "left"}}'
+    assert hints(text) == {0: "h"}
+
+
 def test_keys_in_another_order_and_after_nested_objects() -> None:
     text = '{"corrected_action": {"name": "find", "arguments": {"q": "é"}}, "hint": "h", "turn": 2}'
     (diagnosis,), _ = parse_diagnoses(text, 2)

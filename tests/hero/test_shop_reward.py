@@ -86,7 +86,7 @@ def test_formula(bought: Product, chosen: list[str], wanted: Goal, reward: float
         (product(nouns=("hat",), query="hats", path=frozenset({"Hats"})), (), 0.5),
         # 1 of 5 nouns is 0.2, not above it: other query, one shared category
         (product(nouns=("a",), query="hats", path=frozenset({"Men"})), tuple("abcde"), 0.5),
-        (product(nouns=("a",), query="hats", path=frozenset({"Men", "Shirts"})), tuple("abcde"), 1.0),
+        (product(nouns=("a",), query="h", path=frozenset({"Men", "Shirts"})), tuple("abcde"), 1.0),
         (product(nouns=("a",), query="hats", path=frozenset()), tuple("abcd"), 1.0),
         (product(nouns=("a",)), tuple("abcdefghijk"), 0.1),  # 1 of 11, in spite of the query
         (product(nouns=("a",), query="hats", path=frozenset()), ("a", "a", "a", "b"), 1.0),

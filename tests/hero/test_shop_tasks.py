@@ -1,6 +1,7 @@
 """The shop's worlds: determinism, splits, statistics, oracle, demonstrator, words and speed.
 
-Oracles: a second process, the reward itself, WebShop's published statistics, constant policies for the floor.
+Oracles: a second process, the reward itself, WebShop's published statistics, constant policies for
+the floor.
 """
 
 from __future__ import annotations
@@ -174,7 +175,7 @@ def test_tiny_target_is_on_the_first_page_at_any_place() -> None:
 
 
 def test_tiny_shows_only_its_vocabulary() -> None:
-    vocabulary = ShopEnv.vocabulary("tiny")
+    vocabulary = ShopEnv(profile="tiny").vocabulary()
     assert len(vocabulary) == len(set(vocabulary)) <= 400
     env, rng = ShopEnv("tiny", catalogue_seed=5), random.Random(6)
     words: set[str] = set()
@@ -208,7 +209,7 @@ def test_tiny_shows_only_its_vocabulary() -> None:
     assert words <= set(vocabulary), sorted(words - set(vocabulary))
     assert len(words) > 0.8 * len(vocabulary)
     with pytest.raises(ValueError, match="tiny"):
-        ShopEnv.vocabulary("small")
+        ShopEnv(profile="small").vocabulary()
 
 
 def test_small_pages_are_short() -> None:
@@ -235,9 +236,9 @@ def test_full_follows_the_statistics_of_webshop() -> None:
     values = sorted(len(values) for product in products for values in product.options.values())
     assert values[len(values) // 2] == 4 and 8 <= values[9 * len(values) // 10] <= 11
     prices = sorted(product.price for product in products)
-    assert prices[len(prices) // 10] == pytest.approx(9, rel=0.2)
-    assert prices[len(prices) // 2] == pytest.approx(32, rel=0.25)
-    assert prices[9 * len(prices) // 10] == pytest.approx(230, rel=0.3)
+    assert prices[len(prices) // 10] == pytest.approx(9, rel=0.25)
+    assert prices[len(prices) // 2] == pytest.approx(29, rel=0.2)
+    assert prices[9 * len(prices) // 10] == pytest.approx(199, rel=0.3)
     assert all(11 <= len(product.title.split()) <= 24 for product in products)
     assert all(len(product.bullets) == 5 for product in products)
     assert {len(product.attributes) for product in products} == set(range(9))

@@ -1,7 +1,8 @@
 """The shop on WebShop's own data.
 
-Oracle: what the official server makes of these files (its product records, its number of goals) and the rewards
-measured on it. The data is not part of this repository: name its folder in HERO_WEBSHOP_DATA.
+Oracle: what the official server makes of these files (its product records, its number of goals)
+and the rewards measured on it. The data is not part of this repository: name its folder in
+HERO_WEBSHOP_DATA.
 """
 
 from __future__ import annotations
@@ -58,9 +59,16 @@ def test_oracle_earns_what_it_earns_on_the_official_server() -> None:
     assert rewards.count(1.0) == 194
 
 
-def test_strict_pages_keep_the_real_strings() -> None:
+def test_strict_results_page_shows_the_official_records() -> None:
+    lines = (DATA / "documents_1k.jsonl").read_text(encoding="utf-8").splitlines()
+    official = {(document := json.loads(line))["id"]: document["product"] for line in lines}
     env = ShopEnv("full", data_dir=str(DATA), mode="strict")
-    env.reset("test-0")
-    page = env.step(env.oracle())[0]
-    assert page.startswith("Instruction: [SEP] Find me ") and "(Total results: " in page
-    assert "  " not in page.replace(" [SEP] ", "") or page.count(" [SEP] ") > 10
+    for task in env.tasks("test")[:20]:
+        env.reset(task)
+        page, _, _, _, info = env.step(env.oracle())
+        shown = [name for name in (a[6:-1] for a in info["available_actions"]) if name in official]
+        records = [
+            f"{asin} [SEP] {official[asin]['Title'].strip()} [SEP] {official[asin]['Price']}"
+            for asin in shown
+        ]
+        assert page.split(" [SEP] Next > [SEP] ")[1] == " [SEP] ".join(records)

@@ -42,18 +42,21 @@ class ShopEnv:
     pairs. `full` has 500 test and 1000 dev goals as WebShop has, `small` and `tiny` 200 and 200;
     the rest is train.
 
-    Args: profile: "full" (WebShop's statistics), "small" (short pages for small models) or "tiny"
-        (two-word titles and a closed vocabulary, for models of less than a million parameters).
+    Args:
+        profile: "full" (WebShop's statistics), "small" (short pages for small models) or "tiny"
+            (two-word titles and a closed vocabulary, for less than a million parameters).
         data_dir: folder with WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`,
-        `title_nouns.json`); needs profile "full". mode: "feedback", or "strict" for the official
-        behaviour. `strict` also reads actions exactly; `feedback` forgives white space around
-        them. observation: "text", "text_rich" or "compact"; None takes the profile's own
-        ("compact" for tiny). max_steps: actions after which the episode is truncated; None takes
-        15 (full) or 8 (small, tiny). catalogue_seed: draws the synthetic catalogue, and the price
-        limits of the goals. num_products: size of the catalogue; None takes 1000 (full), 200
-        (small, tiny), or all of `data_dir`. forget: probability with which `demonstrate` forgets
-        an option of the goal, for a whole episode. noise: probability with which a step of
-        `demonstrate` is a random action.
+            `title_nouns.json`); needs profile "full".
+        mode: "feedback", or "strict" for the official behaviour. `strict` also reads actions
+            exactly; `feedback` forgives white space around them.
+        observation: "text", "text_rich" or "compact"; None takes the profile's own ("compact" for
+            tiny, else "text").
+        max_steps: actions after which the episode is truncated; None takes 15 (full) or 8.
+        catalogue_seed: draws the synthetic catalogue, and the price limits of the goals.
+        num_products: size of the catalogue; None takes 1000 (full), 200 (small, tiny), or all of
+            `data_dir`.
+        forget: probability with which `demonstrate` forgets an option, for a whole episode.
+        noise: probability with which a step of `demonstrate` is a random action.
 
     Raises:
         ValueError: an argument that is none of these, or a catalogue too small to be split.
@@ -61,7 +64,7 @@ class ShopEnv:
 
     def __init__(
         self,
-        profile: str = "small",
+        profile: str = "tiny",
         *,
         data_dir: str | None = None,
         mode: str = "feedback",
@@ -87,8 +90,8 @@ class ShopEnv:
                 raise ValueError(f"{name}={value}; expected a probability from 0 to 1.")
         if data_dir is not None and (profile != "full" or self.observation == "compact"):
             raise ValueError(
-                f"data_dir with profile={profile!r}, observation={self.observation!r}; real data "
-                "needs profile='full' and observation='text' or 'text_rich'."
+                f"data_dir with profile={profile!r}, observation={self.observation!r}; expected "
+                "profile='full' and observation='text' or 'text_rich' for real data."
             )
         self.profile, self.mode, self.forget, self.noise = profile, mode, forget, noise
         resolved = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
@@ -97,18 +100,19 @@ class ShopEnv:
         self._task_id: str | None = None
         self._start()
 
-    @staticmethod
-    def vocabulary(profile: str = "tiny") -> list[str]:
-        """Every word of a profile's compact observations, actions, causes and hints.
+    def vocabulary(self) -> list[str]:
+        """Every word that can occur in compact observations, actions, causes and hints, and product ids.
 
-        Words are what the pattern `[a-z]+|\\d|[^\\sa-z\\d]` finds in lower-case text.
+        Other words are what the pattern `[a-z]+|\\d|[^\\sa-z\\d]` finds in lower-case text.
 
         Raises:
             ValueError: the profile's vocabulary is open; only that of tiny is closed.
         """
-        if profile != "tiny":
-            raise ValueError(f"profile={profile!r} has an open vocabulary; expected 'tiny'.")
-        return tiny_vocabulary()
+        if self.profile != "tiny":
+            raise ValueError(
+                f"profile={self.profile!r} has an open vocabulary; expected 'tiny'."
+            )
+        return tiny_vocabulary() + sorted(asin.lower() for asin in self._shop.products)
 
     @property
     def system_prompt(self) -> str:

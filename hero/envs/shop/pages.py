@@ -80,7 +80,7 @@ def render_compact(page: Page) -> str:
         text = " ".join([state.detail, *_detail(state.detail, shop.products[state.asin])])
     else:
         text = f"done score {_score(page).reward:.2f}"
-    return text.strip().lower()
+    return " ".join(text.lower().split())
 
 
 RENDERERS: dict[str, Callable[[Page], str]] = {

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterable
 from typing import Any
 
 from hero.envs.shop.words import (
@@ -66,18 +67,17 @@ def _build_tiny(num_products: int, rng: random.Random) -> RawCatalogue:
             "color": rng.sample(TINY_COLORS, rng.choice((3, 4))),
             "size": rng.sample(TINY_SIZES, rng.choice((2, 3))),
         }
-        price = float(rng.randint(10, 79))
         items.append(
             _item(
-                asin,
-                title,
-                title,
-                [title],
-                price,
-                options,
-                "tiny",
-                f"shop {PATH_SEPARATOR} {noun}",
-                noun,
+                asin=asin,
+                title=title,
+                description=title,
+                bullets=[title],
+                price=float(rng.randint(10, 79)),
+                options=options,
+                category="tiny",
+                path=f"shop {PATH_SEPARATOR} {noun}",
+                query=noun,
             )
         )
         attributes[asin] = _annotation([attribute], title, [attribute])
@@ -86,7 +86,7 @@ def _build_tiny(num_products: int, rng: random.Random) -> RawCatalogue:
 
 
 def _build_families(num_products: int, rng: random.Random, small: bool) -> RawCatalogue:
-    """Families of one to four siblings that share kind and brand and differ in one respect each."""
+    """Families of one to four siblings of one kind and brand, each unlike the one before."""
     asins = iter(_asins(num_products, rng, small))
     items: list[dict[str, Any]] = []
     attributes: dict[str, dict[str, Any]] = {}
@@ -95,16 +95,25 @@ def _build_families(num_products: int, rng: random.Random, small: bool) -> RawCa
         category = rng.choice(CATEGORIES)
         kind, brand = rng.choice(category.kinds), rng.choice(BRANDS)
         own = rng.sample(category.attributes, rng.choice((2, 3)) if small else rng.randint(0, 8))
-        options, price = _options(category, rng, small), _price(rng)
+        options = _options(_option_names(category, rng, small), category, rng, small)
+        price = _price(rng)
         for sibling in range(min(rng.randint(1, 4), num_products - len(items))):
             if sibling:
                 own, options, price = _vary(own, options, price, category, rng, small)
             asin = next(asins)
-            title = _title(brand, own, kind, rng, small)
             description, bullets = _texts(brand, own, kind, rng, small)
-            path = f"{category.path} {PATH_SEPARATOR} {kind.capitalize()}"
             items.append(
-                _item(asin, title, description, bullets, price, options, category.name, path, kind)
+                _item(
+                    asin=asin,
+                    title=_title(brand, own, kind, rng, small),
+                    description=description,
+                    bullets=bullets,
+                    price=price,
+                    options=options,
+                    category=category.name,
+                    path=f"{category.path} {PATH_SEPARATOR} {kind.capitalize()}",
+                    query=kind,
+                )
             )
             wanted = rng.sample(own, 2 if small else min(len(own), rng.randint(2, 4)))
             text = f"Find me {', '.join(wanted)} {kind}" if len(wanted) >= 2 else None
@@ -122,16 +131,16 @@ def _vary(
     rng: random.Random,
     small: bool,
 ) -> tuple[list[str], Options, float]:
-    """A sibling: one attribute, the price or the options differ."""
+    """The next sibling: an attribute, the price or the values of the options differ."""
     change = rng.choice(("attribute", "price", "options"))
     if change == "attribute" and own:
         others = [attribute for attribute in category.attributes if attribute not in own]
         position = rng.randrange(len(own))
         own = [*own[:position], rng.choice(others), *own[position + 1 :]]
     elif change == "options" and options:
-        options = _options(category, rng, small)
+        options = _options(options, category, rng, small)
     else:
-        price = round(price * rng.uniform(1.3, 2.5), 2)
+        price = round(max(1.0, price * rng.uniform(1.1, 1.6) ** rng.choice((-1, 1))), 2)
     return own, options, price
 
 
@@ -145,13 +154,26 @@ def _asins(count: int, rng: random.Random, small: bool) -> list[str]:
     return list(unique)
 
 
-def _options(category: Category, rng: random.Random, small: bool) -> Options:
-    pools = [("color", COLORS), ("size", SIZES), category.third_option]
+def _option_names(category: Category, rng: random.Random, small: bool) -> list[str]:
+    names = list(_option_pools(category))
     if small:
-        chosen = rng.sample(pools[:2], rng.choice((1, 2)))
-        return {name: rng.sample(values, rng.choice((3, 4))) for name, values in chosen}
-    chosen = rng.sample(pools, rng.choices((0, 1, 2, 3), weights=(58, 24, 17, 1))[0])
-    return {name: rng.sample(values, _num_values(len(values), rng)) for name, values in chosen}
+        return rng.sample(names[:2], rng.choice((1, 2)))
+    return rng.sample(names, rng.choices((0, 1, 2, 3), weights=(58, 24, 17, 1))[0])
+
+
+def _option_pools(category: Category) -> dict[str, tuple[str, ...]]:
+    third, values = category.third_option
+    return {"color": COLORS, "size": SIZES, third: values}
+
+
+def _options(names: Iterable[str], category: Category, rng: random.Random, small: bool) -> Options:
+    pools = _option_pools(category)
+    return {
+        name: rng.sample(
+            pools[name], rng.choice((3, 4)) if small else _num_values(len(pools[name]), rng)
+        )
+        for name in names
+    }
 
 
 def _num_values(limit: int, rng: random.Random) -> int:
@@ -200,6 +222,7 @@ def _annotation(own: list[str], instruction: str | None, wanted: list[str]) -> d
 
 
 def _item(
+    *,
     asin: str,
     title: str,
     description: str,

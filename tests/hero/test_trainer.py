@@ -1,0 +1,198 @@
+"""Whole runs on the tiny shop with a random model and the environment's own diagnoses.
+
+Oracles: a run that was interrupted and resumed must end with the very weights of one that was not; what a
+run writes must be there after a fault at any stage.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hero import checkpoint
+from hero.config import TrainConfig, from_dict
+from hero.console import Console
+from hero.envs.shop import ShopEnv
+from hero.interrupt import Interrupt
+from hero.policy import Policy
+from hero.rollout import EnvironmentFault
+from hero.scratch import ScratchConfig, build_model, build_tokenizer
+from hero.tracking import read_jsonl
+from hero.trainer import TeacherGate, Trainer
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer(ShopEnv(profile="tiny").vocabulary())
+    build_model(ScratchConfig(width=16, layers=1, heads=2), tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def settings(model_path: Path, **changes: Any) -> TrainConfig:
+    data: dict[str, Any] = {
+        "prompts": "compact",
+        "model": {"path": str(model_path), "device": "cpu"},
+        "env": {"name": "shop", "options": {"profile": "tiny"}},
+        "rollout": {"tasks_per_update": 4, "max_turns": 3, "max_turn_tokens": 6, "batch_size": 4},
+        "reflection": {"reflector": "rules"},
+        "optim": {"learning_rate": 1e-3},
+        "eval": {"every": 2, "dev_tasks": 4, "test_tasks": 4},
+        "updates": 4,
+        "save_every": 1,
+    }
+    for key, value in changes.items():
+        data[key] = {**data[key], **value} if isinstance(value, dict) and key in data else value
+    return from_dict(data)
+
+
+def trainer(config: TrainConfig, run_dir: Path) -> Trainer:
+    return Trainer(config, run_dir, "test", Console(io.StringIO()))
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "checkpoint" / "student.safetensors")
+
+
+def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_leaves_everything(model_path: Path, tmp_path: Path) -> None:
+    summary = trainer(settings(model_path), tmp_path).run()
+    steps = [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3, 4]
+    last = read_jsonl(tmp_path / "metrics.jsonl")[-1]
+    assert last["env_turns"] == 4 * 4 * 3 and last["optim/steps"] == 1
+    assert 0 < last["reflection/non_empty_rate"] <= 1
+    assert {"dev/success", "divergence/mean", "entropy", "grad_norm"} <= last.keys()
+    assert summary["before"]["per_task"].keys() == summary["after"]["per_task"].keys()
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] == "all 4 updates done"
+    assert Policy.load(settings(tmp_path / "best").model).num_parameters > 0
+    splits = {line["split"] for line in read_jsonl(tmp_path / "trajectories.jsonl")}
+    assert splits == {"before", "train", "after"}
+
+
+@pytest.mark.parametrize("mode", ["hero+grpo", "env_only", "sdpo", "full_demo"])
+def test_every_kind_of_mode_runs(model_path: Path, tmp_path: Path, mode: str) -> None:
+    config = settings(model_path, mode=mode, rollout={"group_size": 2, "tasks_per_update": 2})
+    config.updates = 1
+    trainer(config, tmp_path).run()
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+
+
+def test_the_same_seed_gives_the_same_weights(model_path: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        trainer(settings(model_path), tmp_path / name).run()
+    assert_same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    trainer(settings(model_path, seed=1), tmp_path / "c").run()
+    assert any(
+        not torch.equal(v, weights(tmp_path / "a")[n]) for n, v in weights(tmp_path / "c").items()
+    )
+
+
+def test_resume_ends_with_the_weights_of_an_unbroken_run(model_path: Path, tmp_path: Path) -> None:
+    trainer(settings(model_path), tmp_path / "whole").run()
+    trainer(settings(model_path, updates=2), tmp_path / "parts").run()
+    resumed = settings(model_path, resume=str(tmp_path / "parts"))
+    trainer(resumed, tmp_path / "parts").run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    steps = [line["step"] for line in read_jsonl(tmp_path / "parts" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+class Faulty(ShopEnv):
+    """A shop whose till breaks after some purchases."""
+
+    steps_left = 40
+
+    def step(self, text: str) -> Any:
+        Faulty.steps_left -= 1
+        if Faulty.steps_left < 0:
+            raise RuntimeError("the till is broken")
+        return super().step(text)
+
+
+def test_an_environment_that_raises_loses_no_update(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 12 steps a dev evaluation or update, and the probe's 12: the fault falls into the third update.
+    monkeypatch.setattr(Faulty, "steps_left", 12 + 12 + 12 + 12 + 12 + 12 + 5)
+    config = settings(model_path)
+    config.env.name = f"{__name__}:Faulty"
+    with pytest.raises(EnvironmentFault, match=r"Faulty raised in task 'train-\d+', turn 1.*broken"):
+        trainer(config, tmp_path).run()
+    state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
+    assert state["update"] == 2
+    monkeypatch.setattr(Faulty, "steps_left", 10**6)
+    config.resume = str(tmp_path)
+    trainer(config, tmp_path).run()
+    trainer(settings(model_path), tmp_path / "whole").run()
+    assert_same(weights(tmp_path), weights(tmp_path / "whole"))
+
+
+def test_ctrl_c_saves_and_can_be_resumed(model_path: Path, tmp_path: Path) -> None:
+    broken = trainer(settings(model_path), tmp_path)
+    play = broken.play
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("policy_version") == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return play(*args, **kwargs)
+
+    broken.play = interrupted  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["update"] == 2
+    trainer(settings(model_path, resume=str(tmp_path)), tmp_path).run()
+    trainer(settings(model_path), tmp_path / "whole").run()
+    assert_same(weights(tmp_path), weights(tmp_path / "whole"))
+
+
+def test_interrupt_waits_for_the_end_of_a_deferred_block() -> None:
+    reached = False
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
+        with interrupt.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            reached = True
+    assert reached
+
+
+def test_a_budget_of_environment_turns_ends_the_run(model_path: Path, tmp_path: Path) -> None:
+    summary = trainer(settings(model_path, max_env_turns=20), tmp_path).run()
+    assert "budget of 20" in summary["stopped"]
+    assert summary["env_turns"] == 24  # whole updates of 12 turns
+
+
+def test_the_gate_stops_a_teacher_without_lift(model_path: Path, tmp_path: Path) -> None:
+    with pytest.raises(TeacherGate, match="nothing to distil"):
+        trainer(settings(model_path, eval={"min_teacher_lift": 0.5}), tmp_path).run()
+
+
+def test_a_broken_checkpoint_is_named(model_path: Path, tmp_path: Path) -> None:
+    trainer(settings(model_path, updates=1), tmp_path).run()
+    (tmp_path / "checkpoint" / "student.safetensors").write_bytes(b"rubbish")
+    resumed = trainer(settings(model_path, resume=str(tmp_path)), tmp_path)
+    with pytest.raises(checkpoint.BrokenCheckpoint, match=r"cannot be read .*best model so far"):
+        resumed.run()
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    with checkpoint.Replacing(tmp_path / "x") as folder:
+        (folder / "file").write_text("first")
+    with pytest.raises(RuntimeError), checkpoint.Replacing(tmp_path / "x") as folder:
+        (folder / "file").write_text("second")
+        raise RuntimeError
+    assert (tmp_path / "x" / "file").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

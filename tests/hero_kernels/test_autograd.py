@@ -1,0 +1,296 @@
+"""Autograd, GEMM counts, compilation. Oracles: gradcheck, opcheck, eager, FLOP counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import DIVERGENCES, Problem, ProductCounter, make_problem, relative_error, run
+from torch import Tensor
+
+from hero_kernels import (
+    KernelOptions,
+    divergence_from_logits,
+    fused_linear_divergence,
+    linear_logprobs,
+)
+from hero_kernels.autograd import linear_divergence
+from hero_kernels.chunked import Head, Plan
+from hero_kernels.divergence_loop import RowTensors
+from hero_kernels.divergence_loop import run as run_loop
+from hero_kernels.options import Objective
+
+PLAIN = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 13, "full", 0, "student", True)
+EXTRA: dict[str, dict[str, Any]] = {
+    "full": {},
+    "scaled": {"softcap": 3.0, "temperature": 0.7, "logit_scale": 0.5},
+    "clipped": {"pointwise_clip": 0.05},
+    "topk": {"support": "topk", "top_k": 4},
+    "union": {"support": "topk", "top_k": 3, "top_k_source": "union", "top_k_tail": False},
+}
+
+
+def loss_of(problem: Problem, impl: str = "auto", **settings: Any) -> Tensor:
+    loss = fused_linear_divergence(*problem.positional(), **problem.biases(), impl=impl, **settings)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("case", EXTRA)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(divergence: str, case: str, reduction: str) -> None:
+    """In fp64. A shared W moves the teacher too, so W's gradient is checked with a head apart."""
+    weights = torch.rand(5)
+    common: dict[str, Any] = {
+        "divergence": divergence,
+        "beta": 0.3,
+        "reduction": reduction,
+        "token_weights": weights,
+    }
+    for shared in (True, False):
+        problem = make_problem(5, 4, 11, shared=shared, bias=True, dtype=torch.float64)
+
+        def loss(hidden: Tensor, weight: Tensor, bias: Tensor, p: Problem = problem) -> Tensor:
+            chosen = {**common, **EXTRA[case], "student_bias": bias, "teacher_bias": p.teacher_bias}
+            return fused_linear_divergence(
+                hidden, weight, p.teacher_hidden, p.teacher_weight, **chosen
+            )
+
+        inputs = (problem.student_hidden, problem.student_weight, problem.student_bias)
+        frozen = [tensor.detach() if shared and i else tensor for i, tensor in enumerate(inputs)]
+        assert torch.autograd.gradcheck(loss, frozen)
+
+
+def test_shared_head_gets_the_students_gradient_only(impl: str, device: str) -> None:
+    problem = make_problem(6, 5, 40, bias=True).to(device, torch.float32)
+    loss_of(problem, impl).backward()
+    apart = problem.to(device, torch.float32)
+    apart.teacher_weight = apart.student_weight.detach().clone()
+    apart.teacher_bias = apart.student_bias.detach().clone()
+    loss_of(apart, impl).backward()
+    for name, value in apart.gradients().items():
+        assert relative_error(problem.gradients()[name], value) < 1e-4, name
+
+
+def test_own_weight_passed_as_teachers_is_the_shared_head(impl: str, device: str) -> None:
+    problem = make_problem(6, 5, 40, distance=1e-4).to(device, torch.float32)
+    shared = loss_of(problem, impl)
+    problem.teacher_weight = problem.student_weight
+    assert torch.equal(loss_of(problem, impl), shared)
+
+
+def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
+    problem = make_problem(6, 5, 40, bias=True).to(device, torch.float32)
+    leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
+    loss = loss_of(problem, impl)
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    threefold = torch.autograd.grad(3.0 * loss, leaves)
+    for first, second, third in zip(once, again, threefold, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(third, 3 * first)
+
+
+def test_layouts(impl: str, device: str) -> None:
+    """3-D, transposed, strided and expanded inputs give what contiguous ones give."""
+    flat = make_problem(6, 4, 30).to(device, torch.float32)
+    expected = torch.autograd.grad(loss_of(flat, impl), [flat.student_hidden, flat.student_weight])
+
+    hidden = (
+        flat.student_hidden.detach().reshape(2, 3, 4).transpose(0, 1).contiguous().transpose(0, 1)
+    )
+    weight = flat.student_weight.detach().t().contiguous().t()
+    wide = torch.randn(2, 3, 8, device=device)
+    wide[..., ::2] = flat.teacher_hidden.reshape(2, 3, 4)
+    hidden.requires_grad_(), weight.requires_grad_()
+    loss = fused_linear_divergence(hidden, weight, wide[..., ::2], impl=impl)
+    got = torch.autograd.grad(loss, [hidden, weight])
+    torch.testing.assert_close(got[0].reshape(6, 4), expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+    row = flat.student_hidden.detach()[:1].requires_grad_()
+    teacher = flat.teacher_hidden[:1]
+    one = fused_linear_divergence(row, flat.student_weight, teacher, impl=impl)
+    many = fused_linear_divergence(
+        row.expand(5, 4), flat.student_weight, teacher.expand(5, 4), impl=impl
+    )
+    torch.testing.assert_close(many, one)
+    torch.testing.assert_close(
+        torch.autograd.grad(many, row)[0],
+        torch.autograd.grad(one, row)[0],
+    )
+
+
+@pytest.mark.parametrize("trunk", [True, False], ids=["trunk", "no_trunk"])
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no_head"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+def test_gemm_count(impl: str, trunk: bool, head: bool, shared: bool) -> None:
+    """Four head GEMMs for a trainable head, three for a frozen one, two for evaluation."""
+    rows, hidden, vocab = 24, 8, 50
+    problem = make_problem(rows, hidden, vocab, shared=shared)
+    student = Head(problem.student_hidden.detach(), problem.student_weight.detach(), None)
+    teacher = student._replace(hidden=problem.teacher_hidden)
+    if problem.teacher_weight is not None:
+        teacher = teacher._replace(weight=problem.teacher_weight)
+    plan = Plan(impl, 10, "float32", 0, trunk, head, False, False)
+    inputs = RowTensors(torch.ones(rows), None, None, None, None)
+    with ProductCounter() as counter:
+        run_loop(student, teacher, inputs, PLAIN._replace(vocab_size=vocab), plan)
+    assert counter.flops == (2 + trunk + head) * 2 * rows * hidden * vocab
+
+
+@pytest.mark.parametrize(
+    ("trunk", "head", "enabled"), [(True, True, True), (True, False, True), (True, True, False)]
+)
+def test_only_what_requires_grad_is_computed(trunk: bool, head: bool, enabled: bool) -> None:
+    """What the public function asks of the loop: one chunk, one product per GEMM, profiled."""
+    problem = make_problem(24, 8, 50)
+    problem.student_hidden.requires_grad_(trunk)
+    problem.student_weight.requires_grad_(head)
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu) as profile, torch.set_grad_enabled(enabled):
+        loss_of(problem)
+    events = profile.key_averages()
+    count = sum(event.count for event in events if event.key in ("aten::mm", "aten::addmm_"))
+    assert count == 2 + (trunk and enabled) + (head and enabled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_chunks_do_not_matter(impl: str, device: str, dtype: torch.dtype) -> None:
+    problem = make_problem(37, 9, 60, bias=True)
+    whole, first = run(problem, impl, device, dtype, options=KernelOptions(chunk_size=64))
+    for size in (1, 5, 36):
+        part, second = run(problem, impl, device, dtype, options=KernelOptions(chunk_size=size))
+        torch.testing.assert_close(part.per_token, whole.per_token, rtol=1e-5, atol=1e-7)
+        for name, value in first.gradients().items():
+            tolerance = 1e-5 if dtype == torch.float32 else 4e-3
+            assert relative_error(second.gradients()[name], value) < tolerance, name
+
+
+def test_row_order_does_not_matter(impl: str, device: str) -> None:
+    problem = make_problem(20, 9, 60)
+    order, weights = torch.randperm(20), torch.rand(20).round(decimals=1)
+    plain, first = run(problem, impl, device, torch.float32, token_weights=weights)
+    problem.student_hidden = problem.student_hidden.detach()[order]
+    problem.teacher_hidden = problem.teacher_hidden[order]
+    shuffled, second = run(problem, impl, device, torch.float32, token_weights=weights[order])
+    torch.testing.assert_close(shuffled.per_token, plain.per_token[order])
+    torch.testing.assert_close(shuffled.loss, plain.loss)
+    torch.testing.assert_close(second.student_weight.grad, first.student_weight.grad)
+
+
+def test_micro_batches_add_up(impl: str, device: str) -> None:
+    """With the global denominator given, two halves have the loss and the gradient of the whole."""
+    problem = make_problem(20, 9, 60).to(device, torch.float32)
+    weights = torch.rand(20, device=device)
+    whole = torch.autograd.grad(
+        loss_of(problem, impl, token_weights=weights), problem.student_weight
+    )
+    for part in (slice(0, 7), slice(7, 20)):
+        loss = fused_linear_divergence(
+            problem.student_hidden[part],
+            problem.student_weight,
+            problem.teacher_hidden[part],
+            token_weights=weights[part],
+            num_items=weights.sum(),
+            impl=impl,
+        )
+        loss.backward()
+    torch.testing.assert_close(problem.student_weight.grad, whole[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bitwise_deterministic(impl: str, device: str, reduction: str) -> None:
+    problem = make_problem(50, 9, 700)
+    settings: dict[str, Any] = {"options": KernelOptions(chunk_size=16), "reduction": reduction}
+    first, one = run(problem, impl, device, torch.float32, **settings)
+    second, two = run(problem, impl, device, torch.float32, **settings)
+    assert torch.equal(first.loss, second.loss)
+    for name, value in one.gradients().items():
+        assert torch.equal(value, two.gradients()[name])
+
+
+def test_autocast_casts_hidden_states_and_head(impl: str, device: str) -> None:
+    problem = make_problem(8, 16, 60).to(device, torch.float32)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        loss = loss_of(problem, impl)
+    loss.backward()
+    rounded = problem.to(device, torch.bfloat16)
+    expected = loss_of(rounded, impl)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert problem.student_weight.grad is not None and rounded.student_weight.grad is not None
+    assert problem.student_weight.grad.dtype == torch.float32
+    assert torch.equal(problem.student_weight.grad, rounded.student_weight.grad.float())
+
+
+def op_arguments(impl: str, per_row: bool, dtype: torch.dtype) -> tuple[Any, ...]:
+    problem = make_problem(7, 5, 13, bias=True, dtype=dtype)
+    tensors = (
+        problem.student_hidden,
+        problem.student_weight,
+        problem.student_bias,
+        problem.teacher_hidden,
+        None,
+        None,
+        torch.tensor([0.2, 0.0, 0.1, 0.3, 0.0, 0.1, 0.1]),
+        torch.randint(0, 13, (7,)),
+        None,
+        None,
+        None,
+    )
+    needed = not per_row
+    return (*tensors, *PLAIN, *Plan(impl, 3, "float32", 0, needed, needed, needed, True), per_row)
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_opcheck(impl: str, per_row: bool, dtype: torch.dtype) -> None:
+    if impl == "triton":
+        pytest.skip("opcheck runs on CPU here")
+    torch.library.opcheck(linear_divergence, op_arguments(impl, per_row, dtype))
+
+
+def compiled_cases() -> dict[str, Any]:
+    ids, turns = torch.randint(0, 13, (9,)), torch.arange(9) // 3
+    teacher, weights, factors = torch.randn(9, 6), torch.rand(9), torch.rand(3)
+
+    def scalar(hidden: Tensor, weight: Tensor) -> Tensor:
+        output = fused_linear_divergence(
+            hidden,
+            weight,
+            teacher,
+            target_ids=ids,
+            token_weights=weights,
+            turn_ids=turns,
+            turn_weights=factors,
+            loss_aggregation="turn",
+            return_stats=True,
+        )
+        return 2 * output.loss + output.per_turn.sum() + output.student_entropy.sum()
+
+    def per_token(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused_linear_divergence(hidden, weight, teacher, reduction="none").square().sum()
+
+    def logprobs(hidden: Tensor, weight: Tensor) -> Tensor:
+        values, entropy = linear_logprobs(hidden, weight, ids, return_entropy=True)
+        return (values * weights).sum() + entropy.sum()
+
+    def from_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+        return divergence_from_logits(hidden @ weight.t(), teacher @ weight.detach().t())
+
+    return {f.__name__: f for f in (scalar, per_token, logprobs, from_logits)}
+
+
+@pytest.mark.parametrize("case", ["scalar", "per_token", "logprobs", "from_logits"])
+def test_compiled_equals_eager(case: str) -> None:
+    function = compiled_cases()[case]
+    hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True)
+    eager = function(hidden, weight)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(hidden, weight)
+    assert torch.equal(eager, compiled)
+    expected = torch.autograd.grad(eager, [hidden, weight])
+    for ours, theirs in zip(torch.autograd.grad(compiled, [hidden, weight]), expected, strict=True):
+        assert torch.equal(ours, theirs)

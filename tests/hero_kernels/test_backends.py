@@ -1,0 +1,96 @@
+"""Which implementation is chosen, what is said about it, and what an import pulls in."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hero_kernels import explain, supports
+from hero_kernels.backends import Request, choose, chunk_rows
+from hero_kernels.chunked import chunk_sizes
+from hero_kernels.options import KernelOptions
+
+
+def request(
+    dtype: torch.dtype = torch.float32, support: str = "full", device: str = "cpu"
+) -> Request:
+    return Request(torch.device(device), dtype, support, False)
+
+
+def test_torch_serves_everything() -> None:
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        for support in ("full", "topk", "sampled"):
+            assert supports("torch", dtype=dtype, support=support) is None
+    assert supports("torch", device="cuda") is None
+    assert "torch.int64" in (supports("torch", dtype=torch.int64) or "")
+
+
+def test_reasons() -> None:
+    assert supports("triton") == "it runs on cuda, the tensors are on cpu"
+    assert supports("cpu", device="cuda") == "it runs on cpu, the tensors are on cuda"
+    assert supports("cpu", support="topk") == "support='topk' is implemented by 'torch' only"
+    assert supports("cpu", pointwise_clip=0.1) == "pointwise_clip is implemented by 'torch' only"
+    with pytest.raises(ValueError, match="Unknown impl 'gpu'"):
+        supports("gpu")
+
+
+def test_auto_takes_the_special_one_where_it_serves() -> None:
+    built = supports("cpu") is None
+    assert choose("auto", request()) == ("cpu" if built else "torch")
+    assert choose("auto", request(support="topk")) == "torch"
+    assert choose("auto", request(torch.float64)) == "torch"
+    assert choose("torch", request()) == "torch"
+    with pytest.raises(ValueError, match=r"No implementation takes torch\.int32"):
+        choose("auto", request(torch.int32))
+
+
+def test_explain_adds_up() -> None:
+    """(2048, 576, 49152) in bf16 on CPU: two fp32 chunks of 256 rows and the fp32 sum of dW."""
+    text = explain(2048, 576, 49152, dtype=torch.bfloat16)
+    assert "rows at once: 256, 8 chunk(s) for 2048 rows" in text
+    assert "head GEMMs: 4 (teacher logits, h_s - h_t, dX, dW), 116.0 GFLOP each" in text
+    assert "workspace: 96.0 MiB of logits" in text
+    assert "108.0 MiB for the float32 sum of dW" in text
+    assert "not triton: it runs on cuda, the tensors are on cpu" in text
+    frozen = explain(2048, 576, 49152, trainable_head=False, shared_head=False, impl="torch")
+    assert "head GEMMs: 3 (teacher logits, student logits, dX)" in frozen
+    assert frozen.startswith("implementation: torch") and "sum of dW" not in frozen
+    with pytest.raises(ValueError, match=r"impl=.triton. cannot serve"):
+        explain(1, 1, 1, impl="triton")
+
+
+def test_explain_knows_cuda_without_having_it() -> None:
+    text = explain(8192, 4096, 151936, device="cuda", dtype=torch.bfloat16, impl="torch")
+    assert "held as: teacher float32, student float32, gradient bfloat16" in text
+    assert "options.max_active_rows lets them be dropped" in text
+
+
+@pytest.mark.parametrize(("rows", "size"), [(0, 4), (1, 4), (4, 4), (9, 4), (2049, 256)])
+def test_chunks_are_even_and_complete(rows: int, size: int) -> None:
+    sizes = chunk_sizes(rows, size)
+    assert sum(sizes) == rows
+    assert all(0 < part <= size for part in sizes)
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+def test_chunk_rows_follow_the_device() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert chunk_rows(KernelOptions(chunk_size=7), cuda, 50) == 7
+    assert chunk_rows(KernelOptions(), cpu, 49152) == 256
+    assert chunk_rows(KernelOptions(), cuda, 151936) * 151936 * 6 <= 2 << 30
+    assert chunk_rows(KernelOptions(), cuda, 49152) >= 4096
+
+
+def test_import_is_light() -> None:
+    """No Triton, no transformers, nothing of `hero`."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import hero_kernels; "
+        "print(' '.join(m.split('.')[0] for m in set(sys.modules) - before))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert not {"triton", "transformers", "hero", "numpy"} & set(done.stdout.split())

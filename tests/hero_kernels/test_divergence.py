@@ -1,0 +1,198 @@
+"""Values, statistics, gradients of every implementation. Oracle: the fp64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import DIVERGENCES, assert_agrees, make_problem, relative_error, run, truth
+
+from hero_kernels import KernelOptions, fused_linear_divergence, supports
+from hero_kernels.backends import IMPLEMENTATIONS
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "beta": {"beta": 0.1},
+    "temperature": {"temperature": 0.6},
+    "softcap": {"softcap": 3.0},
+    "everything": {"softcap": 5.0, "logit_scale": 0.4, "temperature": 1.7},
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("case", SETTINGS)
+def test_agrees_with_reference(
+    impl: str, device: str, divergence: str, shared: bool, bias: bool, case: str
+) -> None:
+    problem = make_problem(11, 7, 123, shared=shared, bias=bias)
+    targets = torch.randint(0, 123, (11,))
+    assert_agrees(
+        problem, impl, device, divergence=divergence, target_ids=targets, **SETTINGS[case]
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_far_apart_and_peaked(
+    impl: str, device: str, divergence: str, shared: bool, softcap: float | None
+) -> None:
+    """Logits that differ by hundreds: exp overflows unless the formulas are arranged for it."""
+    problem = make_problem(6, 8, 200, shared=shared, distance=10.0, sharpness=8.0)
+    chosen: dict[str, Any] = {"divergence": divergence, "softcap": softcap}
+    assert_agrees(problem, impl, device, tolerance=2e-4, **chosen)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+def test_very_far_apart(impl: str, device: str, divergence: str, shared: bool) -> None:
+    """Logits that differ by thousands: gradients may be less than fp32 can show beside them."""
+    problem = make_problem(6, 8, 200, shared=shared, distance=100.0, sharpness=8.0)
+    got, student = run(problem, impl, device, torch.float32, divergence=divergence)
+    expected, exact = truth(problem, divergence=divergence)
+    assert relative_error(got.per_token, expected.per_token) < 1e-5
+    for name, value in exact.gradients().items():
+        assert relative_error(student.gradients()[name], value, floor=1.0) < 1e-3, name
+
+
+@pytest.mark.parametrize("vocab", [123, 32769, 49152, 151936, 152064])
+def test_real_vocabularies(impl: str, device: str, vocab: int) -> None:
+    assert_agrees(make_problem(3, 5, vocab), impl, device, tolerance=1e-4)
+
+
+def test_more_rows_than_16_bits_count(impl: str, device: str) -> None:
+    assert_agrees(make_problem(65_539, 2, 5), impl, device, tolerance=1e-4, reduction="sum")
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_teacher_of_another_size(impl: str, device: str, divergence: str) -> None:
+    problem = make_problem(5, 7, 40, shared=False, teacher_size=12, bias=True)
+    assert_agrees(problem, impl, device, divergence=divergence)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+def test_padded_vocabulary(impl: str, device: str, shared: bool) -> None:
+    problem = make_problem(5, 7, 48, shared=shared, bias=True, teacher_vocab=45)
+    assert_agrees(problem, impl, device, vocab_size=41)
+    _, student = run(problem, impl, device, torch.float32, vocab_size=41)
+    assert student.gradients()["student_weight"][41:].eq(0).all()
+
+
+def test_importance_ratio_multiplies_loss_and_gradient(impl: str, device: str) -> None:
+    problem = make_problem(9, 7, 40)
+    targets = torch.randint(0, 40, (9,))
+    common: dict[str, Any] = {"target_ids": targets, "old_logprobs": -3.0 * torch.rand(9) - 2.0}
+    assert_agrees(problem, impl, device, **common)
+    assert_agrees(problem, impl, device, **common, is_clip=1.2)
+    clipped, _ = run(problem, impl, device, torch.float32, **common, is_clip=1e-3)
+    plain, _ = run(problem, impl, device, torch.float32, target_ids=targets)
+    torch.testing.assert_close(clipped.loss, 1e-3 * plain.loss)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "turn", "trajectory"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("num_items", [None, 13.0])
+def test_weights_and_aggregation(
+    impl: str, device: str, aggregation: str, reduction: str, num_items: float | None
+) -> None:
+    problem = make_problem(12, 5, 31)
+    assert_agrees(
+        problem,
+        impl,
+        device,
+        token_weights=torch.tensor([1, 0.5, 0, 2, 1, 1, 0, 0, 0, 1, 3, 1]),
+        turn_ids=torch.tensor([0, 0, 0, 1, 1, -1, 2, 2, 2, 3, 4, 4]),
+        turn_weights=torch.tensor([1.0, 0.3, 1.0, 0.0, 2.0]),
+        trajectory_ids=torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]),
+        loss_aggregation=aggregation,
+        reduction=reduction,
+        num_items=num_items,
+    )
+
+
+def test_trajectory_without_turns_is_one_turn(impl: str, device: str) -> None:
+    assert_agrees(
+        make_problem(5, 5, 31),
+        impl,
+        device,
+        token_weights=torch.tensor([1.0, 2.0, 0.0, 1.0, 1.0]),
+        trajectory_ids=torch.tensor([1, 1, 1, 0, 0]),
+        loss_aggregation="trajectory",
+    )
+
+
+def test_reduction_none_takes_any_upstream_gradient(impl: str, device: str) -> None:
+    problem = make_problem(10, 6, 33, bias=True)
+    weights, upstream = torch.rand(10), torch.randn(10)
+    weights[3] = 0
+    ours, exact = problem.to(device, torch.float32), problem.to("cpu", torch.float64)
+    loss = fused_linear_divergence(
+        *ours.positional(),
+        **ours.biases(),
+        token_weights=weights.to(device),
+        reduction="none",
+        impl=impl,
+    )
+    loss.backward(upstream.to(device))
+    whole, _ = truth(problem, token_weights=weights, reduction="none")
+    assert relative_error(loss, whole.loss) < 1e-5
+
+    from hero_kernels import reference
+
+    true = reference.fused_linear_divergence(
+        *exact.positional(), **exact.biases(), token_weights=weights, reduction="none"
+    )
+    true.loss.backward(upstream.double())
+    for name, value in exact.gradients().items():
+        assert relative_error(ours.gradients()[name], value) < 1e-4, name
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_problems(data: st.DataObject) -> None:
+    """Shapes, masks, weights, divergences and chunks at random, for all implementations on CPU."""
+    rows = data.draw(st.integers(1, 40), label="rows")
+    vocab = data.draw(st.integers(2, 300), label="vocab")
+    problem = make_problem(
+        rows,
+        data.draw(st.integers(1, 33), label="hidden"),
+        vocab,
+        shared=data.draw(st.booleans(), label="shared"),
+        bias=data.draw(st.booleans(), label="bias"),
+        distance=data.draw(st.sampled_from([1e-3, 0.1, 1.0, 30.0]), label="distance"),
+    )
+    weights = data.draw(
+        st.lists(st.sampled_from([0.0, 0.0, 1.0, 0.25, 7.0]), min_size=rows, max_size=rows),
+        label="weights",
+    )
+    divergence = data.draw(st.sampled_from(DIVERGENCES), label="divergence")
+    chosen: dict[str, Any] = {
+        "divergence": divergence,
+        "beta": data.draw(st.sampled_from([0.02, 0.5, 0.97]), label="beta"),
+        "temperature": data.draw(st.sampled_from([0.5, 1.0, 2.0]), label="temperature"),
+        "softcap": data.draw(st.sampled_from([None, 4.0]), label="softcap"),
+        "token_weights": torch.tensor(weights),
+        "target_ids": torch.randint(0, vocab, (rows,)),
+    }
+    options = KernelOptions(chunk_size=data.draw(st.integers(1, 50), label="chunk"))
+    expected, exact = truth(problem, **chosen)
+    for name in IMPLEMENTATIONS:
+        if supports(name) is not None:
+            continue
+        got, student = run(problem, name, "cpu", torch.float32, options=options, **chosen)
+        assert relative_error(got.loss, expected.loss) < 2e-4, name
+        active = torch.tensor(weights) != 0
+        for column in ("per_token", "student_logprobs", "teacher_entropy"):
+            ours, true = getattr(got, column), getattr(expected, column)
+            assert relative_error(ours[active], true[active]) < 2e-4, (name, column)
+            assert ours[~active].eq(0).all(), (name, column)
+        for place, value in exact.gradients().items():
+            # Gradients of all but equal distributions through far-apart heads are all but 0:
+            # absolute there.
+            error = (student.gradients()[place].double() - value).norm()
+            assert error <= 5e-4 * value.norm() + 1e-9, (name, place)

@@ -1,0 +1,228 @@
+"""Every mistake gets a message with what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hero_kernels import (
+    FusedLinearDivergence,
+    KernelOptions,
+    divergence_from_logits,
+    fused_linear_divergence,
+    linear_logprobs,
+)
+
+N, H, V = 4, 6, 20
+LONG = torch.zeros(N, dtype=torch.long)
+
+
+def call(**changes: Any) -> Any:
+    """A call that is right, with some arguments changed."""
+    arguments: dict[str, Any] = {
+        "student_hidden": torch.randn(N, H),
+        "student_weight": torch.randn(V, H),
+        "teacher_hidden": torch.randn(N, H),
+        **changes,
+    }
+    return fused_linear_divergence(**arguments)
+
+
+def test_the_unchanged_call_is_right() -> None:
+    assert call().isfinite()
+
+
+OWN = {"teacher_weight": torch.randn(V, H)}
+TOPK = (torch.zeros(N, 3, dtype=torch.long), torch.full((N, 3), -2.0))
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "hidden size": ({"student_weight": torch.randn(V, 7)}, r"\[4, 6\].*\[20, 7\].*same H"),
+    "dtype": (
+        {"student_weight": torch.randn(V, H).bfloat16()},
+        "torch.float32.*torch.bfloat16.*autocast",
+    ),
+    "integer hidden": ({"student_hidden": LONG[:, None].expand(N, H)}, "floating-point"),
+    "device": ({"student_weight": torch.randn(V, H, device="meta")}, r"meta.*cpu.*\.to\('cpu'\)"),
+    "student bias": ({"student_bias": torch.randn(3)}, r"student_bias is \[3\]; expected \[20\]"),
+    "teacher shape": (
+        {"teacher_hidden": torch.randn(5, H)},
+        r"got \[5, 6\].*expected \[4, 6\].*teacher_weight",
+    ),
+    "teacher rows": ({"teacher_hidden": torch.randn(5, H), **OWN}, "same leading shape"),
+    "teacher dtype": (
+        {"teacher_hidden": torch.randn(N, H).half(), **OWN},
+        "one floating-point type",
+    ),
+    "teacher grad": (
+        {"teacher_hidden": torch.randn(N, H, requires_grad=True)},
+        r"pass teacher_hidden\.detach\(\)",
+    ),
+    "teacher head grad": (
+        {"teacher_weight": torch.randn(V, H, requires_grad=True)},
+        r"pass teacher_weight\.detach\(\)",
+    ),
+    "teacher bias alone": ({"teacher_bias": torch.randn(V)}, "teacher_bias needs teacher_weight"),
+    "vocabularies": (
+        {"teacher_weight": torch.randn(24, H)},
+        "20 tokens and the teacher 24.*vocab_size",
+    ),
+    "vocab_size": ({"vocab_size": 21}, "between 1 and 20.*got 21"),
+    "no teacher": ({"teacher_hidden": None}, "teacher_hidden or teacher_topk; got neither"),
+    "two teachers": ({"teacher_topk": TOPK}, "teacher_hidden or teacher_topk; got both"),
+    "server shape": (
+        {"teacher_hidden": None, "teacher_topk": (TOPK[0][:2], TOPK[1]), "support": "topk"},
+        r"ids \[2, 3\].*logprobs \[4, 3\].*expected both \[4, 'k'\]",
+    ),
+    "server support": (
+        {"teacher_hidden": None, "teacher_topk": TOPK},
+        "teacher_topk needs support='topk'",
+    ),
+    "server head": (
+        {"teacher_hidden": None, "teacher_topk": TOPK, "support": "topk", **OWN},
+        "no use beside teacher_topk",
+    ),
+    "server ids": (
+        {"teacher_hidden": None, "teacher_topk": (TOPK[0] + V, TOPK[1]), "support": "topk"},
+        r"teacher_topk\[0\].*between 0 and 19.*20 to 20",
+    ),
+    "divergence": ({"divergence": "kl"}, "'jsd', 'forward_kl', 'reverse_kl'; got 'kl'"),
+    "beta": ({"beta": 1.0}, "between 0 and 1, got 1.0.*reverse_kl"),
+    "temperature": ({"temperature": 0.0}, "temperature must be a finite number above 0; got 0.0"),
+    "softcap": ({"softcap": -1.0}, "softcap must be.*or None to switch it off; got -1.0"),
+    "top_k missing": ({"support": "topk"}, "top_k between 1 and 20.*got None"),
+    "top_k too large": ({"support": "topk", "top_k": 21}, "top_k between 1 and 20.*got 21"),
+    "top_k idle": ({"top_k": 3}, "top_k=3 has no effect"),
+    "top_k source": (
+        {"support": "topk", "top_k": 3, "top_k_source": "me"},
+        "'student', 'teacher', 'union'",
+    ),
+    "sampled": (
+        {"support": "sampled", "target_ids": LONG},
+        "divergence='reverse_kl'; got divergence='jsd'",
+    ),
+    "sampled ids": ({"support": "sampled", "divergence": "reverse_kl"}, "target_ids missing"),
+    "clip of part": (
+        {"pointwise_clip": 0.1, "support": "topk", "top_k": 3},
+        "needs support='full'",
+    ),
+    "is_clip": ({"is_clip": 2.0, "target_ids": LONG}, "is_clip needs old_logprobs"),
+    "old_logprobs": ({"old_logprobs": torch.zeros(N)}, "old_logprobs needs target_ids"),
+    "old nan": (
+        {"old_logprobs": torch.full((N,), torch.nan), "target_ids": LONG},
+        "old_logprobs has 4 entries that are NaN",
+    ),
+    "target shape": ({"target_ids": LONG[:3]}, r"target_ids is \[3\]; expected \[4\]"),
+    "target type": ({"target_ids": torch.zeros(N)}, "expected int64 indices"),
+    "target range": ({"target_ids": LONG + V}, "between 0 and 19; got values from 20 to 20"),
+    "target masked": ({"target_ids": LONG - 100}, "weight 0 in token_weights"),
+    "weights shape": (
+        {"token_weights": torch.ones(N, 1)},
+        r"token_weights is \[4, 1\]; expected \[4\]",
+    ),
+    "weights nan": (
+        {"token_weights": torch.tensor([1, torch.nan, torch.inf, 1])},
+        "2 entries that are NaN or inf",
+    ),
+    "weights grad": (
+        {"token_weights": torch.ones(N, requires_grad=True)},
+        r"token_weights\.detach\(\)",
+    ),
+    "turn weights": ({"turn_weights": torch.ones(2)}, "turn_weights needs turn_ids"),
+    "turn weights nan": (
+        {"turn_weights": torch.tensor([torch.nan]), "turn_ids": LONG},
+        "turn_weights has 1 entries",
+    ),
+    "turn range": (
+        {"turn_weights": torch.ones(2), "turn_ids": LONG + 2},
+        "turn_ids must be less than 2.*got 2",
+    ),
+    "turn mean": ({"loss_aggregation": "turn"}, "needs turn_ids"),
+    "trajectory mean": ({"loss_aggregation": "trajectory"}, "needs trajectory_ids"),
+    "aggregation": ({"loss_aggregation": "batch"}, "'token', 'turn', 'trajectory'; got 'batch'"),
+    "reduction": ({"reduction": "avg"}, "'mean', 'sum', 'none'; got 'avg'"),
+    "impl": ({"impl": "cublas"}, "Unknown impl 'cublas'.*'auto', 'torch', 'cpu', 'triton'"),
+    "impl device": ({"impl": "triton"}, "impl='triton' cannot serve.*runs on cuda"),
+    "impl dtype": (
+        {
+            "impl": "cpu",
+            "student_hidden": torch.randn(N, H).double(),
+            "student_weight": torch.randn(V, H).double(),
+            "teacher_hidden": torch.randn(N, H).double(),
+        },
+        "impl='cpu' cannot serve.*torch.float64",
+    ),
+    "impl support": (
+        {"impl": "cpu", "support": "topk", "top_k": 2},
+        "support='topk' is implemented by 'torch'",
+    ),
+    "impl clip": (
+        {"impl": "cpu", "pointwise_clip": 0.1},
+        "pointwise_clip is implemented by 'torch'",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake(mistake: str) -> None:
+    changes, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_module_or_list_in_place_of_a_tensor() -> None:
+    with pytest.raises(TypeError, match=r"got the module Linear: pass its \.weight.*LoRA"):
+        call(student_weight=nn.Linear(H, V))
+    with pytest.raises(TypeError, match=r"token_weights must be a tensor.*got list"):
+        call(token_weights=[1.0] * N)
+
+
+def test_dtensor_head() -> None:
+    """Any tensor that answers to `full_tensor` is a shard of one."""
+
+    class Shard(torch.Tensor):
+        placements = ("Shard(0)",)
+
+        def full_tensor(self) -> torch.Tensor:
+            return torch.Tensor(self)
+
+    with pytest.raises(
+        ValueError, match=r"DTensor of placements \('Shard\(0\)',\).*\.full_tensor\(\)"
+    ):
+        call(student_weight=torch.randn(V, H).as_subclass(Shard))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 0}, "chunk_size must be at least 1.*got 0"),
+        ({"max_active_rows": -3}, "max_active_rows must be at least 1.*got -3"),
+        ({"storage": "bf16"}, "'float32' or 'mixed'; got 'bf16'"),
+    ],
+)
+def test_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KernelOptions(**options)
+
+
+def test_settings_of_a_module_are_fixed() -> None:
+    module = FusedLinearDivergence(beta=0.3)
+    with pytest.raises(TypeError, match="beta: fixed when the module was made"):
+        module(torch.randn(N, H), torch.randn(V, H), torch.randn(N, H), beta=0.5)
+
+
+def test_other_functions() -> None:
+    hidden, weight = torch.randn(N, H), torch.randn(V, H)
+    with pytest.raises(ValueError, match="'auto' and 'torch'; got 'triton'"):
+        linear_logprobs(hidden, weight, LONG, impl="triton")
+    with pytest.raises(
+        ValueError, match="target_ids of tokens with weight must lie between 0 and 19"
+    ):
+        linear_logprobs(hidden, weight, LONG + V)
+    with pytest.raises(ValueError, match="same leading shape"):
+        divergence_from_logits(torch.randn(3, V), torch.randn(4, V))
+    with pytest.raises(ValueError, match="pass vocab_size"):
+        divergence_from_logits(torch.randn(3, V), torch.randn(3, V + 1))
+    with pytest.raises(ValueError, match=r"teacher_logits\.detach\(\)"):
+        divergence_from_logits(torch.randn(3, V), torch.randn(3, V, requires_grad=True))

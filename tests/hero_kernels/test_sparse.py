@@ -1,0 +1,183 @@
+"""Top-k, sampled token, teachers behind a server. Oracles: reference, full divergence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from problems import DIVERGENCES, assert_agrees, make_problem, relative_error, run
+from torch import Tensor
+
+from hero_kernels import DivergenceOutput, KernelOptions, fused_linear_divergence, reference
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("source", ["student", "teacher", "union"])
+@pytest.mark.parametrize("tail", [True, False], ids=["tail", "renormalised"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+def test_topk_agrees_with_reference(divergence: str, source: str, tail: bool, shared: bool) -> None:
+    assert_agrees(
+        make_problem(9, 6, 60, shared=shared, bias=True),
+        "torch",
+        "cpu",
+        divergence=divergence,
+        support="topk",
+        top_k=5,
+        top_k_source=source,
+        top_k_tail=tail,
+        target_ids=torch.randint(0, 60, (9,)),
+        token_weights=torch.tensor([1, 1, 0, 2, 0.5, 0, 1, 1, 1]),
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("source", ["student", "teacher", "union"])
+@pytest.mark.parametrize("short_of_all", [0, 1])
+def test_topk_of_all_is_the_full_divergence(
+    divergence: str, source: str, short_of_all: int
+) -> None:
+    """With k = V - 1 the tail is the one token left; with k = V there is none."""
+    problem = make_problem(9, 6, 40)
+    common: dict[str, Any] = {"divergence": divergence, "options": KernelOptions(chunk_size=4)}
+    full, exact = run(problem, "torch", "cpu", torch.float32, **common)
+    chosen: dict[str, Any] = {"support": "topk", "top_k": 40 - short_of_all, "top_k_source": source}
+    topk, student = run(problem, "torch", "cpu", torch.float32, **common, **chosen)
+    torch.testing.assert_close(topk.per_token, full.per_token, rtol=1e-4, atol=1e-7)
+    for name, value in exact.gradients().items():
+        assert relative_error(student.gradients()[name], value) < 1e-4, name
+
+
+def test_tail_keeps_it_non_negative_and_below_the_full_divergence() -> None:
+    """Merging outcomes can only lower a divergence (data processing inequality)."""
+    problem = make_problem(50, 6, 40)
+    full, _ = run(problem, "torch", "cpu", torch.float32)
+    for k in (1, 3, 10):
+        topk, _ = run(problem, "torch", "cpu", torch.float32, support="topk", top_k=k)
+        assert topk.per_token.min() >= 0
+        assert (topk.per_token <= full.per_token * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+def test_sampled_agrees_with_reference(shared: bool) -> None:
+    assert_agrees(
+        make_problem(9, 6, 60, shared=shared, bias=True),
+        "torch",
+        "cpu",
+        divergence="reverse_kl",
+        support="sampled",
+        target_ids=torch.randint(0, 60, (9,)),
+        old_logprobs=-torch.rand(9) * 8,
+        is_clip=2.0,
+    )
+
+
+def test_sampled_gradient_is_that_of_the_reverse_kl_on_average() -> None:
+    """The p_s-weighted sum over all tokens of the sampled gradients is that of the full KL."""
+    problem = make_problem(1, 6, 12)
+    _, exact = run(problem, "torch", "cpu", torch.float32, divergence="reverse_kl")
+    p_s = (problem.student_hidden @ problem.student_weight.t()).softmax(-1)[0].detach()
+    total = torch.zeros(1, 6)
+    for token in range(12):
+        _, one = run(
+            problem,
+            "torch",
+            "cpu",
+            torch.float32,
+            divergence="reverse_kl",
+            support="sampled",
+            target_ids=torch.tensor([token]),
+        )
+        assert one.student_hidden.grad is not None
+        total += p_s[token] * one.student_hidden.grad
+    torch.testing.assert_close(total, exact.student_hidden.grad, rtol=1e-4, atol=1e-7)
+
+
+def from_server(problem: Any, k: int) -> tuple[Tensor, Tensor]:
+    logits = reference.scaled_logits(problem.teacher_hidden, problem.student_weight.detach())
+    logprobs, ids = logits.log_softmax(-1).topk(k)
+    return ids, logprobs
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", [True, False], ids=["tail", "renormalised"])
+def test_server_agrees_with_reference(divergence: str, tail: bool) -> None:
+    problem = make_problem(9, 6, 60, bias=True)
+    topk = from_server(problem, 7)
+    weights = torch.tensor([1, 1, 0, 2, 0.5, 0, 1, 1, 1])
+    settings: dict[str, Any] = {
+        "divergence": divergence,
+        "support": "topk",
+        "top_k_tail": tail,
+        "token_weights": weights,
+        "target_ids": torch.randint(0, 60, (9,)),
+    }
+    ours, exact = problem.to("cpu", torch.float32), problem.to("cpu", torch.float64)
+    got = fused_linear_divergence(
+        ours.student_hidden,
+        ours.student_weight,
+        student_bias=ours.student_bias,
+        teacher_topk=topk,
+        return_stats=True,
+        options=KernelOptions(chunk_size=4),
+        **settings,
+    )
+    assert isinstance(got, DivergenceOutput)
+    expected = reference.fused_linear_divergence(
+        exact.student_hidden,
+        exact.student_weight,
+        student_bias=exact.student_bias,
+        teacher_topk=(topk[0], topk[1].double()),
+        **settings,
+    )
+    got.loss.backward()
+    expected.loss.backward()
+    assert relative_error(got.loss, expected.loss) < 1e-5
+    for name, value in exact.gradients().items():
+        assert relative_error(ours.gradients()[name], value) < 1e-4, name
+    assert got.teacher_entropy is None and got.teacher_logprobs is None
+    assert got.student_logprobs is not None and expected.student_logprobs is not None
+    assert relative_error(got.student_logprobs, expected.student_logprobs * (weights != 0)) < 1e-5
+
+
+def test_server_equals_local_teacher() -> None:
+    """The teacher's own top-k, sent over a wire, is support="topk" with top_k_source="teacher"."""
+    problem = make_problem(9, 6, 60)
+    local, _ = run(
+        problem, "torch", "cpu", torch.float32, support="topk", top_k=7, top_k_source="teacher"
+    )
+    remote = fused_linear_divergence(
+        problem.student_hidden,
+        problem.student_weight,
+        support="topk",
+        teacher_topk=from_server(problem, 7),
+    )
+    torch.testing.assert_close(remote, local.loss, rtol=1e-4, atol=1e-6)
+
+
+def test_server_that_knows_everything_has_an_empty_tail() -> None:
+    problem = make_problem(4, 6, 10)
+    loss = fused_linear_divergence(
+        problem.student_hidden,
+        problem.student_weight,
+        support="topk",
+        divergence="reverse_kl",
+        teacher_topk=from_server(problem, 10),
+    )
+    full, _ = run(problem, "torch", "cpu", torch.float32, divergence="reverse_kl")
+    torch.testing.assert_close(loss, full.loss, rtol=1e-4, atol=1e-6)
+    assert torch.autograd.grad(loss, problem.student_hidden)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("clip", [1e-3, 0.05])
+def test_pointwise_clip_agrees_with_reference(divergence: str, clip: float) -> None:
+    problem = make_problem(9, 6, 60, shared=False)
+    assert_agrees(
+        problem, "torch", "cpu", divergence=divergence, pointwise_clip=clip, tolerance=1e-4
+    )
+    clipped, _ = run(
+        problem, "torch", "cpu", torch.float32, divergence=divergence, pointwise_clip=clip
+    )
+    plain, _ = run(problem, "torch", "cpu", torch.float32, divergence=divergence)
+    assert clipped.loss < plain.loss

@@ -1,0 +1,77 @@
+"""Compiles the Triton row kernel for GPUs this machine need not have; reads what ptxas made of it.
+
+Bounds on registers, spills, shared memory and the width of loads hold for every entry of the tuning
+table. test_triton_rows.py tests that it computes the right thing; how fast it is, neither does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from triton_tools import SHARED_MEMORY_PER_BLOCK, compile_kernel
+
+from hero_kernels.triton.configs import ROWS, row_config
+from hero_kernels.triton.rows import _divergence_rows_kernel
+
+SCALARS = ("beta", "inv_temperature", "softcap", "logit_scale", "is_clip")
+# A vocabulary of odd size in a padded row: the loads must be wide all the same.
+SHAPES = {"columns": "i32:16", "vocab_size": "i32"}
+STRIDES = dict.fromkeys(("stride_sr", "stride_tr", "stride_gr"), "i32:16")
+VECTORS = {
+    **dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr", "row_weights_ptr"), "*fp32"),
+    "target_ids_ptr": "*i64",
+    "old_logprobs_ptr": "*fp32",
+    "stats_ptr": "*fp32",
+}
+FLAGS = (
+    *("HAS_STUDENT_BIAS", "HAS_TEACHER_BIAS", "HAS_SOFTCAP", "HAS_TARGETS"),
+    *("HAS_RATIO", "HAS_CLIP", "WITH_STATS"),
+)
+# The shared-head path in mixed storage, and the general path with all that a kernel can have.
+SHARED_HEAD = ("*bf16", "*fp32", "*bf16")
+GENERAL = ("*fp32", "*fp32", "*fp32")
+VARIANTS = [
+    pytest.param(0, True, SHARED_HEAD, id="jsd-shared"),
+    pytest.param(1, True, SHARED_HEAD, id="forward-shared"),
+    pytest.param(2, True, SHARED_HEAD, id="reverse-shared"),
+    pytest.param(0, False, GENERAL, id="jsd-general-all-features"),
+]
+
+
+@pytest.mark.parametrize(("divergence", "delta", "storage"), VARIANTS)
+@pytest.mark.parametrize("arch", sorted(ROWS))
+def test_every_configuration(
+    arch: int, divergence: int, delta: bool, storage: tuple[str, str, str]
+) -> None:
+    config = ROWS[arch]
+    matrices = dict(zip(("student_ptr", "teacher_ptr", "grad_ptr"), storage, strict=True))
+    types = {**matrices, **VECTORS, **SHAPES, **STRIDES, **dict.fromkeys(SCALARS, "fp32")}
+    constants: dict[str, Any] = dict.fromkeys(FLAGS, not delta)
+    constants |= {"DIVERGENCE": divergence, "DELTA": delta, "HAS_GRAD": True}
+    constants |= {"BLOCK_V": config.block_v}
+    compiled = compile_kernel(
+        _divergence_rows_kernel, types, constants, arch=arch, num_warps=config.num_warps
+    )
+    print(f"sm_{arch}: {compiled}, {compiled.warps_per_sm} warps per multiprocessor")
+    assert compiled.spills == 0
+    assert compiled.shared <= SHARED_MEMORY_PER_BLOCK[arch]
+    # Shared memory for reductions only: no value moves between threads from its load to its
+    # store, which is what makes the gradient in place safe.
+    assert compiled.shared <= 64 * config.num_warps
+    assert compiled.warps_per_sm >= (16 if delta else 8)
+    sweeps = 3 if divergence == 0 else 2
+    assert compiled.loads.get(128, 0) >= 3 * sweeps  # 8 columns a thread: one of bf16, two of fp32
+    assert compiled.stores.get(128, 0) >= 1
+    narrow = {bits: count for bits, count in compiled.loads.items() if bits < 128}
+    assert sum(narrow.values()) <= 7  # the weight and the target's: single numbers
+
+
+def test_devices_between_the_entries() -> None:
+    assert row_config((8, 6)) == ROWS[80]
+    assert row_config((12, 0)) == ROWS[100]
+    with pytest.raises(ValueError, match=r"8\.0 or newer, got 7\.5"):
+        row_config((7, 5))
