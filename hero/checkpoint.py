@@ -19,7 +19,12 @@ class BrokenCheckpoint(ValueError):
 
 
 def save_state(
-    run_dir: Path, *, state: dict[str, Any], student: dict[str, Tensor], teacher: dict[str, Tensor], optimizer: Any
+    run_dir: Path,
+    *,
+    state: dict[str, Any],
+    student: dict[str, Tensor],
+    teacher: dict[str, Tensor],
+    optimizer: Any,
 ) -> None:
     """Write `run_dir/checkpoint`: trained weights, teacher weights, optimiser, counters."""
     with Replacing(run_dir / NAME) as folder:
@@ -38,18 +43,22 @@ def load_state(run_dir: Path, device: torch.device) -> dict[str, Any]:
     folder = find_state(run_dir)
     if folder is None:
         raise BrokenCheckpoint(
-            f"{run_dir} holds no checkpoint to go on from. Start anew with --resume never and another --output-dir."
+            f"{run_dir} holds no checkpoint to go on from. Start anew with --resume never and "
+            "another --output-dir."
         )
     try:
         return {
             "state": json.loads((folder / "state.json").read_text(encoding="utf-8")),
             "student": load_file(folder / "student.safetensors", device=str(device)),
             "teacher": load_file(folder / "teacher.safetensors", device=str(device)),
-            "optimizer": torch.load(folder / "optimizer.pt", map_location=device, weights_only=True),
+            "optimizer": torch.load(
+                folder / "optimizer.pt", map_location=device, weights_only=True
+            ),
         }
     except Exception as error:  # each format raises classes of its own
         raise BrokenCheckpoint(
-            f"The checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"The checkpoint {folder} cannot be read ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). "
             f"The best model so far is {run_dir / 'best'}: start from it with --model.path."
         ) from error
 
@@ -63,7 +72,8 @@ def find_state(run_dir: Path) -> Path | None:
 
 
 class Replacing:
-    """A folder to fill in; when all went well it takes the place of `path`, else nothing has changed."""
+    """A folder to fill in; when all went well it takes the place of `path`, else nothing has
+    changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -23,20 +23,27 @@ COMMANDS = ("train", "sft", "eval", "rollout", "view", "model", "recipes", "doct
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a mistake or fault, 2 for usage, 130 after Ctrl-C."""
+    """Run one command; returns the exit code: 0, 1 for a mistake or fault, 2 for usage, 130 after
+    Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if given else 2
     name, rest = given[0], given[1:]
     if name not in COMMANDS:
-        print(f"error: Unknown command {name!r}: expected one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        print(
+            f"error: Unknown command {name!r}: expected one of {', '.join(COMMANDS)}.",
+            file=sys.stderr,
+        )
         return 2
     try:
         from hero import commands  # here: it imports torch and transformers, which takes seconds
         from hero.console import Console
     except ImportError as missing:
-        print(f"error: {missing}. Install what hero needs: pip install 'hero-kernels[train]'", file=sys.stderr)
+        print(
+            f"error: {missing}. Install what hero needs: pip install 'hero-kernels[train]'",
+            file=sys.stderr,
+        )
         return 1
     run = {"eval": commands.evaluate}.get(name) or getattr(commands, name)
     try:

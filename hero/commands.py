@@ -22,7 +22,7 @@ from hero.generation.hf import HFGenerator
 from hero.health import checkup
 from hero.policy import Policy
 from hero.reflection import ReflectionError
-from hero.rollout import Episode, EnvironmentFault
+from hero.rollout import EnvironmentFault, Episode
 from hero.rollout import rollout as play_episodes
 from hero.sft import SftConfig, train_sft
 from hero.tracking import write_atomic
@@ -30,7 +30,7 @@ from hero.trainer import TeacherGate, Trainer
 from hero.types import to_json
 from hero.viewer import render
 
-MISTAKES = (ValueError, EnvironmentFault, ReflectionError, TeacherGate, OSError)
+MISTAKES = (ValueError, ImportError, OSError, EnvironmentFault, ReflectionError, TeacherGate)
 """Faults with a message for the user; anything else is a bug and keeps its traceback."""
 
 C = TypeVar("C")
@@ -46,7 +46,9 @@ def train(arguments: list[str], console: Console) -> None:
     if resumes_run:
         saved = Path(str(resume)) / "config.json"
         if not saved.is_file():
-            raise ValueError(f"--resume {resume}: {saved} is not there; expected the folder of a run.")
+            raise ValueError(
+                f"--resume {resume}: {saved} is not there; expected the folder of a run."
+            )
         data = json.loads(saved.read_text(encoding="utf-8"))
     elif recipe:
         data = configuration.load_recipe(recipe)
@@ -55,16 +57,19 @@ def train(arguments: list[str], console: Console) -> None:
     name = recipe or (Path(file).stem if file else "train")
     if resumes_run:
         data |= {"output_dir": str(resume), "resume": str(resume)}
-        name = str(_summary_name(Path(str(resume))))
+        name = Path(str(resume)).name
     elif resume:
         data |= {"resume": resume}
     config = _parse(TrainConfig, data, rest, "hero train [RECIPE] [--config FILE] [--resume RUN]")
     if config.resume == "auto" and not config.output_dir:
-        raise ValueError("resume=auto needs --output-dir: it goes on from the checkpoint there, if there is one.")
+        raise ValueError(
+            "resume=auto needs --output-dir: it goes on from the checkpoint there, if there is one."
+        )
     run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume == "never" and (run_dir / "metrics.jsonl").exists():
         raise ValueError(
-            f"{run_dir} already holds a run: go on from it with --resume {run_dir}, or name another --output-dir."
+            f"{run_dir} already holds a run: go on from it with --resume {run_dir}, or name "
+            "another --output-dir."
         )
     config.output_dir = str(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -83,16 +88,13 @@ def train(arguments: list[str], console: Console) -> None:
 def _how_to_go_on(trainer: Trainer) -> str:
     if trainer.state.update == 0:
         return "No update was finished, so nothing is lost."
-    return f"Saved after update {trainer.state.update}. Go on with: hero train --resume {trainer.run_dir}"
+    update, run = trainer.state.update, trainer.run_dir
+    return f"Saved after update {update}. Go on with: hero train --resume {run}"
 
 
 def _noted(mistake: Exception, note: str) -> Exception:
     mistake.__notes__ = [note]  # type: ignore[attr-defined]  # add_note is Python 3.11
     return mistake
-
-
-def _summary_name(run_dir: Path) -> str:
-    return run_dir.name
 
 
 def sft(arguments: list[str], console: Console) -> None:
@@ -143,14 +145,20 @@ def _play_config(arguments: list[str], prog: str) -> tuple[str, PlayConfig]:
         data = {key: chosen[key] for key in ("env", "rollout") if key in chosen}
     if model and (Path(model) / "config.json").is_file() and (Path(model) / "best").is_dir():
         saved = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        data = {"env": saved["env"], "rollout": saved["rollout"], "temperature": saved["eval"]["temperature"]}
+        data = {
+            "env": saved["env"],
+            "rollout": saved["rollout"],
+            "temperature": saved["eval"]["temperature"],
+        }
         model = str(Path(model) / "best")
     return model or "", _parse(PlayConfig, data, rest, prog)
 
 
 def _player(model: str, config: PlayConfig) -> tuple[Any, Any]:
     policy = Policy.load(ModelConfig(path=model, device=config.device, dtype=config.dtype))  # type: ignore[arg-type]
-    envs = [make_env(config.env.name, **config.env.options) for _ in range(config.rollout.batch_size)]
+    envs = [
+        make_env(config.env.name, **config.env.options) for _ in range(config.rollout.batch_size)
+    ]
     play = partial(
         play_episodes, envs=envs, generator=HFGenerator(policy, config.rollout.batch_size),
         renderer=policy.renderer, config=config.rollout,
@@ -167,7 +175,8 @@ def evaluate(arguments: list[str], console: Console) -> None:
         tasks, play=play, trials=config.trials, temperature=config.temperature, seed=config.seed
     )
     console.say(
-        f"{model} on {len(tasks)} {config.split} tasks x {config.trials}: success {result.success:.1%}, "
+        f"{model} on {len(tasks)} {config.split} tasks x {config.trials}: success "
+        f"{result.success:.1%}, "
         f"score {result.score:.3f}, average turns {result.turns:.1f}"
     )
     if config.output:
@@ -218,7 +227,9 @@ def model(arguments: list[str], console: Console) -> None:
 def recipes(arguments: list[str], console: Console) -> None:
     """hero recipes [NAME]"""
     if arguments:
-        console.say(yaml.safe_dump(configuration.load_recipe(arguments[0]), sort_keys=False).strip())
+        console.say(
+            yaml.safe_dump(configuration.load_recipe(arguments[0]), sort_keys=False).strip()
+        )
         return
     for kind in configuration.RECIPE_KINDS:
         console.say(f"hero {kind} …")

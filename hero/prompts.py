@@ -1,8 +1,10 @@
-"""Every word that the method says to a model: teacher blocks and reflection requests, in two wordings.
+"""Every word that the method says to a model: teacher blocks and reflection requests, in two
+wordings.
 
-`standard` is for language models, `compact` for the shipped small agent, whose vocabulary has a few hundred
-words. Two rules come from measurement (docs/method.md): a block names only the corrected action, never the
-original one (small models raise whatever string is quoted), and it stands at the end of the last message.
+`standard` is for language models, `compact` for the shipped small agent, whose vocabulary has a few
+hundred words. Two rules come from measurement (docs/method.md): a block names only the corrected
+action, never the original one (small models raise whatever string is quoted), and it stands at the
+end of the last message.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class Hindsight:
     outcome: bool | None = None
     """True/False: the episode succeeded/failed (mode terminal)."""
     demonstration: tuple[tuple[str, str], ...] = ()
-    """(action, observation) of each turn of a successful episode of the same task (modes full_demo, sdpo)."""
+    """(action, observation) of each turn of a successful episode of the same task (modes full_demo,
+    sdpo)."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -47,17 +50,24 @@ class Prompts(Protocol):
         ...
 
     def reflection(
-        self, instruction: str, policy: str, turns: list[TurnView], reward: float, stop_reason: StopReason
+        self,
+        instruction: str,
+        policy: str,
+        turns: list[TurnView],
+        reward: float,
+        stop_reason: StopReason,
     ) -> str:
         """The whole request for the diagnoses of one episode, as one user message."""
         ...
 
 
+UNREAD = " (could not be read as an action)"
+CUT_OFF = "cut it off, so reward 0 does not mean that every turn was bad"
 STOP_SENTENCES = {
     StopReason.DONE: "the environment ended it",
-    StopReason.TRUNCATED: "the environment's step limit cut it off, so reward 0 does not mean that every turn was bad",
-    StopReason.MAX_TURNS: "the turn limit cut it off, so reward 0 does not mean that every turn was bad",
-    StopReason.MAX_TOKENS: "the context limit cut it off, so reward 0 does not mean that every turn was bad",
+    StopReason.TRUNCATED: f"the environment's step limit {CUT_OFF}",
+    StopReason.MAX_TURNS: f"the turn limit {CUT_OFF}",
+    StopReason.MAX_TOKENS: f"the context limit {CUT_OFF}",
 }
 
 
@@ -76,7 +86,9 @@ class StandardPrompts:
         if hindsight.reward is not None:
             lines.append(f"The episode's final reward was {hindsight.reward:.2f}.")
         if hindsight.outcome is not None:
-            lines.append(f"The episode {'succeeded' if hindsight.outcome else 'failed'} in the end.")
+            lines.append(
+                f"The episode {'succeeded' if hindsight.outcome else 'failed'} in the end."
+            )
         if hindsight.failure_cause:
             lines.append(f"What went wrong: {hindsight.failure_cause}")
         if hindsight.hint:
@@ -87,25 +99,37 @@ class StandardPrompts:
         return "\n".join(lines)
 
     def reflection(
-        self, instruction: str, policy: str, turns: list[TurnView], reward: float, stop_reason: StopReason
+        self,
+        instruction: str,
+        policy: str,
+        turns: list[TurnView],
+        reward: float,
+        stop_reason: StopReason,
     ) -> str:
         policy_part = f"\n\nRules and tools of the agent:\n{policy}" if policy else ""
         episode = "\n\n".join(
-            f"Turn {i}\nAction: {turn.action}{'' if turn.parse_ok else ' (could not be read as an action)'}\n"
+            f"Turn {i}\nAction: {turn.action}{'' if turn.parse_ok else UNREAD}\n"
             f"Then observed: {turn.observation}"
             for i, turn in enumerate(turns, 1)
         )
         return (
             "You review a finished episode of an agent and diagnose every one of its turns.\n\n"
             f"Task:\n{instruction}{policy_part}\n\n{episode}\n\n"
-            f"Final reward: {reward:.2f} (1.00 is success). It ended because {STOP_SENTENCES[stop_reason]}.\n\n"
+            f"Final reward: {reward:.2f} (1.00 is success). It ended because "
+            f"{STOP_SENTENCES[stop_reason]}.\n\n"
             "Write one JSON object per turn, one a line, in order, and nothing else:\n"
-            '{"turn": 1, "necessary": true, "valid": true, "failure_cause": "", "corrected_action": "", "hint": ""}\n'
-            "Rules: judge a turn by the observation that followed it. necessary: the action served the task. valid: "
-            "the environment accepted it. If a turn was fine, leave failure_cause, corrected_action and hint empty. "
-            "Otherwise hint says in at most two sentences what to do at that turn, using only what could be known "
-            'before it (say "look the order up first", not the id that was learnt later), and corrected_action is '
-            "the exact action that should have been taken, in the agent's action format. Do not quote the original "
+            '{"turn": 1, "necessary": true, "valid": true, "failure_cause": "", '
+            '"corrected_action": "", "hint": ""}\n'
+            "Rules: judge a turn by the observation that followed it. necessary: the action served "
+            "the task. valid: "
+            "the environment accepted it. If a turn was fine, leave failure_cause, "
+            "corrected_action and hint empty. "
+            "Otherwise hint says in at most two sentences what to do at that turn, using only what "
+            "could be known "
+            'before it (say "look the order up first", not the id that was learnt later), and '
+            "corrected_action is "
+            "the exact action that should have been taken, in the agent's action format. Do not "
+            "quote the original "
             "action in the hint."
         )
 
@@ -134,12 +158,18 @@ class CompactPrompts:
         return " | " + " ".join([*parts, "again"])
 
     def reflection(
-        self, instruction: str, policy: str, turns: list[TurnView], reward: float, stop_reason: StopReason
+        self,
+        instruction: str,
+        policy: str,
+        turns: list[TurnView],
+        reward: float,
+        stop_reason: StopReason,
     ) -> str:
         episode = " ".join(
             f"turn {i} {turn.action} then {turn.observation}" for i, turn in enumerate(turns, 1)
         )
-        return f"review {instruction} {episode} reward {reward:.1f} {stop_reason.value.replace('_', ' ')}"
+        stop = stop_reason.value.replace("_", " ")
+        return f"review {instruction} {episode} reward {reward:.1f} {stop}"
 
 
 def make_prompts(style: str) -> Prompts:

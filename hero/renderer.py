@@ -1,14 +1,14 @@
 """Messages to token ids, one piece at a time, so that ids once made are never made again.
 
-A chat template is used as four pieces of ids for each role: what stands before a message's content, what
-stands between its content and the first token of the answer, and the token that ends an answer. A prompt
-grows only at its end:
+A chat template is used as four pieces of ids for each role: what stands before a message's content,
+what stands between its content and the first token of the answer, and the token that ends an
+answer. A prompt grows only at its end:
 
     prompt_0 = open . content . close            (close holds the generation prompt)
     prompt_1 = prompt_0 + action_0 + open' . observation . close
 
-so every turn's prompt extends the last one's prompt and action, and the teacher's block can be spliced in
-before `close` without touching a token of the student's own context.
+so every turn's prompt extends the last one's prompt and action, and the teacher's block can be
+spliced in before `close` without touching a token of the student's own context.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ class Renderer:
         """Ids that end a sampled turn."""
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a message's content: special tokens spelt out in it stay plain text.
+
+        An observation that holds `<|im_end|>` must not be able to end the message it stands in.
+        """
+        return list(
+            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        )
+
+    def _encode_template(self, text: str) -> list[int]:
+        """Ids of the template's own text, special tokens and all."""
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -56,16 +66,18 @@ class Renderer:
         last = messages[-1]
         before, _ = self._split([*messages[:-1], {**last, "content": CONTENT}], CONTENT)
         close = self._pieces(last["role"])[1]
-        return self.encode(before) + self.encode(last["content"]) + list(close)
+        return self._encode_template(before) + self.encode(last["content"]) + list(close)
 
     def observe(self, action_ids: Sequence[int], role: str, text: str) -> list[int]:
-        """Ids that follow a sampled action: the end token where the action lacks one, then the observation."""
+        """Ids that follow a sampled action: the end token where the action lacks one, then the
+        observation."""
         open_ids, close, end_id = self._pieces(role)
         ended = bool(action_ids) and action_ids[-1] in self.stop_ids
         return ([] if ended else [end_id]) + list(open_ids) + self.encode(text) + list(close)
 
     def branch_at(self, prompt_ids: Sequence[int]) -> int:
-        """Position in a prompt where its last message's content ends: there a block can be spliced in."""
+        """Position in a prompt where its last message's content ends: there a block can be spliced
+        in."""
         for role in ("user", "tool"):
             try:
                 close = list(self._pieces(role)[1])
@@ -73,10 +85,13 @@ class Renderer:
                 continue
             if list(prompt_ids[-len(close) :]) == close:
                 return len(prompt_ids) - len(close)
-        raise ValueError("The prompt does not end with a user or tool message of this chat template.")
+        raise ValueError(
+            "The prompt does not end with a user or tool message of this chat template."
+        )
 
     def clip(self, text: str, max_tokens: int) -> str:
-        """`text` if it has at most `max_tokens` tokens, else its head and tail around an ellipsis."""
+        """`text` if it has at most `max_tokens` tokens, else its head and tail around an
+        ellipsis."""
         ids = self.encode(text)
         if len(ids) <= max_tokens:
             return text
@@ -93,13 +108,16 @@ class Renderer:
         ]
         before, after = self._split(messages, CONTENT)
         if ANSWER not in before:
-            raise ValueError("The chat template drops earlier answers: multi-turn training needs them kept.")
-        between = self.encode(before.split(ANSWER, 1)[1])
+            raise ValueError(
+                "The chat template drops earlier answers: multi-turn training needs them kept."
+            )
+        between = self._encode_template(before.split(ANSWER, 1)[1])
         if not between or between[0] not in self.tokenizer.all_special_ids:
             raise ValueError(
-                "The chat template does not end an answer with a special token: the end of a turn cannot be sampled."
+                "The chat template does not end an answer with a special token: the end of a turn "
+                "cannot be sampled."
             )
-        return tuple(between[1:]), tuple(self.encode(after)), between[0]
+        return tuple(between[1:]), tuple(self._encode_template(after)), between[0]
 
     def _split(self, messages: list[Message], mark: str) -> tuple[str, str]:
         try:

@@ -33,9 +33,11 @@ def reflector_reason(config: TrainConfig) -> str:
     }[config.teacher.weights]
     return {
         "self": "the student itself reads its episodes, with its present weights",
-        "teacher": f"the same model reads its own episodes, with {weights} weights: one that learns to act while it "
+        "teacher": f"the same model reads its own episodes, with {weights} weights: one that "
+        "learns to act while it "
         "reflects forgets how to diagnose",
-        "rules": "the environment's own deterministic diagnosis: for tests and for models too small to reflect",
+        "rules": "the environment's own deterministic diagnosis: for tests and for models too "
+        "small to reflect",
         "openai": f"{config.reflection.model} at {config.reflection.base_url}",
     }[config.reflection.reflector]
 

@@ -120,8 +120,10 @@ def rollout(
                 if len(running.prompt_ids) + config.max_turn_tokens > config.max_episode_tokens:
                     if turn == 0:
                         raise ValueError(
-                            f"Task {running.trajectory.task_id} starts with {len(running.prompt_ids)} tokens; with "
-                            f"rollout.max_turn_tokens={config.max_turn_tokens} this passes rollout.max_episode_tokens="
+                            f"Task {running.trajectory.task_id} starts with "
+                            f"{len(running.prompt_ids)} tokens; with "
+                            f"rollout.max_turn_tokens={config.max_turn_tokens} this passes "
+                            "rollout.max_episode_tokens="
                             f"{config.max_episode_tokens}. Raise the latter."
                         )
                     running.stop(StopReason.MAX_TOKENS)
@@ -142,7 +144,8 @@ def rollout(
 
 
 def gold_episode(env: Environment, task_id: str, max_turns: int) -> tuple[tuple[str, str], ...]:
-    """(action, observation) of each turn of the environment's oracle; () if it does not end in success."""
+    """(action, observation) of each turn of the environment's oracle; () if it does not end in
+    success."""
     assert isinstance(env, HasOracle)
     turns = []
     with _blame(env, task_id, 0):
@@ -157,7 +160,8 @@ def gold_episode(env: Environment, task_id: str, max_turns: int) -> tuple[tuple[
 
 
 def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers (splitmix-style mixing), independent of Python's hash."""
+    """One 63-bit seed from several numbers (splitmix-style mixing), independent of Python's
+    hash."""
     state = 0x9E3779B97F4A7C15
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF

@@ -1,8 +1,9 @@
-"""A small agent from nothing: a word-level tokenizer over an environment's vocabulary and a small Llama.
+"""A small agent from nothing: a word-level tokenizer over an environment's vocabulary and a small
+Llama.
 
-Words are tokens of their own, never glued to the space before them: gluing made copying from the context
-fail in small models. The fixed parts of a diagnosis' JSON are one token each, so that a diagnosis costs a
-handful of tokens and always parses.
+Words are tokens of their own, never glued to the space before them: gluing made copying from the
+context fail in small models. The fixed parts of a diagnosis' JSON are one token each, so that a
+diagnosis costs a handful of tokens and always parses.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ JSON_PIECES = [
     '"}',
 ]
 PROMPT_WORDS = (
-    "demo unread then reward success failed cause hint better again review turn done truncated max turns tokens | . -"
+    "demo unread then reward success failed cause hint better again "
+    "review turn done truncated max turns tokens | . -"
 )
 WORD = r"p\d\d\d|[a-z]+|\d|[^\sa-z\d]"
 """What counts as one word: a product id, letters, one digit, one other character."""
@@ -58,19 +60,26 @@ def diagnosis_json(diagnosis: Diagnosis) -> str:
     flags = [str(flag).lower() for flag in (diagnosis.necessary, diagnosis.valid)]
     return (
         f'{{"turn": {diagnosis.turn + 1}, "necessary": {flags[0]}, "valid": {flags[1]}, '
-        f'"failure_cause": "{diagnosis.failure_cause}", "corrected_action": "{diagnosis.corrected_action}", '
+        f'"failure_cause": "{diagnosis.failure_cause}", "corrected_action": '
+        f'"{diagnosis.corrected_action}", '
         f'"hint": "{diagnosis.hint}"}}'
     )
 
 
 def build_tokenizer(vocabulary: Iterable[str]) -> PreTrainedTokenizerFast:
     """Word-level tokenizer of the vocabulary's words, with chat template and JSON pieces."""
-    words = sorted({w for text in (*vocabulary, PROMPT_WORDS) for w in re.findall(WORD, text.lower())})
+    words = sorted(
+        {w for text in (*vocabulary, PROMPT_WORDS) for w in re.findall(WORD, text.lower())}
+    )
     words += [d for d in "0123456789" if d not in words]
     tokens = SPECIAL + JSON_PIECES + words
-    tokenizer = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<|unk|>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<|unk|>")
+    )
     pieces = "|".join(re.escape(piece) for piece in sorted(JSON_PIECES, key=len, reverse=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{pieces}|{WORD}"), "removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(f"{pieces}|{WORD}"), "removed", invert=True
+    )
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(Regex("^"), " "),
@@ -92,9 +101,16 @@ def build_model(config: ScratchConfig, tokenizer: Any) -> LlamaForCausalLM:
     """A Llama with tied embeddings, for the tokenizer."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=config.width, intermediate_size=config.width * 8 // 3,
-            num_hidden_layers=config.layers, num_attention_heads=config.heads,
-            max_position_embeddings=config.context, initializer_range=config.init_std, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            hidden_size=config.width,
+            intermediate_size=config.width * 8 // 3,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            max_position_embeddings=config.context,
+            initializer_range=config.init_std,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     )

@@ -1,11 +1,14 @@
-"""Warm start: supervised episodes of an imperfect demonstrator, answers with hindsight, and diagnoses.
+"""Warm start: supervised episodes of an imperfect demonstrator, answers with hindsight, and
+diagnoses.
 
-A small model needs to have met the method's texts before it can use them. Three kinds of targets are mixed:
-    plain       the demonstrator's own actions: this makes the student, with the demonstrator's faults
-    hindsight   a turn with a block behind it -> the right action: this makes the teacher worth listening to
-    diagnosis   the reflection request -> the environment's own diagnoses: this makes the reflector
-The last two also come from near-perfect and from noisy episodes, so that they hold on the states that the
-student will visit while it gets better (docs/method.md).
+A small model needs to have met the method's texts before it can use them. Three kinds of targets
+are mixed:
+    plain       the demonstrator's own actions: this makes the student, with the demonstrator's
+    faults hindsight   a turn with a block behind it -> the right action: this makes the teacher
+    worth listening to diagnosis   the reflection request -> the environment's own diagnoses: this
+    makes the reflector
+The last two also come from near-perfect and from noisy episodes, so that they hold on the states
+that the student will visit while it gets better (docs/method.md).
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ class SftConfig:
 
     __pydantic_config__ = STRICT
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
-    """path "" starts from nothing, with `scratch`'s shape and a tokenizer of the environment's words."""
+    """path "" starts from nothing, with `scratch`'s shape and a tokenizer of the environment's
+    words."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     prompts: str = "standard"
@@ -87,7 +91,9 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     env = make_env(config.env.name, **config.env.options)
     missing = [name for name in ("demonstrate", "oracle", "diagnose") if not hasattr(env, name)]
     if missing:
-        raise ValueError(f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none.")
+        raise ValueError(
+            f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none."
+        )
     policy = _load(config, env)
     started = time.perf_counter()
     materials = make_materials(config, env, policy.renderer)
@@ -99,7 +105,9 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         f"{len(diagnosis)} diagnosis episodes in {time.perf_counter() - started:.0f} s"
     )
     parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
     order = random.Random(derive_seed(config.seed, 1))
     means = dict.fromkeys(("plain", "hindsight", "diagnosis"), 0.0)
     for step in range(config.steps):
@@ -116,7 +124,9 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
             losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-            console.say(f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s")
+            console.say(
+                f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s"
+            )
     folder = Path(config.output_dir)
     with checkpoint.Replacing(folder) as new:
         policy.save(new)
@@ -156,7 +166,9 @@ def make_materials(config: SftConfig, env: Any, renderer: Renderer) -> list[Mate
                 if demonstrated
                 else [],
                 hindsight=hindsight_samples(trajectory, diagnoses, config.prompts, renderer, rng),
-                diagnosis=[diagnosis_sample(trajectory, diagnoses, config, env.system_prompt, renderer)],
+                diagnosis=[
+                    diagnosis_sample(trajectory, diagnoses, config, env.system_prompt, renderer)
+                ],
             )
         )
     return materials
@@ -181,18 +193,25 @@ def _cover(env: Any, rng: random.Random, noise: float) -> str:
 
 
 def hindsight_samples(
-    trajectory: Trajectory, diagnoses: Sequence[Diagnosis], style: str, renderer: Renderer, rng: random.Random
+    trajectory: Trajectory,
+    diagnoses: Sequence[Diagnosis],
+    style: str,
+    renderer: Renderer,
+    rng: random.Random,
 ) -> list[Sample]:
-    """Answers behind a block: the right action after a hint; after a good turn the same action again.
+    """Answers behind a block: the right action after a hint; after a good turn the same action
+    again.
 
-    Which parts a block shows is drawn at random, so that every mode's block has been met: all of them, the
-    diagnosis alone, observation and reward alone.
+    Which parts a block shows is drawn at random, so that every mode's block has been met: all of
+    them, the diagnosis alone, observation and reward alone.
     """
     prompts = make_prompts(style)
     samples = []
     for turn, diagnosis in zip(trajectory.turns, diagnoses, strict=True):
         right = diagnosis.corrected_action or turn.action_text
-        raw = Hindsight(observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok)
+        raw = Hindsight(
+            observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
+        )
         told = {
             "failure_cause": diagnosis.failure_cause,
             "hint": diagnosis.hint,
@@ -216,13 +235,17 @@ def hindsight_samples(
 
 
 def diagnosis_sample(
-    trajectory: Trajectory, diagnoses: Sequence[Diagnosis], config: SftConfig, policy: str, renderer: Renderer
+    trajectory: Trajectory,
+    diagnoses: Sequence[Diagnosis],
+    config: SftConfig,
+    policy: str,
+    renderer: Renderer,
 ) -> Sample:
     """The reflection request and the environment's own diagnoses as its answer."""
     turns = [
         TurnView(
-            action=turn.action_text, observation=turn.observation or "", feedback_kind=turn.feedback_kind,
-            parse_ok=turn.parse_ok,
+            action=turn.action_text, observation=turn.observation or "",
+            feedback_kind=turn.feedback_kind, parse_ok=turn.parse_ok,
         )
         for turn in trajectory.turns
     ]  # fmt: skip
@@ -238,13 +261,14 @@ def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
     """A supervised target; `trajectory` is set when a batch is drawn."""
     count = len(action_ids)
     return Sample(
-        trajectory=0, turn=0, prompt_ids=prompt_ids, action_ids=action_ids, sampled_logprobs=[0.0] * count,
-        loss_mask=[True] * count,
+        trajectory=0, turn=0, prompt_ids=prompt_ids, action_ids=action_ids,
+        sampled_logprobs=[0.0] * count, loss_mask=[True] * count,
     )  # fmt: skip
 
 
 def _draw(pool: Sequence[list[Sample]], size: int, order: random.Random) -> list[Sample]:
-    """The samples of `size` random episodes, numbered so that packing keeps each episode together."""
+    """The samples of `size` random episodes, numbered so that packing keeps each episode
+    together."""
     samples = []
     for number in range(size):
         samples += [replace(sample, trajectory=number) for sample in order.choice(pool)]
@@ -264,7 +288,8 @@ def _load(config: SftConfig, env: Any) -> Policy:
         return Policy.load(config.model)
     if not hasattr(env, "vocabulary"):
         raise ValueError(
-            f"A model from nothing needs the words of {config.env.name}, but it has no vocabulary(); name a "
+            f"A model from nothing needs the words of {config.env.name}, but it has no "
+            "vocabulary(); name a "
             "pretrained model with --model.path."
         )
     tokenizer = build_tokenizer(env.vocabulary())

@@ -1,4 +1,5 @@
-"""The self-teacher: the student's own context with hindsight at its end, and the weights that read it."""
+"""The self-teacher: the student's own context with hindsight at its end, and the weights that read
+it."""
 
 from __future__ import annotations
 
@@ -52,11 +53,12 @@ class TeacherContext:
 
 
 class TeacherWeights:
-    """live: the student's weights; frozen: those at the start; ema: θ_T ← (1-r)·θ_T + r·θ after each step.
+    """live: the student's weights; frozen: those at the start; ema: θ_T ← (1-r)·θ_T + r·θ after
+    each step.
 
-    Kept are only the trained parameters other than the lm_head, which teacher and student share, so that
-    the divergence takes the precise shared-head path (docs/method.md). With tied embeddings the embedding
-    is shared as well.
+    Kept are only the trained parameters other than the lm_head, which teacher and student share, so
+    that the divergence takes the precise shared-head path (docs/method.md). With tied embeddings
+    the embedding is shared as well.
     """
 
     def __init__(self, policy: Policy, config: TeacherConfig) -> None:
@@ -96,7 +98,8 @@ class TeacherWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if set(state) != set(self._teacher):
             raise ValueError(
-                f"The checkpoint's teacher has {len(state)} tensors, this run's {len(self._teacher)}: "
+                f"The checkpoint's teacher has {len(state)} tensors, this run's "
+                f"{len(self._teacher)}: "
                 "teacher.weights or the trained parameters differ from the run that is resumed."
             )
         for name, value in state.items():

@@ -16,7 +16,7 @@ import torch
 from hero import checkpoint
 from hero.algorithms import Episodes, make_algorithm
 from hero.algorithms.base import Demonstration
-from hero.config import TrainConfig, to_dict
+from hero.config import TrainConfig, check, to_dict
 from hero.console import Console
 from hero.envs.base import HasDiagnosis, HasOracle, make_env
 from hero.evaluation import Evaluation, evaluate
@@ -58,27 +58,35 @@ class TeacherGate(RuntimeError):
 class Trainer:
     """One run of one algorithm; `run()` is the whole of it.
 
-    What a run leaves in `run_dir`: config.json, metrics.jsonl, trajectories.jsonl, before.json, best/ (the
-    best model on dev), checkpoint/ (to go on from) and summary.json.
+    What a run leaves in `run_dir`: config.json, metrics.jsonl, trajectories.jsonl, before.json,
+    best/ (the best model on dev), checkpoint/ (to go on from) and summary.json.
     """
 
     def __init__(self, config: TrainConfig, run_dir: Path, recipe: str, console: Console) -> None:
+        check(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.run_dir, self.recipe, self.console = config, run_dir, recipe, console
-        self.policy = Policy.load(config.model)
-        renderer, size = self.policy.renderer, config.rollout.batch_size
+        size = config.rollout.batch_size
         self.envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
         self.env = self.envs[0]
+        self.policy = Policy.load(config.model)
+        renderer = self.policy.renderer
         self.train_tasks = self.env.tasks("train")
         self.generator = HFGenerator(self.policy, size)
         self.play = partial(
-            rollout, envs=self.envs, generator=self.generator, renderer=renderer, config=config.rollout
+            rollout,
+            envs=self.envs,
+            generator=self.generator,
+            renderer=renderer,
+            config=config.rollout,
         )
         prompts = make_prompts(config.prompts)
         self.teacher = TeacherWeights(self.policy, config.teacher)
-        self.algorithm = make_algorithm(config.mode, TeacherContext(config.teacher, renderer, prompts))
+        self.algorithm = make_algorithm(
+            config.mode, TeacherContext(config.teacher, renderer, prompts)
+        )
         self.reflector = None
         if self.algorithm.needs_reflection:
             self.reflector = make_reflector(
@@ -95,8 +103,8 @@ class Trainer:
         """Train to the end; returns the summary, which is also written to `summary.json`.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C. As after any other error, the last finished update is saved.
-            TeacherGate: `eval.min_teacher_lift` is not reached.
+            KeyboardInterrupt: after Ctrl-C. As after any other error, the last finished update is
+            saved. TeacherGate: `eval.min_teacher_lift` is not reached.
         """
         started = time.perf_counter()
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -135,9 +143,12 @@ class Trainer:
             needed = self.config.eval.min_teacher_lift
             if needed is not None and probe.lift < needed:
                 raise TeacherGate(
-                    f"The teacher's lift is {probe.lift:+.2f}, below eval.min_teacher_lift={needed}: with "
-                    "hindsight it does not act clearly better, so there is nothing to distil. Use a better "
-                    "reflector (--reflection.reflector rules or openai), a stronger model, or a warm start "
+                    f"The teacher's lift is {probe.lift:+.2f}, below "
+                    f"eval.min_teacher_lift={needed}: with "
+                    "hindsight it does not act clearly better, so there is nothing to distil. Use "
+                    "a better "
+                    "reflector (--reflection.reflector rules or openai), a stronger model, or a "
+                    "warm start "
                     "(hero sft)."
                 )
         tracker.log(0, metrics)
@@ -148,7 +159,9 @@ class Trainer:
         number = state.update + 1
         self.console.stage("rollout")
         trajectories = self.play(
-            self._episodes(number), seed=derive_seed(config.seed, ROLLOUT, number), policy_version=state.update
+            self._episodes(number),
+            seed=derive_seed(config.seed, ROLLOUT, number),
+            policy_version=state.update,
         )
         clock.lap("rollout")
         self.console.stage("reflection")
@@ -200,7 +213,9 @@ class Trainer:
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
-        self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {self.state.best_update}.")
+        self.console.say(
+            f"Stopped: {self.state.stopped}. Best update on dev: {self.state.best_update}."
+        )
         self.save()
         summary: dict[str, Any] = {
             "recipe": self.recipe,
@@ -231,7 +246,9 @@ class Trainer:
             order = random.Random(derive_seed(config.seed, epoch)).sample(range(size), size)
             group = f"u{number}-{position}"
             episodes += [
-                Episode(id=f"{group}-{member}", group_id=group, task_id=self.train_tasks[order[place]])
+                Episode(
+                    id=f"{group}-{member}", group_id=group, task_id=self.train_tasks[order[place]]
+                )
                 for member in range(config.rollout.group_size)
             ]
         return episodes
@@ -245,13 +262,16 @@ class Trainer:
         gold: dict[str, Demonstration] = {}
         if self.algorithm.needs_gold and isinstance(self.env, HasOracle):
             tasks = {trajectory.task_id for trajectory in trajectories}
-            gold = {task: gold_episode(self.env, task, self.config.rollout.max_turns) for task in tasks}
+            gold = {
+                task: gold_episode(self.env, task, self.config.rollout.max_turns) for task in tasks
+            }
         return self.algorithm.annotate(
             Episodes(trajectories=trajectories, diagnoses=reflections.diagnoses, gold=gold)
         )
 
     def _probe(self) -> Probe | None:
-        """Teacher lift on dev episodes; None where the environment cannot judge or nothing is distilled."""
+        """Teacher lift on dev episodes; None where the environment cannot judge or nothing is
+        distilled."""
         if self.config.mode == "grpo" or not isinstance(self.env, HasDiagnosis):
             return None
         seed = derive_seed(self.config.seed, PROBE)
@@ -267,7 +287,9 @@ class Trainer:
             max_turn_tokens=self.config.rollout.max_turn_tokens, seed=seed,
         )  # fmt: skip
 
-    def _evaluate(self, split: str, tasks: int, purpose: int) -> tuple[Evaluation, list[Trajectory]]:
+    def _evaluate(
+        self, split: str, tasks: int, purpose: int
+    ) -> tuple[Evaluation, list[Trajectory]]:
         return evaluate(
             self.env.tasks(split)[:tasks], play=self.play, trials=self.config.eval.trials,
             temperature=self.config.eval.temperature, seed=derive_seed(self.config.seed, purpose),
@@ -296,9 +318,14 @@ class Trainer:
         return result
 
     def _record(
-        self, t: int, trajectories: Sequence[Trajectory], reflections: Reflections, learned: Learned,
-        number: int, split: str = "train",
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        t: int,
+        trajectories: Sequence[Trajectory],
+        reflections: Reflections,
+        learned: Learned,
+        number: int,
+        split: str = "train",
+    ) -> dict[str, Any]:
         turns = trajectories[t].turns
         gaps = [learned.logprob_gap.get((t, k)) for k in range(len(turns))]
         return trajectory_record(
@@ -307,7 +334,9 @@ class Trainer:
             tokens=[[self.policy.tokenizer.decode([i]) for i in turn.action_ids] for turn in turns],
             divergence=[learned.divergence.get((t, k)) for k in range(len(turns))],
             logprob_gap=gaps,
-            trained=[gap is not None for gap in gaps] if self.config.mode != "grpo" else [True] * len(turns),
+            trained=[gap is not None for gap in gaps]
+            if self.config.mode != "grpo"
+            else [True] * len(turns),
             update=number,
             split=split,
         )
@@ -334,7 +363,8 @@ class Trainer:
         trainable = self.policy.trainable()
         if set(saved["student"]) != set(trainable):
             raise checkpoint.BrokenCheckpoint(
-                f"The checkpoint of {self.run_dir} has other trained weights than this configuration: resume "
+                f"The checkpoint of {self.run_dir} has other trained weights than this "
+                "configuration: resume "
                 "with the settings in its config.json."
             )
         with torch.no_grad():

@@ -3,8 +3,9 @@
     envs -> rollout -> reflection -> teacher -> packing -> loss -> optimiser
             Trajectory  Diagnosis     Sample     PackedBatch
 
-Token ids are the currency: a prompt is the ids the sampler saw, an action is the ids it sampled (the
-end token included). Text is never tokenised a second time, so what is trained is what was sampled.
+Token ids are the currency: a prompt is the ids the sampler saw, an action is the ids it sampled
+(the end token included). Text is never tokenised a second time, so what is trained is what was
+sampled.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class Turn:
     action_ids: list[int]
     """The exact ids it sampled, with the end token unless the turn was cut off by length."""
     sampled_logprobs: list[float]
-    """Log-probability of each action id at the sampling temperature; same length as `action_ids`."""
+    """Log-probability of each action id at the sampling temperature; same length as
+    `action_ids`."""
     loss_mask: list[bool]
     """True where an action token may be trained; same length as `action_ids`."""
     action_text: str
@@ -118,8 +120,9 @@ class Diagnosis:
 class Sample:
     """One turn, annotated by an algorithm: what the loss needs and nothing else.
 
-    The teacher's prompt is `prompt_ids[:branch_at] + block_ids + prompt_ids[branch_at:]`: the student's
-    own context with a privileged block spliced in at the end of the last user or tool message.
+    The teacher's prompt is `prompt_ids[:branch_at] + block_ids + prompt_ids[branch_at:]`: the
+    student's own context with a privileged block spliced in at the end of the last user or tool
+    message.
     """
 
     trajectory: int
@@ -137,11 +140,14 @@ class Sample:
     policy_weight: float = 0.0
     """Weight of the turn in the policy-gradient loss; 0 leaves it out."""
     advantage: float = 0.0
-    """Advantage of the policy-gradient loss; a turn of advantage 0 still counts in its denominator."""
+    """Advantage of the policy-gradient loss; a turn of advantage 0 still counts in its
+    denominator."""
 
     @property
     def teacher_prompt_ids(self) -> list[int]:
-        return self.prompt_ids[: self.branch_at] + self.block_ids + self.prompt_ids[self.branch_at :]
+        return (
+            self.prompt_ids[: self.branch_at] + self.block_ids + self.prompt_ids[self.branch_at :]
+        )
 
 
 def to_json(item: Turn | Trajectory | Diagnosis | Sample) -> str:
@@ -154,7 +160,9 @@ def trajectory_from_dict(data: dict[str, Any]) -> Trajectory:
     data = dict(data)
     known = {f.name for f in fields(Trajectory)}
     if unknown := set(data) - known:
-        raise ValueError(f"Unknown keys {sorted(unknown)} in a trajectory; expected {sorted(known)}.")
+        raise ValueError(
+            f"Unknown keys {sorted(unknown)} in a trajectory; expected {sorted(known)}."
+        )
     turns = [
         Turn(**{**turn, "feedback_kind": FeedbackKind(turn.get("feedback_kind", "ok"))})
         for turn in data.pop("turns")

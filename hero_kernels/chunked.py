@@ -155,24 +155,22 @@ def run_chunks(
     for size in sizes:
         rows = slice(start, start + size)
         start += size
-        subtract = None
-        operand = h_s = _cleared(hidden[rows], active[rows])
-        if teacher is not None and teacher_logits is not None:
+        h_s = _cleared(hidden[rows], active[rows])
+        chunk_teacher = None if teacher_logits is None else teacher_logits[:size]
+        if teacher is not None and chunk_teacher is not None:
             h_t = _cleared(teacher.hidden[rows], active[rows])
-            gemm.logits_into(teacher_logits[:size], h_t, teacher.weight[:vocab_size])
-            if shared and types.student != types.gradient:
-                operand, subtract = difference_operand(h_s, h_t)
-            elif shared:  # rounded at most once, to what the GEMM takes
-                operand = h_s.to(wide) - h_t.to(wide)
-        gemm.logits_into(logits[:size], operand, head)
-        if subtract is not None and teacher_logits is not None:
-            logits[:size].addcmul_(teacher_logits[:size], subtract, value=-1.0)
+            if shared:
+                _delta_into(logits[:size], chunk_teacher, h_s, h_t, head, types)
+            else:
+                gemm.logits_into(teacher.weight[:vocab_size], (chunk_teacher, h_t))
+        if not shared:
+            gemm.logits_into(head, (logits[:size], h_s))
         grad = None if grads is None else grads[:size]
         stats[rows] = row_kernel(
             LogitChunk(
                 rows,
                 logits[:size],
-                None if teacher_logits is None else teacher_logits[:size],
+                chunk_teacher,
                 grad,
                 student_bias,
                 teacher_bias,
@@ -251,6 +249,19 @@ def buffer_types(
         gradient=gradient,
         weight_sum=dtype if gradient == dtype and num_chunks == 1 else wide,
     )
+
+
+def _delta_into(
+    delta: Tensor, teacher: Tensor, h_s: Tensor, h_t: Tensor, head: Tensor, types: BufferTypes
+) -> None:
+    """delta [R, V] = (h_s - h_t)·headᵀ and teacher [R, V] = h_t·headᵀ, for a shared head."""
+    if types.student == types.gradient:  # one rounding at most, to what the GEMM takes
+        wide = torch.promote_types(h_s.dtype, torch.float32)
+        gemm.logits_into(head, (teacher, h_t), (delta, h_s.to(wide) - h_t.to(wide)))
+        return
+    operand, still_to_subtract = difference_operand(h_s, h_t)
+    gemm.logits_into(head, (teacher, h_t), (delta, operand))
+    delta.addcmul_(teacher, still_to_subtract, value=-1.0)
 
 
 def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,16 +17,25 @@ SLICE_ROWS = 8192
 """Rows of the head widened at once on CPU."""
 
 
-def logits_into(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """out [R, V] = hidden [R, H] · weightᵀ, weight [V, H]; `out` may be of a wider type."""
-    if out.dtype == weight.dtype:
-        torch.mm(hidden.to(weight.dtype), weight.t(), out=out)
-    elif out.is_cuda:
-        torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
-    else:
-        hidden = hidden.to(out.dtype)
-        for part in _slices(weight):
-            torch.mm(hidden, weight[part].to(out.dtype).t(), out=out[:, part])
+def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
+    """out [R, V] = hidden [R, H] · weightᵀ for each pair (out, hidden).
+
+    Args:
+        weight: [V, H]; where it has to be widened, that is done once for all products.
+        products: results, to be overwritten, of the weight's type or fp32; and left operands.
+    """
+    widened = []
+    for out, hidden in products:
+        if out.dtype == weight.dtype:
+            torch.mm(hidden.to(weight.dtype), weight.t(), out=out)
+        elif out.is_cuda:
+            torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
+        else:
+            widened.append((out, hidden.to(out.dtype)))
+    for part in _slices(weight) if widened else ():
+        head = weight[part].to(torch.float32).t()
+        for out, hidden in widened:
+            torch.mm(hidden, head, out=out[:, part])
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:

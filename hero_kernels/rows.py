@@ -187,7 +187,7 @@ def map_rows(
                 block[:, TEACHER_ENTROPY] = -(probs.teacher.exp() * probs.teacher).sum(-1)
                 block[:, TOP1] = (probs.student.argmax(-1) == probs.teacher.argmax(-1)).to(dtype)
         if grad is not None:
-            grad[rows, :vocab_size] = (d_logits * probs.slope * scale[:, None]).to(grad.dtype)
+            grad[rows, :vocab_size] = d_logits * (probs.slope * scale[:, None])
     return stats
 
 

@@ -20,7 +20,8 @@ class Episodes:
     diagnoses: list[list[Diagnosis]]
     """One a turn of each trajectory; empty lists where the mode needs no reflection."""
     gold: dict[str, Demonstration]
-    """Gold episodes by task id; only for modes with `needs_gold`, and where the environment has an oracle."""
+    """Gold episodes by task id; only for modes with `needs_gold`, and where the environment has an
+    oracle."""
 
 
 class Algorithm(ABC):
@@ -34,7 +35,8 @@ class Algorithm(ABC):
 
     @abstractmethod
     def annotate(self, episodes: Episodes) -> list[Sample]:
-        """One sample for each turn that is trained; those of one trajectory together and in order."""
+        """One sample for each turn that is trained; those of one trajectory together and in
+        order."""
 
     def sample(self, episodes: Episodes, trajectory: int, turn: int) -> Sample:
         """The turn without annotation."""

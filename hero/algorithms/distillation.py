@@ -1,4 +1,5 @@
-"""Self-distillation with hindsight: one class a mode, which says what the teacher of a turn sees."""
+"""Self-distillation with hindsight: one class a mode, which says what the teacher of a turn
+sees."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from hero.types import Sample
 
 
 class Distillation(Algorithm):
-    """Every turn with something to show gets a teacher block and weight 1; the others are left out."""
+    """Every turn with something to show gets a teacher block and weight 1; the others are left
+    out."""
 
     @abstractmethod
     def hindsight(self, episodes: Episodes, trajectory: int, turn: int) -> Hindsight | None:
@@ -33,7 +35,8 @@ class Distillation(Algorithm):
 
 
 class Hero(Distillation):
-    """The paper's teacher: next observation, final reward and the turn's diagnosis; turns with a hint. [P]"""
+    """The paper's teacher: next observation, final reward and the turn's diagnosis; turns with a
+    hint. [P]"""
 
     needs_reflection = True
 
@@ -82,7 +85,8 @@ class FullDemo(Distillation):
 
 
 class Sdpo(Distillation):
-    """SDPO's teacher: a successful sibling if there is one, and the feedback; failed episodes. [L]"""
+    """SDPO's teacher: a successful sibling if there is one, and the feedback; failed episodes.
+    [L]"""
 
     def hindsight(self, episodes: Episodes, trajectory: int, turn: int) -> Hindsight | None:
         own = episodes.trajectories[trajectory]

@@ -1,12 +1,13 @@
 """The contract every environment keeps, and the registry that finds one by name.
 
-`reset(task_id) -> (observation, info)`; `step(text) -> (observation, reward, terminated, truncated, info)`.
-A task is named by its id, never by a worker's index; its goal is drawn from a fixed seed. The last
-observation is returned too: it is the last turn's feedback. `truncated` is the environment's own limit.
+`reset(task_id) -> (observation, info)`; `step(text) -> (observation, reward, terminated, truncated,
+info)`. A task is named by its id, never by a worker's index; its goal is drawn from a fixed seed.
+The last observation is returned too: it is the last turn's feedback. `truncated` is the
+environment's own limit.
 
 Keys of `info`: after `reset` `task_id`, `instruction`; after `step` `valid` (bool), `feedback_kind`
-(FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role under
-which the observation is shown, default "user"), `success` (bool, when the episode has ended).
+(FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role
+under which the observation is shown, default "user"), `success` (bool, when the episode has ended).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ StepResult = tuple[str, float, bool, bool, dict[str, Any]]
 
 @runtime_checkable
 class Environment(Protocol):
-    """A multi-turn text environment. Instances hold one episode and must be picklable (or say so)."""
+    """A multi-turn text environment. Instances hold one episode and must be picklable (or say
+    so)."""
 
     @property
     def system_prompt(self) -> str:
@@ -37,7 +39,8 @@ class Environment(Protocol):
         ...
 
     def step(self, text: str) -> StepResult:
-        """Take the agent's turn. Never raises for what an agent may write: bad actions get feedback."""
+        """Take the agent's turn. Never raises for what an agent may write: bad actions get
+        feedback."""
         ...
 
     def close(self) -> None: ...
@@ -57,7 +60,8 @@ class HasDiagnosis(Protocol):
     """Environments that supply their own deterministic reflector (`reflection.reflector=rules`)."""
 
     def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
-        """One diagnosis for each turn, from a replay of the executed actions; leaves the episode alone."""
+        """One diagnosis for each turn, from a replay of the executed actions; leaves the episode
+        alone."""
         ...
 
 
@@ -77,7 +81,8 @@ def make_env(name: str, **options: Any) -> Environment:
     module_name, _, attribute = target.partition(":")
     if not attribute:
         raise ValueError(
-            f"Unknown environment {name!r}: expected one of {sorted(BUILTIN)} or 'package.module:Class'."
+            f"Unknown environment {name!r}: expected one of {sorted(BUILTIN)} or "
+            "'package.module:Class'."
         )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -86,7 +91,11 @@ def make_env(name: str, **options: Any) -> Environment:
     try:
         env = factory(**options)
     except TypeError as error:
-        raise ValueError(f"Environment {name!r} does not take these options {options}: {error}") from error
+        raise ValueError(
+            f"Environment {name!r} does not take these options {options}: {error}"
+        ) from error
     if not isinstance(env, Environment):
-        raise ValueError(f"{target} is no Environment: it needs system_prompt, tasks, reset, step, close.")
+        raise ValueError(
+            f"{target} is no Environment: it needs system_prompt, tasks, reset, step, close."
+        )
     return env

@@ -13,10 +13,12 @@ from hero.policy import Policy
 
 
 class HFGenerator:
-    """Samples from the policy's present weights: left padding, a stop for each row, finished rows dropped.
+    """Samples from the policy's present weights: left padding, a stop for each row, finished rows
+    dropped.
 
-    Sampler and trainer are one engine, so log-probabilities agree up to rounding. Prompts are decoded in
-    batches of `batch_size`, longest first, so that rows of one batch have about one length.
+    Sampler and trainer are one engine, so log-probabilities agree up to rounding. Prompts are
+    decoded in batches of `batch_size`, longest first, so that rows of one batch have about one
+    length.
     """
 
     def __init__(self, policy: Policy, batch_size: int = 64) -> None:
@@ -50,7 +52,11 @@ class HFGenerator:
         for step in range(sampling.max_tokens):
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
             output = policy.trunk(
-                input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                input_ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
             )
             logits = policy.logits(output.last_hidden_state[:, -1].to(policy.dtype))
             tokens, logprobs = sample(logits, sampling, random)
@@ -76,8 +82,8 @@ class HFGenerator:
 def sample(logits: Tensor, sampling: Sampling, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw one token a row from logits [B, V]; returns tokens [B] and their log-probabilities [B].
 
-    The log-probability is that of the whole distribution at the sampling temperature (greedy: at 1), so it
-    is what the trainer recomputes; nucleus truncation changes the draw only.
+    The log-probability is that of the whole distribution at the sampling temperature (greedy: at
+    1), so it is what the trainer recomputes; nucleus truncation changes the draw only.
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)

@@ -124,10 +124,17 @@ def played(policy: Policy) -> list[Trajectory]:
             prompt = prompt + done.ids + renderer.observe(done.ids, "user", f"seen {k}")
         trajectories.append(
             Trajectory(
-                id=f"t{number}", group_id=f"g{number // 2}", task_id=f"task-{number // 2}", seed=0,
-                instruction=f"task {number}", turns=turns, reward=float(number % 2),
-                success=number % 2 == 1, stop_reason=StopReason.DONE, policy_version=0,
-            )  # fmt: skip
+                id=f"t{number}",
+                group_id=f"g{number // 2}",
+                task_id=f"task-{number // 2}",
+                seed=0,
+                instruction=f"task {number}",
+                turns=turns,
+                reward=float(number % 2),
+                success=number % 2 == 1,
+                stop_reason=StopReason.DONE,
+                policy_version=0,
+            )
         )
     return trajectories
 
@@ -141,6 +148,10 @@ def context(renderer: Renderer) -> TeacherContext:
 def hints(played: list[Trajectory]) -> list[list[Diagnosis]]:
     """A hint on the first and the last turn of every episode, none on the middle one."""
     return [
-        [Diagnosis(turn=0, hint="look first"), Diagnosis(turn=1), Diagnosis(turn=2, hint="stop here")]
+        [
+            Diagnosis(turn=0, hint="look first"),
+            Diagnosis(turn=1),
+            Diagnosis(turn=2, hint="stop here"),
+        ]
         for _ in played
     ]

@@ -72,7 +72,7 @@ def test_full_demo_shows_a_sibling_or_the_gold_episode(
     assert {s.trajectory for s in samples} == {0, 1, 2}
     sibling = episodes.trajectories[1].turns[0].action_text
     assert sibling in block_text(samples[0], context)
-    assert "gold act" in block_text([s for s in samples if s.trajectory == 1][0], context)
+    assert "gold act" in block_text(next(s for s in samples if s.trajectory == 1), context)
 
 
 def test_sdpo_trains_failed_episodes(context: TeacherContext, episodes: Episodes) -> None:

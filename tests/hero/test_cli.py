@@ -33,7 +33,12 @@ def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
         main(["train", "quickstart", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in ("--teacher.update-rate", "--loss.divergence", "--reflection.leak-filter", "--seed"):
+    for name in (
+        "--teacher.update-rate",
+        "--loss.divergence",
+        "--reflection.leak-filter",
+        "--seed",
+    ):
         assert name in text
     assert "Jensen" in text
 

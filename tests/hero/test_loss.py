@@ -28,6 +28,10 @@ def samples(episodes: Episodes, context: TeacherContext) -> list[Sample]:
     return make_algorithm("hero", context).annotate(episodes)
 
 
+def ones(samples: list[Sample]) -> list[torch.Tensor]:
+    return [torch.ones(len(sample.action_ids)) for sample in samples]
+
+
 def config(mode: str = "hero", **optim: object) -> TrainConfig:
     settings = {"learning_rate": 1e-2, "warmup_steps": 1, **optim}
     return TrainConfig(
@@ -43,16 +47,19 @@ def learner(policy: Policy, settings: TrainConfig, weights: str = "ema") -> Lear
     return Learner(policy, teacher, settings)
 
 
-def gradients(policy: Policy, settings: TrainConfig, samples: list[Sample]) -> dict[str, torch.Tensor]:
+def gradients(
+    policy: Policy, settings: TrainConfig, samples: list[Sample]
+) -> dict[str, torch.Tensor]:
     policy.model.zero_grad(set_to_none=True)
     learner(policy, settings)._accumulate(samples)
     return {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 
 
 def textbook_jsd(policy: Policy, samples: list[Sample], ratio_clip: float) -> torch.Tensor:
-    """Σ over action tokens of min(ratio, clip)·JSD, divided by their number; a forward pass a turn."""
+    """Σ over action tokens of min(ratio, clip)·JSD over their number; a forward pass a turn."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for s in samples:
+
         def logprobs(prompt: list[int], s: Sample = s) -> torch.Tensor:
             logits = policy.model(torch.tensor([prompt + s.action_ids])).logits[0]
             return logits[len(prompt) - 1 : -1].double().log_softmax(-1)
@@ -106,7 +113,7 @@ def test_tree_and_separate_packing_give_one_gradient(
 def test_a_teacher_without_a_block_gives_exactly_zero(
     fresh_policy: Policy, samples: list[Sample]
 ) -> None:
-    """The classic mistake: the teacher built from the student's own context. Then nothing is learnt."""
+    """The classic mistake, a teacher that sees the student's own context: nothing is learnt."""
     for sample in samples:
         sample.block_ids = []
     separate = config()
@@ -115,9 +122,7 @@ def test_a_teacher_without_a_block_gives_exactly_zero(
     assert all(float(g.abs().max()) < 1e-7 for g in grads.values())
 
 
-def test_masked_turns_have_exactly_no_gradient(
-    fresh_policy: Policy, samples: list[Sample]
-) -> None:
+def test_masked_turns_have_exactly_no_gradient(fresh_policy: Policy, samples: list[Sample]) -> None:
     kept = [s for s in samples if s.turn == 0]
     for sample in samples:
         sample.distill_weight = float(sample.turn == 0)
@@ -136,10 +141,7 @@ def test_masked_turns_have_exactly_no_gradient(
 def test_observation_tokens_are_never_trained(
     fresh_policy: Policy, samples: list[Sample], played: list[Trajectory]
 ) -> None:
-    batch = pack(
-        samples, [torch.ones(len(s.action_ids)) for s in samples],
-        [torch.ones(len(s.action_ids)) for s in samples], packing="tree", device=torch.device("cpu"),
-    )  # fmt: skip
+    batch = pack(samples, ones(samples), ones(samples), packing="tree", device=torch.device("cpu"))
     width = batch.student.input_ids.shape[1]
     trained = {(int(i) // width, int(i) % width + 1) for i in batch.student.index}
     for row in range(len(played)):
@@ -154,8 +156,9 @@ def test_observation_tokens_are_never_trained(
 
 def test_on_policy_importance_ratio_is_one(fresh_policy: Policy, samples: list[Sample]) -> None:
     def total(clip: float) -> float:
-        weights = [torch.ones(len(s.action_ids)) for s in samples]
-        batch = pack(samples, weights, weights, packing="tree", device=torch.device("cpu"))
+        batch = pack(
+            samples, ones(samples), ones(samples), packing="tree", device=torch.device("cpu")
+        )
         teacher = TeacherWeights(fresh_policy, TeacherConfig(weights="live"))
         loss = LossConfig(is_clip=clip)
         return float(compute_loss(fresh_policy, teacher, batch, loss, 1.0).loss)

@@ -1,7 +1,7 @@
 """Whole runs on the tiny shop with a random model and the environment's own diagnoses.
 
-Oracles: a run that was interrupted and resumed must end with the very weights of one that was not; what a
-run writes must be there after a fault at any stage.
+Oracles: a run that was interrupted and resumed must end with the very weights of one that was not;
+what a run writes must be there after a fault at any stage.
 """
 
 from __future__ import annotations
@@ -127,11 +127,13 @@ class Faulty(ShopEnv):
 def test_an_environment_that_raises_loses_no_update(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 12 steps a dev evaluation or update, and the probe's 12: the fault falls into the third update.
+    # 12 steps each for dev, test, probe, two updates and dev again: then the third update begins.
     monkeypatch.setattr(Faulty, "steps_left", 12 + 12 + 12 + 12 + 12 + 12 + 5)
     config = settings(model_path)
     config.env.name = f"{__name__}:Faulty"
-    with pytest.raises(EnvironmentFault, match=r"Faulty raised in task 'train-\d+', turn 1.*broken"):
+    with pytest.raises(
+        EnvironmentFault, match=r"Faulty raised in task 'train-\d+', turn 1.*broken"
+    ):
         trainer(config, tmp_path).run()
     state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
     assert state["update"] == 2
@@ -162,10 +164,9 @@ def test_ctrl_c_saves_and_can_be_resumed(model_path: Path, tmp_path: Path) -> No
 
 def test_interrupt_waits_for_the_end_of_a_deferred_block() -> None:
     reached = False
-    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
-        with interrupt.deferred():
-            os.kill(os.getpid(), signal.SIGINT)
-            reached = True
+    with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt), interrupt.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        reached = True
     assert reached
 
 

@@ -60,6 +60,18 @@ def test_very_far_apart(impl: str, device: str, divergence: str, shared: bool) -
         assert relative_error(student.gradients()[name], value, floor=1.0) < 1e-3, name
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_teachers_favourite_vanishes(impl: str, device: str, divergence: str) -> None:
+    """p_s spreads over what the teacher all but excludes: sum p_t exp(delta) - 1 rounds to -1."""
+    logits = torch.zeros(1, 9)
+    logits[0, 3] = 40.0
+    problem = make_problem(1, 9, 9)
+    problem.student_weight = torch.eye(9)
+    problem.teacher_hidden = logits
+    problem.student_hidden = logits - 80.0 * (logits > 0) + torch.linspace(0, 1, 9)
+    assert_agrees(problem, impl, device, divergence=divergence)
+
+
 @pytest.mark.parametrize("vocab", [123, 32769, 49152, 151936, 152064])
 def test_real_vocabularies(impl: str, device: str, vocab: int) -> None:
     assert_agrees(make_problem(3, 5, vocab), impl, device, tolerance=1e-4)

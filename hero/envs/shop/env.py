@@ -101,7 +101,8 @@ class ShopEnv:
         self._start()
 
     def vocabulary(self) -> list[str]:
-        """Every word that can occur in compact observations, actions, causes and hints, and product ids.
+        """Every word that can occur in compact observations, actions, causes and hints, and product
+        ids.
 
         Other words are what the pattern `[a-z]+|\\d|[^\\sa-z\\d]` finds in lower-case text.
 
@@ -109,9 +110,7 @@ class ShopEnv:
             ValueError: the profile's vocabulary is open; only that of tiny is closed.
         """
         if self.profile != "tiny":
-            raise ValueError(
-                f"profile={self.profile!r} has an open vocabulary; expected 'tiny'."
-            )
+            raise ValueError(f"profile={self.profile!r} has an open vocabulary; expected 'tiny'.")
         return tiny_vocabulary() + sorted(asin.lower() for asin in self._shop.products)
 
     @property

@@ -1,0 +1,210 @@
+"""The contestants: one loss, computed by this package, by plain torch and by other packages.
+
+Each computes the mean divergence over the tokens that count. Other packages are imported, never
+copied, and used as their own documentation says.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.problem import BETA, IGNORED_LABEL, Problem
+from benchmarks.shapes import Case
+from hero_kernels import KernelOptions, fused_linear_divergence
+
+Loss = Callable[[Problem], Tensor]
+
+PACKAGE_BETA = {"jsd": BETA, "forward_kl": 0.0, "reverse_kl": 1.0}
+"""What Liger and TRL call the three divergences."""
+
+
+class Unavailable(Exception):
+    """Why a contestant cannot take part in a case."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One implementation of the loss."""
+
+    title: str
+    """For tables."""
+    make: Callable[[Case, str], Loss]
+    """The loss for a case on a device type ("cpu", "cuda"); raises `Unavailable`."""
+
+
+def hero(case: Case, device: str) -> Loss:
+    """Teacher and student share the head."""
+    options = KernelOptions(max_active_rows=case.active_tokens)
+    return lambda problem: _hero(problem, None, options)
+
+
+def hero_own_head(case: Case, device: str) -> Loss:
+    """The same, not told that both heads hold the same values: as with another teacher."""
+    options = KernelOptions(max_active_rows=case.active_tokens)
+    return lambda problem: _hero(problem, problem.teacher_weight, options)
+
+
+def _hero(problem: Problem, teacher_weight: Tensor | None, options: KernelOptions) -> Tensor:
+    loss = fused_linear_divergence(
+        problem.student_hidden,
+        problem.weight,
+        problem.teacher_hidden,
+        teacher_weight,
+        divergence=problem.divergence,
+        beta=BETA,
+        token_weights=problem.active,
+        options=options,
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def dense_loss(
+    student_hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    active: Tensor,
+    divergence: str,
+) -> Tensor:
+    """Whole logits, fp32 softmax, autograd: as it is usually written."""
+    with torch.no_grad():
+        logp_t = F.log_softmax((teacher_hidden @ weight.t()).float(), -1)
+    logp_s = F.log_softmax((student_hidden @ weight.t()).float(), -1)
+    if divergence == "forward_kl":
+        terms = F.kl_div(logp_s, logp_t, reduction="none", log_target=True)
+    elif divergence == "reverse_kl":
+        terms = F.kl_div(logp_t, logp_s, reduction="none", log_target=True)
+    else:
+        logp_m = torch.logaddexp(logp_s + math.log(1 - BETA), logp_t + math.log(BETA))
+        terms = BETA * F.kl_div(logp_m, logp_t, reduction="none", log_target=True)
+        terms = terms + (1 - BETA) * F.kl_div(logp_m, logp_s, reduction="none", log_target=True)
+    per_token = terms.sum(-1)
+    return (per_token * active).sum() / active.sum()
+
+
+def eager(case: Case, device: str) -> Loss:
+    return lambda problem: _dense(dense_loss, problem)
+
+
+def compiled(case: Case, device: str) -> Loss:
+    function = torch.compile(dense_loss, dynamic=False)
+    return lambda problem: _dense(function, problem)
+
+
+def auto_chunked(case: Case, device: str) -> Loss:
+    """Inductor cuts the logits into chunks by itself."""
+    if device != "cuda":
+        raise Unavailable("Inductor's auto-chunker is measured on CUDA only")
+    if not hasattr(torch._inductor.config, "auto_chunker"):
+        raise Unavailable(f"torch {torch.__version__} has no auto-chunker")
+    function = torch.compile(dense_loss, dynamic=False, options={"auto_chunker.enable": True})
+    return lambda problem: _dense(function, problem)
+
+
+def _dense(function: Callable[..., Tensor], problem: Problem) -> Tensor:
+    return function(
+        problem.student_hidden,
+        problem.weight,
+        problem.teacher_hidden,
+        problem.active,
+        problem.divergence,
+    )
+
+
+def liger_fused(case: Case, device: str) -> Loss:
+    """`LigerFusedLinearJSD`, Triton kernels."""
+    if device != "cuda":
+        raise Unavailable("Liger's fused JSD is written in Triton and needs CUDA")
+    module = _imported("liger_kernel.transformers.fused_linear_jsd")
+    loss = module.LigerFusedLinearJSD(
+        jsd_beta=PACKAGE_BETA[case.divergence], ignore_index=IGNORED_LABEL
+    )
+    return lambda problem: loss(
+        problem.student_hidden,
+        problem.weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        problem.labels,
+    )
+
+
+def liger_chunked(case: Case, device: str) -> Loss:
+    return _liger_chunked(case, use_compile=False)
+
+
+def liger_chunked_compiled(case: Case, device: str) -> Loss:
+    return _liger_chunked(case, use_compile=True)
+
+
+def _liger_chunked(case: Case, use_compile: bool) -> Loss:
+    """`LigerFusedLinearJSDLoss` of chunked_loss, without its cross-entropy."""
+    module = _imported("liger_kernel.chunked_loss.jsd_loss")
+    loss = module.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=PACKAGE_BETA[case.divergence],
+        ignore_index=IGNORED_LABEL,
+        compiled=use_compile,
+    )
+    return lambda problem: loss(
+        problem.student_hidden,
+        problem.weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        problem.labels,
+    )
+
+
+def trl_chunked(case: Case, device: str) -> Loss:
+    """`ChunkedDivergenceFunction`, on the tokens that count, as TRL's trainer calls it on CUDA."""
+    module = _imported("trl.kernels.chunked_divergence")
+
+    def loss(problem: Problem) -> Tensor:
+        h_s, h_t = problem.student_hidden, problem.teacher_hidden
+        if problem.num_active < len(h_s):
+            h_s, h_t = h_s[problem.active], h_t[problem.active]
+        beta = PACKAGE_BETA[problem.divergence]
+        per_token, _entropy = module.ChunkedDivergenceFunction.apply(
+            h_s, problem.weight, None, h_t, problem.teacher_weight, None, beta
+        )
+        return per_token.mean()
+
+    return loss
+
+
+def _imported(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a package that is installed may fail in any way
+        package = name.split(".")[0]
+        raise Unavailable(f"{package} cannot be imported: {error}") from error
+
+
+CONTESTANTS = {
+    "hero": Contestant("hero_kernels, shared head", hero),
+    "hero-own-head": Contestant("hero_kernels, teacher with its own head", hero_own_head),
+    "eager": Contestant("torch, whole logits", eager),
+    "compiled": Contestant("torch.compile, whole logits", compiled),
+    "auto-chunked": Contestant("torch.compile with the auto-chunker", auto_chunked),
+    "liger-fused": Contestant("Liger fused linear JSD", liger_fused),
+    "liger-chunked": Contestant("Liger chunked JSD", liger_chunked),
+    "liger-chunked-compiled": Contestant("Liger chunked JSD, compiled", liger_chunked_compiled),
+    "trl-chunked": Contestant("TRL chunked divergence", trl_chunked),
+}
+OURS = ("hero", "hero-own-head")
+SLOW_TO_START = ("compiled", "auto-chunked", "liger-chunked-compiled")
+"""Compiled for every shape; they run in the plain cases only."""
+
+
+def takes_part(name: str, case: Case) -> bool:
+    """Whether a contestant is entered for a case; it may still turn out to be unavailable."""
+    plain = case.divergence == "jsd" and case.action_share == 1.0 and case.trainable_head
+    return plain or name not in SLOW_TO_START

@@ -1,0 +1,93 @@
+"""Options, and the session's results: `pytest benchmarks/ --help` lists them under "benchmarks"."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine, measure, report
+from benchmarks.baselines import CONTESTANTS, takes_part
+from benchmarks.shapes import Case, case_sets
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("benchmarks")
+    group.addoption("--full", action="store_true", help="the long set of cases of the device")
+    group.addoption(
+        "--cases", choices=case_sets(), help="a set of cases; default: by device and --full"
+    )
+    group.addoption("--contestants", help=f"comma-separated, default all: {', '.join(CONTESTANTS)}")
+    group.addoption("--results", type=Path, help="JSON file to write, after every case")
+    group.addoption("--seconds", type=float, default=20.0, help="time for the rounds of a case")
+    group.addoption("--skip-memory", action="store_true", help="do not measure peak memory")
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each contestant of each case."""
+    if "contestant" not in metafunc.fixturenames:
+        return
+    config = metafunc.config
+    default = ("gpu" if device_type() == "cuda" else "cpu") + "-full" * config.getoption("full")
+    names = (config.getoption("contestants") or ",".join(CONTESTANTS)).split(",")
+    if unknown := [name for name in names if name not in CONTESTANTS]:
+        raise pytest.UsageError(
+            f"--contestants: no {', '.join(unknown)}; expected some of {', '.join(CONTESTANTS)}"
+        )
+    pairs = [
+        pytest.param(case, name, id=f"{case.id}-{name}")
+        for case in case_sets()[config.getoption("cases") or default]
+        for name in names
+        if takes_part(name, case)
+    ]
+    metafunc.parametrize(("case", "contestant"), pairs)
+
+
+class Session:
+    """Measures each case once, when its first test asks, with the contestants that were selected."""
+
+    def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        self._config = config
+        self._selected = [item.callspec.params for item in items if hasattr(item, "callspec")]
+        self._measured: dict[Case, dict[str, measure.Result]] = {}
+
+    def results(self, case: Case) -> dict[str, measure.Result]:
+        if case not in self._measured:
+            names = [chosen["contestant"] for chosen in self._selected if chosen["case"] == case]
+            self._measured[case] = measure.measure(
+                case,
+                names,
+                device_type(),
+                self._config.getoption("seconds"),
+                not self._config.getoption("skip_memory"),
+            )
+            if path := self._config.getoption("results"):
+                path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+        return self._measured[case]
+
+    def as_json(self) -> dict[str, Any]:
+        entries = [measure.as_json(case, results) for case, results in self._measured.items()]
+        return {"machine": machine.describe(device_type()), "cases": entries}
+
+
+_SESSION = pytest.StashKey[Session]()
+
+
+@pytest.fixture(scope="session")
+def measurements(request: pytest.FixtureRequest) -> Session:
+    session = Session(request.config, request.session.items)
+    request.config.stash[_SESSION] = session
+    return session
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The tables of docs/benchmarks.md, for what was just measured."""
+    if session := config.stash.get(_SESSION, None):
+        terminalreporter.write_line("\n" + report.render(session.as_json()))

@@ -1,0 +1,198 @@
+"""The examples run, and what README and docs say of settings, recipes and files is so.
+
+Oracles: the examples as a user starts them; the plain-torch loss written out in drop_in_loss.py;
+the configuration itself for every field, flag, default and recipe that the documentation names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hero import cli
+from hero.config import TrainConfig, recipe_names
+from hero.envs.base import Environment, make_env
+from hero.policy import SHIPPED
+from hero.types import Diagnosis, StopReason, Trajectory, Turn
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = "env|eval|loss|model|optim|reflection|rollout|teacher"
+
+
+def check_custom_env(printed: str) -> None:
+    assert printed.count("reward 1.00") == 2
+    assert "turn 0: Read the note first." in printed
+    assert "The right action here: read note" in printed
+
+
+def check_drop_in_loss(printed: str) -> None:
+    found = re.search(r"fused (\S+)  eager (\S+)  gradients differ by (\S+)", printed)
+    assert found, printed
+    fused, eager, error = map(float, found.groups())
+    assert fused == pytest.approx(eager, rel=1e-5) and error < 1e-4
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
+    assert len(losses) == 5 and losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] / 2
+
+
+CHECKS: dict[str, Callable[[str], None]] = {
+    "custom_env": check_custom_env,
+    "drop_in_loss": check_drop_in_loss,
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    CHECKS[path.stem](done.stdout)
+
+
+@pytest.fixture
+def note_env(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return make_env("custom_env:NoteEnv")
+
+
+def played(env: Any, task: str, actions: list[str]) -> tuple[list[Diagnosis], float]:
+    """Diagnoses and reward of the given actions, then of the oracle's."""
+    env.reset(task)
+    turns: list[Turn] = []
+    reward, ended = 0.0, False
+    while not ended:
+        action = actions[len(turns)] if len(turns) < len(actions) else env.oracle()
+        observation, gain, terminated, truncated, _ = env.step(action)
+        ended, reward = terminated or truncated, reward + gain
+        turns.append(
+            Turn(
+                prompt_ids=[],
+                action_ids=[],
+                sampled_logprobs=[],
+                loss_mask=[],
+                action_text=action,
+                observation=observation,
+            )
+        )
+    trajectory = Trajectory(
+        id="t",
+        group_id="g",
+        task_id=task,
+        seed=0,
+        instruction="",
+        turns=turns,
+        reward=reward,
+        success=reward == 1.0,
+        stop_reason=StopReason.DONE,
+        policy_version=0,
+    )
+    return env.diagnose(trajectory), reward
+
+
+def test_the_example_environment_keeps_the_contract(note_env: Any) -> None:
+    assert isinstance(note_env, Environment)
+    splits = [set(note_env.tasks(split)) for split in ("train", "dev", "test")]
+    assert len(set.union(*splits)) == sum(map(len, splits)) == 96
+    for task in sorted(set.union(*splits)):
+        diagnoses, reward = played(note_env, task, [])
+        assert reward == 1.0 and not any(diagnosis.hint for diagnosis in diagnoses)
+    assert pickle.loads(pickle.dumps(note_env)).tasks("dev") == note_env.tasks("dev")
+    with pytest.raises(KeyError, match="nowhere"):
+        note_env.reset("nowhere")
+
+
+def test_the_example_environment_answers_whatever_is_written(note_env: Any) -> None:
+    slips = ["", "open", "öffne \ud800"]
+    diagnoses, reward = played(note_env, note_env.tasks("train")[0], slips)
+    assert (
+        reward == 0.0 and len(diagnoses) == 4
+    )  # the last action is the oracle's: the note is read
+    assert [bool(diagnosis.hint) for diagnosis in diagnoses] == [True, True, True, False]
+
+
+def test_hero_train_takes_the_example_environment(note_env: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = "--env.name custom_env:NoteEnv --reflection.reflector rules --updates 1 --threads 1"
+    settings += " --rollout.tasks-per-update 4 --rollout.max-turns 4 --rollout.max-turn-tokens 6"
+    settings += " --rollout.batch-size 4 --eval.dev-tasks 2 --eval.test-tasks 0"
+    assert cli.main(["train", *settings.split(), "--output-dir", str(run)]) == 0
+    [_, line] = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = json.loads(line)
+    assert metrics["optim/steps"] == 1 and metrics["divergence/mean"] > 0
+    assert (run / "report.html").is_file()
+
+
+def test_the_loss_of_the_readme_runs() -> None:
+    [code] = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    for trained in ("student", "head"):
+        gradient = names[trained].grad
+        assert bool(gradient.isfinite().all()) and float(gradient.norm()) > 0
+    assert names["teacher"].grad is None
+
+
+def test_defaults_in_the_method_page() -> None:
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w.]+)` \| (\S+) \| \[[PLD]\]", text, re.MULTILINE)
+    assert len(rows) > 40
+    config = TrainConfig()
+    actual = [(name, str(reduce(getattr, name.split("."), config))) for name, _ in rows]
+    assert rows == actual
+
+
+def test_the_size_of_the_shipped_agent() -> None:
+    weights = load_file(SHIPPED["tiny-shop"] / "model.safetensors")
+    millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
+    pages = [ROOT / "CHANGELOG.md", *PAGES]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    named = [size for text in texts for size in re.findall(r"([\d.]+) million parameters", text)]
+    assert named and set(named) == {f"{millions:.1f}"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_fields_flags_and_recipes_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    config = TrainConfig()
+    named = re.findall(rf"`({SECTIONS})\.(\w+)(?:=[^`]*)?`", text)
+    named += [
+        (section, name.removeprefix("no-").replace("-", "_"))
+        for section, name in re.findall(rf"--({SECTIONS})\.([a-z][a-z-]*)", text)
+    ]
+    unknown = [pair for pair in named if not hasattr(getattr(config, pair[0]), pair[1])]
+    assert not unknown
+    used = re.findall(r"hero train ([a-z][\w-]*)", text) + re.findall(r"`(shop-[\w-]+)`", text)
+    assert set(used) <= set(recipe_names())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings]
+            assert anchor in slugs, target
