@@ -36,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as python -m does: `--env.name my_module:MyEnv` of this folder
     try:
         from hero import commands  # here: it imports torch and transformers, which takes seconds
         from hero.console import Console

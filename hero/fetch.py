@@ -69,7 +69,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         raise ValueError(
             "Reading GGUF needs the package gguf: pip install 'hero-kernels[train]'."
         ) from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source, file = str(gguf.parent), gguf.name
     loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
@@ -82,11 +82,12 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights are dequantised; save_pretrained would refuse
     config.eos_token_id = config.pad_token_id = end
+    assert isinstance(config, LlamaConfig)
     model = LlamaForCausalLM(config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # type: ignore[call-arg]
     tokenizer.save_pretrained(folder)
 
 

@@ -19,7 +19,7 @@ from hero.packing import Packed, PackedBatch
 from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
-from hero_kernels import fused_linear_divergence, linear_logprobs
+from hero_kernels import DivergenceOutput, fused_linear_divergence, linear_logprobs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -140,6 +140,9 @@ def _add_divergence(
         return_stats=True,
         impl=config.impl,
     )
+    assert isinstance(result, DivergenceOutput)
+    assert result.student_logprobs is not None and result.teacher_logprobs is not None
+    assert result.student_entropy is not None
     output.loss = output.loss + result.loss
     output.divergence = result.per_token.detach()
     output.logprob_gap = (result.teacher_logprobs - result.student_logprobs).detach()
@@ -164,7 +167,6 @@ def _add_policy_gradient(
         softcap=head["softcap"],
         logit_scale=head["logit_scale"],
         return_entropy=True,
-        impl=config.impl,
     )
     ratio = torch.exp(logprobs - batch.sampled_logprobs)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)

@@ -123,6 +123,11 @@ class Policy:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @property
+    def context(self) -> int:
+        """Longest sequence the model was made for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 

@@ -1,12 +1,12 @@
-"""Warm start: supervised episodes of an imperfect demonstrator, answers with hindsight, and
-diagnoses.
+"""Warm start: supervised episodes of an imperfect demonstrator, hindsight, and diagnoses.
 
 A small model needs to have met the method's texts before it can use them. Three kinds of targets
 are mixed:
-    plain       the demonstrator's own actions: this makes the student, with the demonstrator's
-    faults hindsight   a turn with a block behind it -> the right action: this makes the teacher
-    worth listening to diagnosis   the reflection request -> the environment's own diagnoses: this
-    makes the reflector
+
+- plain: the demonstrator's own actions. This makes the student, with the demonstrator's faults.
+- hindsight: a turn with a block behind it, then the right action. This makes the teacher.
+- diagnosis: the reflection request, then the environment's own diagnoses. This makes the reflector.
+
 The last two also come from near-perfect and from noisy episodes, so that they hold on the states
 that the student will visit while it gets better (docs/method.md).
 """
@@ -89,7 +89,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = make_env(config.env.name, **config.env.options)
-    missing = [name for name in ("demonstrate", "oracle", "diagnose") if not hasattr(env, name)]
+    missing = [name for name in ("demonstrate", "oracle", "diagnose", "random_action") if not hasattr(env, name)]
     if missing:
         raise ValueError(
             f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none."
@@ -142,6 +142,7 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
         hidden, policy.head_weight, targets, bias=head["bias"], softcap=head["softcap"],
         logit_scale=head["logit_scale"],
     )  # fmt: skip
+    assert isinstance(logprobs, Tensor)
     return -logprobs.mean()
 
 
@@ -212,16 +213,16 @@ def hindsight_samples(
         raw = Hindsight(
             observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
         )
-        told = {
-            "failure_cause": diagnosis.failure_cause,
-            "hint": diagnosis.hint,
-            "corrected_action": diagnosis.corrected_action,
-        }
+        told = Hindsight(
+            failure_cause=diagnosis.failure_cause,
+            hint=diagnosis.hint,
+            corrected_action=diagnosis.corrected_action,
+        )
+        both = replace(
+            told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok
+        )
         if diagnosis.hint:
-            seen = rng.choice(
-                [replace(raw, **told), replace(raw, **told), Hindsight(**told), raw,
-                 replace(raw, **(told | {"corrected_action": ""}))]
-            )  # fmt: skip
+            seen = rng.choice([both, both, told, raw, replace(both, corrected_action="")])
         elif rng.random() < 0.3:
             seen = raw
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,14 +38,15 @@ class TeacherContext:
             parse_ok=item.parse_ok,
         )
 
-    def diagnosis(self, diagnosis: Diagnosis) -> dict[str, str]:
-        """The parts of a diagnosis that the config shows, as keywords of `Hindsight`."""
-        shown: dict[str, str] = {}
-        if self.config.diagnosis:
-            shown |= {"failure_cause": diagnosis.failure_cause, "hint": diagnosis.hint}
-        if self.config.corrected_action:
-            shown |= {"corrected_action": diagnosis.corrected_action}
-        return shown
+    def diagnosed(self, hindsight: Hindsight, diagnosis: Diagnosis) -> Hindsight:
+        """`hindsight` with those parts of a diagnosis that the config shows."""
+        config = self.config
+        return replace(
+            hindsight,
+            failure_cause=diagnosis.failure_cause if config.diagnosis else "",
+            hint=diagnosis.hint if config.diagnosis else "",
+            corrected_action=diagnosis.corrected_action if config.corrected_action else "",
+        )
 
     def block_ids(self, hindsight: Hindsight) -> list[int]:
         """Ids of the block, at most `max_block_tokens` (head and tail kept)."""

@@ -92,6 +92,7 @@ class Trainer:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, generator=self.generator, renderer=renderer,
                 prompts=prompts, teacher_weights=self.teacher.applied,
+                max_prompt_tokens=self.policy.context - config.reflection.max_tokens,
             )  # fmt: skip
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
@@ -103,8 +104,8 @@ class Trainer:
         """Train to the end; returns the summary, which is also written to `summary.json`.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C. As after any other error, the last finished update is
-            saved. TeacherGate: `eval.min_teacher_lift` is not reached.
+            KeyboardInterrupt: after Ctrl-C. As after any error, the last finished update is saved.
+            TeacherGate: `eval.min_teacher_lift` is not reached.
         """
         started = time.perf_counter()
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -140,18 +141,16 @@ class Trainer:
         if probe := self._probe():
             metrics |= probe.metrics()
             self.console.say(str(probe))
+        tracker.log(0, metrics)
+        if probe:
             needed = self.config.eval.min_teacher_lift
             if needed is not None and probe.lift < needed:
                 raise TeacherGate(
-                    f"The teacher's lift is {probe.lift:+.2f}, below "
-                    f"eval.min_teacher_lift={needed}: with "
-                    "hindsight it does not act clearly better, so there is nothing to distil. Use "
-                    "a better "
-                    "reflector (--reflection.reflector rules or openai), a stronger model, or a "
-                    "warm start "
-                    "(hero sft)."
+                    f"The teacher's lift is {probe.lift:+.2f}, below eval.min_teacher_lift={needed}: "
+                    "with hindsight it does not act clearly better, so there is nothing to distil. "
+                    "Use a better reflector (--reflection.reflector rules or openai), a stronger "
+                    "model, or a warm start (hero sft)."
                 )
-        tracker.log(0, metrics)
 
     def _update(self, tracker: Tracker) -> None:
         """One batch of episodes and what is learnt from it."""

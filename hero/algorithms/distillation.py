@@ -45,7 +45,7 @@ class Hero(Distillation):
         if not diagnosis.hint:
             return None
         seen = self.context.hindsight(episodes.trajectories[trajectory], turn)
-        return replace(seen, **self.context.diagnosis(diagnosis))
+        return self.context.diagnosed(seen, diagnosis)
 
 
 class ReflectionOnly(Distillation):
@@ -55,7 +55,7 @@ class ReflectionOnly(Distillation):
 
     def hindsight(self, episodes: Episodes, trajectory: int, turn: int) -> Hindsight | None:
         diagnosis = episodes.diagnoses[trajectory][turn]
-        return Hindsight(**self.context.diagnosis(diagnosis)) if diagnosis.hint else None
+        return self.context.diagnosed(Hindsight(), diagnosis) if diagnosis.hint else None
 
 
 class EnvOnly(Distillation):

@@ -54,3 +54,18 @@ def _spoil(call: ToolCall, rng: random.Random) -> ToolCall:
         position = rng.randrange(len(value))
         wrong = value[:position] + value[position + 1 :]
     return ToolCall(call.name, call.arguments | {name: wrong})
+
+
+def random_action(episode: Episode, rng: random.Random) -> str:
+    """A remark, or the next planned call spoilt, or a look-up that the case may not need."""
+    action = plan(episode)[0].action
+    if isinstance(action, ToolCall) and action.arguments and rng.random() < 0.5:
+        return _spoil(action, rng).to_json()
+    return rng.choice(
+        [
+            "How can I help you?",
+            "I am sorry, I cannot do that.",
+            ToolCall("get_user", {"user_id": "unknown"}).to_json(),
+            ToolCall("get_order", {"order_id": "unknown"}).to_json(),
+        ]
+    )

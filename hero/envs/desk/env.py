@@ -11,7 +11,7 @@ import random
 from typing import Any
 
 from hero.envs.base import StepResult
-from hero.envs.desk.demonstration import demonstrate
+from hero.envs.desk.demonstration import demonstrate, random_action
 from hero.envs.desk.diagnosis import diagnose
 from hero.envs.desk.episode import Episode
 from hero.envs.desk.planner import plan
@@ -95,6 +95,10 @@ class DeskEnv:
     def demonstrate(self, rng: random.Random) -> str:
         """Mostly the oracle's action; at times a skipped step or a wrong argument."""
         return demonstrate(self._running(), rng)
+
+    def random_action(self, rng: random.Random) -> str:
+        """A tool call or a remark without regard to the case: for states off the good path."""
+        return random_action(self._running(), rng)
 
     def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
         return diagnose(self._start(trajectory.task_id), trajectory)
