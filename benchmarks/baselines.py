@@ -94,6 +94,19 @@ def eager(case: Case, device: str) -> Loss:
     return lambda problem: _dense(dense_loss, problem)
 
 
+def eager_widened(case: Case, device: str) -> Loss:
+    """The same on fp32 copies of 16-bit tensors, for CPUs that cannot multiply 16-bit numbers."""
+    if device != "cpu":
+        raise Unavailable("a remedy for CPUs without 16-bit arithmetic")
+    return lambda problem: dense_loss(
+        problem.student_hidden.float(),
+        problem.weight.float(),
+        problem.teacher_hidden.float(),
+        problem.active,
+        problem.divergence,
+    )
+
+
 def compiled(case: Case, device: str) -> Loss:
     function = torch.compile(dense_loss, dynamic=False)
     return lambda problem: _dense(function, problem)
@@ -192,6 +205,7 @@ CONTESTANTS = {
     "hero": Contestant("hero_kernels, shared head", hero),
     "hero-own-head": Contestant("hero_kernels, teacher with its own head", hero_own_head),
     "eager": Contestant("torch, whole logits", eager),
+    "eager-widened": Contestant("torch, whole logits, inputs cast to fp32", eager_widened),
     "compiled": Contestant("torch.compile, whole logits", compiled),
     "auto-chunked": Contestant("torch.compile with the auto-chunker", auto_chunked),
     "liger-fused": Contestant("Liger fused linear JSD", liger_fused),
@@ -206,5 +220,7 @@ SLOW_TO_START = ("compiled", "auto-chunked", "liger-chunked-compiled")
 
 def takes_part(name: str, case: Case) -> bool:
     """Whether a contestant is entered for a case; it may still turn out to be unavailable."""
+    if name == "eager-widened":
+        return case.dtype != "float32"
     plain = case.divergence == "jsd" and case.action_share == 1.0 and case.trainable_head
     return plain or name not in SLOW_TO_START

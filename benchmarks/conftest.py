@@ -22,7 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--contestants", help=f"comma-separated, default all: {', '.join(CONTESTANTS)}")
     group.addoption("--results", type=Path, help="JSON file to write, after every case")
-    group.addoption("--seconds", type=float, default=20.0, help="time for the rounds of a case")
+    group.addoption("--seconds", type=float, default=20.0, help="for the rounds of a case")
+    group.addoption(
+        "--call-limit", type=float, default=30.0, help="seconds; leave out what takes longer"
+    )
     group.addoption("--skip-memory", action="store_true", help="do not measure peak memory")
 
 
@@ -65,8 +68,11 @@ class Session:
                 case,
                 names,
                 device_type(),
-                self._config.getoption("seconds"),
-                not self._config.getoption("skip_memory"),
+                measure.Limits(
+                    self._config.getoption("seconds"),
+                    self._config.getoption("call_limit"),
+                    not self._config.getoption("skip_memory"),
+                ),
             )
             if path := self._config.getoption("results"):
                 path.write_text(json.dumps(self.as_json(), indent=1) + "\n")

@@ -105,7 +105,8 @@ def truth(problem: Problem) -> Truth:
     return Truth(loss.detach(), list(torch.autograd.grad(loss, wide.trainable)))
 
 
-def relative_error(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor | None, expected: Tensor) -> float:
     """|got - expected| / |expected|, by Euclidean norms."""
+    assert got is not None
     got, expected = got.detach(), expected.detach()
     return float((got.to(expected.dtype) - expected).norm() / expected.norm())

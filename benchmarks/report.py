@@ -78,7 +78,7 @@ def _row(results: Mapping[str, Result], name: str) -> tuple[str, ...]:
     faster = "hero" in results and not results["hero"].skipped and name not in OURS
     return (
         result.title,
-        f"{1e3 * result.median:.1f}",
+        f"{1e3 * result.median:.1f}" + " (one call)" * (len(result.seconds) == 1),
         f"{speedup(results, 'hero', name):.2f}x" if faster and name not in YARDSTICKS else "",
         f"{speedup(results, 'library-gemms', name):.2f}",
         "" if result.extra_bytes is None else f"{result.extra_bytes / 2**20:.0f}",

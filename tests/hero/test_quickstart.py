@@ -1,0 +1,47 @@
+"""The quickstart in short, over several seeds: success on held-out goals must rise by a wide margin.
+
+Measured when this was written: about 0.3 before, at least 0.6 after eight updates on each seed; a
+method that teaches nothing, such as shuffled hints, stays near the start.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hero.config import from_dict, load_recipe, merge
+from hero.console import Console
+from hero.tracking import read_jsonl
+from hero.trainer import Trainer
+
+SHORT: dict[str, Any] = {
+    "updates": 8,
+    "eval": {"every": 4, "dev_tasks": 100, "test_tasks": 0, "min_teacher_lift": None},
+    "rollout": {"batch_size": 100},
+    "save_every": 100,
+    "save_trajectories": 0,
+}
+
+
+def dev_success(recipe: str, seed: int, folder: Path) -> list[float]:
+    config = from_dict(merge(load_recipe(recipe), SHORT | {"seed": seed}))
+    Trainer(config, folder, recipe, Console(io.StringIO())).run()
+    lines = read_jsonl(folder / "metrics.jsonl")
+    return [line["dev/success"] for line in lines if "dev/success" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_hero_lifts_success_on_held_out_goals(seed: int, tmp_path: Path) -> None:
+    curve = dev_success("quickstart", seed, tmp_path)
+    assert curve[0] < 0.45
+    assert max(curve) > curve[0] + 0.2
+
+
+@pytest.mark.slow
+def test_hints_of_other_tasks_teach_nothing(tmp_path: Path) -> None:
+    curve = dev_success("shop-shuffled-hints", 0, tmp_path)
+    assert max(curve) < curve[0] + 0.15
