@@ -61,6 +61,14 @@ class Renderer:
         """Text of sampled ids, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """Text of each token as it reads in its place, special tokens shown; for people to look at."""
+        texts = [str(self.tokenizer.decode(list(ids[:i]))) for i in range(len(ids) + 1)]
+        return [
+            after[len(before) :] if after.startswith(before) else str(self.tokenizer.decode([token]))
+            for before, after, token in zip(texts[:-1], texts[1:], ids, strict=True)
+        ]
+
     def start(self, messages: list[Message]) -> list[int]:
         """Ids of a conversation that ends with a user or tool message, ready for the answer."""
         last = messages[-1]

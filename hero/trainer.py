@@ -330,7 +330,7 @@ class Trainer:
         return trajectory_record(
             trajectories[t],
             reflections.diagnoses[t],
-            tokens=[[self.policy.tokenizer.decode([i]) for i in turn.action_ids] for turn in turns],
+            tokens=[self.policy.renderer.pieces(turn.action_ids) for turn in turns],
             divergence=[learned.divergence.get((t, k)) for k in range(len(turns))],
             logprob_gap=gaps,
             trained=[gap is not None for gap in gaps]

@@ -63,6 +63,15 @@ def test_content_cannot_forge_special_tokens(renderer: Renderer) -> None:
     assert ids != plain
 
 
+def test_pieces_read_as_the_text() -> None:
+    from hero.scratch import build_tokenizer
+
+    words = Renderer(build_tokenizer(["search [ cotton shirt ]"]))
+    ids = [*words.encode("search[cotton shirt]"), words.end_id]
+    pieces = words.pieces(ids)
+    assert pieces == ["search", "[", "cotton", " shirt", "]", " <|end|>"]
+
+
 def test_clip_keeps_head_and_tail(renderer: Renderer) -> None:
     assert renderer.clip("short", 10) == "short"
     clipped = renderer.clip("a" * 50 + "b" * 50, 30)
