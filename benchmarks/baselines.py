@@ -215,7 +215,8 @@ CONTESTANTS = {
 }
 OURS = ("hero", "hero-own-head")
 SLOW_TO_START = ("compiled", "auto-chunked", "liger-chunked-compiled")
-"""Compiled for every shape; they run in the plain cases only."""
+"""Compiled for every shape, which takes longer than all the rest: they run in the plain cases only,
+and on CPU only with --full."""
 
 
 def takes_part(name: str, case: Case) -> bool:

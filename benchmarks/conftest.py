@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from benchmarks import machine, measure, report
-from benchmarks.baselines import CONTESTANTS, takes_part
+from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, takes_part
 from benchmarks.shapes import Case, case_sets
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
-    group.addoption("--full", action="store_true", help="the long set of cases of the device")
+    group.addoption(
+        "--full", action="store_true", help="larger cases; on CPU, compiled contestants too"
+    )
     group.addoption(
         "--cases", choices=case_sets(), help="a set of cases; default: by device and --full"
     )
@@ -39,6 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     default = ("gpu" if device_type() == "cuda" else "cpu") + "-full" * config.getoption("full")
+    quick = device_type() == "cpu" and not config.getoption("full")
     names = (config.getoption("contestants") or ",".join(CONTESTANTS)).split(",")
     if unknown := [name for name in names if name not in CONTESTANTS]:
         raise pytest.UsageError(
@@ -48,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(case, name, id=f"{case.id}-{name}")
         for case in case_sets()[config.getoption("cases") or default]
         for name in names
-        if takes_part(name, case)
+        if takes_part(name, case) and (name not in SLOW_TO_START or not quick)
     ]
     metafunc.parametrize(("case", "contestant"), pairs)
 

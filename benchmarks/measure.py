@@ -3,8 +3,9 @@
 Before a contestant is timed its loss is compared with fp64, so that nothing is timed that computes
 something else. Times come from a round robin: in every round each contestant and each yardstick
 runs once, the first of a round another one each time, so that a machine that slows down slows all
-of them alike. Ratios are taken within rounds. A contestant that needs more than `SLOW_SECONDS` is timed
-once, and one that would need more than a given limit is left out with the time it would take.
+of them alike. Ratios are taken within rounds. A contestant that needs more than `SLOW_SECONDS` is
+timed once, and one that would need more than a given limit is left out, with the time it would
+take.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CHECK_TOKENS, CHECK_VOCAB = 128, 16384
 """Size of the problem that is compared with fp64."""
 MAX_LOSS_ERROR = {"float32": 1e-3, "bfloat16": 0.05}
 """A contestant further off than this, for distributions far apart, computes something else."""
-MIN_ROUNDS, MAX_ROUNDS = 5, 30
+MIN_ROUNDS, MAX_ROUNDS = 3, 30
 SLOW_SECONDS = 20.0
 
 
@@ -62,7 +63,7 @@ class Result:
     loss_error: float | None = None
     """Relative, against fp64, for distributions far apart."""
     gradient_errors: list[float] = field(default_factory=list)
-    """Relative, of dX and (trainable head) dW, for distributions as near as in self-distillation."""
+    """Relative, of dX and (trainable head) dW, for distributions near as in self-distillation."""
 
     @property
     def median(self) -> float:

@@ -30,6 +30,7 @@ COLUMNS = (
     "time, ms",
     "hero_kernels is faster",
     "times library GEMMs",
+    "times own GEMMs",
     "extra memory, MiB",
     "error of the loss",
     "error of dX",
@@ -81,6 +82,7 @@ def _row(results: Mapping[str, Result], name: str) -> tuple[str, ...]:
         f"{1e3 * result.median:.1f}" + " (one call)" * (len(result.seconds) == 1),
         f"{speedup(results, 'hero', name):.2f}x" if faster and name not in YARDSTICKS else "",
         f"{speedup(results, 'library-gemms', name):.2f}",
+        f"{speedup(results, 'own-gemms', name):.2f}" if name in OURS else "",
         "" if result.extra_bytes is None else f"{result.extra_bytes / 2**20:.0f}",
         *("" if error is None else f"{100 * error:.2g} %" for error in errors),
     )

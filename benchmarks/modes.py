@@ -1,0 +1,84 @@
+"""Every mode on the tiny shop from the one shipped start: success on held-out goals, before and after.
+
+    python benchmarks/modes.py --seeds 0 1 2 --updates 15 --jobs 2
+
+Writes `benchmarks/results/modes-cpu.json` and prints its Markdown table. All recipes play the same
+number of episodes. Learning rates were not tuned for each mode: all take the quickstart's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.machine import describe
+
+RECIPES = ("quickstart", "shop-env-only", "shop-grpo", "shop-full-demo", "shop-terminal",
+           "shop-shuffled-hints")  # fmt: skip
+RESULTS = Path(__file__).parent / "results" / "modes-cpu.json"
+
+
+def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
+    """One training run; what its summary says of the 200 test goals."""
+    from hero.config import from_dict, load_recipe, merge
+    from hero.console import Console
+    from hero.trainer import Trainer
+
+    changes = {"seed": seed, "updates": updates, "threads": 1, "eval": {"min_teacher_lift": None}}
+    config = from_dict(merge(load_recipe(recipe), changes))
+    with tempfile.TemporaryDirectory() as folder:
+        summary = Trainer(config, Path(folder), recipe, Console(io.StringIO())).run()
+    row: dict[str, Any] = {"recipe": recipe, "seed": seed, "env_turns": summary["env_turns"]}
+    row |= {"seconds": summary["seconds"], "best_update": summary["best_update"]}
+    for when in ("before", "after"):
+        row[when] = {key: summary[when][key] for key in ("success", "score", "turns")}
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: means over seeds, and the range of success."""
+    lines = [
+        "| recipe | seeds | success before | success after (range) | turns before | turns after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        own = [row for row in rows if row["recipe"] == recipe]
+        after = [row["after"]["success"] for row in own]
+        lines.append(
+            f"| `{recipe}` | {len(own)} | {mean(r['before']['success'] for r in own):.1%} "
+            f"| {mean(after):.1%} ({min(after):.1%} to {max(after):.1%}) "
+            f"| {mean(r['before']['turns'] for r in own):.1f} "
+            f"| {mean(r['after']['turns'] for r in own):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=15)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    given = parser.parse_args()
+    with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
+        futures = [
+            pool.submit(run, recipe, seed, given.updates)
+            for seed in given.seeds
+            for recipe in given.recipes
+        ]
+        rows = [future.result() for future in futures]
+    RESULTS.write_text(
+        json.dumps({"machine": describe("cpu"), "updates": given.updates, "runs": rows}, indent=1)
+    )
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
