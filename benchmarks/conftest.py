@@ -57,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 class Session:
-    """Measures each case once, when its first test asks, with the contestants that were selected."""
+    """Measures each case once, when its first test asks, with the contestants selected."""
 
     def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         self._config = config

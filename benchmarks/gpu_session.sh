@@ -62,9 +62,11 @@ gpu_stage() {
 }
 
 if $dry_run; then
-    size=tiny cases=dry-run more=(--contestants hero,eager --seconds 0) ceilings=(--dry-run)
+    size=tiny cases=dry-run seconds=0 contestants=hero,eager more=(--skip-memory)
+    ceilings=(--dry-run)
 else
-    size=full cases=gpu more=(--seconds 6) ceilings=()
+    size=full cases=gpu seconds=4 more=() ceilings=()
+    contestants=hero,hero-own-head,eager,liger-fused,liger-chunked,trl-chunked
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         echo "No CUDA device: run this on a GPU machine, or with --dry-run." | tee -a "$log" >&2
         exit 1
@@ -88,8 +90,12 @@ gpu_stage memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "${sanitizer[@]}" --tool memcheck "${check[@]}" --size tiny
 gpu_stage racecheck 50 "${sanitizer[@]}" --tool racecheck "${check[@]}" --size tiny
 stage ceilings 20 "$python" -m benchmarks.yardsticks --out "$out/ceilings.json" "${ceilings[@]}"
-stage benchmarks 220 "$python" -m pytest benchmarks -p no:cacheprovider --cases "$cases" \
+benchmark=("$python" -m pytest benchmarks -p no:cacheprovider --cases "$cases")
+stage benchmarks 180 "${benchmark[@]}" --contestants "$contestants" --seconds "$seconds" \
     --results "$out/benchmark.json" "${more[@]}"
+# Compiling takes longer than all the rest: one case.
+gpu_stage compiled 60 "${benchmark[@]}" -k qwen3-4b_8192_bfloat16_jsd_100_trained --seconds 4 \
+    --contestants hero,compiled,auto-chunked,liger-chunked-compiled --results "$out/compiled.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED %s\n' "${failed[@]}" | tee -a "$log"

@@ -1,4 +1,4 @@
-"""Every mode on the tiny shop from the one shipped start: success on held-out goals, before and after.
+"""Modes on the tiny shop from the one shipped start: held-out success before and after.
 
     python benchmarks/modes.py --seeds 0 1 2 --updates 15 --jobs 2
 
@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.machine import describe
 
 RECIPES = ("quickstart", "shop-env-only", "shop-grpo", "shop-full-demo", "shop-terminal",
-           "shop-shuffled-hints")  # fmt: skip
+           "shop-shuffled-hints", "shop-empty-block")  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "modes-cpu.json"
 
 

@@ -62,11 +62,12 @@ class Renderer:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Text of each token as it reads in its place, special tokens shown; for people to look at."""
+        """Text of each token as it reads in its place, special tokens shown: for people."""
         texts = [str(self.tokenizer.decode(list(ids[:i]))) for i in range(len(ids) + 1)]
+        alone = [str(self.tokenizer.decode([token])) for token in ids]
         return [
-            after[len(before) :] if after.startswith(before) else str(self.tokenizer.decode([token]))
-            for before, after, token in zip(texts[:-1], texts[1:], ids, strict=True)
+            after[len(before) :] if after.startswith(before) else token
+            for before, after, token in zip(texts[:-1], texts[1:], alone, strict=True)
         ]
 
     def start(self, messages: list[Message]) -> list[int]:

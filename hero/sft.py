@@ -89,7 +89,11 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = make_env(config.env.name, **config.env.options)
-    missing = [name for name in ("demonstrate", "oracle", "diagnose", "random_action") if not hasattr(env, name)]
+    missing = [
+        name
+        for name in ("demonstrate", "oracle", "diagnose", "random_action")
+        if not hasattr(env, name)
+    ]
     if missing:
         raise ValueError(
             f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none."
@@ -218,9 +222,7 @@ def hindsight_samples(
             hint=diagnosis.hint,
             corrected_action=diagnosis.corrected_action,
         )
-        both = replace(
-            told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok
-        )
+        both = replace(told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok)
         if diagnosis.hint:
             seen = rng.choice([both, both, told, raw, replace(both, corrected_action="")])
         elif rng.random() < 0.3:
