@@ -146,10 +146,11 @@ class Trainer:
             needed = self.config.eval.min_teacher_lift
             if needed is not None and probe.lift < needed:
                 raise TeacherGate(
-                    f"The teacher's lift is {probe.lift:+.2f}, below eval.min_teacher_lift={needed}. "
-                    "With hindsight it does not act clearly better, so there is nothing to distil. "
-                    "Use a better reflector (--reflection.reflector rules or openai), a stronger "
-                    "model, or a warm start (hero sft)."
+                    f"The teacher's lift is {probe.lift:+.2f}, below "
+                    f"eval.min_teacher_lift={needed}: with hindsight it does not act clearly "
+                    "better, so there is nothing to distil. Use a better reflector "
+                    "(--reflection.reflector rules or openai), a stronger model, or a warm start "
+                    "(hero sft)."
                 )
 
     def _update(self, tracker: Tracker) -> None:
