@@ -13,6 +13,7 @@ import tyro
 import yaml
 
 from hero import config as configuration
+from hero.checkpoint import BrokenCheckpoint, find_state
 from hero.config import EnvConfig, ModelConfig, RolloutConfig, TrainConfig
 from hero.console import Console
 from hero.envs.base import make_env
@@ -66,18 +67,21 @@ def train(arguments: list[str], console: Console) -> None:
             "resume=auto needs --output-dir: it goes on from the checkpoint there, if there is one."
         )
     run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume == "never" and (run_dir / "metrics.jsonl").exists():
+    if config.resume not in ("never", "auto"):
+        run_dir = Path(config.resume)
+    if config.resume == "never" and find_state(run_dir) is not None:
         raise ValueError(
             f"{run_dir} already holds a run: go on from it with --resume {run_dir}, or name "
             "another --output-dir."
         )
     config.output_dir = str(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, run_dir, name, console)
     try:
         trainer.run()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(trainer)) from None
+    except BrokenCheckpoint:
+        raise
     except MISTAKES as mistake:
         raise _noted(mistake, _how_to_go_on(trainer)) from mistake
     report = render(run_dir)
@@ -155,6 +159,13 @@ def _play_config(arguments: list[str], prog: str) -> tuple[str, PlayConfig]:
 
 
 def _player(model: str, config: PlayConfig) -> tuple[Any, Any]:
+    if config.rollout.batch_size < 1 or config.temperature < 0:
+        raise ValueError(
+            "rollout.batch_size must be positive and temperature not negative, got "
+            f"{config.rollout.batch_size} and {config.temperature}."
+        )
+    if config.output:
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     policy = Policy.load(ModelConfig(path=model, device=config.device, dtype=config.dtype))  # type: ignore[arg-type]
     envs = [
         make_env(config.env.name, **config.env.options) for _ in range(config.rollout.batch_size)

@@ -272,10 +272,24 @@ def check(config: TrainConfig) -> None:
         "eval.dev_tasks": config.eval.dev_tasks,
         "eval.trials": config.eval.trials,
         "save_every": config.save_every,
+        "optim.max_grad_norm": config.optim.max_grad_norm,
+        "reflection.max_tokens": config.reflection.max_tokens,
+        "threads": 1 if config.threads is None else config.threads,
     }
     for name, value in positive.items():
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}.")
+    not_negative = {
+        "model.lora_rank": config.model.lora_rank,
+        "reflection.temperature": config.reflection.temperature,
+        "reflection.retries": config.reflection.retries,
+        "loss.is_clip": config.loss.is_clip,
+        "eval.temperature": config.eval.temperature,
+        "eval.test_tasks": config.eval.test_tasks,
+    }
+    for name, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}.")
     if config.mode in ("grpo", "hero+grpo") and config.rollout.group_size < 2:
         raise ValueError(
             f"mode={config.mode} compares episodes of one task: rollout.group_size must be at "

@@ -14,7 +14,8 @@ class Interrupt:
     """While entered, Ctrl-C (SIGINT) raises KeyboardInterrupt at once, but after a `deferred()`
     block inside one.
 
-    A second Ctrl-C inside a deferred block raises at once. Outside the main thread signals are left
+    A second Ctrl-C inside a deferred block raises at once and leaves `torn` set: what the block was
+    changing is half changed and must not be saved. Outside the main thread signals are left
     alone.
     """
 
@@ -22,6 +23,7 @@ class Interrupt:
         self._depth = 0
         self._pending = False
         self._previous: Any = None
+        self.torn = False
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
@@ -49,4 +51,5 @@ class Interrupt:
         if self._depth and not self._pending:
             self._pending = True
             return
+        self.torn = self._depth > 0
         raise KeyboardInterrupt

@@ -109,10 +109,11 @@ class Learner:
                 packing=packing,
                 device=self.policy.device,
             )
-            output = compute_loss(
-                self.policy, self.teacher, batch, loss_config, self.config.rollout.temperature
-            )
-            output.loss.backward()  # type: ignore[no-untyped-call]
+            with self.policy.recomputing():
+                output = compute_loss(
+                    self.policy, self.teacher, batch, loss_config, self.config.rollout.temperature
+                )
+                output.loss.backward()  # type: ignore[no-untyped-call]
             outputs.append((batch, output))
         return outputs
 

@@ -3,13 +3,15 @@ are needed."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.logging import disable_progress_bar
 
 from hero.config import ModelConfig
@@ -33,6 +35,11 @@ class Policy:
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.adapter: Any = None
         if config.lora_rank > 0:
+            if getattr(model, "_hf_peft_config_loaded", False):
+                raise ValueError(
+                    f"{config.path!r} is a LoRA adapter already, and another one would replace it. "
+                    "Merge it into its base model first (peft: merge_and_unload, save_pretrained)."
+                )
             self.adapter = _add_lora(model, config)
         self.model = model.to(self.device)  # type: ignore[arg-type]
         self.model.eval()  # no dropout: student and sampler must be one distribution
@@ -44,7 +51,7 @@ class Policy:
             )
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-            self.model.train()
+        self._check_head(config.path)
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
@@ -124,8 +131,50 @@ class Policy:
 
     @property
     def context(self) -> int:
-        """Longest sequence the model was made for."""
-        return int(self.model.config.get_text_config().max_position_embeddings)
+        """Longest sequence the model was made for; unbounded if its config does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or 2**31
+
+    def sees_all(self, length: int) -> bool:
+        """Whether every layer attends to all of a sequence of this length.
+
+        Tree packing brings a mask of its own, which a sliding window or a recurrent layer ignores.
+        """
+        config = self.model.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        if not getattr(config, "use_sliding_window", True):
+            window = None
+        kinds = set(getattr(config, "layer_types", None) or ())
+        return kinds <= {"full_attention", "sliding_attention"} and not (window and length > window)
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Within, layers recompute activations if `gradient_checkpointing` is on.
+
+        Only then: transformers drops the key-value cache of layers in this state, and the sampler
+        needs it. The flag is set on the layers alone, so dropout stays off.
+        """
+        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    @torch.no_grad()
+    def _check_head(self, path: str) -> None:
+        """Refuse a model whose logits are not what trunk, head and `head_options` give."""
+        ids = torch.arange(min(8, self.head.weight.shape[0]), device=self.device)[None]
+        with self.autocast():
+            expected = self.model(input_ids=ids).logits.float()
+        error = (expected - self.logits(self.hidden(ids))).abs().max()
+        if float(error) > 0.05 * float(expected.abs().max()) + 1e-6:
+            raise ValueError(
+                f"{path!r} computes its logits in a way that is not known here (they differ by "
+                f"{float(error):.3g}): its loss would be wrong. Known are a linear head with bias, "
+                "logit scale and soft-cap."
+            )
 
     @property
     def num_parameters(self) -> int:

@@ -56,7 +56,9 @@ class _Running:
         text = renderer.decode(ids)
         with _blame(self.env, self.trajectory.task_id, turn_number):
             observation, reward, terminated, truncated, info = self.env.step(text)
-        kind = FeedbackKind(info.get("feedback_kind", FeedbackKind.OK))
+            kind = FeedbackKind(info.get("feedback_kind", FeedbackKind.OK))
+            if not isinstance(observation, str):
+                raise TypeError(f"the observation must be text, got {type(observation).__name__}")
         self.trajectory.turns.append(
             Turn(
                 prompt_ids=self.prompt_ids,

@@ -8,6 +8,7 @@ diagnosis costs a handful of tokens and always parses.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,12 +58,14 @@ class ScratchConfig:
 
 def diagnosis_json(diagnosis: Diagnosis) -> str:
     """One line of a reflection, in the fields' order of the reflection prompt."""
-    flags = [str(flag).lower() for flag in (diagnosis.necessary, diagnosis.valid)]
+    flags = [json.dumps(flag) for flag in (diagnosis.necessary, diagnosis.valid)]
+    texts = [
+        json.dumps(text, ensure_ascii=False)
+        for text in (diagnosis.failure_cause, diagnosis.corrected_action, diagnosis.hint)
+    ]
     return (
         f'{{"turn": {diagnosis.turn + 1}, "necessary": {flags[0]}, "valid": {flags[1]}, '
-        f'"failure_cause": "{diagnosis.failure_cause}", "corrected_action": '
-        f'"{diagnosis.corrected_action}", '
-        f'"hint": "{diagnosis.hint}"}}'
+        f'"failure_cause": {texts[0]}, "corrected_action": {texts[1]}, "hint": {texts[2]}}}'
     )
 
 

@@ -104,6 +104,11 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     plain = [m.plain for m in materials if m.plain]
     hindsight = [m.hindsight for m in materials if m.hindsight]
     diagnosis = [m.diagnosis for m in materials]
+    if not (plain and hindsight and diagnosis):
+        raise ValueError(
+            f"A warm start needs episodes of all kinds, got {len(plain)} plain, {len(hindsight)} "
+            f"hindsight and {len(diagnosis)} diagnosis: raise --demonstrator-episodes."
+        )
     console.say(
         f"{policy.num_parameters:,} parameters; {len(plain)} plain, {len(hindsight)} hindsight and "
         f"{len(diagnosis)} diagnosis episodes in {time.perf_counter() - started:.0f} s"

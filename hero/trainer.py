@@ -31,7 +31,7 @@ from hero.reflection import Reflections, make_reflector
 from hero.report import describe, reflector_reason, versions
 from hero.rollout import Episode, derive_seed, gold_episode, rollout
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.tracking import Tracker, trajectory_record, write_atomic
+from hero.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record, write_atomic
 from hero.types import Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
@@ -48,6 +48,8 @@ class State:
     best_update: int = -1
     best_dev: float = -1.0
     bad_evaluations: int = 0
+    idle_updates: int = 0
+    """Updates in a row without an optimiser step."""
     stopped: str = ""
 
 
@@ -74,6 +76,8 @@ class Trainer:
         self.policy = Policy.load(config.model)
         renderer = self.policy.renderer
         self.train_tasks = self.env.tasks("train")
+        if not self.train_tasks:
+            raise ValueError(f"Environment {config.env.name!r} has no task in its train split.")
         self.generator = HFGenerator(self.policy, size)
         self.play = partial(
             rollout,
@@ -87,16 +91,34 @@ class Trainer:
         self.algorithm = make_algorithm(
             config.mode, TeacherContext(config.teacher, renderer, prompts)
         )
+        longest = config.rollout.max_episode_tokens + config.teacher.max_block_tokens
+        if config.teacher.packing == "tree" and not self.policy.sees_all(longest):
+            raise ValueError(
+                f"teacher.packing=tree needs layers that see all of {longest} tokens, and those of "
+                f"{config.model.path!r} do not: set --teacher.packing separate."
+            )
         self.reflector = None
         if self.algorithm.needs_reflection:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, generator=self.generator, renderer=renderer,
                 prompts=prompts, teacher_weights=self.teacher.applied,
-                max_prompt_tokens=self.policy.context - config.reflection.max_tokens,
+                max_prompt_tokens=self._reflection_room(),
             )  # fmt: skip
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
         self.interrupt = Interrupt()
+
+    def _reflection_room(self) -> int | None:
+        """Tokens left for a reflection request; None if the model that reads it is not ours."""
+        config, context = self.config.reflection, self.policy.context
+        if config.reflector not in ("self", "teacher"):
+            return None
+        if config.max_tokens >= context:
+            raise ValueError(
+                f"reflection.max_tokens={config.max_tokens} leaves no room for the episode in the "
+                f"model's context of {context} tokens: lower --reflection.max-tokens."
+            )
+        return context - config.max_tokens
 
     # ---- the run ------------------------------------------------------------------------------
 
@@ -110,26 +132,35 @@ class Trainer:
         started = time.perf_counter()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         resumed = self._restore()
+        if resumed is None:
+            for name in (METRICS, TRAJECTORIES):  # of a run that ended before its first checkpoint
+                (self.run_dir / name).unlink(missing_ok=True)
         write_atomic(self.run_dir / "config.json", json.dumps(to_dict(self.config), indent=1))
         self.console.header(recipe=self.recipe, **describe(self.config, self.policy))
         tracker = Tracker(self.run_dir, self.config.report_to, to_dict(self.config), resumed)
         with self.interrupt:
             try:
-                if resumed is None:
-                    self._before(tracker)
-                with self.console.training(self.config.updates, self.state.update):
-                    while not self._finished():
-                        self._update(tracker)
-                summary = self._after(tracker)
-            except BaseException:
-                if self.state.update > 0:
-                    self.save()
-                raise
+                self._train(tracker, resumed is None)
+                self.save()
+                summary = self._after(tracker)  # takes over the best weights: nothing is saved now
             finally:
                 tracker.close()
         summary["seconds"] = time.perf_counter() - started
         write_atomic(self.run_dir / "summary.json", json.dumps(summary, indent=1))
         return summary
+
+    def _train(self, tracker: Tracker, from_start: bool) -> None:
+        """All updates; whatever ends them early, the last finished one is saved."""
+        try:
+            if from_start:
+                self._before(tracker)
+            with self.console.training(self.config.updates, self.state.update):
+                while not self._finished():
+                    self._update(tracker)
+        except BaseException:
+            if self.state.update > 0 and not self.interrupt.torn:
+                self.save()
+            raise
 
     def _before(self, tracker: Tracker) -> None:
         """Evaluate the starting weights, then measure whether the teacher knows better."""
@@ -178,11 +209,12 @@ class Trainer:
             state.env_turns += sum(len(t.turns) for t in trajectories)
             state.generated_tokens += sum(t.num_action_tokens for t in trajectories)
             state.generated_tokens += reflections.stats.generated_tokens
+            state.idle_updates = 0 if learned.steps else state.idle_updates + 1
         clock.lap("train")
         metrics |= update_metrics(trajectories, self.policy.renderer.stop_ids, learned)
         metrics |= reflections.stats.metrics() if self.reflector else {}
         metrics |= {"env_turns": state.env_turns, "generated_tokens": state.generated_tokens}
-        if number % config.eval.every == 0 or number == config.updates:
+        if number % config.eval.every == 0 or self._finished():  # the last weights are judged too
             self.console.stage("evaluation")
             metrics |= self._evaluate_dev(number)
             clock.lap("evaluation")
@@ -207,6 +239,11 @@ class Trainer:
                 f"collapse: dev success was more than {config.eval.stop_drop:.2f} below its best "
                 f"({state.best_dev:.2f}, update {state.best_update}) twice in a row"
             )
+        elif state.idle_updates >= 5:
+            state.stopped = (
+                "nothing was trained in five updates in a row: no turn had a hint, an observation "
+                "or an advantage to learn from, or no gradient was finite"
+            )
         else:
             state.stopped = ""
         return bool(state.stopped)
@@ -216,7 +253,6 @@ class Trainer:
         self.console.say(
             f"Stopped: {self.state.stopped}. Best update on dev: {self.state.best_update}."
         )
-        self.save()
         summary: dict[str, Any] = {
             "recipe": self.recipe,
             "stopped": self.state.stopped,
@@ -227,10 +263,12 @@ class Trainer:
             "reflector": self.config.reflection.reflector if self.reflector else "none",
             "reflector_reason": reflector_reason(self.config),
         }
-        if self.config.eval.test_tasks:
+        earlier = self.run_dir / "before.json"
+        if earlier.is_file():  # the tasks played then, also if a resumed run asks for others
+            before = json.loads(earlier.read_text(encoding="utf-8"))
+            self.config.eval.test_tasks = len(before["per_task"])
             self.policy.restore(self.run_dir / "best")
             after = self._evaluate_test(tracker, "after", self.state.update).to_dict()
-            before = json.loads((self.run_dir / "before.json").read_text(encoding="utf-8"))
             summary |= {"before": before, "after": after}
             self.console.final_table(before, after)
         return summary
@@ -361,7 +399,8 @@ class Trainer:
             return None
         saved = checkpoint.load_state(self.run_dir, self.policy.device)
         trainable = self.policy.trainable()
-        if set(saved["student"]) != set(trainable):
+        shapes = {name: value.shape for name, value in saved["student"].items()}
+        if shapes != {name: value.shape for name, value in trainable.items()}:
             raise checkpoint.BrokenCheckpoint(
                 f"The checkpoint of {self.run_dir} has other trained weights than this "
                 "configuration: resume "

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from hero.config import ModelConfig
 from hero.generation.base import Sampling
 from hero.generation.hf import HFGenerator, sample
 from hero.policy import Policy
@@ -31,6 +34,21 @@ def test_logprobs_are_the_models_own(
         torch.testing.assert_close(
             torch.tensor(completion.logprobs, dtype=torch.float64), expected, atol=1e-4, rtol=0
         )
+
+
+def test_gradient_checkpointing_leaves_the_sampler_alone(
+    policy: Policy, prompts: list[list[int]]
+) -> None:
+    sampling = Sampling(max_tokens=9, seed=3)
+    expected = HFGenerator(policy).generate(prompts, sampling)
+    config = ModelConfig(device="cpu", gradient_checkpointing=True)
+    checkpointed = Policy(copy.deepcopy(policy.model), policy.tokenizer, config)
+    ids = torch.tensor([prompts[1]])
+    with checkpointed.recomputing():
+        checkpointed.hidden(ids).sum().backward()
+    assert all(p.grad is not None for n, p in checkpointed.trainable().items() if "layers" in n)
+    done = HFGenerator(checkpointed).generate(prompts, sampling)
+    assert [c.ids for c in done] == [c.ids for c in expected]
 
 
 def test_rows_stop_by_themselves(policy: Policy, prompts: list[list[int]]) -> None:

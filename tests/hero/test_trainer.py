@@ -46,6 +46,7 @@ def settings(model_path: Path, **changes: Any) -> TrainConfig:
         "env": {"name": "shop", "options": {"profile": "tiny"}},
         "rollout": {"tasks_per_update": 4, "max_turns": 3, "max_turn_tokens": 6, "batch_size": 4},
         "reflection": {"reflector": "rules"},
+        "teacher": {"max_block_tokens": 500},
         "optim": {"learning_rate": 1e-3},
         "eval": {"every": 2, "dev_tasks": 4, "test_tasks": 4},
         "updates": 4,
@@ -174,6 +175,33 @@ def test_a_budget_of_environment_turns_ends_the_run(model_path: Path, tmp_path: 
     summary = trainer(settings(model_path, max_env_turns=20), tmp_path).run()
     assert "budget of 20" in summary["stopped"]
     assert summary["env_turns"] == 24  # whole updates of 12 turns
+
+
+def test_the_last_weights_are_judged_when_the_budget_ends_the_run(
+    model_path: Path, tmp_path: Path
+) -> None:
+    trainer(settings(model_path, max_env_turns=1), tmp_path).run()
+    assert "dev/success" in read_jsonl(tmp_path / "metrics.jsonl")[-1]
+
+
+def test_an_interrupted_final_evaluation_keeps_the_last_weights(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(settings(model_path), tmp_path / "whole").run()
+    broken = trainer(settings(model_path), tmp_path / "broken")
+
+    def stop(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(broken, "_after", stop)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+def test_a_run_that_trains_nothing_stops_and_says_so(model_path: Path, tmp_path: Path) -> None:
+    config = settings(model_path, mode="env_only", teacher={"observation": False}, updates=9)
+    assert "nothing was trained" in trainer(config, tmp_path).run()["stopped"]
 
 
 def test_the_gate_stops_a_teacher_without_lift(model_path: Path, tmp_path: Path) -> None:
