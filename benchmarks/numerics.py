@@ -140,6 +140,17 @@ def measure(shape: tuple[int, int, int], distances: Iterable[float]) -> list[dic
     return table
 
 
+def section(result: dict[str, Any]) -> str:
+    """What docs/loss.md shows of a result: the machine, and tables for two divergences."""
+    machine, (rows, hidden, vocab) = result["machine"], result["shape"]
+    header = (
+        f"N = {rows}, H = {hidden}, V = {vocab}, {result['dtype']}; {machine['processor']}, "
+        f"{machine['threads']} thread(s), torch {machine['versions']['torch']}, {machine['date']}."
+    )
+    tables = (markdown(result["rows"], divergence) for divergence in ("jsd", "forward_kl"))
+    return "\n\n".join([header, *tables])
+
+
 def markdown(rows: list[dict[str, Any]], divergence: str) -> str:
     """The rows of one divergence as a table for readers."""
     kinds = {"dX": "gradient_error", "loss": "value_error"}
@@ -170,7 +181,7 @@ def main() -> None:
     result = {"machine": describe("cpu"), "shape": SHAPE, "dtype": "bfloat16", "rows": table}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print("\n\n".join(markdown(table, divergence) for divergence in DIVERGENCES))
+    print(section(result))
 
 
 if __name__ == "__main__":
