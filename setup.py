@@ -98,7 +98,7 @@ if BUILD not in ("auto", "0", "1"):
 row_kernel = Extension(
     "hero_kernels._C",
     sources=["csrc/divergence_rows.cpp", "csrc/row_kernel.cpp"],
-    depends=["csrc/row_logits.h", "csrc/rows_problem.h", "csrc/storage.h", "csrc/vector_math.h"],
+    depends=["csrc/row_logits.h", "csrc/rows_problem.h", "csrc/simd.h", "csrc/storage.h", "csrc/vector_math.h"],
     py_limited_api=True,  # names the file _C.abi3.so: it holds no Python
     optional=BUILD != "1",
 )

@@ -74,7 +74,8 @@ int hero_instruction_set() {
 int hero_divergence_rows(const RowsProblem* problem, int instruction_set) {
     const HeroRowFunction run = row_function(instruction_set);
     if (!run) return 2;
-    const int64_t stride = (problem->columns + 15) / 16 * 16;
+    // Whole vectors; and no multiple of 4096 bytes, where a load waits for stores to other arrays.
+    const int64_t stride = (problem->columns + 15) / 16 * 16 + 272;
     const size_t bytes = HERO_SCRATCH_ARRAYS * stride * sizeof(float);
     int out_of_memory = 0;
 #pragma omp parallel num_threads(problem->num_threads) reduction(| : out_of_memory)

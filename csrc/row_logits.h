@@ -111,6 +111,12 @@ Extremes load_row(const RowsProblem& problem, const void* teacher_row, const voi
         }
         extremes = {top_teacher, top_student, top_ratio};
     }
+    // The passes work on whole vectors: what is beyond the row has probability 0.
+    for (int64_t i = problem.vocab_size; i % LANES; ++i) {
+        row.teacher[i] = row.student[i] = MASKED;
+        row.log_ratio[i] = extremes.log_ratio;  // never the widest, so it cannot overflow alone
+        row.slope[i] = 0.0f;
+    }
     return extremes;
 }
 
