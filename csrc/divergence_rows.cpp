@@ -1,6 +1,9 @@
 // Entry points of the library: instruction set, threads, scratch memory.
 
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #ifdef HERO_X86
 #include <xmmintrin.h>
@@ -67,6 +70,17 @@ int hero_instruction_set() {
     if (avx2) return HERO_AVX2;
 #endif
     return HERO_BASELINE;
+}
+
+// Asks the system to back these bytes by huge pages, before they are first touched: a fresh buffer
+// costs a page fault for each page.
+void hero_advise_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 // Returns 0, 1 (out of memory) or 2 (unknown instruction set). A row is the work of one thread from

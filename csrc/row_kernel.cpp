@@ -194,7 +194,8 @@ void HERO_ROW_FUNCTION(const RowsProblem& problem, int64_t index, float* scratch
     float* stats = problem.stats + index * HERO_NUM_STATS;
     for (int i = 0; i < HERO_NUM_STATS; ++i) stats[i] = 0.0f;
 
-    const Extremes top = load_row(problem, teacher, student, row);
+    const bool absolute = problem.absolute_rows && problem.absolute_rows[index];
+    const Extremes top = load_row(problem, teacher, student, absolute, row);
     const int64_t target = problem.target_ids ? problem.target_ids[index] : -1;
     const float target_teacher = target < 0 ? 0.0f : row.teacher[target] - top.teacher;
     const float target_student = target < 0 ? 0.0f : row.student[target] - top.student;
