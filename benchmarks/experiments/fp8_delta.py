@@ -5,10 +5,10 @@
 delta is relative to itself, so a coarse type might do. The operands are rounded as a GPU's tensor
 cores would take them (e4m3 or int8, with one scale for each row or for each 128 numbers of it;
 bf16; fp16) and multiplied in fp32: kinder than hardware, whose e4m3 products sum in fewer bits.
-Teacher logits, the row kernel and both products for the gradient are the library's in bf16, so
-"bf16" is what the library does, but for rows too far apart for a rounded difference, which it
-treats apart. "products" is the reverse: a bf16 delta, and dX and dW from e4m3 operands with one
-scale for each 1 x 128 of the gradient and each 128 x 128 of head and states.
+Teacher logits, the row kernel and both products for the gradient are the library's in bf16.
+"library" is what it does: bf16 operands, and where the difference is no bf16 number, the logits of
+both subtracted in fp32. "products" is the reverse: the library's delta, and dX and dW from e4m3
+operands with one scale for each 1 x 128 of the gradient and each 128 x 128 of head and states.
 
 The student's states are moved towards the teacher's, h_t + s·(h_s - h_t) rounded to bf16, to see
 divergences from 1 down to 1e-6 on the same text. Errors are relative to fp64 for these states.
@@ -31,6 +31,7 @@ from benchmarks.experiments.states import (
     fp64_truth,
     gaussian,
     logit_gradient,
+    logits,
     smollm2,
 )
 from benchmarks.machine import describe
@@ -109,20 +110,22 @@ def measure(
     name: str, states: States, scales: tuple[float, ...] = SCALES
 ) -> Iterator[dict[str, Any]]:
     """One row for each scale, divergence and kind of operand."""
-    teacher = torch.empty(len(states.teacher), len(states.weight))
-    gemm.logits_into(states.weight, (teacher, states.teacher))
     for scale in scales:
         near = nearer(states, scale)
+        teacher, exact_delta, absolute = logits(near)
         difference = near.student.float() - near.teacher.float()
         truths = {divergence: fp64_truth(near, divergence) for divergence in DIVERGENCES}
-        for operands, rounded in OPERANDS.items():
-            delta = rounded(difference) @ rounded(near.weight).t()
+        for operands in ("library", *OPERANDS):
+            if rounded := OPERANDS.get(operands):
+                delta, apart = rounded(difference) @ rounded(near.weight).t(), None
+            else:
+                delta, apart = exact_delta, absolute
             for divergence, truth in truths.items():
-                grad, loss = logit_gradient(teacher, delta, divergence, torch.bfloat16)
+                grad, loss = logit_gradient(teacher, delta, divergence, apart)
                 d_weight = torch.empty(near.weight.shape)
                 gemm.weight_gradient_into(d_weight, grad, near.student, accumulate=False)
                 results = {operands: (gemm.hidden_gradient(grad, near.weight), d_weight)}
-                if operands == "bf16":
+                if operands == "library":
                     results["products"] = e4m3_products(grad, near)
                 for kind, (d_hidden, d_weight) in results.items():
                     yield {

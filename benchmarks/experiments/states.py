@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import BETA, SHARPNESS
-from hero_kernels import cpu, reference
+from hero_kernels import cpu, gemm, reference
+from hero_kernels.chunked import difference_operand
 from hero_kernels.options import Divergence
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,18 +126,27 @@ def fp64_truth(states: States, divergence: str) -> Truth:
     return Truth(loss, d_hidden, d_weight)
 
 
+def logits(states: States) -> tuple[Tensor, Tensor, Tensor]:
+    """Teacher logits [N, V], delta [N, V] and [N] whether a row of it holds the student's logits,
+    as the chunk loop makes them."""
+    operand, absolute = difference_operand(states.student, states.teacher)
+    teacher, delta = (torch.empty(len(operand), len(states.weight)) for _ in range(2))
+    gemm.logits_into(states.weight, (teacher, states.teacher), (delta, operand))
+    return teacher, delta, absolute
+
+
 def logit_gradient(
-    teacher: Tensor, delta: Tensor, divergence: str, dtype: torch.dtype
+    teacher: Tensor, delta: Tensor, divergence: str, absolute: Tensor | None = None
 ) -> tuple[Tensor, float]:
-    """Gradient [R, V] of the mean over R rows by the student's logits, and the mean.
+    """bf16 gradient [R, V] of the mean over R rows by the student's logits, and the mean.
 
     Args:
         teacher: [R, V] fp32 logits.
         delta: [R, V] fp32, student's minus teacher's.
         divergence: name.
-        dtype: of the result.
+        absolute: [R] bool, rows whose `delta` holds the student's logits all the same.
     """
-    grad = torch.empty(teacher.shape, dtype=dtype)
+    grad = torch.empty(teacher.shape, dtype=torch.bfloat16)
     arguments: dict[str, Any] = {
         "delta": True,
         "divergence": Divergence(divergence).code,
@@ -152,6 +162,7 @@ def logit_gradient(
         "is_clip": 0.0,
         "vocab_size": teacher.shape[1],
         "with_stats": False,
+        "absolute_rows": absolute,
     }
     stats = cpu.divergence_rows(delta, teacher, grad, **arguments)
     return grad, float(stats[:, 0].double().mean())

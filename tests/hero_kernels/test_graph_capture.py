@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hero_kernels import KernelOptions, divergence_loop, fused_linear_divergence
+from hero_kernels import KernelOptions, backends, divergence_loop, fused_linear_divergence
 from hero_kernels.chunked import Gradients, Head, Plan
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.options import Objective
@@ -34,6 +34,22 @@ HOST_WAITS = (DataDependentOutputException, DynamicOutputShapeException)
 
 class HostCopy(Exception):
     """A copy between host and device."""
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operations that are kernels on a GPU: all but views, new memory and questions."""
+
+    FREE = ("aten.empty", "aten.new_empty", "aten.promote_types", "aten.detach", "prim.")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += not (func.is_view or str(func).startswith(self.FREE))
+        return func(*args, **(kwargs or {}))
 
 
 class _Devices(TorchDispatchMode):
@@ -122,6 +138,7 @@ def loop(
     support: str = "full",
     source: str = "student",
     clip: float = 0.0,
+    chunk_size: int = 5,
 ) -> Gradients:
     """The chunk loop with gradients, statistics, targets and importance ratios."""
     weight = gpu(V, H, dtype=dtype)
@@ -129,7 +146,7 @@ def loop(
     teacher = Head(gpu(N, H, dtype=dtype), weight if shared else weight.clone(), None)
     rows = RowTensors(gpu(N), ids(), gpu(N), None, None)
     objective = Objective(0, 0.5, 1.0, 0.0, 1.0, 2.0, clip, V, support, 3, source, True)
-    plan = Plan("torch", 5, storage, max_active_rows, True, True, False, True)
+    plan = Plan("torch", chunk_size, storage, max_active_rows, True, True, False, True)
     return divergence_loop.run(student, teacher, rows, objective, plan)[2]
 
 
@@ -210,3 +227,19 @@ def test_no_wait_in_the_loop(pretended_gpu: None, settings: dict[str, Any]) -> N
 def test_the_instrument_sees_a_wait(pretended_gpu: None, wait: Callable[[Tensor], Any]) -> None:
     with pytest.raises((*HOST_WAITS, HostCopy)):
         wait(gpu(N))
+
+
+@pytest.mark.parametrize("bound, limit", [(0, 40), (6, 56)])
+def test_number_of_launches(
+    pretended_gpu: None, monkeypatch: pytest.MonkeyPatch, bound: int, limit: int
+) -> None:
+    # docs/experiments.md takes this number for what a graph would save.
+    monkeypatch.setattr(backends, "row_kernel", lambda name: _one_launch)
+    with _Launches() as launches:
+        loop(max_active_rows=bound, chunk_size=N)
+    assert launches.count <= limit
+
+
+def _one_launch(student: Tensor, *_: Any, **settings: Any) -> Tensor:
+    """Stands for a compiled row kernel."""
+    return student.new_zeros(len(student), 8, dtype=torch.float32)
