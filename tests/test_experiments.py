@@ -17,10 +17,12 @@ sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks.experiments import column_skipping as skipping  # noqa: E402
 from benchmarks.experiments import fp8_delta as fp8  # noqa: E402
+from benchmarks.experiments import tables  # noqa: E402
 from benchmarks.experiments.states import (  # noqa: E402
     DIVERGENCES,
     fp64_truth,
     gaussian,
+    gradient_of,
     smollm2,
 )
 from benchmarks.problem import relative_error  # noqa: E402
@@ -46,7 +48,7 @@ def test_no_rule_keeps_a_zero_gradient() -> None:
 
 @pytest.mark.parametrize("rule", skipping.RULES)
 def test_a_tiny_threshold_changes_nothing(rule: str) -> None:
-    grad, _ = skipping.gradient_of(STATES, "jsd")
+    grad, _ = gradient_of(STATES, "jsd")
     dense = skipping.dense_backward(grad, STATES, 10, skipping.Stopwatch())
     result = skipping.skipping_backward(grad, STATES, 10, rule, 1e-12, skipping.Stopwatch())
     assert result.share == result.block_share == 1.0
@@ -55,7 +57,7 @@ def test_a_tiny_threshold_changes_nothing(rule: str) -> None:
 
 
 def test_mass_bounds_the_error_of_the_gradient_and_skipped_rows_are_zero() -> None:
-    grad, _ = skipping.gradient_of(STATES, "forward_kl")
+    grad, _ = gradient_of(STATES, "forward_kl")
     result = skipping.skipping_backward(grad, STATES, 24, "mass", 0.3, skipping.Stopwatch())
     keep = skipping.by_mass(grad, 0.3)
     assert result.share == int(keep.sum()) / 300 < 1
@@ -69,7 +71,7 @@ def test_mass_bounds_the_error_of_the_gradient_and_skipped_rows_are_zero() -> No
 def test_centring_takes_out_what_all_rows_of_the_head_share() -> None:
     # With a large common vector in W the plain dX is off by it, the centred one is not.
     states = STATES._replace(weight=(STATES.weight.float() + 4.0).bfloat16())
-    grad, _ = skipping.gradient_of(states, "jsd")
+    grad, _ = gradient_of(states, "jsd")
     result = skipping.skipping_backward(grad, states, 24, "mass", 0.1, skipping.Stopwatch())
     errors = skipping.Yardstick(states, "jsd").errors(result)
     assert errors["dX_centred"] < 0.2 < errors["dX"]
@@ -134,3 +136,10 @@ def test_a_missing_model_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("benchmarks.experiments.states.MODEL", ROOT / "no-such-folder")
     with pytest.raises(ValueError, match="hero model smollm2-135m"):
         smollm2("hint", 8)
+
+
+def test_the_page_shows_what_the_files_hold() -> None:
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.filled(page) == page
+    with pytest.raises(ValueError, match="expected 1"):
+        tables.filled("no table")

@@ -42,8 +42,7 @@ from benchmarks.experiments.states import (
     States,
     fp64_truth,
     gaussian,
-    logit_gradient,
-    logits,
+    gradient_of,
     smollm2,
 )
 from benchmarks.machine import describe
@@ -68,7 +67,8 @@ CASES: dict[str, tuple[Callable[[], States], tuple[str, ...], tuple[int, ...]]] 
 
 def by_peak(grad: Tensor, threshold: float) -> Tensor:
     low, high = torch.aminmax(grad, dim=0)
-    return torch.maximum(-low, high).float() > threshold * _norm(grad)
+    norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
+    return torch.maximum(-low, high).float() > threshold * norm
 
 
 def by_row(grad: Tensor, threshold: float) -> Tensor:
@@ -90,10 +90,6 @@ RULES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "mass": by_mass,
 }
 """Which columns of a chunk [R, V] to keep: [V] bool."""
-
-
-def _norm(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad, dtype=torch.float32)
 
 
 class Stopwatch:
@@ -123,8 +119,7 @@ class Backward(NamedTuple):
 
 def dense_backward(grad: Tensor, states: States, chunk: int, watch: Stopwatch) -> Backward:
     """From grad [N, V]: dX by chunks, dW in one product."""
-    d_hidden = torch.empty_like(states.student)
-    d_weight = torch.empty(states.weight.shape)
+    d_hidden, d_weight = torch.empty_like(states.student), torch.empty(states.weight.shape)
     with watch("products"):
         for start in range(0, len(grad), chunk):
             rows = slice(start, start + chunk)
@@ -137,8 +132,7 @@ def skipping_backward(
     grad: Tensor, states: States, chunk: int, rule: str, threshold: float, watch: Stopwatch
 ) -> Backward:
     """The same from the columns that `rule` keeps in each chunk."""
-    d_hidden = torch.empty_like(states.student)
-    d_weight = torch.zeros(states.weight.shape)
+    d_hidden, d_weight = torch.empty_like(states.student), torch.zeros(states.weight.shape)
     row_sums = torch.empty(len(grad))
     shares, block_shares = [], []
     for start in range(0, len(grad), chunk):
@@ -160,12 +154,6 @@ def skipping_backward(
         blocks = torch.nn.functional.pad(keep, (0, -len(keep) % BLOCK)).view(-1, BLOCK)
         block_shares.append(float(blocks.any(1).float().mean()))
     return Backward(d_hidden, d_weight, row_sums, fmean(shares), fmean(block_shares))
-
-
-def gradient_of(states: States, divergence: str) -> tuple[Tensor, float]:
-    """bf16 gradient [N, V] of the logits, as the chunk loop has it, and the loss."""
-    teacher, delta, absolute = logits(states)
-    return logit_gradient(teacher, delta, divergence, absolute)
 
 
 class Yardstick:
@@ -206,7 +194,7 @@ def measure_errors(
         dense = dense_backward(grad, states, max(chunks), Stopwatch())
         yield case | {"rule": "none"} | yardstick.errors(dense)
         for rule, chunk, threshold in product(RULES, chunks, THRESHOLDS):
-            setting = {"rule": rule, "chunk": chunk, "threshold": threshold}
+            setting: dict[str, Any] = {"rule": rule, "chunk": chunk, "threshold": threshold}
             result = skipping_backward(grad, states, **setting, watch=Stopwatch())
             yield case | setting | yardstick.errors(result)
 
@@ -219,16 +207,15 @@ def measure_times(
     for chunk in chunks:
         runs: dict[tuple[str, float], list[dict[str, float]]] = defaultdict(list)
         shares: dict[tuple[str, float], float] = {}
-        for round_ in range(rounds + 1):
-            for rule, threshold in (("none", 0.0), *TIMED):
-                watch = Stopwatch()
-                if rule == "none":
-                    result = dense_backward(grad, states, chunk, watch)
-                else:
-                    result = skipping_backward(grad, states, chunk, rule, threshold, watch)
-                shares[rule, threshold] = result.share
-                if round_:  # the first one warms up
-                    runs[rule, threshold].append(dict(watch.seconds))
+        for round_, setting in product(range(rounds + 1), (("none", 0.0), *TIMED)):
+            watch = Stopwatch()
+            if setting[0] == "none":
+                result = dense_backward(grad, states, chunk, watch)
+            else:
+                result = skipping_backward(grad, states, chunk, *setting, watch)
+            shares[setting] = result.share
+            if round_:  # the first one warms up
+                runs[setting].append(dict(watch.seconds))
         for (rule, threshold), seconds in runs.items():
             stages = {stage: 1e3 * median(run[stage] for run in seconds) for stage in seconds[0]}
             total = 1e3 * median(sum(run.values()) for run in seconds)
@@ -247,7 +234,7 @@ def main() -> None:
         result[part] = {"machine": describe("cpu"), "tokens": TOKENS, "rows": []}
     for name, (make, divergences, chunks) in CASES.items():
         states = make()
-        rows: dict[str, Iterator[dict[str, Any]]] = {
+        rows = {
             "errors": measure_errors(name, states, divergences, chunks),
             "times": measure_times(name, states, chunks),
         }

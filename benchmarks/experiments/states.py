@@ -85,7 +85,8 @@ def smollm2(block: str, tokens: int) -> States:
     policy = Policy.load(ModelConfig(path=str(MODEL), dtype="float32", device="cpu"))
     renderer, prompts = policy.renderer, StandardPrompts()
     length = tokens // len(TEXTS)
-    students, teachers = [], []
+    students: list[Tensor] = []
+    teachers: list[Tensor] = []
     for name in TEXTS:
         text = (ROOT / name).read_text(encoding="utf-8")
         before, after = text[:CONTEXT_CHARACTERS], text[CONTEXT_CHARACTERS:]
@@ -166,3 +167,9 @@ def logit_gradient(
     }
     stats = cpu.divergence_rows(delta, teacher, grad, **arguments)
     return grad, float(stats[:, 0].double().mean())
+
+
+def gradient_of(states: States, divergence: str) -> tuple[Tensor, float]:
+    """bf16 gradient [N, V] of the logits, as the chunk loop has it, and the loss."""
+    teacher, delta, absolute = logits(states)
+    return logit_gradient(teacher, delta, divergence, absolute)
