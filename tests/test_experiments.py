@@ -26,7 +26,11 @@ from benchmarks.experiments.states import (  # noqa: E402
     smollm2,
 )
 from benchmarks.problem import relative_error  # noqa: E402
+from hero_kernels import gemm  # noqa: E402
 
+WIDE_SUMS = gemm.takes_16_bit(torch.device("cpu"), torch.bfloat16)
+SUM_ERROR = 1e-5 if WIDE_SUMS else 5e-3
+"""Of dW: elsewhere torch rounds each chunk's product to bf16."""
 STATES = gaussian(tokens=24, hidden=32, vocab=300, distance=0.03)
 
 
@@ -53,7 +57,7 @@ def test_a_tiny_threshold_changes_nothing(rule: str) -> None:
     result = skipping.skipping_backward(grad, STATES, 10, rule, 1e-12, skipping.Stopwatch())
     assert result.share == result.block_share == 1.0
     torch.testing.assert_close(result.hidden, dense.hidden)
-    torch.testing.assert_close(result.weight, dense.weight, rtol=1e-5, atol=1e-8)
+    assert relative_error(result.weight, dense.weight) < SUM_ERROR
 
 
 def test_mass_bounds_the_error_of_the_gradient_and_skipped_rows_are_zero() -> None:
@@ -63,7 +67,7 @@ def test_mass_bounds_the_error_of_the_gradient_and_skipped_rows_are_zero() -> No
     assert result.share == int(keep.sum()) / 300 < 1
     assert grad[:, ~keep].float().norm() <= 0.3 * grad.float().norm()
     expected = (grad.double() * keep).t() @ STATES.student.double()
-    assert relative_error(result.weight, expected) < 1e-5
+    assert relative_error(result.weight, expected) < SUM_ERROR
     assert torch.count_nonzero(result.weight[~keep]) == 0
     torch.testing.assert_close(result.row_sums, (grad.float() * keep).sum(1))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import BETA, SHARPNESS
-from hero_kernels import cpu, gemm, reference
+from hero_kernels import backends, gemm, reference
 from hero_kernels.chunked import difference_operand
 from hero_kernels.options import Divergence
 
@@ -165,7 +165,9 @@ def logit_gradient(
         "with_stats": False,
         "absolute_rows": absolute,
     }
-    stats = cpu.divergence_rows(delta, teacher, grad, **arguments)
+    request = backends.Request(teacher.device, teacher.dtype, "full", False)
+    row_kernel = backends.row_kernel(backends.choose("auto", request))
+    stats = row_kernel(delta, teacher, grad, **arguments)
     return grad, float(stats[:, 0].double().mean())
 
 
