@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hero_kernels import gemm
-from hero_kernels.options import Storage
+from hero_kernels.options import Design, Storage
 from hero_kernels.rows import STATS
 
 
@@ -44,6 +44,13 @@ class Plan(NamedTuple):
     need_weight: bool
     need_bias: bool
     with_stats: bool
+    design: str = Design.CHUNKED
+    """`Design.CHUNKED` or `Design.SLICED`."""
+    memory_budget: int = 0
+    """Bytes that "sliced" may take beyond inputs and gradients; 0 for its default."""
+    group: str = ""
+    """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
+    accumulate_weight_grad: bool = False
 
     @property
     def need_grad(self) -> bool:
@@ -127,6 +134,10 @@ def run_chunks(
         vocab_size: columns that are real.
         row_kernel: fills `LogitChunk.grad` and returns statistics [R, 8].
         plan: how.
+
+    Returns:
+        Statistics [N, 8] and gradients; of a shard of the vocabulary (`plan.group`) that of the
+        hidden states is one summand, in fp32 (fp64).
     """
     hidden, weight = student.hidden, student.weight
     head = weight[:vocab_size]
@@ -135,6 +146,7 @@ def run_chunks(
     sizes = chunk_sizes(hidden.shape[0], plan.chunk_size)
     longest = max(sizes, default=0)
 
+    narrow = gradient_dtype(hidden.dtype)
     types = buffer_types(hidden.dtype, hidden.device, plan.storage, shared, len(sizes))
     logits = hidden.new_empty(longest, vocab_size, dtype=types.student)
     teacher_logits = None if teacher is None else logits.new_empty(logits.shape, dtype=wide)
@@ -142,7 +154,7 @@ def run_chunks(
     if plan.need_grad:
         in_place = types.gradient == types.student
         grads = logits if in_place else logits.new_empty(logits.shape, dtype=types.gradient)
-    d_hidden = hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden.dtype))
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=wide if plan.group else narrow)
     d_weight = weight.new_zeros(weight.shape if plan.need_weight else 0, dtype=types.weight_sum)
     d_bias = weight.new_zeros(len(weight), dtype=wide)
     stats = hidden.new_empty(hidden.shape[0], STATS, dtype=wide)
@@ -155,10 +167,10 @@ def run_chunks(
     for size in sizes:
         rows = slice(start, start + size)
         start += size
-        h_s = _cleared(hidden[rows], active[rows])
+        h_s = cleared(hidden[rows], active[rows])
         chunk_teacher = None if teacher_logits is None else teacher_logits[:size]
         if teacher is not None and chunk_teacher is not None:
-            h_t = _cleared(teacher.hidden[rows], active[rows])
+            h_t = cleared(teacher.hidden[rows], active[rows])
             if shared:
                 _delta_into(logits[:size], chunk_teacher, h_s, h_t, head, types)
             else:
@@ -178,7 +190,9 @@ def run_chunks(
         )
         if grad is None:
             continue
-        if plan.need_hidden:
+        if plan.need_hidden and plan.group:  # one summand of many: not rounded
+            gemm.add_hidden_gradient(d_hidden[rows], grad, head)
+        elif plan.need_hidden:
             d_hidden[rows] = gemm.hidden_gradient(grad, head)
         if plan.need_weight:
             gemm.add_weight_gradient(d_weight[:vocab_size], grad, h_s)
@@ -255,13 +269,20 @@ def _delta_into(
     delta: Tensor, teacher: Tensor, h_s: Tensor, h_t: Tensor, head: Tensor, types: BufferTypes
 ) -> None:
     """delta [R, V] = (h_s - h_t)·headᵀ and teacher [R, V] = h_t·headᵀ, for a shared head."""
+    operand, still_to_subtract = delta_operand(h_s, h_t, types)
+    gemm.logits_into(head, (teacher, h_t), (delta, operand))
+    if still_to_subtract is not None:
+        delta.addcmul_(teacher, still_to_subtract, value=-1.0)
+
+
+def delta_operand(h_s: Tensor, h_t: Tensor, types: BufferTypes) -> tuple[Tensor, Tensor | None]:
+    """What the head is multiplied by for a delta of type `types.student`: as `difference_operand`,
+    or the difference in fp32 (fp64) where the product takes it.
+    """
     if types.student == types.gradient:  # one rounding at most, to what the GEMM takes
         wide = torch.promote_types(h_s.dtype, torch.float32)
-        gemm.logits_into(head, (teacher, h_t), (delta, h_s.to(wide) - h_t.to(wide)))
-        return
-    operand, still_to_subtract = difference_operand(h_s, h_t)
-    gemm.logits_into(head, (teacher, h_t), (delta, operand))
-    delta.addcmul_(teacher, still_to_subtract, value=-1.0)
+        return h_s.to(wide) - h_t.to(wide), None
+    return difference_operand(h_s, h_t)
 
 
 def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -282,7 +303,7 @@ def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(far, h_s, rounded), far.float()
 
 
-def _cleared(hidden: Tensor, active: Tensor) -> Tensor:
+def cleared(hidden: Tensor, active: Tensor) -> Tensor:
     """Masked rows as zeros: 0·NaN would spoil the sums. On CPU they are gone already."""
     return hidden.masked_fill(~active[:, None], 0) if hidden.is_cuda else hidden
 

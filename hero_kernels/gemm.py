@@ -43,8 +43,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     if grad.dtype == weight.dtype:
         return torch.mm(grad, weight)
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
-    for part in _slices(weight):
-        total.addmm_(grad[:, part], weight[part].to(grad.dtype))
+    add_hidden_gradient(total, grad, weight)
     return total
 
 
@@ -57,6 +56,26 @@ def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
         torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
     else:
         total += torch.mm(grad.t(), hidden)
+
+
+def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """total [R, H] += grad [R, C] · weight [C, H]; `total` may be of a wider type than both."""
+    if grad.dtype == weight.dtype:
+        add_weight_gradient(total, grad.t(), weight)
+        return
+    for part in _slices(weight):
+        total.addmm_(grad[:, part], weight[part].to(grad.dtype))
+
+
+def weight_gradient_into(out: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """out [C, H] = gradᵀ · hidden, of [R, C] and [R, H], rounded once to the type of `out`."""
+    hidden = hidden.to(grad.dtype)
+    if out.dtype == grad.dtype:
+        torch.mm(grad.t(), hidden, out=out)
+    elif out.is_cuda:
+        torch.mm(grad.t(), hidden, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(grad.t(), hidden))
 
 
 def _slices(weight: Tensor) -> Iterator[slice]:

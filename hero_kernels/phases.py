@@ -48,9 +48,6 @@ MASKED = -1e30
 LOG_RATIO_LIMIT = 1e4
 """|x0| where only one side is masked."""
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 20}
-"""Logits worked on at once: slices are chosen for low memory, so is this."""
-
 SCRATCH_TENSORS = 16
 """Bound on the temporaries of one block, in blocks of the wide type."""
 
@@ -107,7 +104,7 @@ def row_statistics(
     columns = _real_columns(student, first_column, vocab_size)
     result = student.new_zeros(len(student), STATISTICS, dtype=_wide(student))
     result[:, MAX_T] = result[:, MAX_S] = MASKED
-    for block in row_blocks(student, BLOCK_ELEMENTS) if columns else ():
+    for block in row_blocks(student, block_elements(student.device)) if columns else ():
         logits = _scaled(student, teacher, block, columns, delta, scaling)
         out, z_t, z_s = result[block], logits.teacher, logits.student
         out[:, MAX_T], out[:, MAX_S] = max_t, max_s = z_t.amax(-1), z_s.amax(-1)
@@ -207,7 +204,7 @@ def row_values(
     """
     columns = _real_columns(student, first_column, vocab_size)
     result = student.new_zeros(len(student), VALUES, dtype=_wide(student))
-    for block in row_blocks(student, BLOCK_ELEMENTS) if columns else ():
+    for block in row_blocks(student, block_elements(student.device)) if columns else ():
         logits = _scaled(student, teacher, block, columns, delta, scaling)
         probs = _log_probs(logits, statistics[block])
         p_s, p_t = probs.student.exp(), probs.teacher.exp()
@@ -253,7 +250,7 @@ def row_gradient(
         vocab_size: as there.
     """
     columns = _real_columns(student, first_column, vocab_size)
-    for block in row_blocks(student, BLOCK_ELEMENTS) if columns else ():
+    for block in row_blocks(student, block_elements(student.device)) if columns else ():
         logits = _scaled(student, teacher, block, columns, delta, scaling)
         probs = _log_probs(logits, statistics[block])
         slope = divergence_slope(
@@ -366,6 +363,11 @@ def _capped(z: Tensor, softcap: float) -> Tensor:
 
 def _clamped(x: Tensor) -> Tensor:
     return x.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+
+
+def block_elements(device: torch.device) -> int:
+    """Logits worked on at once: fewer than in `rows`, as slices are chosen for their low memory."""
+    return 1 << 18 if device.type == "cpu" else 1 << 20
 
 
 def _real_columns(chunk: Tensor, first_column: int, vocab_size: int) -> int:

@@ -191,9 +191,10 @@ def map_rows(
     return stats
 
 
-def row_blocks(chunk: Tensor, elements: dict[str, int] = BLOCK_ELEMENTS) -> Iterator[slice]:
-    """Slices of the rows of `chunk` [R, V] that hold about `elements[device]` logits each."""
-    rows = max(1, elements.get(chunk.device.type, 1 << 24) // max(1, chunk.shape[1]))
+def row_blocks(chunk: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of `chunk` [R, V] that hold about `elements` logits each."""
+    elements = elements or BLOCK_ELEMENTS.get(chunk.device.type, 1 << 24)
+    rows = max(1, elements // max(1, chunk.shape[1]))
     for start in range(0, chunk.shape[0], rows):
         yield slice(start, min(start + rows, chunk.shape[0]))
 

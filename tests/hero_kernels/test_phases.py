@@ -1,7 +1,8 @@
-"""The three phases over any cut of the columns. Oracle: textbook formulas in fp64 (row_cases.py)."""
+"""The three phases over any cut of the columns, against the fp64 formulas of row_cases.py."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from row_cases import DELTA, DIVERGENCES, FLOATS, JSD, check, make_case, relative_error
 from torch import Tensor
 
-from hero_kernels import backends, phases, rows
+from hero_kernels import phases, rows
 
 CUTS: dict[str, list[int]] = {
     "whole": [0, 1300],
@@ -189,7 +190,7 @@ def test_merging_is_associative_and_ignores_empty_pieces() -> None:
             vocab_size=1300,
             **common,
         )
-        for a, b in zip(cuts, cuts[1:], strict=False)
+        for a, b in itertools.pairwise(cuts)
     ]
     assert len({float(part[0, phases.SHIFT]) for part in parts}) > 1
     merge = phases.merge_statistics

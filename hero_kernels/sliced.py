@@ -1,0 +1,361 @@
+"""The low-memory design: all rows at once, the vocabulary in slices whose logits are recomputed.
+
+    statistics   two GEMMs: the logits of each slice, merged over the slices
+    values       two: the same logits again, and the divergence of every row
+    gradient     four (three for a frozen head), in the backward pass: the logits once more, dX
+                 summed in fp32 over the slices, dW of each slice written once, in its final type,
+                 by one product over all rows
+
+Eight GEMMs for forward and backward where the chunk loop has four, four for evaluation. In exchange
+nothing of the head's size exists beside dW itself, which appears in the backward pass only: no fp32
+sum over chunks, and no copy for an upstream gradient, which multiplies the rows' weights instead.
+Statistics and values, 64 bytes a row, are kept from forward to backward.
+
+A value could be had from the statistics pass alone, but only as a difference that loses relative
+precision where teacher and student are close; so could the gradients of both KLs in the forward
+pass with six GEMMs, at the price of holding dW from there on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hero_kernels import gemm, phases, rows
+from hero_kernels.chunked import (
+    Gradients,
+    Head,
+    Plan,
+    buffer_types,
+    cleared,
+    delta_operand,
+    gradient_dtype,
+)
+from hero_kernels.options import Objective
+from hero_kernels.vocab_parallel import Shards, finished, phase_arguments
+
+if TYPE_CHECKING:
+    from hero_kernels.divergence_loop import RowTensors
+
+DEFAULT_BUDGET = 448 << 20
+"""Bytes; with them (8192, 4096, 151936) in bf16 stays below 0.5 GB beside dW."""
+
+SAVED = phases.STATISTICS + phases.VALUES
+"""Columns of what the forward pass keeps for the backward pass."""
+
+_ALIGNMENT = 128
+"""Slices are a multiple of it: whole tiles, and aligned rows of the buffers."""
+_DEFAULT_MIN_WIDTH = 1024
+"""Without a budget of the user's slices get no narrower: the products would be inefficient."""
+_OPERAND_ROWS = 1024
+"""Rows of h_s - h_t worked on at once, for its temporaries."""
+
+
+class Workspace(NamedTuple):
+    """Bytes that a call takes beyond inputs and gradients, at most."""
+
+    fixed: int
+    per_column: int
+    """For each column of a slice."""
+
+    def bytes(self, width: int) -> int:
+        return self.fixed + width * self.per_column
+
+
+class LogitSlice(NamedTuple):
+    """Columns `columns` of the head, C of them, for all N rows."""
+
+    columns: slice
+    student: Tensor  # [N, C] raw logits, or raw_s - raw_t for a shared head
+    teacher: Tensor  # [N, C] raw logits
+    grad: Tensor  # [N, C] to be filled; may be `student` itself
+    arguments: dict[str, Any]  # of the phases
+
+
+def run_slices(
+    student: Head,
+    teacher: Head,
+    active: Tensor,
+    row_tensors: RowTensors,
+    objective: Objective,
+    plan: Plan,
+    kernels: ModuleType,
+    saved: Tensor | None,
+    weight_grad: Tensor | None,
+    scale: Tensor | None,
+    compacted: bool,
+) -> tuple[Tensor, Gradients, Tensor]:
+    """Statistics of every row and the gradients of the sum of weight · ratio · divergence.
+
+    Args:
+        student: N rows, and the head or this rank's shard of it.
+        teacher: the same rows; with the student's own weight tensor the head counts as shared.
+        active: [N] bool; other rows get no gradient, whatever they hold.
+        row_tensors: of the same rows; weights times `scale`.
+        objective: what to compute.
+        plan: how.
+        kernels: the three phases.
+        saved: [N, 16] what an earlier call returned for these rows; None to compute it.
+        weight_grad: [V, H] that the head's gradient, divided by `scale`, is added to; None to
+            return it as it is.
+        scale: [] `power_of_two_scale`, None where it is 1.
+        compacted: whether the hidden states are copies made for this call.
+
+    Returns:
+        Statistics [N, 8] as of a row kernel, gradients, [N, 16] sums over all columns.
+    """
+    shards = Shards.named(plan.group)
+    slices = HeadSlices(student, teacher, active, objective, plan, kernels, shards, compacted)
+    kind = {"divergence": objective.divergence, "beta": objective.beta}
+    if saved is None:
+        statistics = shards.merged(_statistics(slices, row_tensors.target_ids), kernels)
+        values = shards.total(_values(slices, statistics, plan.with_stats, kind))
+    else:
+        statistics, values = saved.split([phases.STATISTICS, phases.VALUES], 1)
+    stats = finished(kernels, statistics, values, row_tensors, objective, plan.with_stats)
+    grads = Gradients(None, None, None)
+    if plan.need_grad:
+        row_scale = row_tensors.weights * stats[:, rows.RATIO]
+        sums = (statistics, values, row_scale)
+        grads = _gradients(slices, sums, kind, plan, weight_grad, scale)
+    return stats, grads, torch.cat([statistics, values], 1)
+
+
+class HeadSlices:
+    """The logits of student and teacher, slice after slice; each iteration computes them again."""
+
+    def __init__(
+        self,
+        student: Head,
+        teacher: Head,
+        active: Tensor,
+        objective: Objective,
+        plan: Plan,
+        kernels: ModuleType,
+        shards: Shards,
+        compacted: bool,
+    ) -> None:
+        hidden = student.hidden
+        self.student, self.teacher = student, teacher
+        self.objective, self.kernels, self.shards = objective, kernels, shards
+        self.shared = teacher.weight is student.weight
+        self.wide = torch.promote_types(hidden.dtype, torch.float32)
+        self.types = buffer_types(hidden.dtype, hidden.device, plan.storage, self.shared, 1)
+        self.first_column, self.columns = shards.place(len(student.weight), objective.vocab_size)
+        space = workspace(
+            *hidden.shape,
+            dtype=hidden.dtype,
+            device=hidden.device,
+            storage=plan.storage,
+            shared_head=self.shared,
+            in_torch=kernels is phases,
+            compacted=compacted,
+        )
+        self.width = slice_width(self.columns, len(hidden), space, plan.memory_budget)
+        # Operands in the type that the products take, so that no product converts them again.
+        self.h_s = cleared(hidden, active).to(self.types.gradient)
+        self.h_t = teacher.hidden if hidden.is_cuda else teacher.hidden.to(self.wide)
+        self.operand, self.still_to_subtract = self.h_s, None
+        if self.shared:
+            self.operand, self.still_to_subtract = self._difference()
+
+    def __iter__(self) -> Iterator[LogitSlice]:
+        num_rows, types = len(self.h_s), self.types
+        buffer = self.h_s.new_empty(num_rows, self.width, dtype=types.student)
+        teacher_buffer = torch.empty_like(buffer, dtype=self.wide)
+        grad_buffer = buffer
+        if types.gradient != types.student:
+            grad_buffer = torch.empty_like(buffer, dtype=types.gradient)
+        for start in range(0, max(self.columns, 1), max(self.width, 1)):
+            columns = slice(start, min(start + self.width, self.columns))
+            used = slice(0, columns.stop - start)
+            logits, teacher_logits = buffer[:, used], teacher_buffer[:, used]
+            self._fill(logits, teacher_logits, columns)
+            yield LogitSlice(
+                columns, logits, teacher_logits, grad_buffer[:, used], self._arguments(columns)
+            )
+
+    def _fill(self, logits: Tensor, teacher_logits: Tensor, columns: slice) -> None:
+        head = self.student.weight[columns]
+        if not self.shared:
+            gemm.logits_into(self.teacher.weight[columns], (teacher_logits, self.h_t))
+            gemm.logits_into(head, (logits, self.operand))
+            return
+        gemm.logits_into(head, (teacher_logits, self.h_t), (logits, self.operand))
+        if self.still_to_subtract is not None:
+            logits.addcmul_(teacher_logits, self.still_to_subtract, value=-1.0)
+
+    def _arguments(self, columns: slice) -> dict[str, Any]:
+        student_bias, teacher_bias = (
+            None if side.bias is None else side.bias[columns].to(self.wide)
+            for side in (self.student, self.teacher)
+        )
+        first = self.first_column + columns.start
+        return phase_arguments(self.objective, student_bias, teacher_bias, self.shared, first)
+
+    def _difference(self) -> tuple[Tensor, Tensor | None]:
+        """`delta_operand` of all rows, part by part: its temporaries are several times its size."""
+        h_s, h_t = self.student.hidden, self.teacher.hidden
+        operand: Tensor | None = None
+        subtract: Tensor | None = None
+        for start in range(0, max(len(h_s), 1), _OPERAND_ROWS):
+            part = slice(start, start + _OPERAND_ROWS)
+            ours, rest = delta_operand(h_s[part], h_t[part], self.types)
+            if operand is None:
+                dtype = h_s.dtype if self.types.student == h_s.dtype else ours.dtype
+                operand = ours.new_empty(h_s.shape, dtype=dtype)
+                subtract = None if rest is None else rest.new_empty(len(h_s), 1)
+            operand[part] = ours
+            if subtract is not None and rest is not None:
+                subtract[part] = rest
+        assert operand is not None
+        return operand, subtract
+
+
+def _statistics(slices: HeadSlices, target_ids: Tensor | None) -> Tensor:
+    """[N, 12] of this rank's columns."""
+    joined: Tensor | None = None
+    for piece in slices:
+        part = slices.kernels.row_statistics(
+            piece.student, piece.teacher, target_ids=target_ids, **piece.arguments
+        )
+        if joined is not None:
+            part = slices.kernels.merge_statistics(torch.stack([joined, part]))
+        joined = part
+    assert joined is not None  # a shard of padding is one empty slice
+    return joined
+
+
+def _values(
+    slices: HeadSlices, statistics: Tensor, with_stats: bool, kind: dict[str, Any]
+) -> Tensor:
+    """[N, 4] sums over this rank's columns."""
+    total = statistics.new_zeros(len(statistics), phases.VALUES)
+    for piece in slices:
+        total += slices.kernels.row_values(
+            piece.student,
+            piece.teacher,
+            statistics,
+            with_stats=with_stats,
+            **kind,
+            **piece.arguments,
+        )
+    return total
+
+
+def _gradients(
+    slices: HeadSlices,
+    sums: tuple[Tensor, Tensor, Tensor],
+    kind: dict[str, Any],
+    plan: Plan,
+    weight_grad: Tensor | None,
+    scale: Tensor | None,
+) -> Gradients:
+    """The gradient pass; `sums` are statistics, values and row scale."""
+    hidden, weight, bias = slices.student
+    d_hidden = d_weight = d_bias = None
+    if plan.need_hidden:
+        d_hidden = hidden.new_zeros(hidden.shape, dtype=slices.wide)
+    if plan.need_weight and weight_grad is None:
+        d_weight = weight.new_empty(weight.shape, dtype=gradient_dtype(weight.dtype))
+        d_weight[slices.columns :] = 0
+    if plan.need_bias and bias is not None:
+        d_bias = torch.zeros_like(bias, dtype=gradient_dtype(bias.dtype))
+    for columns, student, teacher, grad, arguments in slices:
+        slices.kernels.row_gradient(student, teacher, grad, *sums, **kind, **arguments)
+        if d_hidden is not None:
+            gemm.add_hidden_gradient(d_hidden, grad, weight[columns])
+        if d_weight is not None:
+            gemm.weight_gradient_into(d_weight[columns], grad, slices.h_s)
+        elif plan.need_weight and weight_grad is not None:
+            _accumulate(weight_grad[columns], grad, slices.h_s, scale)
+        if d_bias is not None:
+            d_bias[columns] = grad.sum(0, dtype=slices.wide)
+    if d_hidden is not None:
+        d_hidden = slices.shards.add_up(d_hidden).to(gradient_dtype(hidden.dtype))
+    return Gradients(d_hidden, d_weight, d_bias)
+
+
+def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, scale: Tensor | None) -> None:
+    """total [C, H] += gradᵀ · hidden / scale."""
+    if scale is None:
+        gemm.add_weight_gradient(total, grad, hidden)
+        return
+    product = total.new_empty(total.shape, dtype=torch.float32)
+    gemm.weight_gradient_into(product, grad, hidden)
+    total += product.div_(scale)
+
+
+def workspace(
+    num_rows: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str,
+    shared_head: bool,
+    in_torch: bool = True,
+    compacted: bool = False,
+) -> Workspace:
+    """What a call takes, with gradients.
+
+    Args:
+        num_rows: N.
+        hidden_size: H.
+        dtype: of the hidden states.
+        device: of the tensors.
+        storage: value of `Storage`.
+        shared_head: whether teacher and student have one head.
+        in_torch: whether the phases are those in torch, which need temporaries.
+        compacted: whether rows of zero weight are dropped, which copies the hidden states.
+    """
+    types = buffer_types(dtype, device, storage, shared_head, 1)
+    wide = torch.promote_types(dtype, torch.float32)
+    narrow = dtype != wide
+    operand = dtype if device.type == "cuda" else wide
+    elements = wide.itemsize + operand.itemsize * shared_head  # the sum of dX, h_s - h_t
+    if device.type == "cuda":
+        elements += dtype.itemsize  # h_s without masked rows
+    elif narrow:
+        elements += 2 * wide.itemsize  # h_s and h_t in the type of the products
+    elements += 2 * dtype.itemsize * compacted
+    fixed = num_rows * (elements * hidden_size + 8 * SAVED * wide.itemsize)
+    if in_torch:
+        fixed += phases.SCRATCH_TENSORS * phases.block_elements(device) * wide.itemsize
+    logits = wide.itemsize + types.student.itemsize
+    if types.gradient != types.student:
+        logits += types.gradient.itemsize
+    converted = wide.itemsize if narrow and device.type != "cuda" else 0  # weight or dW of a slice
+    return Workspace(fixed, num_rows * logits + hidden_size * converted)
+
+
+def slice_width(columns: int, num_rows: int, space: Workspace, budget: int) -> int:
+    """Columns of a slice: as few slices as the budget allows, of equal width.
+
+    Args:
+        columns: to be cut.
+        num_rows: N, for the message.
+        space: what they take.
+        budget: bytes; 0 for the default, which yields where it is too small to be efficient.
+
+    Raises:
+        ValueError: the budget does not hold a slice of 128 columns.
+    """
+    width = (budget or DEFAULT_BUDGET) - space.fixed
+    width = width // max(space.per_column, 1) // _ALIGNMENT * _ALIGNMENT
+    least = min(columns, _ALIGNMENT if budget else _DEFAULT_MIN_WIDTH)
+    if width < least:
+        if budget:
+            raise ValueError(
+                f"memory_budget={budget} bytes cannot hold a slice of {least} columns for "
+                f"{num_rows} rows, which takes {space.bytes(least)}: raise it, pass fewer rows at "
+                "a time, or use design='chunked'."
+            )
+        width = least
+    count = -(-columns // max(width, 1))
+    even = -(-columns // max(count, 1))
+    return min(columns, -(-even // _ALIGNMENT) * _ALIGNMENT)
