@@ -167,7 +167,7 @@ def fused_linear_divergence(
             student_weight,
             teacher_weight,
             vocab,
-            options.validate,
+            always=checks.values_readable(hidden, options.validate),
         )
     per_row = weighting.reduction == Reduction.NONE
     is_sliced = options.design == Design.SLICED

@@ -204,9 +204,9 @@ def check_shards(
 ) -> None:
     """Raise ValueError, on all ranks, unless all pass shards and rows of the same size and type.
 
-    One small gather, and on CUDA a synchronisation, for every new combination of these on this
-    rank, or `always`. (A combination seen before is not compared again: a rank that alone departs
-    from it later is then noticed by the collectives only.)
+    One small gather, on CUDA a synchronisation, for every combination of these that is new to this
+    rank, or `always`. Not always, a combination seen before is not compared again, so that a rank
+    which alone departs from it is noticed by the collectives only: they fail or wait.
 
     Args:
         group: of size above 1.
