@@ -261,6 +261,11 @@ def pieces(
             f"{len(weight)} tokens on this rank, teacher_weight {len(teacher_weight)}. Pad both "
             "vocabularies to the same length before cutting; vocab_size says how much is real."
         )
+    if options.accumulate_weight_grad and torch.compiler.is_compiling():
+        raise ValueError(
+            "accumulate_weight_grad writes to the weight's gradient in the backward pass, which "
+            "torch.compile cannot trace: leave it False, or call the loss outside of torch.compile."
+        )
     if options.accumulate_weight_grad and weight.requires_grad and not weight.is_leaf:
         raise ValueError(
             "accumulate_weight_grad needs student_weight to be a parameter; got the result of an "

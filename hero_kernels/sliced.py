@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import gemm, phases, rows
+from hero_kernels import gemm, phases
 from hero_kernels.chunked import (
     Gradients,
     Head,
@@ -36,7 +36,7 @@ from hero_kernels.chunked import (
     gradient_dtype,
 )
 from hero_kernels.options import Objective
-from hero_kernels.vocab_parallel import Shards, finished, phase_arguments
+from hero_kernels.vocab_parallel import Shards, finished, phase_arguments, row_scales
 
 if TYPE_CHECKING:
     from hero_kernels.divergence_loop import RowTensors
@@ -119,8 +119,7 @@ def run_slices(
     stats = finished(kernels, statistics, values, row_tensors, objective, plan.with_stats)
     grads = Gradients(None, None, None)
     if plan.need_grad:
-        row_scale = row_tensors.weights * stats[:, rows.RATIO]
-        sums = (statistics, values, row_scale)
+        sums = (statistics, values, row_scales(row_tensors.weights, stats))
         grads = _gradients(slices, sums, kind, plan, weight_grad, scale)
     return stats, grads, torch.cat([statistics, values], 1)
 

@@ -133,8 +133,8 @@ def divergence_of_shard(
     )
     stats = finished(kernels, statistics, values, row_tensors, objective, with_stats)
     if chunk.grad is not None:
-        row_scale = row_tensors.weights * stats[:, rows.RATIO]
-        kernels.row_gradient(*logits, chunk.grad, statistics, values, row_scale, **kind, **common)
+        sums = (statistics, values, row_scales(row_tensors.weights, stats))
+        kernels.row_gradient(*logits, chunk.grad, *sums, **kind, **common)
     return stats
 
 
@@ -153,6 +153,11 @@ def finished(
     if not with_stats:
         stats[:, rows.STUDENT_ENTROPY :] = 0
     return stats
+
+
+def row_scales(weights: Tensor, stats: Tensor) -> Tensor:
+    """[R] weight · importance ratio; 0 for a masked row, whose ratio may be anything."""
+    return (weights * stats[:, rows.RATIO]).where(weights != 0, 0.0)
 
 
 def group_size(group: Any) -> int:
