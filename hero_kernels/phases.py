@@ -22,7 +22,7 @@ from torch import Tensor
 from hero_kernels import rows
 from hero_kernels.rows import capped_gap, divergence_slope, divergence_sums, row_blocks, sech2
 
-STATISTICS = 12
+NUM_STATISTICS = 12
 (
     MAX_T,  # max of z_t; MASKED without columns
     SUM_T,  # sum exp(z_t - MAX_T)
@@ -38,8 +38,8 @@ STATISTICS = 12
 ) = range(11)
 """Columns of the statistics [R, 12]; the last is reserved. Logits are z: all scaling applied."""
 
-VALUES = 4
-DIVERGENCE, CENTRE, ENTROPY_S, ENTROPY_T = range(VALUES)
+NUM_VALUES = 4
+DIVERGENCE, CENTRE, ENTROPY_S, ENTROPY_T = range(NUM_VALUES)
 """Columns of the values [R, 4]; CENTRE as in `rows.divergence_sums`."""
 
 MASKED = -1e30
@@ -102,7 +102,7 @@ def row_statistics(
         [R, 12] fp32 (fp64 for fp64 logits).
     """
     columns = _real_columns(student, first_column, vocab_size)
-    result = student.new_zeros(len(student), STATISTICS, dtype=_wide(student))
+    result = student.new_zeros(len(student), NUM_STATISTICS, dtype=_wide(student))
     result[:, MAX_T] = result[:, MAX_S] = MASKED
     for block in row_blocks(student, block_elements(student.device)) if columns else ():
         logits = _scaled(student, teacher, block, columns, delta, scaling)
@@ -203,7 +203,7 @@ def row_values(
         [R, 4] fp32 (fp64 for fp64 logits); those of all pieces add up.
     """
     columns = _real_columns(student, first_column, vocab_size)
-    result = student.new_zeros(len(student), VALUES, dtype=_wide(student))
+    result = student.new_zeros(len(student), NUM_VALUES, dtype=_wide(student))
     for block in row_blocks(student, block_elements(student.device)) if columns else ():
         logits = _scaled(student, teacher, block, columns, delta, scaling)
         probs = _log_probs(logits, statistics[block])

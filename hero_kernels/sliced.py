@@ -36,7 +36,13 @@ from hero_kernels.chunked import (
     gradient_dtype,
 )
 from hero_kernels.options import Objective
-from hero_kernels.vocab_parallel import Shards, finished, phase_arguments, row_scales
+from hero_kernels.vocab_parallel import (
+    Shards,
+    finished,
+    phase_arguments,
+    row_scales,
+    subtract_teacher,
+)
 
 if TYPE_CHECKING:
     from hero_kernels.divergence_loop import RowTensors
@@ -44,7 +50,7 @@ if TYPE_CHECKING:
 DEFAULT_BUDGET = 448 << 20
 """Bytes; with them (8192, 4096, 151936) in bf16 stays below 0.5 GB beside dW."""
 
-SAVED = phases.STATISTICS + phases.VALUES
+SAVED = phases.NUM_STATISTICS + phases.NUM_VALUES
 """Columns of what the forward pass keeps for the backward pass."""
 
 _ALIGNMENT = 128
@@ -115,8 +121,9 @@ def run_slices(
         statistics = shards.merged(_statistics(slices, row_tensors.target_ids), kernels)
         values = shards.total(_values(slices, statistics, plan.with_stats, kind))
     else:
-        statistics, values = saved.split([phases.STATISTICS, phases.VALUES], 1)
-    stats = finished(kernels, statistics, values, row_tensors, objective, plan.with_stats)
+        statistics = saved[:, : phases.NUM_STATISTICS].contiguous()
+        values = saved[:, phases.NUM_STATISTICS :].contiguous()
+    stats = finished(statistics, values, row_tensors, objective, plan.with_stats)
     grads = Gradients(None, None, None)
     if plan.need_grad:
         sums = (statistics, values, row_scales(row_tensors.weights, stats))
@@ -143,7 +150,7 @@ class HeadSlices:
         self.objective, self.kernels, self.shards = objective, kernels, shards
         self.shared = teacher.weight is student.weight
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
-        self.types = buffer_types(hidden.dtype, hidden.device, plan.storage, self.shared, 1)
+        self.types = buffer_types(hidden.dtype, hidden.device, plan.storage, self.shared)
         self.first_column, self.columns = shards.place(len(student.weight), objective.vocab_size)
         space = workspace(
             *hidden.shape,
@@ -156,11 +163,12 @@ class HeadSlices:
         )
         self.width = slice_width(self.columns, len(hidden), space, plan.memory_budget)
         # Operands in the type that the products take, so that no product converts them again.
+        direct = gemm.takes_16_bit(hidden.device, hidden.dtype)
         self.h_s = cleared(hidden, active).to(self.types.gradient)
-        self.h_t = teacher.hidden if hidden.is_cuda else teacher.hidden.to(self.wide)
-        self.operand, self.still_to_subtract = self.h_s, None
+        self.h_t = teacher.hidden if direct else teacher.hidden.to(self.wide)
+        self.operand, self.absolute_rows = self.h_s, None
         if self.shared:
-            self.operand, self.still_to_subtract = self._difference()
+            self.operand, self.absolute_rows = self._difference()
 
     def __iter__(self) -> Iterator[LogitSlice]:
         num_rows, types = len(self.h_s), self.types
@@ -179,14 +187,16 @@ class HeadSlices:
             )
 
     def _fill(self, logits: Tensor, teacher_logits: Tensor, columns: slice) -> None:
+        if logits.numel() == 0:
+            return
         head = self.student.weight[columns]
         if not self.shared:
             gemm.logits_into(self.teacher.weight[columns], (teacher_logits, self.h_t))
             gemm.logits_into(head, (logits, self.operand))
             return
         gemm.logits_into(head, (teacher_logits, self.h_t), (logits, self.operand))
-        if self.still_to_subtract is not None:
-            logits.addcmul_(teacher_logits, self.still_to_subtract, value=-1.0)
+        if self.absolute_rows is not None:
+            subtract_teacher(logits, teacher_logits, self.absolute_rows)
 
     def _arguments(self, columns: slice) -> dict[str, Any]:
         student_bias, teacher_bias = (
@@ -200,19 +210,19 @@ class HeadSlices:
         """`delta_operand` of all rows, part by part: its temporaries are several times its size."""
         h_s, h_t = self.student.hidden, self.teacher.hidden
         operand: Tensor | None = None
-        subtract: Tensor | None = None
+        absolute: Tensor | None = None
         for start in range(0, max(len(h_s), 1), _OPERAND_ROWS):
             part = slice(start, start + _OPERAND_ROWS)
             ours, rest = delta_operand(h_s[part], h_t[part], self.types)
             if operand is None:
                 dtype = h_s.dtype if self.types.student == h_s.dtype else ours.dtype
                 operand = ours.new_empty(h_s.shape, dtype=dtype)
-                subtract = None if rest is None else rest.new_empty(len(h_s), 1)
+                absolute = None if rest is None else rest.new_empty(len(h_s))
             operand[part] = ours
-            if subtract is not None and rest is not None:
-                subtract[part] = rest
+            if absolute is not None and rest is not None:
+                absolute[part] = rest
         assert operand is not None
-        return operand, subtract
+        return operand, absolute
 
 
 def _statistics(slices: HeadSlices, target_ids: Tensor | None) -> Tensor:
@@ -233,7 +243,7 @@ def _values(
     slices: HeadSlices, statistics: Tensor, with_stats: bool, kind: dict[str, Any]
 ) -> Tensor:
     """[N, 4] sums over this rank's columns."""
-    total = statistics.new_zeros(len(statistics), phases.VALUES)
+    total = statistics.new_zeros(len(statistics), phases.NUM_VALUES)
     for piece in slices:
         total += slices.kernels.row_values(
             piece.student,
@@ -261,15 +271,17 @@ def _gradients(
         d_hidden = hidden.new_zeros(hidden.shape, dtype=slices.wide)
     if plan.need_weight and weight_grad is None:
         d_weight = weight.new_empty(weight.shape, dtype=gradient_dtype(weight.dtype))
-        d_weight[slices.columns :] = 0
+        d_weight[slices.columns if len(hidden) else 0 :] = 0
     if plan.need_bias and bias is not None:
         d_bias = torch.zeros_like(bias, dtype=gradient_dtype(bias.dtype))
     for columns, student, teacher, grad, arguments in slices:
+        if grad.numel() == 0:
+            continue
         slices.kernels.row_gradient(student, teacher, grad, *sums, **kind, **arguments)
         if d_hidden is not None:
             gemm.add_hidden_gradient(d_hidden, grad, weight[columns])
         if d_weight is not None:
-            gemm.weight_gradient_into(d_weight[columns], grad, slices.h_s)
+            gemm.weight_gradient_into(d_weight[columns], grad, slices.h_s, accumulate=False)
         elif plan.need_weight and weight_grad is not None:
             _accumulate(weight_grad[columns], grad, slices.h_s, scale)
         if d_bias is not None:
@@ -281,12 +293,13 @@ def _gradients(
 
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, scale: Tensor | None) -> None:
     """total [C, H] += gradᵀ · hidden / scale."""
-    if scale is None:
-        gemm.add_weight_gradient(total, grad, hidden)
+    one_sum = total.dtype.itemsize >= 4 or (total.is_cuda and total.dtype == grad.dtype)
+    if one_sum and scale is None:
+        gemm.weight_gradient_into(total, grad, hidden, accumulate=True)
         return
-    product = total.new_empty(total.shape, dtype=torch.float32)
-    gemm.weight_gradient_into(product, grad, hidden)
-    total += product.div_(scale)
+    product = total.new_empty(total.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+    gemm.weight_gradient_into(product, grad, hidden, accumulate=False)
+    total += product if scale is None else product.div_(scale)
 
 
 def workspace(
@@ -312,7 +325,7 @@ def workspace(
         in_torch: whether the phases are those in torch, which need temporaries.
         compacted: whether rows of zero weight are dropped, which copies the hidden states.
     """
-    types = buffer_types(dtype, device, storage, shared_head, 1)
+    types = buffer_types(dtype, device, storage, shared_head)
     wide = torch.promote_types(dtype, torch.float32)
     narrow = dtype != wide
     operand = dtype if device.type == "cuda" else wide

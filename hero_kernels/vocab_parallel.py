@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hero_kernels import rows
+from hero_kernels import phases, rows
 from hero_kernels.options import Objective
 from hero_kernels.phases import Scaling
 
@@ -123,6 +123,8 @@ def divergence_of_shard(
         [R, 8] statistics, the same on all ranks; `chunk.grad` is filled.
     """
     assert chunk.teacher is not None  # support="full" has a teacher with logits
+    if chunk.absolute_rows is not None:
+        subtract_teacher(chunk.student, chunk.teacher, chunk.absolute_rows)
     logits = chunk.student, chunk.teacher
     common = phase_arguments(objective, chunk.student_bias, chunk.teacher_bias, delta, first_column)
     kind = {"divergence": objective.divergence, "beta": objective.beta}
@@ -131,7 +133,7 @@ def divergence_of_shard(
     values = shards.total(
         kernels.row_values(*logits, statistics, with_stats=with_stats, **kind, **common)
     )
-    stats = finished(kernels, statistics, values, row_tensors, objective, with_stats)
+    stats = finished(statistics, values, row_tensors, objective, with_stats)
     if chunk.grad is not None:
         sums = (statistics, values, row_scales(row_tensors.weights, stats))
         kernels.row_gradient(*logits, chunk.grad, *sums, **kind, **common)
@@ -139,7 +141,6 @@ def divergence_of_shard(
 
 
 def finished(
-    kernels: ModuleType,
     statistics: Tensor,
     values: Tensor,
     row_tensors: RowTensors,
@@ -147,12 +148,17 @@ def finished(
     with_stats: bool,
 ) -> Tensor:
     """[R, 8] as a row kernel returns them, from the sums of all columns."""
-    stats: Tensor = kernels.finish(
+    stats = phases.finish(
         statistics, values, row_tensors.target_ids, row_tensors.old_logprobs, objective.is_clip
     )
     if not with_stats:
         stats[:, rows.STUDENT_ENTROPY :] = 0
     return stats
+
+
+def subtract_teacher(student: Tensor, teacher: Tensor, absolute_rows: Tensor) -> None:
+    """Make raw_s - raw_t of all rows [R, C], where those of `absolute_rows` hold raw_s."""
+    student.addcmul_(teacher, absolute_rows[:, None].to(teacher.dtype), value=-1.0)
 
 
 def row_scales(weights: Tensor, stats: Tensor) -> Tensor:
