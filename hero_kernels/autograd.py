@@ -19,7 +19,7 @@ from hero_kernels import rows
 from hero_kernels.chunked import Head, Plan, gradient_dtype
 from hero_kernels.divergence_loop import Result, RowTensors, run
 from hero_kernels.options import Design, Objective
-from hero_kernels.sliced import SAVED
+from hero_kernels.workspace import SAVED
 
 # Places among the arguments of the op.
 _STUDENT = slice(0, 3)

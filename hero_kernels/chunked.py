@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     group: str = ""
     """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
     accumulate_weight_grad: bool = False
+    """Whether the backward pass of "sliced" adds the weight's gradient where it accumulates."""
 
     @property
     def need_grad(self) -> bool:

@@ -22,7 +22,7 @@ from hero_kernels.chunked import (
 )
 from hero_kernels.options import Design, Objective, Support
 from hero_kernels.rows_sparse import sparse_rows
-from hero_kernels.sliced import run_slices
+from hero_kernels.sliced import HeadSlices, run_slices
 from hero_kernels.vocab_parallel import Shards, divergence_of_shard
 
 
@@ -120,18 +120,12 @@ def run(
     with torch.autocast(student.hidden.device.type, enabled=False):
         if plan.design == Design.SLICED:
             assert teacher is not None  # support="full" has a teacher with logits
+            kernels = _phases(student, objective, plan)
+            slices = HeadSlices(
+                student, teacher, active, objective, plan, kernels, compacted=kept is not None
+            )
             stats, grads, saved = run_slices(
-                student,
-                teacher,
-                active,
-                scaled,
-                objective,
-                plan,
-                _phases(student, objective, plan),
-                saved,
-                weight_grad,
-                scale if is_half else None,
-                compacted=kept is not None,
+                slices, scaled, saved, weight_grad, scale if is_half else None
             )
             saved = spread(saved.masked_fill(~active[:, None], 0.0), kept, num_rows)
         else:

@@ -7,7 +7,7 @@ import torch
 from hero_kernels import backends
 from hero_kernels.chunked import Plan, layout
 from hero_kernels.options import Design, KernelOptions
-from hero_kernels.sliced import slice_width, workspace
+from hero_kernels.workspace import slice_width, workspace
 
 
 def explain(

@@ -14,13 +14,12 @@ z_t (from delta where there is one): x = x0 - offset, offset = log sum p_t exp(x
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hero_kernels import rows
-from hero_kernels.rows import capped_gap, divergence_slope, divergence_sums, row_blocks, sech2
+from hero_kernels.rows import divergence_slope, divergence_sums, row_blocks
+from hero_kernels.scaled_logits import MASKED, ScaledLogits, Scaling, scaled_logits
 
 NUM_STATISTICS = 12
 (
@@ -42,9 +41,6 @@ NUM_VALUES = 4
 DIVERGENCE, CENTRE, ENTROPY_S, ENTROPY_T = range(NUM_VALUES)
 """Columns of the values [R, 4]; CENTRE as in `rows.divergence_sums`."""
 
-MASKED = -1e30
-"""A logit of -inf: finite, so that the difference of two is 0."""
-
 LOG_RATIO_LIMIT = 1e4
 """|x0| where only one side is masked."""
 
@@ -55,26 +51,6 @@ _NEARBY_MAXIMA = 0.25
 """Maxima closer than this need no shift: sum p_t expm1(gap) stays below 1/2 without it."""
 _CLOSE = 1.0
 """|x| below which log p_s = log p_t + x; above, the student's own sums are at least as accurate."""
-
-
-class Scaling(NamedTuple):
-    """From raw logits to z = cap((raw + bias) · logit_scale) · inv_temperature."""
-
-    inv_temperature: float
-    softcap: float
-    """0 for none."""
-    logit_scale: float
-    student_bias: Tensor | None  # [C] fp32, of the columns at hand
-    teacher_bias: Tensor | None  # [C]; the student's if the head is shared
-
-
-class ScaledLogits(NamedTuple):
-    """Of a block of rows and C columns."""
-
-    teacher: Tensor  # [R, C] z_t
-    student: Tensor  # [R, C] z_s
-    gap: Tensor  # [R, C] z_s - z_t, exact for a delta
-    slope: Tensor | float  # d z_s / d raw_s
 
 
 def row_statistics(
@@ -105,7 +81,7 @@ def row_statistics(
     result = student.new_zeros(len(student), NUM_STATISTICS, dtype=_wide(student))
     result[:, MAX_T] = result[:, MAX_S] = MASKED
     for block in row_blocks(student, block_elements(student.device)) if columns else ():
-        logits = _scaled(student, teacher, block, columns, delta, scaling)
+        logits = scaled_logits(student, teacher, block, columns, delta, scaling)
         out, z_t, z_s = result[block], logits.teacher, logits.student
         out[:, MAX_T], out[:, MAX_S] = max_t, max_s = z_t.amax(-1), z_s.amax(-1)
         out[:, TOP_T] = z_t.argmax(-1) + first_column
@@ -205,7 +181,7 @@ def row_values(
     columns = _real_columns(student, first_column, vocab_size)
     result = student.new_zeros(len(student), NUM_VALUES, dtype=_wide(student))
     for block in row_blocks(student, block_elements(student.device)) if columns else ():
-        logits = _scaled(student, teacher, block, columns, delta, scaling)
+        logits = scaled_logits(student, teacher, block, columns, delta, scaling)
         probs = _log_probs(logits, statistics[block])
         p_s, p_t = probs.student.exp(), probs.teacher.exp()
         out = result[block]
@@ -251,7 +227,7 @@ def row_gradient(
     """
     columns = _real_columns(student, first_column, vocab_size)
     for block in row_blocks(student, block_elements(student.device)) if columns else ():
-        logits = _scaled(student, teacher, block, columns, delta, scaling)
+        logits = scaled_logits(student, teacher, block, columns, delta, scaling)
         probs = _log_probs(logits, statistics[block])
         slope = divergence_slope(
             probs.student.exp(),
@@ -308,45 +284,6 @@ def finish(
     return result
 
 
-def _scaled(
-    student: Tensor,
-    teacher: Tensor,
-    block: slice,
-    columns: int,
-    delta: bool,
-    scaling: Scaling,
-) -> ScaledLogits:
-    """Rows `block` of the first `columns` columns."""
-    dtype = _wide(student)
-    b_s, b_t = (
-        None if bias is None else bias[:columns].to(dtype)
-        for bias in (scaling.student_bias, scaling.teacher_bias)
-    )
-
-    def scaled(raw: Tensor, bias: Tensor | None) -> Tensor:
-        raw = raw[block, :columns].to(dtype)
-        return (raw if bias is None else raw + bias) * scaling.logit_scale
-
-    slope: Tensor | float = scaling.inv_temperature * scaling.logit_scale
-    z_t = scaled(teacher, b_t)
-    if delta:  # a masked column is masked for both, whatever the product made of its delta
-        gap = scaled(student, None).where(z_t >= MASKED, 0.0)
-        if scaling.softcap:
-            slope = slope * sech2((z_t + gap) / scaling.softcap)
-            gap = capped_gap(gap, z_t, scaling.softcap)
-            z_t = _capped(z_t, scaling.softcap)
-        gap = gap * scaling.inv_temperature
-        z_t = (z_t * scaling.inv_temperature).clamp(min=MASKED)
-        return ScaledLogits(z_t, (z_t + gap).clamp(min=MASKED), gap, slope)
-    z_s = scaled(student, b_s)
-    if scaling.softcap:
-        slope = slope * sech2(z_s / scaling.softcap)
-        z_s, z_t = _capped(z_s, scaling.softcap), _capped(z_t, scaling.softcap)
-    z_s = (z_s * scaling.inv_temperature).clamp(min=MASKED)
-    z_t = (z_t * scaling.inv_temperature).clamp(min=MASKED)
-    return ScaledLogits(z_t, z_s, z_s - z_t, slope)
-
-
 def _log_probs(logits: ScaledLogits, statistics: Tensor) -> rows.LogProbs:
     """Of a block of rows, by its merged statistics [R, 12]."""
     stats = statistics[:, :, None]
@@ -355,10 +292,6 @@ def _log_probs(logits: ScaledLogits, statistics: Tensor) -> rows.LogProbs:
     logp_s = (logits.student - stats[:, MAX_S]) - stats[:, SUM_S].log()
     logp_s = (logp_t + log_ratio).where(log_ratio.abs() < _CLOSE, logp_s)
     return rows.LogProbs(logp_s, logp_t, log_ratio, logits.slope)
-
-
-def _capped(z: Tensor, softcap: float) -> Tensor:
-    return softcap * torch.tanh(z / softcap)
 
 
 def _clamped(x: Tensor) -> Tensor:

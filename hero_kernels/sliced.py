@@ -39,37 +39,18 @@ from hero_kernels.options import Objective
 from hero_kernels.vocab_parallel import (
     Shards,
     finished,
+    for_columns,
     phase_arguments,
     row_scales,
     subtract_teacher,
 )
+from hero_kernels.workspace import slice_width, workspace
 
 if TYPE_CHECKING:
     from hero_kernels.divergence_loop import RowTensors
 
-DEFAULT_BUDGET = 448 << 20
-"""Bytes; with them (8192, 4096, 151936) in bf16 stays below 0.5 GB beside dW."""
-
-SAVED = phases.NUM_STATISTICS + phases.NUM_VALUES
-"""Columns of what the forward pass keeps for the backward pass."""
-
-_ALIGNMENT = 128
-"""Slices are a multiple of it: whole tiles, and aligned rows of the buffers."""
-_DEFAULT_MIN_WIDTH = 1024
-"""Without a budget of the user's slices get no narrower: the products would be inefficient."""
 _OPERAND_ROWS = 1024
 """Rows of h_s - h_t worked on at once, for its temporaries."""
-
-
-class Workspace(NamedTuple):
-    """Bytes that a call takes beyond inputs and gradients, at most."""
-
-    fixed: int
-    per_column: int
-    """For each column of a slice."""
-
-    def bytes(self, width: int) -> int:
-        return self.fixed + width * self.per_column
 
 
 class LogitSlice(NamedTuple):
@@ -83,56 +64,52 @@ class LogitSlice(NamedTuple):
 
 
 def run_slices(
-    student: Head,
-    teacher: Head,
-    active: Tensor,
+    slices: HeadSlices,
     row_tensors: RowTensors,
-    objective: Objective,
-    plan: Plan,
-    kernels: ModuleType,
-    saved: Tensor | None,
-    weight_grad: Tensor | None,
-    scale: Tensor | None,
-    compacted: bool,
+    saved: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Gradients, Tensor]:
     """Statistics of every row and the gradients of the sum of weight · ratio · divergence.
+
+    Args:
+        slices: of N rows.
+        row_tensors: of the same rows; weights times `scale`.
+        saved: [N, 16] what an earlier call returned for these rows; None to compute it.
+        weight_grad: [V, H] that the head's gradient, divided by `scale`, is added to; None to
+            return it as it is.
+        scale: [] `power_of_two_scale`, None where it is 1.
+
+    Returns:
+        Statistics [N, 8] as of a row kernel, gradients, [N, 16] sums over all columns.
+    """
+    plan, shards = slices.plan, slices.shards
+    if saved is None:
+        statistics = shards.merged(_statistics(slices, row_tensors.target_ids), slices.kernels)
+        values = shards.total(_values(slices, statistics))
+    else:
+        statistics = saved[:, : phases.NUM_STATISTICS].contiguous()
+        values = saved[:, phases.NUM_STATISTICS :].contiguous()
+    stats = finished(statistics, values, row_tensors, slices.objective, plan.with_stats)
+    grads = Gradients(None, None, None)
+    if plan.need_grad:
+        sums = (statistics, values, row_scales(row_tensors.weights, stats))
+        grads = _gradients(slices, sums, weight_grad, scale)
+    return stats, grads, torch.cat([statistics, values], 1)
+
+
+class HeadSlices:
+    """The logits of student and teacher, slice after slice; each iteration computes them again.
 
     Args:
         student: N rows, and the head or this rank's shard of it.
         teacher: the same rows; with the student's own weight tensor the head counts as shared.
         active: [N] bool; other rows get no gradient, whatever they hold.
-        row_tensors: of the same rows; weights times `scale`.
         objective: what to compute.
         plan: how.
         kernels: the three phases.
-        saved: [N, 16] what an earlier call returned for these rows; None to compute it.
-        weight_grad: [V, H] that the head's gradient, divided by `scale`, is added to; None to
-            return it as it is.
-        scale: [] `power_of_two_scale`, None where it is 1.
         compacted: whether the hidden states are copies made for this call.
-
-    Returns:
-        Statistics [N, 8] as of a row kernel, gradients, [N, 16] sums over all columns.
     """
-    shards = Shards.named(plan.group)
-    slices = HeadSlices(student, teacher, active, objective, plan, kernels, shards, compacted)
-    kind = {"divergence": objective.divergence, "beta": objective.beta}
-    if saved is None:
-        statistics = shards.merged(_statistics(slices, row_tensors.target_ids), kernels)
-        values = shards.total(_values(slices, statistics, plan.with_stats, kind))
-    else:
-        statistics = saved[:, : phases.NUM_STATISTICS].contiguous()
-        values = saved[:, phases.NUM_STATISTICS :].contiguous()
-    stats = finished(statistics, values, row_tensors, objective, plan.with_stats)
-    grads = Gradients(None, None, None)
-    if plan.need_grad:
-        sums = (statistics, values, row_scales(row_tensors.weights, stats))
-        grads = _gradients(slices, sums, kind, plan, weight_grad, scale)
-    return stats, grads, torch.cat([statistics, values], 1)
-
-
-class HeadSlices:
-    """The logits of student and teacher, slice after slice; each iteration computes them again."""
 
     def __init__(
         self,
@@ -142,16 +119,18 @@ class HeadSlices:
         objective: Objective,
         plan: Plan,
         kernels: ModuleType,
-        shards: Shards,
         compacted: bool,
     ) -> None:
         hidden = student.hidden
         self.student, self.teacher = student, teacher
-        self.objective, self.kernels, self.shards = objective, kernels, shards
+        self.objective, self.plan, self.kernels = objective, plan, kernels
+        self.kind = {"divergence": objective.divergence, "beta": objective.beta}
+        self.shards = Shards.named(plan.group)
         self.shared = teacher.weight is student.weight
         self.wide = torch.promote_types(hidden.dtype, torch.float32)
         self.types = buffer_types(hidden.dtype, hidden.device, plan.storage, self.shared)
-        self.first_column, self.columns = shards.place(len(student.weight), objective.vocab_size)
+        place = self.shards.place(len(student.weight), objective.vocab_size)
+        self.first_column, self.columns = place
         space = workspace(
             *hidden.shape,
             dtype=hidden.dtype,
@@ -228,8 +207,9 @@ class HeadSlices:
 def _statistics(slices: HeadSlices, target_ids: Tensor | None) -> Tensor:
     """[N, 12] of this rank's columns."""
     joined: Tensor | None = None
+    kernels = for_columns(slices.columns, slices.kernels)
     for piece in slices:
-        part = slices.kernels.row_statistics(
+        part = kernels.row_statistics(
             piece.student, piece.teacher, target_ids=target_ids, **piece.arguments
         )
         if joined is not None:
@@ -239,18 +219,17 @@ def _statistics(slices: HeadSlices, target_ids: Tensor | None) -> Tensor:
     return joined
 
 
-def _values(
-    slices: HeadSlices, statistics: Tensor, with_stats: bool, kind: dict[str, Any]
-) -> Tensor:
+def _values(slices: HeadSlices, statistics: Tensor) -> Tensor:
     """[N, 4] sums over this rank's columns."""
+    kernels = for_columns(slices.columns, slices.kernels)
     total = statistics.new_zeros(len(statistics), phases.NUM_VALUES)
     for piece in slices:
-        total += slices.kernels.row_values(
+        total += kernels.row_values(
             piece.student,
             piece.teacher,
             statistics,
-            with_stats=with_stats,
-            **kind,
+            with_stats=slices.plan.with_stats,
+            **slices.kind,
             **piece.arguments,
         )
     return total
@@ -259,12 +238,11 @@ def _values(
 def _gradients(
     slices: HeadSlices,
     sums: tuple[Tensor, Tensor, Tensor],
-    kind: dict[str, Any],
-    plan: Plan,
     weight_grad: Tensor | None,
     scale: Tensor | None,
 ) -> Gradients:
     """The gradient pass; `sums` are statistics, values and row scale."""
+    plan = slices.plan
     hidden, weight, bias = slices.student
     d_hidden = d_weight = d_bias = None
     if plan.need_hidden:
@@ -277,7 +255,7 @@ def _gradients(
     for columns, student, teacher, grad, arguments in slices:
         if grad.numel() == 0:
             continue
-        slices.kernels.row_gradient(student, teacher, grad, *sums, **kind, **arguments)
+        slices.kernels.row_gradient(student, teacher, grad, *sums, **slices.kind, **arguments)
         if d_hidden is not None:
             gemm.add_hidden_gradient(d_hidden, grad, weight[columns])
         if d_weight is not None:
@@ -300,74 +278,3 @@ def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, scale: Tensor | Non
     product = total.new_empty(total.shape, dtype=torch.promote_types(grad.dtype, torch.float32))
     gemm.weight_gradient_into(product, grad, hidden, accumulate=False)
     total += product if scale is None else product.div_(scale)
-
-
-def workspace(
-    num_rows: int,
-    hidden_size: int,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    storage: str,
-    shared_head: bool,
-    in_torch: bool = True,
-    compacted: bool = False,
-) -> Workspace:
-    """What a call takes, with gradients.
-
-    Args:
-        num_rows: N.
-        hidden_size: H.
-        dtype: of the hidden states.
-        device: of the tensors.
-        storage: value of `Storage`.
-        shared_head: whether teacher and student have one head.
-        in_torch: whether the phases are those in torch, which need temporaries.
-        compacted: whether rows of zero weight are dropped, which copies the hidden states.
-    """
-    types = buffer_types(dtype, device, storage, shared_head)
-    wide = torch.promote_types(dtype, torch.float32)
-    narrow = dtype != wide
-    operand = dtype if device.type == "cuda" else wide
-    elements = wide.itemsize + operand.itemsize * shared_head  # the sum of dX, h_s - h_t
-    if device.type == "cuda":
-        elements += dtype.itemsize  # h_s without masked rows
-    elif narrow:
-        elements += 2 * wide.itemsize  # h_s and h_t in the type of the products
-    elements += 2 * dtype.itemsize * compacted
-    fixed = num_rows * (elements * hidden_size + 8 * SAVED * wide.itemsize)
-    if in_torch:
-        fixed += phases.SCRATCH_TENSORS * phases.block_elements(device) * wide.itemsize
-    logits = wide.itemsize + types.student.itemsize
-    if types.gradient != types.student:
-        logits += types.gradient.itemsize
-    converted = wide.itemsize if narrow and device.type != "cuda" else 0  # weight or dW of a slice
-    return Workspace(fixed, num_rows * logits + hidden_size * converted)
-
-
-def slice_width(columns: int, num_rows: int, space: Workspace, budget: int) -> int:
-    """Columns of a slice: as few slices as the budget allows, of equal width.
-
-    Args:
-        columns: to be cut.
-        num_rows: N, for the message.
-        space: what they take.
-        budget: bytes; 0 for the default, which yields where it is too small to be efficient.
-
-    Raises:
-        ValueError: the budget does not hold a slice of 128 columns.
-    """
-    width = (budget or DEFAULT_BUDGET) - space.fixed
-    width = width // max(space.per_column, 1) // _ALIGNMENT * _ALIGNMENT
-    least = min(columns, _ALIGNMENT if budget else _DEFAULT_MIN_WIDTH)
-    if width < least:
-        if budget:
-            raise ValueError(
-                f"memory_budget={budget} bytes cannot hold a slice of {least} columns for "
-                f"{num_rows} rows, which takes {space.bytes(least)}: raise it, pass fewer rows at "
-                "a time, or use design='chunked'."
-            )
-        width = least
-    count = -(-columns // max(width, 1))
-    even = -(-columns // max(count, 1))
-    return min(columns, -(-even // _ALIGNMENT) * _ALIGNMENT)

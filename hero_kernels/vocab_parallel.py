@@ -128,16 +128,22 @@ def divergence_of_shard(
     logits = chunk.student, chunk.teacher
     common = phase_arguments(objective, chunk.student_bias, chunk.teacher_bias, delta, first_column)
     kind = {"divergence": objective.divergence, "beta": objective.beta}
-    local = kernels.row_statistics(*logits, target_ids=row_tensors.target_ids, **common)
-    statistics = shards.merged(local, kernels)
+    local = for_columns(chunk.student.shape[1], kernels)
+    part = local.row_statistics(*logits, target_ids=row_tensors.target_ids, **common)
+    statistics = shards.merged(part, kernels)
     values = shards.total(
-        kernels.row_values(*logits, statistics, with_stats=with_stats, **kind, **common)
+        local.row_values(*logits, statistics, with_stats=with_stats, **kind, **common)
     )
     stats = finished(statistics, values, row_tensors, objective, with_stats)
     if chunk.grad is not None:
         sums = (statistics, values, row_scales(row_tensors.weights, stats))
-        kernels.row_gradient(*logits, chunk.grad, *sums, **kind, **common)
+        local.row_gradient(*logits, chunk.grad, *sums, **kind, **common)
     return stats
+
+
+def for_columns(columns: int, kernels: ModuleType) -> ModuleType:
+    """`kernels`, or those in torch for a shard of padding: compiled ones take no empty matrix."""
+    return kernels if columns else phases
 
 
 def finished(

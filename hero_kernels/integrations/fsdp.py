@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def whole_head(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def whole_head(weight: Tensor, dtype: torch.dtype | None = None, reduce_op: str = "avg") -> Tensor:
     """The whole [V, H] weight on every rank, with the gradient that FSDP2 would give.
 
     Each rank computes the loss of its own tokens with it. The gradient of the whole weight is then
@@ -19,13 +19,14 @@ def whole_head(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         loss = fused_linear_divergence(hidden, head, teacher_hidden)
 
     A weight that FSDP2 holds whole at the time (the root's after its forward pass) is returned as
-    it is: its gradient FSDP2 reduces itself. For data parallelism by a sum instead of a mean
-    (`set_gradient_divide_factor`) divide the loss, not the gradient.
+    it is: its gradient FSDP2 reduces itself.
 
     Args:
         weight: [V, H], a DTensor sharded or replicated in any way, or a plain tensor.
         dtype: to gather it in, as FSDP2's `param_dtype`; the gradient is reduced in it too, and
             kept in the type of `weight`.
+        reduce_op: "avg", or "sum" where FSDP2 was told to divide gradients by 1
+            (`set_gradient_divide_factor`).
 
     Returns:
         [V, H], a plain tensor.
@@ -36,5 +37,5 @@ def whole_head(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         weight = weight.to(dtype)
     if not isinstance(weight, DTensor):
         return weight
-    mean = [Partial("avg")] * weight.device_mesh.ndim
-    return weight.full_tensor(grad_placements=mean)
+    of_ranks = [Partial(reduce_op)] * weight.device_mesh.ndim
+    return weight.full_tensor(grad_placements=of_ranks)

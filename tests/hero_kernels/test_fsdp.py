@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tied": True},
     "tied_resharded": {"tied": True, "reshard_after_forward": True},
     "hybrid": {"mesh": (WORLD_SIZE, 1)},
+    "sum": {"reduce_op": "sum", "reshard_after_forward": True},
+    "bf16": {"dtype": torch.bfloat16, "reshard_after_forward": True},
 }
 
 
@@ -75,11 +77,15 @@ def sharded_gradients(rank: int) -> dict[str, dict[str, Tensor]]:
         if "head_unit" in variant:
             fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=variant.get("reshard_after_forward"))
+        if "reduce_op" in variant:
+            model.set_gradient_divide_factor(1.0)
+            model.set_force_sum_reduction_for_comms(True)  # gloo has no other
+        how = {name: variant[name] for name in ("reduce_op", "dtype") if name in variant}
         for step in range(STEPS):  # gradients accumulate
-            early = whole_head(model.lm_head.weight) if "early" in variant else None
+            early = whole_head(model.lm_head.weight, **how) if "early" in variant else None
             hidden = model(ids[step, rank])
-            head = whole_head(model.lm_head.weight) if early is None else early
-            loss_of(hidden, head, teacher[step, rank]).backward()
+            head = whole_head(model.lm_head.weight, **how) if early is None else early
+            loss_of(hidden.to(head.dtype), head, teacher[step, rank].to(head.dtype)).backward()
         results[name] = gradients(model)
     return results
 
@@ -90,19 +96,21 @@ def by_rank() -> list[dict[str, dict[str, Tensor]]]:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_gradients_are_those_of_the_mean_over_ranks(
+def test_gradients_are_those_of_all_ranks(
     by_rank: list[dict[str, dict[str, Tensor]]], name: str
 ) -> None:
     model, ids, teacher = made(VARIANTS[name].get("tied", False))
     for step in range(STEPS):
         for rank in range(WORLD_SIZE):
             hidden, head = model(ids[step, rank]), model.lm_head.weight
-            (loss_of(hidden, head, teacher[step, rank]) / WORLD_SIZE).backward()
-    expected = gradients(model)
+            loss_of(hidden, head, teacher[step, rank]).backward()
+    factor = 1.0 if "reduce_op" in VARIANTS[name] else 1.0 / WORLD_SIZE
+    expected = {parameter: factor * value for parameter, value in gradients(model).items()}
+    rounding = {"rtol": 0.05, "atol": 3e-4} if "dtype" in VARIANTS[name] else {}
     for results in by_rank:
         assert results[name].keys() == expected.keys()
         for parameter, value in expected.items():
-            torch.testing.assert_close(results[name][parameter], value)
+            torch.testing.assert_close(results[name][parameter], value, **rounding)
 
 
 def test_plain_weights_pass_through() -> None:

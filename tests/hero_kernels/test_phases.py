@@ -11,7 +11,7 @@ import torch
 from row_cases import DELTA, DIVERGENCES, FLOATS, JSD, check, make_case, relative_error
 from torch import Tensor
 
-from hero_kernels import phases, rows
+from hero_kernels import backends, phases, rows
 
 CUTS: dict[str, list[int]] = {
     "whole": [0, 1300],
@@ -257,3 +257,15 @@ def test_rows_of_scale_zero_may_hold_anything() -> None:
     case = replace(case, row_weights=torch.tensor([1.0, 0.0, 0.0]))
     _, grad = case.run(in_phases(CUTS["ragged"]))
     assert grad[1:].eq(0).all() and grad[0].isfinite().all()
+
+
+def test_who_has_phases() -> None:
+    request = backends.Request(torch.device("cpu"), torch.float64, "full", False)
+    assert backends.phases_of("auto", request) is phases
+    assert backends.phases_of("torch", request) is phases
+    with pytest.raises(ValueError, match=r"impl='cpu' cannot serve.*does not take torch\.float64"):
+        backends.phases_of("cpu", request)
+    with pytest.raises(ValueError, match=r"cpu: it sees whole rows only.*implemented by 'torch', "):
+        backends.phases_of("cpu", request._replace(dtype=torch.float32))
+    with pytest.raises(ValueError, match="triton: it runs on cuda, the tensors are on cpu"):
+        backends.phases_of("triton", request)

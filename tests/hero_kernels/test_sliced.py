@@ -24,7 +24,8 @@ from hero_kernels.chunked import Gradients, Head, Plan
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.divergence_loop import run as run_loop
 from hero_kernels.options import Objective
-from hero_kernels.sliced import DEFAULT_BUDGET, run_slices, slice_width, workspace
+from hero_kernels.sliced import HeadSlices, run_slices
+from hero_kernels.workspace import DEFAULT_BUDGET, slice_width, workspace
 
 CPU = torch.device("cpu")
 PLAIN = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 400, "full", 0, "student", True)
@@ -209,9 +210,8 @@ def test_masked_rows_that_are_not_dropped(kept: bool) -> None:
     def gradients(teacher: Head) -> Gradients:
         saved = None
         for needed in (plan._replace(need_hidden=False, need_weight=False), plan)[not kept :]:
-            _, grads, saved = run_slices(
-                student, teacher, active, rows, PLAIN, needed, phases, saved, None, None, False
-            )
+            slices = HeadSlices(student, teacher, active, PLAIN, needed, phases, False)
+            _, grads, saved = run_slices(slices, rows, saved)
         return grads
 
     expected = gradients(teacher)
