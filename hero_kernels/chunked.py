@@ -147,7 +147,7 @@ def run_chunks(
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shared = teacher is not None and teacher.weight is weight
     sizes, types, groups, held, sum_type = layout(
-        *hidden.shape, hidden.dtype, hidden.device, shared, plan
+        len(hidden), hidden.shape[1], hidden.dtype, hidden.device, shared, plan
     )
     longest = max(sizes, default=0)
     logits = buffer(hidden, longest, vocab_size, types.student)

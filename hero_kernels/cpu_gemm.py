@@ -47,7 +47,7 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
         products: results and bf16 left operands, all of one shape and stride.
     """
     (out, hidden), *others = products
-    problem = _problem(hidden, weight, out, *out.shape, weight.shape[1])
+    problem = _problem(hidden, weight, out, depth=weight.shape[1])
     second_out, second = others[0] if others else (None, None)
     _call("hero_gemm_logits", problem, cpu.pointer(second), cpu.pointer(second_out))
 
@@ -55,7 +55,7 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [R, V] · weight [V, H], summed in fp32, rounded to bf16: [R, H]."""
     out = grad.new_empty(grad.shape[0], weight.shape[1])
-    _call("hero_gemm_hidden", _problem(grad, weight, out, *out.shape, grad.shape[1]))
+    _call("hero_gemm_hidden", _problem(grad, weight, out, depth=grad.shape[1]))
     return out
 
 
@@ -76,24 +76,22 @@ def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate
         hidden: states.
         accumulate: add to what `total` holds.
     """
-    problem = _problem(grad, hidden, total, *total.shape, grad.shape[0])
+    problem = _problem(grad, hidden, total, depth=grad.shape[0])
     if accumulate:
         assert total.dtype == torch.float32
         problem.store = _ADD_FLOAT
     _call("hero_gemm_weight", problem)
 
 
-def _problem(
-    left: Tensor, right: Tensor, out: Tensor, rows: int, columns: int, depth: int
-) -> _Gemm:
+def _problem(left: Tensor, right: Tensor, out: Tensor, depth: int) -> _Gemm:
     for tensor in (left, right, out):
         assert tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
     return _Gemm(
         left=left.data_ptr(),
         right=right.data_ptr(),
         out=out.data_ptr(),
-        rows=rows,
-        columns=columns,
+        rows=out.shape[0],
+        columns=out.shape[1],
         depth=depth,
         left_stride=left.stride(0),
         right_stride=right.stride(0),
