@@ -61,8 +61,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
     """total [R, H] fp32 += grad [R, V] · weight [V, H], of bf16."""
-    rows, columns = total.shape
-    problem = _problem(grad, weight, total, rows, columns, grad.shape[1])
+    problem = _problem(grad, weight, total, depth=grad.shape[1])
     problem.store = _ADD_FLOAT
     _call("hero_gemm_hidden", problem)
 

@@ -34,8 +34,9 @@ NUM_STATISTICS = 12
     TARGET_GAP,  # gap at the target, likewise
     TOP_T,  # first column that attains MAX_T, as a float: exact below 2^24
     TOP_S,
-) = range(11)
-"""Columns of the statistics [R, 12]; the last is reserved. Logits are z: all scaling applied."""
+    ENERGY,  # sum exp(z_s - MAX_S) (z_s - MAX_S) of kernels that see one side alone; here 0
+) = range(NUM_STATISTICS)
+"""Columns of the statistics [R, 12]. Logits are z: all scaling applied."""
 
 NUM_VALUES = 4
 DIVERGENCE, CENTRE, ENTROPY_S, ENTROPY_T = range(NUM_VALUES)
