@@ -58,7 +58,7 @@ def fused_linear_divergence(
 
     Args:
         student_hidden: [..., H] final hidden states; fp64, fp32, bf16 or fp16.
-        student_weight: [V, H] the head.
+        student_weight: [V, H] the head, or with `options.process_group` this rank's shard of it.
         teacher_hidden: [..., H_t]; None only with `teacher_topk`.
         teacher_weight: [V, H_t]; None if teacher and student share the head (and its bias), as in
             self-distillation. Then the loss is computed from (h_s - h_t)·Wᵀ and keeps its relative

@@ -30,6 +30,7 @@ from hero_kernels.chunked import (
     Gradients,
     Head,
     Plan,
+    buffer,
     buffer_types,
     cleared,
     delta_operand,
@@ -132,7 +133,8 @@ class HeadSlices:
         place = self.shards.place(len(student.weight), objective.vocab_size)
         self.first_column, self.columns = place
         space = workspace(
-            *hidden.shape,
+            len(hidden),
+            max(hidden.shape[1], teacher.hidden.shape[1]),
             dtype=hidden.dtype,
             device=hidden.device,
             storage=plan.storage,
@@ -151,15 +153,15 @@ class HeadSlices:
 
     def __iter__(self) -> Iterator[LogitSlice]:
         num_rows, types = len(self.h_s), self.types
-        buffer = self.h_s.new_empty(num_rows, self.width, dtype=types.student)
-        teacher_buffer = torch.empty_like(buffer, dtype=self.wide)
-        grad_buffer = buffer
+        student_buffer = buffer(self.h_s, num_rows, self.width, types.student)
+        teacher_buffer = buffer(self.h_s, num_rows, self.width, self.wide)
+        grad_buffer = student_buffer
         if types.gradient != types.student:
-            grad_buffer = torch.empty_like(buffer, dtype=types.gradient)
+            grad_buffer = buffer(self.h_s, num_rows, self.width, types.gradient)
         for start in range(0, max(self.columns, 1), max(self.width, 1)):
             columns = slice(start, min(start + self.width, self.columns))
             used = slice(0, columns.stop - start)
-            logits, teacher_logits = buffer[:, used], teacher_buffer[:, used]
+            logits, teacher_logits = student_buffer[:, used], teacher_buffer[:, used]
             self._fill(logits, teacher_logits, columns)
             yield LogitSlice(
                 columns, logits, teacher_logits, grad_buffer[:, used], self._arguments(columns)

@@ -19,6 +19,8 @@ _ALIGNMENT = 128
 """Slices are a multiple of it: whole tiles, and aligned rows of the buffers."""
 _DEFAULT_MIN_WIDTH = 1024
 """Without a budget of the user's slices get no narrower: the products would be inefficient."""
+_CPU_SPACING = 127
+"""Columns by which `chunked.buffer` spaces the rows of a buffer on CPU, at most."""
 
 
 class Workspace(NamedTuple):
@@ -47,7 +49,7 @@ def workspace(
 
     Args:
         num_rows: N.
-        hidden_size: H.
+        hidden_size: H, the larger one where teacher and student differ.
         dtype: of the hidden states.
         device: of the tensors.
         storage: value of `Storage`.
@@ -72,6 +74,8 @@ def workspace(
     if types.gradient != types.student:
         logits += types.gradient.itemsize
     converted = wide.itemsize if narrow and device.type != "cuda" else 0  # weight or dW of a slice
+    if device.type == "cpu":
+        fixed += num_rows * logits * _CPU_SPACING
     return Workspace(fixed, num_rows * logits + hidden_size * converted)
 
 
@@ -87,8 +91,8 @@ def slice_width(columns: int, num_rows: int, space: Workspace, budget: int) -> i
     Raises:
         ValueError: the budget does not hold a slice of 128 columns.
     """
-    width = (budget or DEFAULT_BUDGET) - space.fixed
-    width = width // max(space.per_column, 1) // _ALIGNMENT * _ALIGNMENT
+    room = ((budget or DEFAULT_BUDGET) - space.fixed) // max(space.per_column, 1)
+    width = columns if room >= columns else room // _ALIGNMENT * _ALIGNMENT
     least = min(columns, _ALIGNMENT if budget else _DEFAULT_MIN_WIDTH)
     if width < least:
         if budget:

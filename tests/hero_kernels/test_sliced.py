@@ -307,6 +307,7 @@ def test_half_a_gigabyte_at_the_size_of_qwen3_8b(in_torch: bool, shared: bool) -
 @pytest.mark.parametrize("columns", [0, 1, 127, 128, 1000, 49152, 151936])
 def test_slice_widths(columns: int) -> None:
     space = workspace(64, 32, dtype=torch.float32, device=CPU, storage="float32", shared_head=True)
+    assert slice_width(columns, 64, space, space.bytes(columns)) == columns
     for room in (128, 200, 1 << 20):
         width = slice_width(columns, 64, space, space.bytes(room))
         assert width <= min(columns, max(room, 128))
