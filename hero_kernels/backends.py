@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels.options import KernelOptions, Objective, Support
+from hero_kernels.options import Objective, Support
 
 RowKernel = Callable[..., Tensor]
 """See `rows.divergence_rows`."""
 
 _CPU_CHUNK = 256
-_CUDA_WORKSPACE = 2 << 30
+_CUDA_WORKSPACE = 3 << 30
 _MIN_CUDA_CHUNK, _MAX_CUDA_CHUNK = 256, 8192
 
 
@@ -177,15 +177,13 @@ def request_of(tensor: Tensor, objective: Objective) -> Request:
     return Request(tensor.device, tensor.dtype, objective.support, clips)
 
 
-def chunk_rows(options: KernelOptions, device: torch.device, vocab_size: int) -> int:
-    """Rows of logits held at once.
+def chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits held at once if nothing is said.
 
-    On CPU 256 rows keep the GEMM busy. On CUDA the chunk is as large as 2 GiB of logits allow,
-    since dX of a small chunk has too few tiles to fill the device.
+    On CPU 256 rows keep the GEMM busy. On CUDA the chunk is as large as `_CUDA_WORKSPACE` of fp32
+    logits of both sides allows, since dX of a small chunk has too few tiles to fill the device.
     """
-    if options.chunk_size is not None:
-        return options.chunk_size
-    if device.type == "cpu":
+    if device.type != "cuda":
         return _CPU_CHUNK
-    rows = _CUDA_WORKSPACE // (6 * vocab_size) // 256 * 256
+    rows = _CUDA_WORKSPACE // (8 * vocab_size) // 256 * 256
     return max(_MIN_CUDA_CHUNK, min(_MAX_CUDA_CHUNK, rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks, vocab_parallel
+from hero_kernels import checks, planner, vocab_parallel
 from hero_kernels.autograd import linear_divergence
 from hero_kernels.chunked import Plan
 from hero_kernels.divergence_loop import RowTensors
@@ -170,26 +170,40 @@ def fused_linear_divergence(
             always=checks.values_readable(hidden, options.validate),
         )
     per_row = weighting.reduction == Reduction.NONE
-    is_sliced = options.design == Design.SLICED
-    in_forward = torch.is_grad_enabled() and not (per_row or is_sliced)
-    need_hidden, need_weight, need_bias = (
-        in_forward and tensor is not None and tensor.requires_grad
+    wants_grad = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (student_hidden, student_weight, student_bias)
-    )
+    ]
     plan = Plan(
         impl=impl,
-        chunk_size=backends.chunk_rows(options, hidden.device, vocab),
+        chunk_size=options.chunk_size or 0,
         storage=str(options.storage),
         max_active_rows=options.max_active_rows or 0,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-        need_bias=need_bias,
+        need_hidden=wants_grad[0],
+        need_weight=wants_grad[1],
+        need_bias=wants_grad[2],
         with_stats=return_stats,
-        design=str(Design.SLICED if is_sliced else Design.CHUNKED),
+        design=str(options.design),
         memory_budget=options.memory_budget or 0,
         group=vocab_parallel.group_name(options.process_group),
         accumulate_weight_grad=options.accumulate_weight_grad,
     )
+    teacher_size = 0 if teacher_weight is None else teacher_weight.shape[1]
+    design, chunk_size = planner.decide(
+        planner.row_bound(hidden, options),
+        max(hidden.shape[1], teacher_size),
+        len(student_weight),
+        str(hidden.device),
+        hidden.dtype,
+        teacher_weight is None,
+        str(divergence),
+        objective.support,
+        objective.pointwise_clip > 0,
+        *plan,
+    )
+    plan = plan._replace(design=design, chunk_size=chunk_size)
+    if per_row or design == Design.SLICED:  # gradients are formed in the backward pass
+        plan = plan._replace(need_hidden=False, need_weight=False, need_bias=False)
     loss, stats, *_ = linear_divergence(
         hidden,
         student_weight,

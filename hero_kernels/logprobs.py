@@ -94,7 +94,7 @@ def linear_logprobs(
         float(logit_scale),
         vocab,
         return_entropy,
-        backends.chunk_rows(options, hidden.device, vocab),
+        options.chunk_size or backends.chunk_rows(hidden.device, vocab),
         str(options.storage),
         options.max_active_rows or 0,
     )

@@ -94,9 +94,10 @@ class KernelOptions:
     validate: bool = False
     """Check values too (NaN weights, ids out of range); on CUDA that is a synchronisation."""
     design: str = Design.AUTO
-    """"chunked" (what "auto" stands for) or "sliced"; see `Design`."""
+    """"auto" lets the planner choose (planner.py), "chunked" or "sliced" fix it; see `Design`."""
     memory_budget: int | None = None
-    """Bytes beyond inputs and gradients; None for 448 MiB. Sets the slice width of "sliced"."""
+    """Bytes beyond inputs and gradients. The planner takes the fastest design and chunk that fit;
+    without a budget "chunked", or for a named "sliced" slices that fit 448 MiB."""
     process_group: ProcessGroup | None = None
     """Tensor parallelism over the vocabulary: each member passes its shard of the head (and bias),
     all of the same size, in the order of their ranks; `vocab_size` counts the real tokens of all

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -12,7 +9,6 @@ from hero_kernels import explain, supports
 from hero_kernels.backends import Request, choose, chunk_rows
 from hero_kernels.chunked import chunk_sizes
 from hero_kernels.gemm import takes_16_bit
-from hero_kernels.options import KernelOptions
 
 
 def request(
@@ -83,19 +79,6 @@ def test_chunks_are_even_and_complete(rows: int, size: int) -> None:
 
 def test_chunk_rows_follow_the_device() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert chunk_rows(KernelOptions(chunk_size=7), cuda, 50) == 7
-    assert chunk_rows(KernelOptions(), cpu, 49152) == 256
-    assert chunk_rows(KernelOptions(), cuda, 151936) * 151936 * 6 <= 2 << 30
-    assert chunk_rows(KernelOptions(), cuda, 49152) >= 4096
-
-
-def test_import_is_light() -> None:
-    """No Triton, no transformers, nothing of `hero`."""
-    code = (
-        "import sys, torch; before = set(sys.modules); import hero_kernels; "
-        "print(' '.join(m.split('.')[0] for m in set(sys.modules) - before))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert not {"triton", "transformers", "hero", "numpy"} & set(done.stdout.split())
+    assert chunk_rows(cpu, 49152) == 256
+    assert chunk_rows(cuda, 151936) * 151936 * 8 <= 3 << 30
+    assert chunk_rows(cuda, 49152) >= 4096
