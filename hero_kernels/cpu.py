@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hero_kernels.row_arguments import check_matrices, check_vectors
 
-ABI_VERSION = 1
-"""Version of the C struct below; csrc/rows_problem.h holds the same number."""
+ABI_VERSION = 2
+"""Version of the C structs here and in cpu_logprobs.py; csrc/rows_problem.h holds the same."""
 
 NUM_STATS = 8
 OUT_OF_MEMORY = 1
@@ -77,7 +77,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the library is not available.
     """
-    return INSTRUCTION_SETS[_library().hero_instruction_set()]
+    return INSTRUCTION_SETS[library().hero_instruction_set()]
 
 
 def has_threads() -> bool:
@@ -86,14 +86,19 @@ def has_threads() -> bool:
     Raises:
         RuntimeError: the library is not available.
     """
-    return bool(_library().hero_has_threads())
+    return bool(library().hero_has_threads())
 
 
-def _library() -> ctypes.CDLL:
-    library, reason = _load()
-    if library is None:
+def library() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        RuntimeError: it is not available.
+    """
+    loaded, reason = _load()
+    if loaded is None:
         raise RuntimeError(reason)
-    return library
+    return loaded
 
 
 def divergence_rows(
@@ -199,13 +204,12 @@ def _divergence_rows(
     instruction_set: int,
 ) -> Tensor:
     """The op behind `divergence_rows`; `instruction_set` forces one (-1: the machine's best)."""
-    library = _library()
     check_matrices(student, teacher, grad, vocab_size)
     check_vectors(student, target_ids, row_weights, old_logprobs, vocab_size)
     rows, columns = student.shape
     stats = torch.empty((rows, NUM_STATS), dtype=torch.float32)
     # Biases are [V]: the copies cost nothing beside [R, V], and must outlive the call.
-    biases = [_bias(student_bias, columns), _bias(teacher_bias, columns)]
+    biases = [float_bias(student_bias, columns), float_bias(teacher_bias, columns)]
     problem = _RowsProblem(
         student=student.data_ptr(),
         teacher=teacher.data_ptr(),
@@ -236,8 +240,8 @@ def _divergence_rows(
         is_clip=is_clip,
     )
     if instruction_set < 0:
-        instruction_set = library.hero_instruction_set()
-    status = library.hero_divergence_rows(ctypes.byref(problem), instruction_set)
+        instruction_set = library().hero_instruction_set()
+    status = library().hero_divergence_rows(ctypes.byref(problem), instruction_set)
     if status == OUT_OF_MEMORY:
         raise RuntimeError(f"The C++ row kernel found no memory for rows of {columns} logits.")
     if status:
@@ -256,7 +260,8 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _bias(bias: Tensor | None, columns: int) -> Tensor | None:
+def float_bias(bias: Tensor | None, columns: int) -> Tensor | None:
+    """[columns] in fp32, contiguous; raises ValueError for another shape."""
     if bias is None:
         return None
     if bias.shape != (columns,):

@@ -154,7 +154,7 @@ def map_rows(
     stats[:, RATIO] = 1.0
     if grad is not None and grad.shape[1] > vocab_size:
         grad[:, vocab_size:] = 0
-    for rows in _blocks(student):
+    for rows in row_blocks(student):
         probs = log_probs(
             student[rows, :vocab_size],
             None if teacher is None else teacher[rows, :vocab_size],
@@ -191,8 +191,9 @@ def map_rows(
     return stats
 
 
-def _blocks(chunk: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS.get(chunk.device.type, 1 << 24) // max(1, chunk.shape[1]))
+def row_blocks(chunk: Tensor, elements: dict[str, int] = BLOCK_ELEMENTS) -> Iterator[slice]:
+    """Slices of the rows of `chunk` [R, V] that hold about `elements[device]` logits each."""
+    rows = max(1, elements.get(chunk.device.type, 1 << 24) // max(1, chunk.shape[1]))
     for start in range(0, chunk.shape[0], rows):
         yield slice(start, min(start + rows, chunk.shape[0]))
 
