@@ -117,6 +117,7 @@ def run_chunks(
     vocab_size: int,
     row_kernel: Callable[[LogitChunk], Tensor],
     plan: Plan,
+    num_stats: int = STATS,
 ) -> tuple[Tensor, Gradients]:
     """Statistics of every row and the gradients of what the row kernel differentiates.
 
@@ -125,8 +126,9 @@ def run_chunks(
         teacher: the same rows; with the student's own weight tensor the head counts as shared.
         active: [N] bool; other rows are computed from zeros, whatever they hold.
         vocab_size: columns that are real.
-        row_kernel: fills `LogitChunk.grad` and returns statistics [R, 8].
+        row_kernel: fills `LogitChunk.grad` and returns statistics [R, num_stats].
         plan: how.
+        num_stats: columns of the statistics.
     """
     hidden, weight = student.hidden, student.weight
     head = weight[:vocab_size]
@@ -145,7 +147,7 @@ def run_chunks(
     d_hidden = hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden.dtype))
     d_weight = weight.new_zeros(weight.shape if plan.need_weight else 0, dtype=types.weight_sum)
     d_bias = weight.new_zeros(len(weight), dtype=wide)
-    stats = hidden.new_empty(hidden.shape[0], STATS, dtype=wide)
+    stats = hidden.new_empty(hidden.shape[0], num_stats, dtype=wide)
     student_bias, teacher_bias = (
         None if side is None or side.bias is None else side.bias[:vocab_size].to(wide)
         for side in (student, teacher)

@@ -108,13 +108,13 @@ def test_opcheck() -> None:
     hidden, weight, bias, ids = tensors(torch.float32)
     mask = torch.arange(13) % 3 != 0
     settings = (0.7, 0.0, 1.0, 50)
-    loop = (4, "float32", 0)
+    loop = ("torch", 4, "float32", 0)
     torch.library.opcheck(
         _linear_logprobs, (hidden, weight, bias, ids, mask, *settings, True, *loop)
     )
-    upstream = torch.randn(13, 2)
+    upstream, stats = torch.randn(13, 2), torch.randn(13, 4)
     frozen = (hidden.detach(), weight.detach(), bias.detach())
     torch.library.opcheck(
         _linear_logprobs_backward,
-        (*frozen, ids, mask, upstream, *settings, *loop, True, False, True),
+        (*frozen, ids, mask, stats, upstream, *settings, *loop, True, False, True),
     )
