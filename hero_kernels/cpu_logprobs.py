@@ -187,6 +187,7 @@ def _call(
     vocab_size: int,
     with_entropy: bool,
 ) -> None:
+    assert (grad is None) == (upstream is None), "the gradient needs somewhere to go"
     library = cpu.library()
     check_targets(logits, target_ids, vocab_size)
     rows, columns = logits.shape

@@ -108,6 +108,8 @@ def backward(
         transform: as for `forward`.
         plan: which gradients, and how.
     """
+    if not plan.need_grad:
+        return Gradients(None, None, None)
     kernels = backends.logprob_kernels(backends.resolve_logprobs(plan.impl, head.hidden))
     num_rows = len(head.hidden)
     live = tokens.mask & (upstream != 0).any(1)
