@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from types import ModuleType
 from typing import Any
@@ -20,6 +19,7 @@ from logprob_cases import (
     make_case,
     relative_error,
 )
+from row_cases import far_apart
 from torch import Tensor
 
 from hero_kernels import cpu, cpu_logprobs, logprob_rows
@@ -119,23 +119,17 @@ def test_no_rows(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_than_2_31_logits(kernels: ModuleType, dtype: torch.dtype) -> None:
-    """64-bit offsets: rows so far apart that the last starts beyond element 2^31.
-
-    The memory between them is reserved by the operating system but never touched, so never taken.
-    """
-    stride, vocab = 2**30 + 64, 1300
-    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    memory = mmap.mmap(-1, (2 * stride + vocab) * dtype.itemsize, flags=anonymous)
-    sparse = torch.frombuffer(memory, dtype=dtype).as_strided((3, vocab), (stride, 1))
-    case = make_case(rows=3, vocab=vocab)
+    """64-bit offsets: rows so far apart that the last starts beyond element 2^31."""
+    case = make_case(rows=3)
     case.target_ids[2] = 17
-    sparse.copy_(case.logits)
-    case.logits = sparse
+    case.logits = case.logits.to(dtype)
     expected, true_grad = case.truth()
+    case.logits = logits = far_apart(case.logits)
+    assert logits.stride(0) * 2 > 2**31
     stats = case.statistics(kernels)
-    kernels.logprob_gradient(sparse, sparse, stats, case.upstream, **case.arguments())
+    kernels.logprob_gradient(logits, logits, stats, case.upstream, **case.arguments())
     torch.testing.assert_close(stats[:, :2].double(), expected, rtol=1e-6, atol=3e-6)
-    assert relative_error(sparse, true_grad) < (3e-6 if dtype == torch.float32 else 4e-3)
+    assert relative_error(logits, true_grad) < (3e-6 if dtype == torch.float32 else 4e-3)
 
 
 @BUILT
