@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hero_kernels.row_arguments import check_matrices, check_vectors
 
-ABI_VERSION = 2
-"""Version of the C structs here and in cpu_logprobs.py; csrc/rows_problem.h holds the same."""
+ABI_VERSION = 3
+"""Version of the C interface; csrc/rows_problem.h holds the same number."""
 
 NUM_STATS = 8
 OUT_OF_MEMORY = 1
@@ -32,7 +32,10 @@ class _RowsProblem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad")),
         *((name, ctypes.c_void_p) for name in ("student_bias", "teacher_bias", "target_ids")),
-        *((name, ctypes.c_void_p) for name in ("row_weights", "old_logprobs", "stats")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("row_weights", "old_logprobs", "absolute_rows", "stats")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "vocab_size")),
         *((name, ctypes.c_int64) for name in ("student_stride", "teacher_stride", "grad_stride")),
         *((name, ctypes.c_int32) for name in ("student_dtype", "teacher_dtype", "grad_dtype")),
@@ -89,16 +92,29 @@ def has_threads() -> bool:
     return bool(library().hero_has_threads())
 
 
+def advise_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for huge pages under a fresh CPU tensor, if the library is there; returns the tensor.
+
+    A fresh buffer costs a page fault for each page that is touched first; the values are the same.
+    """
+    library, _ = _load()
+    if library is not None and tensor.device.type == "cpu":
+        library.hero_advise_huge_pages(
+            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
+        )
+    return tensor
+
+
 def library() -> ctypes.CDLL:
-    """The library.
+    """The loaded library.
 
     Raises:
         RuntimeError: it is not available.
     """
-    loaded, reason = _load()
-    if loaded is None:
+    library, reason = _load()
+    if library is None:
         raise RuntimeError(reason)
-    return loaded
+    return library
 
 
 def divergence_rows(
@@ -120,6 +136,7 @@ def divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None = None,
 ) -> Tensor:
     """Divergence, statistics and gradient of every row, in one parallel sweep.
 
@@ -149,6 +166,7 @@ def divergence_rows(
         is_clip: upper limit of the importance ratio; 0 for none.
         vocab_size: number of real columns.
         with_stats: fill columns 4 to 6.
+        absolute_rows: [R] bool; with `delta`, rows whose `student` holds z_s all the same.
 
     Returns:
         [R, 8] fp32: divergence (unweighted), importance ratio, log p_s(y), log p_t(y), student
@@ -176,6 +194,7 @@ def divergence_rows(
         is_clip,
         vocab_size,
         with_stats,
+        absolute_rows,
         instruction_set=-1,
     )
 
@@ -201,24 +220,27 @@ def _divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None,
     instruction_set: int,
 ) -> Tensor:
     """The op behind `divergence_rows`; `instruction_set` forces one (-1: the machine's best)."""
+    kernels = library()
     check_matrices(student, teacher, grad, vocab_size)
-    check_vectors(student, target_ids, row_weights, old_logprobs, vocab_size)
+    check_vectors(student, target_ids, row_weights, old_logprobs, absolute_rows, vocab_size)
     rows, columns = student.shape
     stats = torch.empty((rows, NUM_STATS), dtype=torch.float32)
     # Biases are [V]: the copies cost nothing beside [R, V], and must outlive the call.
-    biases = [float_bias(student_bias, columns), float_bias(teacher_bias, columns)]
+    biases = [fp32_bias(student_bias, columns), fp32_bias(teacher_bias, columns)]
     problem = _RowsProblem(
         student=student.data_ptr(),
         teacher=teacher.data_ptr(),
-        grad=_pointer(grad),
-        student_bias=_pointer(biases[0]),
-        teacher_bias=_pointer(biases[1]),
-        target_ids=_pointer(target_ids),
+        grad=pointer(grad),
+        student_bias=pointer(biases[0]),
+        teacher_bias=pointer(biases[1]),
+        target_ids=pointer(target_ids),
         row_weights=row_weights.data_ptr(),
-        old_logprobs=_pointer(old_logprobs),
+        old_logprobs=pointer(old_logprobs),
+        absolute_rows=pointer(absolute_rows),
         stats=stats.data_ptr(),
         rows=rows,
         columns=columns,
@@ -240,8 +262,8 @@ def _divergence_rows(
         is_clip=is_clip,
     )
     if instruction_set < 0:
-        instruction_set = library().hero_instruction_set()
-    status = library().hero_divergence_rows(ctypes.byref(problem), instruction_set)
+        instruction_set = kernels.hero_instruction_set()
+    status = kernels.hero_divergence_rows(ctypes.byref(problem), instruction_set)
     if status == OUT_OF_MEMORY:
         raise RuntimeError(f"The C++ row kernel found no memory for rows of {columns} logits.")
     if status:
@@ -256,11 +278,12 @@ def _(student: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return student.new_empty((student.shape[0], NUM_STATS), dtype=torch.float32)
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of the first element; None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def float_bias(bias: Tensor | None, columns: int) -> Tensor | None:
+def fp32_bias(bias: Tensor | None, columns: int) -> Tensor | None:
     """[columns] in fp32, contiguous; raises ValueError for another shape."""
     if bias is None:
         return None

@@ -191,13 +191,13 @@ def _call(
     library = cpu.library()
     check_targets(logits, target_ids, vocab_size)
     rows, columns = logits.shape
-    bias = cpu.float_bias(bias, columns)  # [V]: a copy costs nothing, and must outlive the call
+    bias = cpu.fp32_bias(bias, columns)  # [V]: a copy costs nothing, and must outlive the call
     problem = _LogprobsProblem(
         logits=logits.data_ptr(),
-        grad=None if grad is None else grad.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
+        grad=cpu.pointer(grad),
+        bias=cpu.pointer(bias),
         target_ids=target_ids.data_ptr(),
-        upstream=None if upstream is None else upstream.data_ptr(),
+        upstream=cpu.pointer(upstream),
         stats=stats.data_ptr(),
         rows=rows,
         columns=columns,

@@ -60,6 +60,7 @@ def linear_logprobs(
         ValueError: arguments that do not match or cannot be served.
     """
     options = options or KernelOptions()
+    checks.whole_heads_only("linear_logprobs", options)
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("student", hidden, weight, bias)
     checks.per_token("target_ids", target_ids, hidden, integer=True)

@@ -58,11 +58,13 @@ def check_vectors(
     target_ids: Tensor | None,
     row_weights: Tensor,
     old_logprobs: Tensor | None,
+    absolute_rows: Tensor | None,
     vocab_size: int,
 ) -> None:
     """The [R] tensors fit `student`; on CPU, where nothing waits for it, the target ids too."""
     _check_fits("row_weights", row_weights, student.shape[:1], torch.float32, student)
     _check_fits("old_logprobs", old_logprobs, student.shape[:1], torch.float32, student)
+    _check_fits("absolute_rows", absolute_rows, student.shape[:1], torch.bool, student)
     check_targets(student, target_ids, vocab_size)
 
 
