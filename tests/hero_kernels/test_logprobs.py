@@ -203,6 +203,24 @@ def test_leading_shape_and_module_twin() -> None:
     assert "temperature=0.5" in repr(module)
 
 
+def test_layouts(impl: str, device: str) -> None:
+    """Strided ids, mask, hidden states, head and upstream gradient; oracle: contiguous ones."""
+    hidden, weight, _, ids = tensors(torch.float32, device=device)
+    mask = torch.arange(13, device=device) % 4 != 1
+    expected = linear_logprobs(hidden, weight, ids, token_mask=mask, impl=impl)
+    true_grads = torch.autograd.grad(expected.sum(), (hidden, weight))
+    pairs = [torch.stack([tensor, tensor], 1) for tensor in (ids, mask)]
+    spread = torch.stack([hidden.detach()] * 2, 2).requires_grad_()
+    turned = weight.detach().t().contiguous().t().requires_grad_()
+    got = linear_logprobs(
+        spread[..., 1], turned, pairs[0][:, 0], token_mask=pairs[1][:, 0], impl=impl
+    )
+    torch.testing.assert_close(got, expected)
+    grads = torch.autograd.grad(got.sum(), (spread, turned))
+    torch.testing.assert_close(grads[0][..., 1], true_grads[0])
+    torch.testing.assert_close(grads[1], true_grads[1])
+
+
 def test_frozen_parts_get_no_gradient() -> None:
     hidden, weight, bias, ids = tensors(torch.float32)
     loss = linear_logprobs(hidden, weight.detach(), ids, bias=bias.detach())
