@@ -23,7 +23,7 @@ COMPILE_FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
 ]
-# The row kernel is compiled once for each of these; the library chooses at run time.
+# The row kernels are compiled once for each of these; the library chooses at run time.
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if sys.platform == "linux" and platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -39,7 +39,7 @@ OPENMP_FLAGS = (["-fopenmp"], ["-fopenmp-simd"])
 
 
 class BuildRowKernel(build_ext):
-    """Compiles row_kernel.cpp for every instruction set; warns where there is no compiler."""
+    """Compiles the kernels for every instruction set; warns where there is no compiler."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
@@ -78,7 +78,7 @@ class BuildRowKernel(build_ext):
     def _compile(self, flags: list[str]) -> list[str]:
         x86 = [("HERO_X86", None)] if "avx2" in INSTRUCTION_SETS else []
         objects = self.compiler.compile(
-            ["csrc/divergence_rows.cpp"],
+            ["csrc/divergence_rows.cpp", "csrc/logprob_rows.cpp"],
             output_dir=self.build_temp,
             macros=x86,
             extra_postargs=flags,
@@ -86,9 +86,12 @@ class BuildRowKernel(build_ext):
         objects += self._compile_gemm(flags)
         for name, isa_flags in INSTRUCTION_SETS.items():
             objects += self.compiler.compile(
-                ["csrc/row_kernel.cpp"],
+                ["csrc/row_kernel.cpp", "csrc/logprob_kernel.cpp"],
                 output_dir=f"{self.build_temp}/{name}",
-                macros=[("HERO_ROW_FUNCTION", f"hero_row_{name}")],
+                macros=[
+                    ("HERO_ROW_FUNCTION", f"hero_row_{name}"),
+                    ("HERO_LOGPROB_FUNCTION", f"hero_logprob_{name}"),
+                ],
                 extra_postargs=[*flags, *isa_flags],
             )
         return objects
@@ -120,8 +123,8 @@ if BUILD not in ("auto", "0", "1"):
 
 row_kernel = Extension(
     "hero_kernels._C",
-    sources=["csrc/divergence_rows.cpp", "csrc/row_kernel.cpp", "csrc/bf16_gemm.cpp"],
-    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+    sources=sorted(map(str, Path("csrc").glob("*.cpp"))),
+    depends=sorted(map(str, Path("csrc").glob("*.h"))),
     py_limited_api=True,  # names the file _C.abi3.so: it holds no Python
     optional=BUILD != "1",
 )

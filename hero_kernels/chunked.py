@@ -127,6 +127,7 @@ def run_chunks(
     vocab_size: int,
     row_kernel: Callable[[LogitChunk], Tensor],
     plan: Plan,
+    num_stats: int = STATS,
 ) -> tuple[Tensor, Gradients]:
     """Statistics of every row and the gradients of what the row kernel differentiates.
 
@@ -135,12 +136,13 @@ def run_chunks(
         teacher: the same rows; with the student's own weight tensor the head counts as shared.
         active: [N] bool; other rows are computed from zeros, whatever they hold.
         vocab_size: columns that are real.
-        row_kernel: fills `LogitChunk.grad` and returns statistics [R, 8].
+        row_kernel: fills `LogitChunk.grad` and returns statistics [R, num_stats].
         plan: how.
+        num_stats: columns of the statistics.
 
     Returns:
-        Statistics [N, 8] and gradients; of a shard of the vocabulary (`plan.group`) that of the
-        hidden states is one summand, in fp32 (fp64).
+        Statistics [N, num_stats] and gradients; of a shard of the vocabulary (`plan.group`) that of
+        the hidden states is one summand, in fp32 (fp64).
     """
     hidden, weight = student.hidden, student.weight
     head = weight[:vocab_size]
@@ -161,7 +163,7 @@ def run_chunks(
     d_weight = weight.new_empty(weight.shape if plan.need_weight else 0, dtype=sum_type)
     d_weight[vocab_size if sizes else 0 :] = 0
     d_bias = weight.new_zeros(len(weight), dtype=wide)
-    stats = hidden.new_empty(hidden.shape[0], STATS, dtype=wide)
+    stats = hidden.new_empty(hidden.shape[0], num_stats, dtype=wide)
     student_bias, teacher_bias = (
         None if side is None or side.bias is None else side.bias[:vocab_size].to(wide)
         for side in (student, teacher)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hero_kernels.row_arguments import check_matrices, check_vectors
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Version of the C interface; csrc/rows_problem.h holds the same number."""
 
 NUM_STATS = 8
@@ -230,7 +230,7 @@ def _divergence_rows(
     rows, columns = student.shape
     stats = torch.empty((rows, NUM_STATS), dtype=torch.float32)
     # Biases are [V]: the copies cost nothing beside [R, V], and must outlive the call.
-    biases = [_bias(student_bias, columns), _bias(teacher_bias, columns)]
+    biases = [fp32_bias(student_bias, columns), fp32_bias(teacher_bias, columns)]
     problem = _RowsProblem(
         student=student.data_ptr(),
         teacher=teacher.data_ptr(),
@@ -283,7 +283,8 @@ def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _bias(bias: Tensor | None, columns: int) -> Tensor | None:
+def fp32_bias(bias: Tensor | None, columns: int) -> Tensor | None:
+    """[columns] in fp32, contiguous; raises ValueError for another shape."""
     if bias is None:
         return None
     if bias.shape != (columns,):

@@ -43,16 +43,21 @@ class RowTensors(NamedTuple):
         old_logprobs: Tensor | None,
         teacher_topk: tuple[Tensor, Tensor] | None,
     ) -> RowTensors:
-        """From tensors in the leading shape of the hidden states, and `weights` [N]."""
+        """From tensors in the leading shape of the hidden states, and `weights` [N].
+
+        Masked rows may hold anything: here it becomes something that no row kernel trips over.
+        """
+        active = weights != 0
+        if target_ids is not None:
+            target_ids = target_ids.reshape(-1).long().clamp(min=-1).where(active, -1)
+        if old_logprobs is not None:
+            old_logprobs = old_logprobs.detach().reshape(-1).to(weights.dtype).where(active, 0.0)
         ids, logprobs = teacher_topk or (None, None)
-        num_rows = len(weights)
-        return cls(
-            weights,
-            None if target_ids is None else target_ids.reshape(-1).long().clamp(min=-1),
-            None if old_logprobs is None else old_logprobs.detach().reshape(-1).to(weights.dtype),
-            None if ids is None else ids.reshape(num_rows, ids.shape[-1]).long(),
-            None if logprobs is None else logprobs.detach().reshape(num_rows, logprobs.shape[-1]),
-        )
+        if ids is not None and logprobs is not None:
+            shape, is_active = (len(weights), ids.shape[-1]), active[:, None]
+            ids = ids.reshape(shape).long().where(is_active, 0)
+            logprobs = logprobs.detach().reshape(shape).where(is_active, -100.0)
+        return cls(weights, target_ids, old_logprobs, ids, logprobs)
 
     def check(self, vocab_size: int) -> None:
         """Raise ValueError if a row of non-zero weight holds values that cannot be."""

@@ -90,7 +90,7 @@ def divergence_rows(
         student_bias: [V].
         teacher_bias: [V].
         target_ids: [R] int64 tokens whose log-probability is wanted, -1 for none.
-        row_weights: [R] fp32.
+        row_weights: [R] fp32; rows of weight 0 get a gradient of 0, whatever they hold.
         old_logprobs: [R] fp32 log-probability of `target_ids` when they were sampled; turns the
             ratio on.
         is_clip: upper bound of the importance ratio exp(log p_s(target) - old), 0 for none.
@@ -201,7 +201,8 @@ def map_rows(
                 block[:, TEACHER_ENTROPY] = -(probs.teacher.exp() * probs.teacher).sum(-1)
                 block[:, TOP1] = (probs.student.argmax(-1) == probs.teacher.argmax(-1)).to(dtype)
         if grad is not None:
-            grad[rows, :vocab_size] = d_logits * (probs.slope * scale[:, None])
+            d_raw = d_logits * (probs.slope * scale[:, None])
+            grad[rows, :vocab_size] = d_raw.masked_fill_(row_weights[rows, None] == 0, 0.0)
     return stats
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hero_kernels import explain, supports
-from hero_kernels.backends import Request, choose, chunk_rows
+from hero_kernels import explain, linear_logprobs, supports
+from hero_kernels.backends import IMPLEMENTATIONS, Implementation, Request, choose, chunk_rows
 from hero_kernels.chunked import chunk_sizes
 from hero_kernels.gemm import takes_16_bit
 
@@ -32,6 +32,28 @@ def test_reasons() -> None:
     assert supports("cpu", pointwise_clip=0.1) == "pointwise_clip is implemented by 'torch' only"
     with pytest.raises(ValueError, match="Unknown impl 'gpu'"):
         supports("gpu")
+    with pytest.raises(ValueError, match="function must be one of 'fused_linear_divergence'"):
+        supports("cpu", function="cross_entropy")
+
+
+def test_every_function_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation of the divergence need not have kernels for the log-probabilities."""
+    asked = {"function": "linear_logprobs"}
+    assert supports("torch", dtype=torch.float64, **asked) is None
+    assert supports("cpu", **asked) == supports("cpu")
+    assert supports("cpu", device="cuda", **asked) == ("it runs on cpu, the tensors are on cuda")
+    monkeypatch.setitem(
+        IMPLEMENTATIONS, "own", Implementation("hero_kernels.rows", None, (torch.float32,), True)
+    )
+    assert supports("own") is None
+    assert supports("own", **asked) == "it has no kernels for linear_logprobs"
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert choose("auto", request()) == "own"
+    assert linear_logprobs(hidden, weight, torch.zeros(3).long()).isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"impl='own' cannot serve .* no kernels for linear_logprobs"
+    ):
+        linear_logprobs(hidden, weight, torch.zeros(3).long(), impl="own")
 
 
 def test_auto_takes_the_special_one_where_it_serves() -> None:

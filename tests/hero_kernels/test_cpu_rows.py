@@ -18,6 +18,7 @@ from row_cases import (
     REVERSE_KL,
     Case,
     check,
+    far_apart,
     make_case,
     relative_error,
 )
@@ -209,6 +210,18 @@ def test_gradient_in_place(divergence: int, delta: bool, dtype: torch.dtype, tar
     in_place = divergence_rows(case.student, case.teacher, inputs[target], **case.options())
     assert torch.equal(in_place, stats)
     assert torch.equal(inputs[target], grad)
+
+
+@DELTA
+def test_more_than_2_31_logits(delta: bool) -> None:
+    """64-bit offsets: rows so far apart that the last starts beyond element 2^31."""
+    case = make_case(JSD, delta)
+    far = replace(case, student=far_apart(case.student), teacher=far_apart(case.teacher))
+    assert far.student.stride(0) * 2 > 2**31
+    stats = divergence_rows(far.student, far.teacher, far.student, **far.options())
+    true_stats, true_grad = case.truth()
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
+    assert relative_error(far.student, true_grad) < 1e-5
 
 
 @DIVERGENCES

@@ -215,8 +215,12 @@ def test_settings_of_a_module_are_fixed() -> None:
 
 def test_other_functions() -> None:
     hidden, weight = torch.randn(N, H), torch.randn(V, H)
-    with pytest.raises(ValueError, match="'auto' and 'torch'; got 'triton'"):
+    with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it runs on cuda"):
         linear_logprobs(hidden, weight, LONG, impl="triton")
+    with pytest.raises(ValueError, match=r"impl='cpu' cannot serve this call.*torch\.float64"):
+        linear_logprobs(hidden.double(), weight.double(), LONG, impl="cpu")
+    with pytest.raises(ValueError, match=r"Unknown impl 'cublas'.*'auto', 'torch', 'cpu'"):
+        linear_logprobs(hidden, weight, LONG, impl="cublas")
     with pytest.raises(
         ValueError, match="target_ids of tokens with weight must lie between 0 and 19"
     ):

@@ -61,7 +61,7 @@ def test_a_budget_makes_chunks_smaller_and_then_slices(by_hand: None) -> None:
     with pytest.raises(ValueError, match="memory_budget=1000 bytes is too small for 1000 rows"):
         planner.choose(problem(budget=1000, **free))
     # Many rows: even 16 of them at a time, with dW's sum, take more than slices do.
-    sixteen_bit = problem(rows=64, budget=1 << 24, **free)._replace(
+    sixteen_bit = problem(rows=64, budget=1 << 26, **free)._replace(
         dtype=torch.float16, vocab_size=1 << 20, hidden_size=8
     )
     assert planner.choose(sixteen_bit).design == "sliced"
