@@ -1,0 +1,378 @@
+// Runs the CUDA row kernel on a CPU, every thread a fibre, under a schedule drawn from a seed:
+//
+//     g++ -std=c++17 -O2 -fPIC -shared -DHERO_EMULATED csrc/cuda/emulator.cpp -o emulator.so
+//
+// For tests alone (tests/hero_kernels/test_cuda_emulator.py); what it can and cannot see is in
+// platform_emulated.h.
+
+#include <setjmp.h>
+#include <stdlib.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "row_kernel.h"
+
+namespace {
+
+constexpr size_t STACK_BYTES = 32 << 10;
+constexpr char POISON = '\xff';  // bytes of a NaN in every type
+
+struct Fibre;
+
+// Threads that wait for the same event.
+struct Queue {
+    std::vector<Fibre*> fibres;
+};
+
+// A barrier of `count` threads.
+struct Meeting {
+    int arrived = 0;
+    Queue waiting;
+};
+
+struct Block;
+
+struct Warp {
+    Meeting meeting;
+    uint32_t values[2][32];  // of two shuffles in turn: some lanes may be one ahead
+    uint32_t shuffles[32] = {};
+};
+
+struct RemoteStore {
+    uint32_t* address;
+    uint32_t value;
+};
+
+struct Fibre {
+    Block* block;
+    int index;
+    std::unique_ptr<char[]> stack;
+    jmp_buf where;
+    bool started = false, finished = false;
+    std::vector<RemoteStore> stores;  // that have not arrived yet
+};
+
+struct Cluster;
+
+struct Block {
+    Cluster* cluster;
+    int index;
+    std::vector<char> memory;
+    char* shared;
+    std::vector<Warp> warps;
+    Meeting threads;
+    std::vector<Fibre> fibres;
+};
+
+struct Cluster {
+    std::vector<Block> blocks;
+    Meeting meeting;
+};
+
+struct Copy {
+    char* to;
+    const char* from;
+    uint32_t bytes;
+    hero::Barrier* barrier;
+};
+
+using Body = void (*)(const RowsProblem&, const hero::Plan&);
+
+struct Machine {
+    std::mt19937 random;
+    int fault = hero::NO_FAULT;
+    int block_count = 0;
+    const RowsProblem* problem;
+    const hero::Plan* plan;
+    Body body;
+    std::vector<Fibre*> runnable;
+    std::vector<Copy> copies;
+    std::vector<std::pair<hero::Barrier*, Queue>> barrier_queues;
+    Fibre* current = nullptr;
+    jmp_buf scheduler;
+    ucontext_t scheduler_context;
+
+    uint32_t draw(size_t below) {
+        return static_cast<uint32_t>(random() % below);
+    }
+};
+
+Machine* machine;  // of the run in progress; there is one at a time
+
+void wake(Queue& queue) {
+    for (Fibre* fibre : queue.fibres) machine->runnable.push_back(fibre);
+    queue.fibres.clear();
+}
+
+// Back to the scheduler. `_setjmp` leaves signal masks alone: swapcontext would be a system call.
+void leave() {
+    if (!_setjmp(machine->current->where)) _longjmp(machine->scheduler, 1);
+}
+
+void block_on(Queue& queue) {
+    queue.fibres.push_back(machine->current);
+    leave();
+}
+
+void meet(Meeting& meeting, int count) {
+    if (++meeting.arrived == count) {
+        meeting.arrived = 0;
+        wake(meeting.waiting);
+        hero::preempt();
+    } else {
+        block_on(meeting.waiting);
+    }
+}
+
+Queue& queue_of(hero::Barrier* barrier) {
+    for (auto& [key, queue] : machine->barrier_queues)
+        if (key == barrier) return queue;
+    machine->barrier_queues.emplace_back(barrier, Queue());
+    return machine->barrier_queues.back().second;
+}
+
+void end_phase_if_complete(hero::Barrier* barrier) {
+    if (barrier->pending != 0 || barrier->bytes != 0) return;
+    barrier->pending = barrier->expected;
+    ++barrier->phase;
+    wake(queue_of(barrier));
+}
+
+// What this thread stored elsewhere arrives, in any order.
+void deliver(Fibre* fibre) {
+    std::shuffle(fibre->stores.begin(), fibre->stores.end(), machine->random);
+    for (const RemoteStore& store : fibre->stores) *store.address = store.value;
+    fibre->stores.clear();
+}
+
+// One pending copy lands, or a part of it.
+void land() {
+    const size_t index = machine->draw(machine->copies.size());
+    Copy& copy = machine->copies[index];
+    const uint32_t pieces = copy.bytes / 16;
+    const uint32_t bytes = 16 * (1 + machine->draw(pieces));
+    memcpy(copy.to, copy.from, bytes);
+    hero::Barrier* barrier = copy.barrier;
+    copy.to += bytes, copy.from += bytes, copy.bytes -= bytes;
+    barrier->bytes -= static_cast<int32_t>(bytes);
+    if (copy.bytes == 0) {
+        copy = machine->copies.back();
+        machine->copies.pop_back();
+    }
+    end_phase_if_complete(barrier);
+}
+
+void enter() {
+    Fibre* fibre = machine->current;
+    machine->body(*machine->problem, *machine->plan);
+    fibre->finished = true;
+    _longjmp(machine->scheduler, 1);
+}
+
+void resume(Fibre* fibre) {
+    machine->current = fibre;
+    if (_setjmp(machine->scheduler)) return;
+    if (fibre->started) _longjmp(fibre->where, 1);
+    fibre->started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fibre->stack.get();
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    swapcontext(&machine->scheduler_context, &context);
+}
+
+// Runs all fibres to their end; false for a deadlock.
+bool run(size_t unfinished) {
+    while (unfinished) {
+        auto& runnable = machine->runnable;
+        const bool may_land = !machine->copies.empty();
+        if (may_land && (runnable.empty() || machine->draw(16) == 0)) {
+            land();
+            continue;
+        }
+        if (runnable.empty()) return false;
+        const size_t index = machine->draw(runnable.size());
+        Fibre* fibre = runnable[index];
+        runnable[index] = runnable.back();
+        runnable.pop_back();
+        resume(fibre);
+        if (fibre->finished) --unfinished;
+    }
+    return machine->copies.empty();
+}
+
+Body body_of(const RowsProblem& problem) {
+    const bool delta = problem.delta;
+    switch (problem.divergence) {
+        case HERO_FORWARD_KL:
+            return delta ? hero::divergence_rows<HERO_FORWARD_KL, true>
+                         : hero::divergence_rows<HERO_FORWARD_KL, false>;
+        case HERO_REVERSE_KL:
+            return delta ? hero::divergence_rows<HERO_REVERSE_KL, true>
+                         : hero::divergence_rows<HERO_REVERSE_KL, false>;
+        default:
+            return delta ? hero::divergence_rows<HERO_JSD, true>
+                         : hero::divergence_rows<HERO_JSD, false>;
+    }
+}
+
+void start(Cluster& cluster, int first_block, const hero::Plan& plan) {
+    cluster.blocks.resize(static_cast<size_t>(plan.cluster_size));
+    for (int rank = 0; rank < plan.cluster_size; ++rank) {
+        Block& block = cluster.blocks[static_cast<size_t>(rank)];
+        block.cluster = &cluster;
+        block.index = first_block + rank;
+        block.memory.assign(static_cast<size_t>(plan.shared_bytes) + 128, POISON);
+        char* memory = block.memory.data();
+        block.shared = memory + (128 - reinterpret_cast<uintptr_t>(memory) % 128);
+        block.warps.resize(static_cast<size_t>(plan.warps) + 1);
+        block.fibres.resize(32 * block.warps.size());
+        for (size_t i = 0; i < block.fibres.size(); ++i) {
+            Fibre& fibre = block.fibres[i];
+            fibre.block = &block;
+            fibre.index = static_cast<int>(i);
+            fibre.stack.reset(new char[STACK_BYTES]);
+            machine->runnable.push_back(&fibre);
+        }
+    }
+}
+
+}  // namespace
+
+namespace hero {
+
+int planted_fault() {
+    return machine->fault;
+}
+int thread_index() {
+    return machine->current->index;
+}
+int block_index() {
+    return machine->current->block->index;
+}
+int block_count() {
+    return machine->block_count;
+}
+char* shared_memory() {
+    return machine->current->block->shared;
+}
+
+void preempt() {
+    if (machine->draw(32)) return;
+    if (machine->draw(2)) deliver(machine->current);
+    machine->runnable.push_back(machine->current);
+    leave();
+}
+
+void sync_warp() {
+    meet(machine->current->block->warps[static_cast<size_t>(thread_index()) / 32].meeting, 32);
+}
+void sync_threads(int count) {
+    meet(machine->current->block->threads, count);
+}
+void sync_cluster() {
+    Cluster& cluster = *machine->current->block->cluster;
+    deliver(machine->current);
+    meet(cluster.meeting,
+         static_cast<int>(cluster.blocks.size() * cluster.blocks[0].fibres.size()));
+}
+
+uint32_t shuffle_xor(uint32_t value, int mask) {
+    const int lane = thread_index() % 32;
+    Warp& warp = machine->current->block->warps[static_cast<size_t>(thread_index()) / 32];
+    uint32_t* values = warp.values[warp.shuffles[lane]++ % 2];
+    values[lane] = value;
+    sync_warp();
+    return values[lane ^ mask];
+}
+
+void init_barrier(Barrier* barrier, int arrivals) {
+    *barrier = {arrivals, arrivals, 0, 0};
+    preempt();
+}
+
+void arrive(Barrier* barrier) {
+    preempt();
+    --barrier->pending;
+    end_phase_if_complete(barrier);
+}
+
+void arrive_at(Barrier* barrier, int rank) {
+    preempt();
+    deliver(machine->current);
+    Block& block = *machine->current->block;
+    char* there = block.cluster->blocks[static_cast<size_t>(rank)].shared;
+    arrive(reinterpret_cast<Barrier*>(there + (reinterpret_cast<char*>(barrier) - block.shared)));
+}
+
+void wait(Barrier* barrier, uint32_t parity) {
+    preempt();
+    while ((barrier->phase & 1) == parity) block_on(queue_of(barrier));
+}
+
+void store_at(uint32_t* pointer, int rank, uint32_t value) {
+    Block& block = *machine->current->block;
+    char* there = block.cluster->blocks[static_cast<size_t>(rank)].shared;
+    const ptrdiff_t offset = reinterpret_cast<char*>(pointer) - block.shared;
+    machine->current->stores.push_back({reinterpret_cast<uint32_t*>(there + offset), value});
+    preempt();
+}
+
+void expect_copies(Barrier* barrier, uint32_t bytes) {
+    if (thread_index() % 32) return;
+    barrier->bytes += static_cast<int32_t>(bytes);
+    arrive(barrier);
+}
+
+void copy_async(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
+    if (thread_index() % 32 || bytes == 0) return;
+    memset(shared, POISON, bytes);
+    machine->copies.push_back(
+        {static_cast<char*>(shared), static_cast<const char*>(global), bytes, barrier});
+    preempt();
+}
+
+}  // namespace hero
+
+extern "C" {
+
+int hero_emulated_abi_version() {
+    return HERO_ABI_VERSION;
+}
+
+// The layout for a GPU with these limits.
+void hero_emulated_plan(const RowsProblem* problem, const hero::Limits* limits, hero::Plan* plan) {
+    *plan = hero::choose_plan(*problem, *limits);
+}
+
+// Runs the kernel with `clusters` clusters of `cluster_size` blocks of `warps` warps. `stages`: tiles
+// held at once, 0 for the whole slice. Returns 0, 1 (deadlock) or 2 (a slice of too many tiles).
+int hero_emulated_divergence_rows(const RowsProblem* problem, int clusters, int cluster_size,
+                                  int warps, int stages, int fault, uint32_t seed) {
+    const hero::Plan plan = hero::lay_out(*problem, cluster_size, warps, stages);
+    if (plan.stages > hero::MAX_STAGES) return 2;
+    Machine now;
+    machine = &now;
+    now.random.seed(seed);
+    now.fault = fault;
+    now.block_count = clusters * cluster_size;
+    now.problem = problem;
+    now.plan = &plan;
+    now.body = body_of(*problem);
+    std::vector<Cluster> all(static_cast<size_t>(clusters));
+    size_t threads = 0;
+    for (int i = 0; i < clusters; ++i) {
+        start(all[static_cast<size_t>(i)], i * cluster_size, plan);
+        threads += static_cast<size_t>(32 * (warps + 1) * cluster_size);
+    }
+    const bool ended = run(threads);
+    machine = nullptr;
+    return ended ? 0 : 1;
+}
+}
