@@ -97,7 +97,7 @@ HERO_DEVICE void soft_cap(float cap, float& teacher, float& stored, float& slope
 
 // Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope.
 template <bool delta>
-HERO_DEVICE void transform(const RowsProblem& problem, float inner, int64_t column, float raw_t,
+HERO_DEVICE void transform(const RowsProblem& problem, float inner, int column, float raw_t,
                            float raw_s, float& teacher, float& student, float& log_ratio,
                            float& slope) {
     if (problem.teacher_bias) {
@@ -132,15 +132,16 @@ HERO_DEVICE float inner_factor(const RowsProblem& problem) {
 template <bool delta>
 HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
                                const char* teacher_tile, const char* student_tile, int in_tile,
-                               int64_t column) {
+                               int column) {
     Logits logits;
+    const int vocab_size = static_cast<int>(problem.vocab_size);
     load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
     load_stored(student_tile, problem.student_dtype, in_tile, lanes, logits.student);
     const float inner = inner_factor(problem);
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
-        const int64_t at = column + i * lanes.step;
-        if (at < problem.vocab_size) {
+        const int at = column + i * lanes.step;
+        if (at < vocab_size) {
             transform<delta>(problem, inner, at, logits.teacher[i], logits.student[i],
                              logits.teacher[i], logits.student[i], logits.log_ratio[i],
                              logits.slope[i]);
@@ -159,11 +160,12 @@ HERO_DEVICE uint32_t pack(int32_t dtype, float first, float second) {
 
 // Writes the thread's columns of the gradient's row.
 HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, char* grad_row,
-                                int64_t column, const float* values) {
+                                int column, const float* values) {
     const int32_t dtype = problem.grad_dtype;
+    const int columns = static_cast<int>(problem.columns);
     const bool half = dtype != HERO_FLOAT32;
-    if (lanes.step == 1 && column + COLUMNS_PER_THREAD <= problem.columns) {
-        Words* pieces = reinterpret_cast<Words*>(grad_row + column * (half ? 2 : 4));
+    if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
+        Words* pieces = reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
         Words piece;
         HERO_UNROLL
         for (int i = 0; i < 4; ++i)
@@ -178,8 +180,8 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
     }
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
-        const int64_t at = column + i * lanes.step;
-        if (at >= problem.columns) continue;
+        const int at = column + i * lanes.step;
+        if (at >= columns) continue;
         if (half)
             reinterpret_cast<uint16_t*>(grad_row)[at] =
                 static_cast<uint16_t>(pack(dtype, values[i], 0.0f));

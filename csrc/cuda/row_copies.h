@@ -17,10 +17,10 @@ struct Position {
 
 // Which rows and columns a block works on. A cluster takes every `clusters`-th row.
 struct Work {
-    int rank;                            // of the block within its cluster
-    int64_t first_row, row_step;
-    int slice_begin, slice_end;          // columns
-    int sweeps;                          // over each row
+    int rank;  // of the block within its cluster
+    int first_row, row_step;
+    int slice_begin, slice_end;  // columns
+    int sweeps;                  // over each row
 
     HERO_DEVICE Work(const RowsProblem& problem, const Plan& plan)
         : rank(block_index() % plan.cluster_size),
@@ -35,7 +35,7 @@ struct Work {
     }
 };
 
-HERO_DEVICE const char* row_of(const void* tensor, int32_t dtype, int64_t stride, int64_t row) {
+HERO_DEVICE const char* row_of(const void* tensor, int32_t dtype, int64_t stride, int row) {
     return static_cast<const char*>(tensor) + row * stride * (dtype == HERO_FLOAT32 ? 4 : 2);
 }
 
@@ -89,7 +89,7 @@ HERO_DEVICE void copy_rows(const RowsProblem& problem, const Plan& plan, const W
     const int vocab_size = static_cast<int>(problem.vocab_size);
     const int loads = plan.resident ? 1 : work.sweeps;
     Position at;
-    for (int64_t row = work.first_row; row < problem.rows; row += work.row_step) {
+    for (int row = work.first_row; row < problem.rows; row += work.row_step) {
         const char* teacher =
             row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
         const char* student =

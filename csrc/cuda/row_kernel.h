@@ -28,13 +28,13 @@ HERO_DEVICE float load_element(const char* row, int32_t dtype, int64_t column) {
 
 template <bool delta>
 HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher,
-                               const char* student, int64_t row) {
+                               const char* student, int row) {
     Target target;
     if (!problem.target_ids) return target;
     target.id = problem.target_ids[row];
     if (target.id < 0) return target;
     float slope;
-    transform<delta>(problem, inner_factor(problem), target.id,
+    transform<delta>(problem, inner_factor(problem), static_cast<int>(target.id),
                      load_element(teacher, problem.teacher_dtype, target.id),
                      load_element(student, problem.student_dtype, target.id), target.teacher,
                      target.student, target.log_ratio, slope);
@@ -181,7 +181,7 @@ HERO_DEVICE void jsd_gradient(const Logits& z, const Normaliser& n, float beta, 
 // copied; `release`: this is the last time that they are read.
 template <bool delta, class Body>
 HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const Work& work,
-                           Exchange& exchange, const Lanes& lanes, int64_t row, Position at,
+                           Exchange& exchange, const Lanes& lanes, int row, Position at,
                            bool incoming, bool release, Body body) {
     const char* memory = shared_memory();
     const int warp = thread_index() / 32;
@@ -211,21 +211,30 @@ HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const W
     return at;
 }
 
-// Ratio and log-probabilities of the target; the rest of the row's statistics are filled in later.
-HERO_DEVICE float target_statistics(const RowsProblem& problem, const Normaliser& n,
-                                    const Target& target, int64_t row, float* stats) {
-    stats[HERO_STAT_STUDENT_LOGPROB] = stats[HERO_STAT_TEACHER_LOGPROB] = 0.0f;
-    if (target.id < 0) return 1.0f;
+// What sweep 1 knows of a row: its statistics, but for those of `Values`. Returns the importance
+// ratio. `out` is null in all threads but the one that writes.
+HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masses,
+                                 const Normaliser& n, const Target& target, int row, float* out) {
+    const bool has_target = target.id >= 0;
     const float teacher = (target.teacher - n.max_teacher) - n.log_teacher;
     const float x = (target.log_ratio - n.shift) - n.offset;
     // The difference of the two keeps delta's accuracy, unless one side is masked.
     const float student =
         magnitude(x) < 30.0f ? teacher + x : (target.student - n.max_student) - n.log_student;
-    stats[HERO_STAT_STUDENT_LOGPROB] = student;
-    stats[HERO_STAT_TEACHER_LOGPROB] = teacher;
-    if (!problem.old_logprobs) return 1.0f;
-    const float ratio = expf(student - problem.old_logprobs[row]);
-    return problem.is_clip > 0 && ratio > problem.is_clip ? problem.is_clip : ratio;
+    float ratio = 1.0f;
+    if (has_target && problem.old_logprobs) {
+        ratio = expf(student - problem.old_logprobs[row]);
+        ratio = problem.is_clip > 0 && ratio > problem.is_clip ? problem.is_clip : ratio;
+    }
+    if (out) {
+        out[HERO_STAT_RATIO] = ratio;
+        out[HERO_STAT_STUDENT_LOGPROB] = has_target ? student : 0.0f;
+        out[HERO_STAT_TEACHER_LOGPROB] = has_target ? teacher : 0.0f;
+        const bool agree = masses.top_teacher == masses.top_student &&
+                           masses.top_teacher < problem.vocab_size;
+        out[HERO_STAT_TOP1_AGREEMENT] = agree ? 1.0f : 0.0f;
+    }
+    return ratio;
 }
 
 template <int divergence, bool delta>
@@ -239,7 +248,7 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
     const bool third = work.sweeps == 3;
     uint32_t reductions = 0;
     Position at;
-    for (int64_t row = work.first_row; row < problem.rows; row += work.row_step) {
+    for (int row = work.first_row; row < problem.rows; row += work.row_step) {
         const char* teacher =
             row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
         const char* student =
@@ -261,17 +270,21 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
             [&](const Masses& sums) { return combine<is_reverse>(sums, with_stats); });
         const Normaliser n(masses);
 
-        float stats[HERO_NUM_STATS] = {};
-        const float ratio = target_statistics(problem, n, target, row, stats);
+        // After sweep 1 of a KL only one warp needs a sum, to write it down.
+        const bool writes = work.rank == 0 && thread_index() < 32;
+        float* out = writes && thread_index() == 0
+                         ? problem.stats + static_cast<int64_t>(row) * HERO_NUM_STATS
+                         : nullptr;
+        const float ratio = row_statistics(problem, masses, n, target, row, out);
         const float weight = problem.row_weights[row];
         const float scale = weight * ratio * problem.logit_scale * problem.inv_temperature;
         // Writes a gradient of the thread's columns: zero in padding, and where the weight is zero
         // even if the row holds NaN.
+        const int vocab_size = weight != 0.0f ? static_cast<int>(problem.vocab_size) : 0;
         const auto store = [&](const Logits& z, int column, float* gradient) {
             HERO_UNROLL
             for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
-                const bool counts =
-                    weight != 0.0f && column + i * lanes.step < problem.vocab_size;
+                const bool counts = column + i * lanes.step < vocab_size;
                 gradient[i] = counts ? gradient[i] * (z.slope[i] * scale) : 0.0f;
             }
             store_gradient(problem, lanes, grad, column, gradient);
@@ -287,8 +300,6 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
                                                             gradient);
                               if (!is_jsd && problem.grad) store(z, column, gradient);
                           });
-        // After a KL only one warp still needs the sums, to write them down.
-        const bool writes = work.rank == 0 && thread_index() < 32;
         values = reduce_cluster(
             exchange, plan, work.rank, reductions++, third || writes, values, no_values(),
             [&](const Values& sums) { return combine<is_jsd>(sums, with_stats); });
@@ -301,17 +312,15 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
                                   store(z, column, gradient);
                               });
 
-        if (!writes || thread_index() != 0) continue;
-        stats[HERO_STAT_DIVERGENCE] = values.divergence;
-        stats[HERO_STAT_RATIO] = ratio;
-        stats[HERO_STAT_STUDENT_ENTROPY] = values.student_entropy;
-        stats[HERO_STAT_TEACHER_ENTROPY] = values.teacher_entropy;
-        if (with_stats && masses.top_teacher == masses.top_student)
-            stats[HERO_STAT_TOP1_AGREEMENT] = masses.top_teacher < problem.vocab_size ? 1.0f : 0.0f;
-        // Garbage behind a mask must not poison the weighted sum.
-        const bool hidden = weight == 0.0f && !(magnitude(values.divergence) < INFINITY);
-        float* out = problem.stats + row * HERO_NUM_STATS;
-        for (int i = 0; i < HERO_NUM_STATS; ++i) out[i] = hidden ? 0.0f : stats[i];
+        if (out) {
+            out[HERO_STAT_DIVERGENCE] = values.divergence;
+            out[HERO_STAT_STUDENT_ENTROPY] = values.student_entropy;
+            out[HERO_STAT_TEACHER_ENTROPY] = values.teacher_entropy;
+            out[HERO_NUM_STATS - 1] = 0.0f;
+            // Garbage behind a mask must not poison the weighted sum.
+            if (weight == 0.0f && !(magnitude(values.divergence) < INFINITY))
+                for (int i = 0; i < HERO_NUM_STATS; ++i) out[i] = 0.0f;
+        }
     }
 }
 
@@ -324,7 +333,7 @@ HERO_DEVICE void divergence_rows(const RowsProblem& problem, const Plan& plan) {
             init_barrier(&exchange.full[i], COPY_ARRIVALS);
             init_barrier(&exchange.empty[i], plan.warps);
         }
-        for (int i = 0; i < 2; ++i) init_barrier(&exchange.arrived[i], plan.cluster_size);
+        for (int i = 0; i < 4; ++i) init_barrier(&exchange.arrived[i], plan.cluster_size);
         fence_barriers();
     }
     HERO_SYNC(NO_START_BARRIER, sync_cluster());

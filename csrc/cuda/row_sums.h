@@ -110,14 +110,15 @@ HERO_DEVICE Values combine(const Values& mine, bool with_entropies) {
     return all;
 }
 
-// The start of shared memory. Partial results are held twice: while some threads still read those of
-// one reduction, others may write those of the next, but not of the one after it.
+// The start of shared memory. While some threads of a cluster read the sums of one reduction, others
+// may be two reductions ahead: those that need not wait for the one between (reduce_cluster). The
+// warps of a block are at most one apart.
 struct Exchange {
     Barrier full[MAX_STAGES];   // a stage holds its tile
     Barrier empty[MAX_STAGES];  // all warps are done with a stage
-    Barrier arrived[2];         // all blocks have sent their part of a reduction
+    Barrier arrived[4];         // all blocks have sent their part of a reduction
     uint32_t of_warps[2][MAX_WARPS][MAX_SUM_WORDS];
-    uint32_t of_blocks[2][MAX_CLUSTER][MAX_SUM_WORDS];
+    uint32_t of_blocks[4][MAX_CLUSTER][MAX_SUM_WORDS];
 };
 static_assert(sizeof(Exchange) <= EXCHANGE_BYTES, "the plan reserves less than the kernel uses");
 
@@ -139,32 +140,33 @@ HERO_DEVICE T read_sums(const uint32_t* words) {
 
 // All threads' sums of a cluster together, in each thread that says it `needs` them; the others get
 // `none`, the neutral element, and go on. `merge` does it for the lanes of a warp, `count` numbers
-// the reductions of the kernel. All threads that compute call it.
+// the reductions of the kernel. All threads that compute call it, and of two in a row all need one.
 template <class T, class Merge>
 HERO_DEVICE T reduce_cluster(Exchange& exchange, const Plan& plan, int rank, uint32_t count,
                              bool needs, const T& mine, const T& none, Merge merge) {
     const int warp = thread_index() / 32, lane = thread_index() % 32;
-    const uint32_t half = count & 1;
-    const uint32_t slots = HERO_CHOICE(ONE_BUFFER, half, 0);
+    auto& of_warps = exchange.of_warps[HERO_CHOICE(ONE_BUFFER, count % 2, 0)];
+    auto& of_blocks = exchange.of_blocks[HERO_CHOICE(ONE_BUFFER, count % 4, 0)];
+    Barrier* arrived = &exchange.arrived[count % 4];
     AsWords<T> of;
     of.sums = merge(mine);
     if (lane == 0) {
         HERO_UNROLL
-        for (int i = 0; i < AsWords<T>::COUNT; ++i) exchange.of_warps[slots][warp][i] = of.word[i];
+        for (int i = 0; i < AsWords<T>::COUNT; ++i) of_warps[warp][i] = of.word[i];
     }
     HERO_SYNC(NO_BLOCK_BARRIER, sync_threads(32 * plan.warps));
     if (warp == 0) {
-        of.sums = merge(lane < plan.warps ? read_sums<T>(exchange.of_warps[slots][lane]) : none);
+        of.sums = merge(lane < plan.warps ? read_sums<T>(of_warps[lane]) : none);
         if (lane < plan.cluster_size) {
             HERO_UNROLL
             for (int i = 0; i < AsWords<T>::COUNT; ++i)
-                store_at(&exchange.of_blocks[slots][rank][i], lane, of.word[i]);
-            arrive_at(&exchange.arrived[half], lane);
+                store_at(&of_blocks[rank][i], lane, of.word[i]);
+            arrive_at(arrived, lane);
         }
     }
     if (!needs) return none;
-    HERO_SYNC(NO_CLUSTER_WAIT, wait_cluster(&exchange.arrived[half], count / 2 & 1));
-    return merge(lane < plan.cluster_size ? read_sums<T>(exchange.of_blocks[slots][lane]) : none);
+    HERO_SYNC(NO_CLUSTER_WAIT, wait_cluster(arrived, count / 4 & 1));
+    return merge(lane < plan.cluster_size ? read_sums<T>(of_blocks[lane]) : none);
 }
 
 }  // namespace hero
