@@ -37,6 +37,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = {
     "torch": Implementation("hero_kernels.rows", None, (*_FLOATS, torch.float64), False),
     "cpu": Implementation("hero_kernels.cpu", "cpu", _FLOATS, True),
+    # Before "triton" until a GPU has shown which of the two is faster.
+    "cuda": Implementation("hero_kernels.cuda", "cuda", _FLOATS, True),
     "triton": Implementation("hero_kernels.triton.rows", "cuda", _FLOATS, True),
 }
 """By name, in order of generality; `auto` takes the last one that serves."""
@@ -84,7 +86,7 @@ def supports(
     """Whether an implementation can serve a call of `fused_linear_divergence`.
 
     Args:
-        impl: "torch", "cpu" or "triton".
+        impl: "torch", "cpu", "cuda" or "triton".
         device: where the tensors are.
         dtype: of the student's hidden states and weight.
         support: as there.

@@ -202,7 +202,7 @@ bool run(size_t unfinished) {
         Fibre* fibre = runnable[index];
         Warp* warp = &fibre->block->warps[static_cast<size_t>(fibre->index) / 32];
         if (machine->draw(4096) == 0) machine->slow = warp;
-        if (warp == machine->slow && machine->draw(256)) continue;
+        if (warp == machine->slow && machine->draw(64)) continue;
         runnable[index] = runnable.back();
         runnable.pop_back();
         resume(fibre);

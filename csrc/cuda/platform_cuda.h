@@ -58,15 +58,15 @@ HERO_DEVICE void sync_warp() {
 
 // Barrier of the first `count` threads of the block, a multiple of 32.
 HERO_DEVICE void sync_threads(int count) {
-    asm volatile("bar.sync 1, %0;" ::"r"(count) : "memory");
+    asm volatile("barrier.sync 1, %0;" ::"r"(count) : "memory");
 }
 
 // Barrier of all threads of the cluster.
 HERO_DEVICE void sync_cluster() {
 #if HERO_BULK_COPIES
     asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
+        "barrier.cluster.arrive.release;\n"
+        "barrier.cluster.wait.acquire;" ::
             : "memory");
 #else
     __syncthreads();

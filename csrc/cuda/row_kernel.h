@@ -94,6 +94,8 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
     }
 }
 
+constexpr float WIDE_LOG_RATIO = 30.0f;  // above it p_s comes from its own logit
+
 // What turns logits into probabilities.
 struct Normaliser {
     float max_teacher, max_student, log_teacher, log_student;  // logarithms of the masses
@@ -125,8 +127,10 @@ HERO_DEVICE Probabilities probabilities(const Normaliser& n, float teacher, floa
     Probabilities of;
     of.x = lowest(highest(log_ratio - n.shift, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT) - n.offset;
     of.log_p = (teacher - n.max_teacher) - n.log_teacher;
-    // Through x the student keeps delta's accuracy; without delta the teacher may be masked alone.
-    of.log_q = delta ? lowest(of.log_p + of.x, 0.0f) : (student - n.max_student) - n.log_student;
+    // Through x the student keeps delta's accuracy; far away x is no longer accurate itself. Without
+    // delta the teacher may be masked alone.
+    const float own = (student - n.max_student) - n.log_student;
+    of.log_q = delta && magnitude(of.x) < WIDE_LOG_RATIO ? of.log_p + of.x : own;
     of.p = exponential(of.log_p);
     of.q = exponential(of.log_q);
     return of;
@@ -220,7 +224,7 @@ HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masse
     const float x = (target.log_ratio - n.shift) - n.offset;
     // The difference of the two keeps delta's accuracy, unless one side is masked.
     const float student =
-        magnitude(x) < 30.0f ? teacher + x : (target.student - n.max_student) - n.log_student;
+        magnitude(x) < WIDE_LOG_RATIO ? teacher + x : (target.student - n.max_student) - n.log_student;
     float ratio = 1.0f;
     if (has_target && problem.old_logprobs) {
         ratio = expf(student - problem.old_logprobs[row]);

@@ -1,0 +1,189 @@
+"""Proofs about the CUDA kernel without a GPU: its emulator, and what nvcc makes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hero_kernels.cpu import NUM_STATS, RowsProblem, fp32_bias, rows_problem
+from hero_kernels.cuda import Layout
+from hero_kernels.row_arguments import check_matrices, check_vectors
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+
+
+class Fault(IntEnum):
+    """A synchronisation left out; `Fault` of csrc/cuda/platform.h."""
+
+    NO_FAULT = 0
+    NO_START_BARRIER = 1
+    NO_FULL_WAIT = 2
+    NO_EMPTY_WAIT = 3
+    EARLY_RELEASE = 4
+    NO_BLOCK_BARRIER = 5
+    NO_CLUSTER_WAIT = 6
+    ONE_BUFFER = 7
+
+
+class Setting(NamedTuple):
+    """How the emulated GPU is used."""
+
+    clusters: int = 2
+    cluster_size: int = 2
+    warps: int = 2
+    """That compute; each works on 256 columns at once."""
+    stages: int = 0
+    """Tiles held at once; 0 for the whole row, read once."""
+
+
+class Limits(ctypes.Structure):
+    """`Limits` of csrc/cuda/plan.h, in bytes."""
+
+    _fields_ = (
+        ("shared_per_block", ctypes.c_int32),
+        ("shared_per_processor", ctypes.c_int32),
+        ("max_cluster", ctypes.c_int32),
+    )
+
+
+class DeadlockError(Exception):
+    """No thread of the emulated GPU can go on."""
+
+
+class Emulator:
+    """The kernel's text compiled for the CPU, every thread a fibre."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "emulator.so"
+        # longjmp between stacks is what fortified libraries take for an error.
+        options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-DHERO_EMULATED"]
+        warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+        command = ["g++", *options, *warnings, SOURCES / "emulator.cpp", "-o", path]
+        subprocess.run(command, check=True, timeout=120)
+        self._library = ctypes.CDLL(str(path))
+
+    def divergence_rows(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        grad: Tensor | None,
+        *,
+        setting: Setting = Setting(),
+        fault: Fault = Fault.NO_FAULT,
+        seed: int = 0,
+        **options: Any,
+    ) -> Tensor:
+        """As `hero_kernels.cuda.divergence_rows`, under the schedule that `seed` draws.
+
+        Raises:
+            DeadlockError: the schedule ended in one.
+        """
+        problem, stats, alive = _problem(student, teacher, grad, options)
+        status = self._library.hero_emulated_divergence_rows(
+            ctypes.byref(problem), *setting, int(fault), ctypes.c_uint32(seed)
+        )
+        del alive
+        if status == 1:
+            raise DeadlockError
+        assert status == 0, f"status {status}"
+        return stats
+
+    def layout(self, student: Tensor, teacher: Tensor, limits: Limits, **options: Any) -> Layout:
+        """How a GPU with these limits would work on rows of this shape and these types."""
+        problem, _, _ = _problem(student, teacher, None, options)
+        layout = Layout()
+        self._library.hero_emulated_plan(
+            ctypes.byref(problem), ctypes.byref(limits), ctypes.byref(layout)
+        )
+        return layout
+
+
+def _problem(
+    student: Tensor, teacher: Tensor, grad: Tensor | None, options: dict[str, Any]
+) -> tuple[RowsProblem, Tensor, list[Tensor | None]]:
+    """The C struct, the statistics it points to, and what else it points to."""
+    check_matrices(student, teacher, grad, options["vocab_size"])
+    check_vectors(
+        student,
+        options["target_ids"],
+        options["row_weights"],
+        options["old_logprobs"],
+        options["vocab_size"],
+    )
+    biases = [fp32_bias(options[f"{side}_bias"], student.shape[1]) for side in SIDES]
+    stats = torch.full((student.shape[0], NUM_STATS), torch.nan)
+    options = {**options, **{f"{side}_bias": bias for side, bias in zip(SIDES, biases)}}
+    return rows_problem(student, teacher, grad, stats, **options), stats, biases
+
+
+SIDES = ("student", "teacher")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas made of a kernel."""
+
+    divergence: int
+    delta: bool
+    registers: int
+    spills: int
+    """Bytes of spilled registers that are stored or loaded."""
+    shared: int
+    """Bytes of static shared memory."""
+
+
+def compile_cuda(arch: str, folder: Path) -> tuple[list[Kernel], dict[str, int]]:
+    """The kernels for an architecture such as "90a", and how often each instruction occurs."""
+    cubin = folder / f"rows_{arch}.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+    done = subprocess.run(
+        [*command, SOURCES / "divergence_rows.cu", "-o", cubin],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    pattern = (
+        r"Compiling entry function '\S*divergence_rows_kernelILi(\d)ELb(\d)E.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    kernels = []
+    for divergence, delta, stores, loads, registers, rest in re.findall(
+        pattern, done.stderr, re.DOTALL
+    ):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels.append(
+            Kernel(
+                int(divergence),
+                delta == "1",
+                int(registers),
+                int(stores) + int(loads),
+                int(shared[1]) if shared else 0,
+            )
+        )
+    sass = subprocess.run(
+        [cuobjdump(), "-sass", cubin], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    counts: dict[str, int] = {}
+    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass):
+        counts[name] = counts.get(name, 0) + 1
+    return kernels, counts
+
+
+def cuobjdump() -> str:
+    """The disassembler: beside nvcc, or the one in Triton's wheel; "" if there is none."""
+    spec = find_spec("triton")
+    wheels = [Path(path) / "backends/nvidia/bin" for path in (spec and spec.submodule_search_locations) or []]
+    return shutil.which("cuobjdump") or next(
+        (found for path in wheels if (found := shutil.which("cuobjdump", path=str(path)))), ""
+    )
