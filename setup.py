@@ -35,6 +35,8 @@ if sys.platform == "linux" and platform.machine() == "x86_64":
         *INSTRUCTION_SETS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
     ]
+# The bf16 products: AMX and AVX-512 within functions marked for them, chosen at run time.
+GEMM_MACROS = [("HERO_BF16_GEMM", None)] if len(INSTRUCTION_SETS) > 1 else []
 # At run time the library finds torch's OpenMP already loaded and shares its threads: two pools
 # would compete for the cores. Without OpenMP (Apple's clang) the kernel runs on one thread.
 OPENMP_FLAGS = (["-fopenmp"], ["-fopenmp-simd"])
@@ -118,6 +120,7 @@ class BuildRowKernel(build_ext):
             macros=x86,
             extra_postargs=flags,
         )
+        objects += self._compile_gemm(flags)
         for name, isa_flags in INSTRUCTION_SETS.items():
             objects += self.compiler.compile(
                 ["csrc/row_kernel.cpp"],
@@ -126,6 +129,26 @@ class BuildRowKernel(build_ext):
                 extra_postargs=[*flags, *isa_flags],
             )
         return objects
+
+    def _compile_gemm(self, flags: list[str]) -> list[str]:
+        """The bf16 products, or their stubs where the compiler does not know the instructions."""
+        for macros in (GEMM_MACROS, []):
+            try:
+                return self.compiler.compile(
+                    ["csrc/bf16_gemm.cpp"],
+                    output_dir=self.build_temp,
+                    macros=macros,
+                    extra_postargs=flags,
+                )
+            except CompileError:
+                if not macros:
+                    raise
+                print(
+                    "WARNING: this compiler has no AMX and AVX-512 bf16 instructions: the library "
+                    "is built without bf16 products.",
+                    file=sys.stderr,
+                )
+        raise AssertionError("unreachable")
 
 
 def find_nvcc() -> str:
@@ -148,8 +171,8 @@ def setting(variable: str) -> str:
 BUILD_CPP, BUILD_CUDA = setting("HERO_BUILD_CPP"), setting("HERO_BUILD_CUDA")
 row_kernel = Extension(
     "hero_kernels._C",
-    sources=["csrc/divergence_rows.cpp", "csrc/row_kernel.cpp"],
-    depends=["csrc/row_logits.h", "csrc/rows_problem.h", "csrc/storage.h", "csrc/vector_math.h"],
+    sources=["csrc/divergence_rows.cpp", "csrc/row_kernel.cpp", "csrc/bf16_gemm.cpp"],
+    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
     py_limited_api=True,  # names the file _C.abi3.so: it holds no Python
     optional=BUILD_CPP != "1",
 )

@@ -10,6 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.problem import Problem
 from hero_kernels import KernelOptions, backends, gemm
-from hero_kernels.chunked import buffer_types, chunk_sizes
+from hero_kernels.chunked import Plan, buffer, chunk_sizes, layout
 
 Step = Callable[[], object]
 
@@ -55,23 +56,29 @@ def multiplies_bfloat16(device: str) -> bool:
 
 def own_gemms(problem: Problem) -> Step:
     """The same products as this package does them: fp32 results, and sums over chunks in fp32."""
-    h_s, h_t, weight, rows, count = _operands(problem)
-    types = buffer_types(h_s.dtype, h_s.device, "float32", True, count)
-    student = h_s.new_empty(rows, len(weight), dtype=types.student)
-    teacher = torch.empty_like(student)
-    grads = student if types.gradient == types.student else student.to(types.gradient)
-    d_weight = None
-    if problem.weight.requires_grad:
-        d_weight = torch.zeros_like(weight, dtype=types.weight_sum)
+    h_s, h_t, weight, rows, _ = _operands(problem)
+    trained = problem.weight.requires_grad
+    plan = Plan("auto", rows, "float32", 0, True, trained, False, False)
+    sizes, types, groups, held, sum_type = layout(*h_s.shape, h_s.dtype, h_s.device, True, plan)
+    student = buffer(h_s, rows, len(weight), types.student)
+    teacher = buffer(h_s, rows, len(weight), types.student)
+    grads = buffer(h_s, held, len(weight), types.gradient).zero_() if held else student
+    d_weight = torch.zeros_like(weight, dtype=sum_type) if trained else None
 
     def step() -> None:
-        for start in range(0, len(h_s), rows):
-            part = slice(start, start + rows)
-            size = len(h_s[part])
-            gemm.logits_into(weight, (teacher[:size], h_t[part]), (student[:size], h_s[part]))
-            gemm.hidden_gradient(grads[:size], weight)
+        start = 0
+        chunks = iter(sizes)
+        for group in groups:
+            first = start
+            for size in islice(chunks, group):
+                part = slice(start, start + size)
+                gemm.logits_into(weight, (teacher[:size], h_t[part]), (student[:size], h_s[part]))
+                gemm.hidden_gradient(grads[start - first : start - first + size], weight)
+                start += size
             if d_weight is not None:
-                gemm.add_weight_gradient(d_weight, grads[:size], h_s[part])
+                gemm.weight_gradient_into(
+                    d_weight, grads[: start - first], h_s[first:start], first > 0
+                )
 
     return step
 

@@ -1,6 +1,9 @@
 // Entry points of the library: instruction set, threads, scratch memory.
 
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #ifdef HERO_X86
 #include <xmmintrin.h>
@@ -69,12 +72,24 @@ int hero_instruction_set() {
     return HERO_BASELINE;
 }
 
+// Asks the system to back these bytes by huge pages, before they are first touched: a fresh buffer
+// costs a page fault for each page.
+void hero_advise_huge_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 4096;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / page * page;
+    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 // Returns 0, 1 (out of memory) or 2 (unknown instruction set). A row is the work of one thread from
 // end to end, so the result does not depend on their number.
 int hero_divergence_rows(const RowsProblem* problem, int instruction_set) {
     const HeroRowFunction run = row_function(instruction_set);
     if (!run) return 2;
-    const int64_t stride = (problem->columns + 15) / 16 * 16;
+    // Whole vectors; and no multiple of 4096 bytes, where a load waits for stores to other arrays.
+    const int64_t stride = (problem->columns + 15) / 16 * 16 + 272;
     const size_t bytes = HERO_SCRATCH_ARRAYS * stride * sizeof(float);
     int out_of_memory = 0;
 #pragma omp parallel num_threads(problem->num_threads) reduction(| : out_of_memory)

@@ -35,10 +35,11 @@ struct Sums {
     double teacher_log = 0, student_log = 0;  // sum exp(z - max) (z - max), for the entropies
 };
 
-inline float kl_term(float p, float q, float x) {
-    const float near = p * (x * x) * quadratic_remainder(x);
-    const float far = (q - p) - p * x;
-    return magnitude(x) <= 1.0f ? near : far;
+// F(p, q, x).
+inline Floats kl_term(Floats p, Floats q, Floats x) {
+    const Floats near = p * (x * x) * quadratic_remainder(x);
+    const Floats far = (q - p) - p * x;
+    return choose(magnitude(x) <= 1.0f, near, far);
 }
 
 // Pass 2: logits -> unnormalised probabilities. `wide`: some log ratio exceeds WIDE_LOG_RATIO.
@@ -47,35 +48,35 @@ Sums exponentiate(const Row& row, const Extremes& top, float shift, int64_t size
     Sums sums;
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
         const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
-        float sum_p = 0, sum_q = 0, sum_difference = 0, sum_log_p = 0, sum_log_q = 0;
-#pragma omp simd reduction(+ : sum_p, sum_q, sum_difference, sum_log_p, sum_log_q)
-        for (int64_t i = begin; i < end; ++i) {
-            const float a = row.teacher[i] - top.teacher;
-            const float x =
-                at_most(at_least(row.log_ratio[i] - shift, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT);
-            const float p = exponential(a);
-            float difference = p * exponential_minus_1(at_most(x, WIDE_LOG_RATIO));
-            if (wide) {
-                const float own = exponential(row.student[i] - top.student) - p;
-                difference = x > WIDE_LOG_RATIO ? own : difference;
+        Floats sum_p = {}, sum_q = {}, sum_difference = {}, sum_log_p = {}, sum_log_q = {};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats a = load_floats(row.teacher + i) - top.teacher;
+            const Floats x = at_most(
+                at_least(load_floats(row.log_ratio + i) - shift, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT);
+            const Floats p = exponential(a);
+            Floats difference = p * exponential_minus_1(wide ? at_most(x, WIDE_LOG_RATIO) : x);
+            if (wide || entropies) {
+                const Floats b = load_floats(row.student + i) - top.student;
+                if (wide)
+                    difference = choose(x > WIDE_LOG_RATIO, exponential(b) - p, difference);
+                if (entropies) {
+                    sum_log_p += p * a;
+                    sum_log_q += (p + difference) * b;
+                }
             }
-            const float q = p + difference;
-            if (entropies) {
-                sum_log_p += p * a;
-                sum_log_q += q * (row.student[i] - top.student);
-            }
-            row.teacher[i] = p;
-            row.student[i] = q;
-            row.log_ratio[i] = x;
+            const Floats q = p + difference;
+            store_floats(row.teacher + i, p);
+            store_floats(row.student + i, q);
+            store_floats(row.log_ratio + i, x);
             sum_p += p;
             sum_q += q;
             sum_difference += difference;
         }
-        sums.teacher += sum_p;
-        sums.student += sum_q;
-        sums.difference += sum_difference;
-        sums.teacher_log += sum_log_p;
-        sums.student_log += sum_log_q;
+        sums.teacher += sum_of(sum_p);
+        sums.student += sum_of(sum_q);
+        sums.difference += sum_of(sum_difference);
+        sums.teacher_log += sum_of(sum_log_p);
+        sums.student_log += sum_of(sum_log_q);
     }
     return sums;
 }
@@ -103,38 +104,43 @@ struct Value {
 template <int divergence>
 Value accumulate(const Row& row, const Normaliser& n, float beta, int64_t size) {
     Value value;
+    const float other = 1.0f - beta;
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
         const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
-        float sum = 0, mean = 0;
-#pragma omp simd reduction(+ : sum, mean)
-        for (int64_t i = begin; i < end; ++i) {
-            const float p = row.teacher[i] * n.inv_teacher;
-            const float q = row.student[i] * n.inv_student;
-            const float x = row.log_ratio[i] - n.offset;
+        Floats sum = {}, mean = {};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats p = load_floats(row.teacher + i) * n.inv_teacher;
+            const Floats q = load_floats(row.student + i) * n.inv_student;
+            const Floats x = load_floats(row.log_ratio + i) - n.offset;
+            Floats left;
             if (divergence == HERO_FORWARD_KL) {
-                const float near = p * (x + x * x * quadratic_remainder(x));
-                sum += kl_term(p, q, x);
-                row.log_ratio[i] = magnitude(x) <= 1.0f ? near : q - p;
+                const Floats remainder = quadratic_remainder(x);
+                const Floats is_near = choose(magnitude(x) <= 1.0f, all<Floats>(1.0f), Floats{});
+                const Floats difference = q - p;
+                sum += choose(is_near > 0.5f, p * (x * x) * remainder, difference - p * x);
+                left = choose(is_near > 0.5f, p * (x + x * x * remainder), difference);
             } else if (divergence == HERO_REVERSE_KL) {
-                const float term = kl_term(q, p, -x);
+                const Floats term = kl_term(q, p, -x);
                 sum += term;
                 mean += term;
-                row.log_ratio[i] = x;
+                left = x;
             } else {
                 // log of the mixture against the more probable side: its argument stays in (-1, 0].
-                const float weight = x > 0.0f ? beta : 1.0f - beta;
-                const float log_mixture = log_1_plus(weight * exponential_minus_1(-magnitude(x)));
-                const float from_teacher = x > 0.0f ? x + log_mixture : log_mixture;
-                const float from_student = x > 0.0f ? log_mixture : log_mixture - x;
-                const float m = beta * p + (1.0f - beta) * q;
-                const float student_term = kl_term(q, m, from_student);
-                sum += beta * kl_term(p, m, from_teacher) + (1.0f - beta) * student_term;
+                const Floats weight = choose(x > 0.0f, all<Floats>(beta), all<Floats>(other));
+                const Floats log_mixture =
+                    log_1_plus(weight * exponential_minus_1(-magnitude(x)));
+                const Floats from_teacher = choose(x > 0.0f, x + log_mixture, log_mixture);
+                const Floats from_student = choose(x > 0.0f, log_mixture, log_mixture - x);
+                const Floats m = beta * p + other * q;
+                const Floats student_term = kl_term(q, m, from_student);
+                sum += beta * kl_term(p, m, from_teacher) + other * student_term;
                 mean += student_term;
-                row.log_ratio[i] = -from_student;
+                left = -from_student;
             }
+            store_floats(row.log_ratio + i, left);
         }
-        value.divergence += sum;
-        value.mean += mean;
+        value.divergence += sum_of(sum);
+        value.mean += sum_of(mean);
     }
     return value;
 }
@@ -152,22 +158,20 @@ Value accumulate(const Row& row, const Normaliser& n, const RowsProblem& problem
 // Pass 4: the gradient with respect to the raw student logits, times `scale`.
 void write_gradient(const RowsProblem& problem, const Row& row, float inv_student, float mean,
                     float scale, void* grad) {
-    const bool forward = problem.divergence == HERO_FORWARD_KL;
+    const bool centred = problem.divergence != HERO_FORWARD_KL;
     const float side = problem.divergence == HERO_JSD ? 1.0f - problem.beta : 1.0f;
     const float outer = problem.logit_scale * problem.inv_temperature * side * scale;
+    const float factor = centred ? outer * inv_student : outer;
+    const bool capped = problem.softcap > 0;
     for (int64_t begin = 0; begin < problem.vocab_size; begin += BLOCK) {
         const int64_t end = problem.vocab_size - begin < BLOCK ? problem.vocab_size : begin + BLOCK;
-        float* bracket = row.log_ratio;
-        if (forward) {
-            for (int64_t i = begin; i < end; ++i) bracket[i] *= outer;
-        } else {
-            const float factor = outer * inv_student;
-            for (int64_t i = begin; i < end; ++i)
-                bracket[i] = factor * row.student[i] * (bracket[i] - mean);
+        for (int64_t i = begin; i < end; i += LANES) {
+            Floats value = load_floats(row.log_ratio + i);
+            if (centred) value = load_floats(row.student + i) * (value - mean);
+            if (capped) value *= load_floats(row.slope + i);
+            store_floats(row.log_ratio + i, factor * value);
         }
-        if (problem.softcap > 0)
-            for (int64_t i = begin; i < end; ++i) bracket[i] *= row.slope[i];
-        store(problem.grad_dtype, bracket + begin, begin, end - begin, grad);
+        store(problem.grad_dtype, row.log_ratio + begin, begin, end - begin, grad);
     }
     clear(problem.grad_dtype, problem.vocab_size, problem.columns, grad);
 }
@@ -190,7 +194,8 @@ void HERO_ROW_FUNCTION(const RowsProblem& problem, int64_t index, float* scratch
     float* stats = problem.stats + index * HERO_NUM_STATS;
     for (int i = 0; i < HERO_NUM_STATS; ++i) stats[i] = 0.0f;
 
-    const Extremes top = load_row(problem, teacher, student, row);
+    const bool absolute = problem.absolute_rows && problem.absolute_rows[index];
+    const Extremes top = load_row(problem, teacher, student, absolute, row);
     const int64_t target = problem.target_ids ? problem.target_ids[index] : -1;
     const float target_teacher = target < 0 ? 0.0f : row.teacher[target] - top.teacher;
     const float target_student = target < 0 ? 0.0f : row.student[target] - top.student;

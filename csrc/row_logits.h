@@ -48,6 +48,13 @@ void soft_cap(float cap, bool delta, int64_t count, float* teacher, float* stude
     }
 }
 
+// Whether a row is its own fp32 form already.
+bool is_plain(const RowsProblem& problem) {
+    return problem.teacher_dtype == HERO_FLOAT32 && problem.student_dtype == HERO_FLOAT32 &&
+           !problem.teacher_bias && !problem.student_bias && problem.softcap <= 0 &&
+           problem.logit_scale * problem.inv_temperature == 1.0f;
+}
+
 // Raw storage -> z_t, z_s and delta of one block; `student` receives z_s or delta, as stored.
 void transform(const RowsProblem& problem, int64_t begin, int64_t count, float* teacher,
                float* student, float* slope) {
@@ -79,29 +86,41 @@ void transform(const RowsProblem& problem, int64_t begin, int64_t count, float* 
     for (int64_t i = 0; i < count; ++i) teacher[i] *= outer, student[i] *= outer;
 }
 
-// Pass 1: the row as fp32, and its extremes.
+// Pass 1: the row as fp32, and its extremes. `absolute`: with delta, this row's student holds raw_s.
 Extremes load_row(const RowsProblem& problem, const void* teacher_row, const void* student_row,
-                  const Row& row) {
+                  bool absolute, const Row& row) {
     Extremes extremes;
+    const bool plain = is_plain(problem) && !absolute;
+    const bool delta = problem.delta;
     for (int64_t begin = 0; begin < problem.vocab_size; begin += BLOCK) {
         const int64_t rest = problem.vocab_size - begin;
         const int64_t count = rest < BLOCK ? rest : BLOCK;
         float* teacher = row.teacher + begin;
         float* student = row.student + begin;
         float* log_ratio = row.log_ratio + begin;
-        float* stored = problem.delta ? log_ratio : student;
-        load(problem.teacher_dtype, teacher_row, begin, count, teacher);
-        load(problem.student_dtype, student_row, begin, count, stored);
-        transform(problem, begin, count, teacher, stored, row.slope + begin);
+        const float* raw_teacher = teacher;
+        const float* raw_student = delta ? log_ratio : student;
+        if (plain) {
+            raw_teacher = static_cast<const float*>(teacher_row) + begin;
+            raw_student = static_cast<const float*>(student_row) + begin;
+        } else {
+            float* stored = delta ? log_ratio : student;
+            load(problem.teacher_dtype, teacher_row, begin, count, teacher);
+            load(problem.student_dtype, student_row, begin, count, stored);
+            if (absolute)
+                for (int64_t i = 0; i < count; ++i) stored[i] -= teacher[i];
+            transform(problem, begin, count, teacher, stored, row.slope + begin);
+        }
 
-        const bool delta = problem.delta;
         float top_teacher = extremes.teacher, top_student = extremes.student,
               top_ratio = extremes.log_ratio;
 #pragma omp simd reduction(max : top_teacher, top_student, top_ratio)
         for (int64_t i = 0; i < count; ++i) {
-            const float t = at_least(teacher[i], MASKED);
-            const float s = at_least(delta ? t + log_ratio[i] : student[i], MASKED);
-            const float x = delta ? log_ratio[i] : s - t;
+            const float raw = raw_teacher[i];
+            const float stored = delta && raw < MASKED ? 0.0f : raw_student[i];
+            const float t = at_least(raw, MASKED);
+            const float s = at_least(delta ? t + stored : stored, MASKED);
+            const float x = delta ? stored : s - t;
             teacher[i] = t;
             student[i] = s;
             log_ratio[i] = x;
@@ -110,6 +129,12 @@ Extremes load_row(const RowsProblem& problem, const void* teacher_row, const voi
             top_ratio = x > top_ratio ? x : top_ratio;
         }
         extremes = {top_teacher, top_student, top_ratio};
+    }
+    // The passes work on whole vectors: what is beyond the row has probability 0.
+    for (int64_t i = problem.vocab_size; i % LANES; ++i) {
+        row.teacher[i] = row.student[i] = MASKED;
+        row.log_ratio[i] = extremes.log_ratio;  // never the widest, so it cannot overflow alone
+        row.slope[i] = 0.0f;
     }
     return extremes;
 }

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-#define HERO_ABI_VERSION 1
+#define HERO_ABI_VERSION 2
 
 enum HeroDtype { HERO_FLOAT32 = 0, HERO_BFLOAT16 = 1, HERO_FLOAT16 = 2 };
 enum HeroDivergence { HERO_JSD = 0, HERO_FORWARD_KL = 1, HERO_REVERSE_KL = 2 };
@@ -33,6 +33,7 @@ struct RowsProblem {
     const int64_t* target_ids;  // [rows] or null; -1 = no target
     const float* row_weights;   // [rows]
     const float* old_logprobs;  // [rows] or null: no importance ratio
+    const uint8_t* absolute_rows;  // [rows] or null: with delta, 1 where student holds raw z_s
     float* stats;               // [rows, HERO_NUM_STATS]
     // shapes and strides
     int64_t rows, columns, vocab_size;

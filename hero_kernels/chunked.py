@@ -12,12 +12,13 @@ teacher's head.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hero_kernels import gemm
+from hero_kernels import cpu, gemm
 from hero_kernels.options import Storage
 from hero_kernels.rows import STATS
 
@@ -68,6 +69,7 @@ class LogitChunk(NamedTuple):
     rows: slice
     student: Tensor  # [R, V] raw logits, or raw_s - raw_t for a shared head
     teacher: Tensor | None  # [R, V] raw logits
+    absolute_rows: Tensor | None  # [R] bool: where `student` holds raw_s for a shared head too
     grad: Tensor | None  # [R, V] to be filled; may be `student` itself
     student_bias: Tensor | None  # [V] fp32
     teacher_bias: Tensor | None  # [V] fp32
@@ -132,18 +134,19 @@ def run_chunks(
     head = weight[:vocab_size]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shared = teacher is not None and teacher.weight is weight
-    sizes = chunk_sizes(hidden.shape[0], plan.chunk_size)
+    sizes, types, groups, held, sum_type = layout(
+        len(hidden), hidden.shape[1], hidden.dtype, hidden.device, shared, plan
+    )
     longest = max(sizes, default=0)
-
-    types = buffer_types(hidden.dtype, hidden.device, plan.storage, shared, len(sizes))
-    logits = hidden.new_empty(longest, vocab_size, dtype=types.student)
-    teacher_logits = None if teacher is None else logits.new_empty(logits.shape, dtype=wide)
+    logits = buffer(hidden, longest, vocab_size, types.student)
+    teacher_logits = None if teacher is None else buffer(hidden, longest, vocab_size, wide)
     grads = None
     if plan.need_grad:
         in_place = types.gradient == types.student
-        grads = logits if in_place else logits.new_empty(logits.shape, dtype=types.gradient)
+        grads = logits if in_place else buffer(hidden, held, vocab_size, types.gradient)
     d_hidden = hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden.dtype))
-    d_weight = weight.new_zeros(weight.shape if plan.need_weight else 0, dtype=types.weight_sum)
+    d_weight = weight.new_empty(weight.shape if plan.need_weight else 0, dtype=sum_type)
+    d_weight[vocab_size if sizes else 0 :] = 0
     d_bias = weight.new_zeros(len(weight), dtype=wide)
     stats = hidden.new_empty(hidden.shape[0], STATS, dtype=wide)
     student_bias, teacher_bias = (
@@ -152,38 +155,41 @@ def run_chunks(
     )
 
     start = 0
-    for size in sizes:
-        rows = slice(start, start + size)
-        start += size
-        h_s = _cleared(hidden[rows], active[rows])
-        chunk_teacher = None if teacher_logits is None else teacher_logits[:size]
-        if teacher is not None and chunk_teacher is not None:
-            h_t = _cleared(teacher.hidden[rows], active[rows])
-            if shared:
-                _delta_into(logits[:size], chunk_teacher, h_s, h_t, head, types)
-            else:
-                gemm.logits_into(teacher.weight[:vocab_size], (chunk_teacher, h_t))
-        if not shared:
-            gemm.logits_into(head, (logits[:size], h_s))
-        grad = None if grads is None else grads[:size]
-        stats[rows] = row_kernel(
-            LogitChunk(
-                rows,
-                logits[:size],
-                chunk_teacher,
-                grad,
-                student_bias,
-                teacher_bias,
+    chunks = iter(sizes)
+    for group in groups:
+        first = start
+        for size in islice(chunks, group):
+            rows = slice(start, start + size)
+            h_s = _cleared(hidden[rows], active[rows])
+            chunk_teacher = None if teacher_logits is None else teacher_logits[:size]
+            absolute = None
+            if teacher is not None and chunk_teacher is not None:
+                h_t = _cleared(teacher.hidden[rows], active[rows])
+                if shared:
+                    absolute = _delta_into(logits[:size], chunk_teacher, h_s, h_t, head, types)
+                else:
+                    gemm.logits_into(teacher.weight[:vocab_size], (chunk_teacher, h_t))
+            if not shared:
+                gemm.logits_into(head, (logits[:size], h_s))
+            grad = None if grads is None else grads[start - first : start - first + size]
+            stats[rows] = row_kernel(
+                LogitChunk(
+                    rows, logits[:size], chunk_teacher, absolute, grad, student_bias, teacher_bias
+                )
             )
-        )
-        if grad is None:
-            continue
-        if plan.need_hidden:
-            d_hidden[rows] = gemm.hidden_gradient(grad, head)
-        if plan.need_weight:
-            gemm.add_weight_gradient(d_weight[:vocab_size], grad, h_s)
-        if plan.need_bias:
-            d_bias[:vocab_size] += grad.sum(0, dtype=wide)
+            if grad is not None and plan.need_hidden:
+                d_hidden[rows] = gemm.hidden_gradient(grad, head)
+            if grad is not None and plan.need_bias:
+                d_bias[:vocab_size] += grad.sum(0, dtype=wide)
+            start += size
+        if grads is not None and plan.need_weight:
+            rows = slice(first, start)
+            gemm.weight_gradient_into(
+                d_weight[:vocab_size],
+                grads[: start - first],
+                _cleared(hidden[rows], active[rows]),
+                accumulate=first > 0,
+            )
     return stats, Gradients(
         d_hidden if plan.need_hidden else None,
         d_weight.to(gradient_dtype(weight.dtype)) if plan.need_weight else None,
@@ -191,6 +197,61 @@ def run_chunks(
         if plan.need_bias and student.bias is not None
         else None,
     )
+
+
+def buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An empty [rows, columns] on the device of `like`.
+
+    On CPU rows of the same place in every page would compete for the same lines of the cache, so
+    they are spaced a little further apart; and fresh memory is taken in huge pages.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(rows, columns, dtype=dtype)
+    whole_lines = -(-columns // 64) * 64
+    spaced = like.new_empty(rows, whole_lines + 64, dtype=dtype)
+    return cpu.advise_huge_pages(spaced)[:, :columns]
+
+
+class Layout(NamedTuple):
+    """How a call is cut into pieces, and what it holds them in."""
+
+    sizes: list[int]
+    """Rows of each chunk of logits."""
+    types: BufferTypes
+    groups: list[int]
+    """Number of chunks whose gradients are held together, for one product that forms dW."""
+    held: int
+    """Rows of the gradient's buffer; 0 where the gradient takes the place of the logits."""
+    weight_sum: torch.dtype
+    """In which dW is summed."""
+
+
+def layout(
+    num_rows: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared_head: bool,
+    plan: Plan,
+) -> Layout:
+    """The layout of a call.
+
+    A sum over chunks is kept in fp32: 4·V·H bytes that every product for dW reads and writes. Where
+    the gradients of all rows are held instead, 2·N·V bytes in 16 bits, one product sums in its
+    registers. Up to twice as many rows as H that takes no more memory than the sum; on CPU, where
+    traffic costs more than memory, twice that is allowed.
+    """
+    sizes = chunk_sizes(num_rows, plan.chunk_size)
+    longest = max(sizes, default=0)
+    types = buffer_types(dtype, device, plan.storage, shared_head)
+    groups, held = [1] * len(sizes), 0
+    if plan.need_grad and types.gradient != types.student:
+        limit = hidden_size * (4 if device.type == "cpu" else 2) if plan.need_weight else 0
+        groups = _equal_parts(len(sizes), max(1, limit // max(1, longest)))
+        chunks = iter(sizes)
+        held = max((sum(islice(chunks, group)) for group in groups), default=0)
+    wide = torch.promote_types(dtype, torch.float32)
+    return Layout(sizes, types, groups, held, types.gradient if len(groups) <= 1 else wide)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -220,48 +281,47 @@ class BufferTypes(NamedTuple):
     student: torch.dtype
     gradient: torch.dtype
     """If the same as `student`, the gradient takes the logits' place."""
-    weight_sum: torch.dtype
 
 
 def buffer_types(
-    dtype: torch.dtype, device: torch.device, storage: str, shared_head: bool, num_chunks: int
+    dtype: torch.dtype, device: torch.device, storage: str, shared_head: bool
 ) -> BufferTypes:
     """What the chunk loop holds its chunks in.
 
     Beside teacher logits in fp32 a 16-bit delta is as good as an fp32 one where delta is small: its
     error is relative to itself. Student logits are never 16-bit: their difference to the teacher's
-    is what counts. On CUDA the gradient is 16-bit, the type of the GEMM's operands; on CPU, whose
-    16-bit GEMM would round its result too, it is fp32. A sum over chunks is kept in fp32; of a
-    single chunk the GEMM itself sums in fp32.
+    is what counts. The gradient is 16-bit, the type of the GEMM's operands, where such a product
+    has wide results (`gemm.takes_16_bit`), else fp32.
 
     Args:
         dtype: of the hidden states.
         device: of the hidden states.
         storage: value of `Storage`.
         shared_head: whether the student's logits are a delta.
-        num_chunks: in this call.
     """
     wide = torch.promote_types(dtype, torch.float32)
     mixed = storage == Storage.MIXED
-    gradient = dtype if mixed or device.type == "cuda" else wide
     return BufferTypes(
         student=dtype if mixed and shared_head else wide,
-        gradient=gradient,
-        weight_sum=dtype if gradient == dtype and num_chunks == 1 else wide,
+        gradient=dtype if mixed or gemm.takes_16_bit(device, dtype) else wide,
     )
 
 
 def _delta_into(
     delta: Tensor, teacher: Tensor, h_s: Tensor, h_t: Tensor, head: Tensor, types: BufferTypes
-) -> None:
-    """delta [R, V] = (h_s - h_t)·headᵀ and teacher [R, V] = h_t·headᵀ, for a shared head."""
+) -> Tensor | None:
+    """delta [R, V] = (h_s - h_t)·headᵀ and teacher [R, V] = h_t·headᵀ, for a shared head.
+
+    Returns:
+        [R] bool: rows in which `delta` holds the student's logits after all; None for no row.
+    """
     if types.student == types.gradient:  # one rounding at most, to what the GEMM takes
         wide = torch.promote_types(h_s.dtype, torch.float32)
         gemm.logits_into(head, (teacher, h_t), (delta, h_s.to(wide) - h_t.to(wide)))
-        return
-    operand, still_to_subtract = difference_operand(h_s, h_t)
+        return None
+    operand, absolute = difference_operand(h_s, h_t)
     gemm.logits_into(head, (teacher, h_t), (delta, operand))
-    delta.addcmul_(teacher, still_to_subtract, value=-1.0)
+    return absolute
 
 
 def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,14 +332,13 @@ def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     it is not, h_s and h_t lie so far apart that the fp32 logits of both can be subtracted.
 
     Returns:
-        The operand [R, H], h_s - h_t or h_s; and [R, 1], 0 or 1: how much of the teacher's logits
-        is still to be subtracted.
+        The operand [R, H], h_s - h_t or h_s; and [R] bool, whether it is h_s.
     """
     exact = h_s.float() - h_t.float()
     rounded = exact.to(h_s.dtype)
-    error = (exact - rounded.float()).norm(dim=1, keepdim=True)
-    far = error > 2.0**-12 * exact.norm(dim=1, keepdim=True)
-    return torch.where(far, h_s, rounded), far.float()
+    error = (exact - rounded.float()).norm(dim=1)
+    absolute = error > 2.0**-12 * exact.norm(dim=1)
+    return torch.where(absolute[:, None], h_s, rounded), absolute
 
 
 def _cleared(hidden: Tensor, active: Tensor) -> Tensor:
@@ -289,5 +348,10 @@ def _cleared(hidden: Tensor, active: Tensor) -> Tensor:
 
 def chunk_sizes(num_rows: int, chunk_size: int) -> list[int]:
     """As few chunks as possible, as equal as possible: no GEMM of a handful of rows at the end."""
-    count = -(-num_rows // chunk_size)
-    return [num_rows * (i + 1) // count - num_rows * i // count for i in range(count)]
+    return _equal_parts(num_rows, chunk_size)
+
+
+def _equal_parts(total: int, largest: int) -> list[int]:
+    """`total` as a sum of as few numbers as possible, none above `largest`, that differ by 1."""
+    count = -(-total // largest)
+    return [total * (i + 1) // count - total * i // count for i in range(count)]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hero_kernels.row_arguments import check_matrices, check_vectors
 
-ABI_VERSION = 1
-"""Version of the C struct below; csrc/rows_problem.h holds the same number."""
+ABI_VERSION = 2
+"""Version of the C interface; csrc/rows_problem.h holds the same number."""
 
 NUM_STATS = 8
 OUT_OF_MEMORY = 1
@@ -32,7 +32,10 @@ class RowsProblem(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad")),
         *((name, ctypes.c_void_p) for name in ("student_bias", "teacher_bias", "target_ids")),
-        *((name, ctypes.c_void_p) for name in ("row_weights", "old_logprobs", "stats")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("row_weights", "old_logprobs", "absolute_rows", "stats")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "vocab_size")),
         *((name, ctypes.c_int64) for name in ("student_stride", "teacher_stride", "grad_stride")),
         *((name, ctypes.c_int32) for name in ("student_dtype", "teacher_dtype", "grad_dtype")),
@@ -77,7 +80,7 @@ def instruction_set() -> str:
     Raises:
         RuntimeError: the library is not available.
     """
-    return INSTRUCTION_SETS[_library().hero_instruction_set()]
+    return INSTRUCTION_SETS[library().hero_instruction_set()]
 
 
 def has_threads() -> bool:
@@ -86,10 +89,28 @@ def has_threads() -> bool:
     Raises:
         RuntimeError: the library is not available.
     """
-    return bool(_library().hero_has_threads())
+    return bool(library().hero_has_threads())
 
 
-def _library() -> ctypes.CDLL:
+def advise_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for huge pages under a fresh CPU tensor, if the library is there; returns the tensor.
+
+    A fresh buffer costs a page fault for each page that is touched first; the values are the same.
+    """
+    library, _ = _load()
+    if library is not None and tensor.device.type == "cpu":
+        library.hero_advise_huge_pages(
+            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
+        )
+    return tensor
+
+
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it is not available.
+    """
     library, reason = _load()
     if library is None:
         raise RuntimeError(reason)
@@ -115,6 +136,7 @@ def divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None = None,
 ) -> Tensor:
     """Divergence, statistics and gradient of every row, in one parallel sweep.
 
@@ -144,6 +166,7 @@ def divergence_rows(
         is_clip: upper limit of the importance ratio; 0 for none.
         vocab_size: number of real columns.
         with_stats: fill columns 4 to 6.
+        absolute_rows: [R] bool; with `delta`, rows whose `student` holds z_s all the same.
 
     Returns:
         [R, 8] fp32: divergence (unweighted), importance ratio, log p_s(y), log p_t(y), student
@@ -171,6 +194,7 @@ def divergence_rows(
         is_clip,
         vocab_size,
         with_stats,
+        absolute_rows,
         instruction_set=-1,
     )
 
@@ -196,12 +220,13 @@ def _divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None,
     instruction_set: int,
 ) -> Tensor:
     """The op behind `divergence_rows`; `instruction_set` forces one (-1: the machine's best)."""
-    library = _library()
+    kernels = library()
     check_matrices(student, teacher, grad, vocab_size)
-    check_vectors(student, target_ids, row_weights, old_logprobs, vocab_size)
+    check_vectors(student, target_ids, row_weights, old_logprobs, absolute_rows, vocab_size)
     rows, columns = student.shape
     stats = torch.empty((rows, NUM_STATS), dtype=torch.float32)
     # Biases are [V]: the copies cost nothing beside [R, V], and must outlive the call.
@@ -225,11 +250,12 @@ def _divergence_rows(
         is_clip=is_clip,
         vocab_size=vocab_size,
         with_stats=with_stats,
+        absolute_rows=absolute_rows,
     )
     problem.num_threads = torch.get_num_threads()
     if instruction_set < 0:
-        instruction_set = library.hero_instruction_set()
-    status = library.hero_divergence_rows(ctypes.byref(problem), instruction_set)
+        instruction_set = kernels.hero_instruction_set()
+    status = kernels.hero_divergence_rows(ctypes.byref(problem), instruction_set)
     if status == OUT_OF_MEMORY:
         raise RuntimeError(f"The C++ row kernel found no memory for rows of {columns} logits.")
     if status:
@@ -255,6 +281,7 @@ def rows_problem(
     target_ids: Tensor | None,
     row_weights: Tensor,
     old_logprobs: Tensor | None,
+    absolute_rows: Tensor | None,
     **scalars: float,
 ) -> RowsProblem:
     """The arguments of `divergence_rows` and where its result goes [R, 8], as the C struct.
@@ -264,12 +291,13 @@ def rows_problem(
     return RowsProblem(
         student=student.data_ptr(),
         teacher=teacher.data_ptr(),
-        grad=_pointer(grad),
-        student_bias=_pointer(student_bias),
-        teacher_bias=_pointer(teacher_bias),
-        target_ids=_pointer(target_ids),
+        grad=pointer(grad),
+        student_bias=pointer(student_bias),
+        teacher_bias=pointer(teacher_bias),
+        target_ids=pointer(target_ids),
         row_weights=row_weights.data_ptr(),
-        old_logprobs=_pointer(old_logprobs),
+        old_logprobs=pointer(old_logprobs),
+        absolute_rows=pointer(absolute_rows),
         stats=stats.data_ptr(),
         rows=student.shape[0],
         columns=student.shape[1],
@@ -283,7 +311,8 @@ def rows_problem(
     )
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of the first element; None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 

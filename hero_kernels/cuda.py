@@ -99,6 +99,7 @@ def divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None = None,
 ) -> Tensor:
     """Divergence, statistics and gradient of every row; as `hero_kernels.cpu.divergence_rows`.
 
@@ -122,7 +123,7 @@ def divergence_rows(
     if library is None:
         raise RuntimeError(reason)
     check_matrices(student, teacher, grad, vocab_size)
-    check_vectors(student, target_ids, row_weights, old_logprobs, vocab_size)
+    check_vectors(student, target_ids, row_weights, old_logprobs, absolute_rows, vocab_size)
     check_size(student)
     stats = student.new_empty((student.shape[0], NUM_STATS), dtype=torch.float32)
     if student.shape[0] == 0:
@@ -149,6 +150,7 @@ def divergence_rows(
             is_clip=is_clip,
             vocab_size=vocab_size,
             with_stats=with_stats,
+            absolute_rows=absolute_rows,
         )
         stream = torch.cuda.current_stream(student.device).cuda_stream
         status = library.hero_cuda_divergence_rows(ctypes.byref(problem), stream)

@@ -154,6 +154,7 @@ def divergence_of_chunk(
         "is_clip": objective.is_clip,
         "vocab_size": objective.vocab_size,
         "with_stats": with_stats,
+        "absolute_rows": chunk.absolute_rows,
     }
     if objective.support != Support.FULL:
         server = None

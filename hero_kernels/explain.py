@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hero_kernels import backends
-from hero_kernels.chunked import buffer_types, chunk_sizes
+from hero_kernels.chunked import Plan, layout
 from hero_kernels.options import KernelOptions
 
 
@@ -50,16 +50,25 @@ def explain(
     where = torch.device(device)
     request = backends.Request(where, dtype, support, pointwise_clip is not None)
     chosen = backends.choose(impl, request)
-    chunks = chunk_sizes(num_rows, backends.chunk_rows(options, where, vocab_size))
-    types = buffer_types(dtype, where, str(options.storage), shared_head, len(chunks))
+    plan = Plan(
+        impl,
+        backends.chunk_rows(options, where, vocab_size),
+        str(options.storage),
+        options.max_active_rows or 0,
+        trainable_trunk,
+        trainable_head,
+        False,
+        False,
+    )
+    chunks, types, groups, held, weight_sum = layout(
+        num_rows, hidden_size, dtype, where, shared_head, plan
+    )
     gemms = ["teacher logits", "h_s - h_t" if shared_head else "student logits"]
     gemms += ["dX"] * trainable_trunk + ["dW"] * trainable_head
 
     wide = torch.promote_types(dtype, torch.float32)
-    held = [wide, types.student]
-    if types.gradient != types.student and (trainable_trunk or trainable_head):
-        held.append(types.gradient)
-    logits_bytes = max(chunks, default=0) * vocab_size * sum(kind.itemsize for kind in held)
+    logits_bytes = max(chunks, default=0) * vocab_size * (wide.itemsize + types.student.itemsize)
+    gradient_bytes = held * vocab_size * types.gradient.itemsize
     lines = [f"implementation: {chosen}"]
     for name in backends.IMPLEMENTATIONS:
         if name != chosen:
@@ -71,11 +80,12 @@ def explain(
         f"gradient {_name(types.gradient)}",
         f"head GEMMs: {len(gemms)} ({', '.join(gemms)}), "
         f"{2e-9 * num_rows * hidden_size * vocab_size:.1f} GFLOP each",
-        f"workspace: {_mebibytes(logits_bytes)} of logits",
+        f"workspace: {_mebibytes(logits_bytes)} of logits, {_mebibytes(gradient_bytes)} of their "
+        f"gradient ({max(groups, default=0)} chunk(s) held)",
     ]
-    if trainable_head and types.weight_sum != dtype:
-        size = vocab_size * hidden_size * types.weight_sum.itemsize
-        lines.append(f"  and {_mebibytes(size)} for the {_name(types.weight_sum)} sum of dW")
+    if trainable_head and weight_sum != dtype:
+        size = vocab_size * hidden_size * weight_sum.itemsize
+        lines.append(f"  and {_mebibytes(size)} for the {_name(weight_sum)} sum of dW")
     lines.append("masked rows: " + _masking(where, options))
     return "\n".join(lines)
 

@@ -162,7 +162,7 @@ def _fill(
     target = Objective(*objective)
     impl = backends.resolve(impl, student, target)
     row_tensors = RowTensors(row_weights, target_ids, old_logprobs, None, None)
-    chunk = LogitChunk(slice(0, len(student)), student, teacher, grad, None, None)
+    chunk = LogitChunk(slice(0, len(student)), student, teacher, None, grad, None, None)
     stats = divergence_of_chunk(chunk, row_tensors, target, impl, False, with_stats)
     masked = (row_weights == 0)[:, None]
     if grad is not None:

@@ -1,9 +1,9 @@
 """The head's products, with the type of the result chosen apart from that of the operands.
 
 Logits, and sums over chunks, must not be rounded to 16 bits. CUDA's library writes fp32 results of
-16-bit operands. On CPU torch cannot, so the operands are widened there, the head in slices of the
-vocabulary that are small beside the chunk; where the CPU has no 16-bit arithmetic that is also
-several times faster.
+16-bit operands. On CPU torch cannot: where the processor multiplies bf16 numbers, `cpu_gemm` does;
+elsewhere the operands are widened, the head in slices of the vocabulary that are small beside the
+chunk, which is several times faster than what torch makes of a 16-bit product there.
 """
 
 from __future__ import annotations
@@ -13,26 +13,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from hero_kernels import cpu_gemm
+
 SLICE_ROWS = 8192
 """Rows of the head widened at once on CPU."""
+
+
+def takes_16_bit(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of 16-bit operands have wide results here without widening the operands."""
+    return device.type == "cuda" or (dtype == torch.bfloat16 and cpu_gemm.kind() != "none")
 
 
 def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
     """out [R, V] = hidden [R, H] · weightᵀ for each pair (out, hidden).
 
     Args:
-        weight: [V, H]; where it has to be widened, that is done once for all products.
-        products: results, to be overwritten, of the weight's type or fp32; and left operands.
+        weight: [V, H]; where it has to be widened or packed, that is done once for all products.
+        products: one or two pairs: results, to be overwritten, of the weight's type or fp32; and
+            left operands.
     """
-    widened = []
+    wide_results = []
     for out, hidden in products:
         if out.dtype == weight.dtype:
             torch.mm(hidden.to(weight.dtype), weight.t(), out=out)
         elif out.is_cuda:
             torch.mm(hidden.to(weight.dtype), weight.t(), out_dtype=out.dtype, out=out)
         else:
-            widened.append((out, hidden.to(out.dtype)))
-    for part in _slices(weight) if widened else ():
+            wide_results.append((out, hidden))
+    if not wide_results:
+        return
+    if takes_16_bit(weight.device, weight.dtype):
+        cpu_gemm.logits_into(
+            _rows(weight), *((out, _rows(hidden.to(weight.dtype))) for out, hidden in wide_results)
+        )
+        return
+    widened = [(out, hidden.to(out.dtype)) for out, hidden in wide_results]
+    for part in _slices(weight):
         head = weight[part].to(torch.float32).t()
         for out, hidden in widened:
             torch.mm(hidden, head, out=out[:, part])
@@ -41,6 +57,8 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad [R, V] · weight [V, H], summed in fp32 or wider; [R, H] in the type of `grad`."""
     if grad.dtype == weight.dtype:
+        if grad.device.type == "cpu" and takes_16_bit(grad.device, grad.dtype):
+            return cpu_gemm.hidden_gradient(_rows(grad), _rows(weight))
         return torch.mm(grad, weight)
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
     for part in _slices(weight):
@@ -48,15 +66,40 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return total
 
 
-def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += gradᵀ · hidden, of [R, V] and [R, H]; `total` may be of a wider type."""
+def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
+    """total [V, H] (+)= gradᵀ · hidden, of [R, V] and [R, H].
+
+    Args:
+        total: of the type of `grad` or a wider one.
+        grad: of the logits.
+        hidden: states.
+        accumulate: add to what `total` holds; else overwrite it.
+    """
     hidden = hidden.to(grad.dtype)
-    if total.dtype == grad.dtype:
-        total.addmm_(grad.t(), hidden)
+    if (
+        grad.device.type == "cpu"
+        and grad.element_size() == 2
+        and takes_16_bit(grad.device, grad.dtype)
+    ):
+        cpu_gemm.weight_gradient_into(total, _rows(grad), _rows(hidden), accumulate)
+    elif total.dtype == grad.dtype:
+        if accumulate:
+            total.addmm_(grad.t(), hidden)
+        else:
+            torch.mm(grad.t(), hidden, out=total)
     elif total.is_cuda:
-        torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
+        if accumulate:
+            torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
+        else:
+            torch.mm(grad.t(), hidden, out_dtype=total.dtype, out=total)
     else:
-        total += torch.mm(grad.t(), hidden)
+        product = torch.mm(grad.t(), hidden)
+        total.add_(product) if accumulate else total.copy_(product)
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """With adjacent columns."""
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def _slices(weight: Tensor) -> Iterator[slice]:

@@ -48,6 +48,7 @@ def check_vectors(
     target_ids: Tensor | None,
     row_weights: Tensor,
     old_logprobs: Tensor | None,
+    absolute_rows: Tensor | None,
     vocab_size: int,
 ) -> None:
     """The [R] tensors fit `student`; on CPU, where nothing waits for it, the target ids too."""
@@ -55,6 +56,7 @@ def check_vectors(
         ("target_ids", target_ids, torch.int64),
         ("row_weights", row_weights, torch.float32),
         ("old_logprobs", old_logprobs, torch.float32),
+        ("absolute_rows", absolute_rows, torch.bool),
     )
     for name, tensor, dtype in vectors:
         if tensor is None:

@@ -71,6 +71,7 @@ def divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None = None,
     pointwise_clip: float = 0.0,
 ) -> Tensor:
     """Divergence of each row of a chunk of logits and its gradient.
@@ -95,6 +96,8 @@ def divergence_rows(
         is_clip: upper bound of the importance ratio exp(log p_s(target) - old), 0 for none.
         vocab_size: columns from here on are padding.
         with_stats: fill columns 4 to 6.
+        absolute_rows: [R] bool; with `delta`, rows whose `student` holds raw_s all the same: they
+            are too far from the teacher for a 16-bit h_s - h_t (`chunked.difference_operand`).
         pointwise_clip: upper bound of one entry's contribution to the textbook sum, 0 for none;
             where it binds the entry has no gradient. (Only this implementation has it.)
 
@@ -126,6 +129,7 @@ def divergence_rows(
         is_clip=is_clip,
         vocab_size=vocab_size,
         with_stats=with_stats,
+        absolute_rows=absolute_rows,
     )
 
 
@@ -147,6 +151,7 @@ def map_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None = None,
 ) -> Tensor:
     """Apply `objective` block by block: what all supports share. See `divergence_rows`."""
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -155,8 +160,17 @@ def map_rows(
     if grad is not None and grad.shape[1] > vocab_size:
         grad[:, vocab_size:] = 0
     for rows in _blocks(student):
+        block_student = student[rows, :vocab_size]
+        if absolute_rows is not None and teacher is not None:
+            still_to_subtract = absolute_rows[rows, None].to(dtype)
+            block_student = torch.addcmul(
+                block_student.to(dtype),
+                teacher[rows, :vocab_size].to(dtype),
+                still_to_subtract,
+                value=-1.0,
+            )
         probs = log_probs(
-            student[rows, :vocab_size],
+            block_student,
             None if teacher is None else teacher[rows, :vocab_size],
             delta=delta,
             inv_temperature=inv_temperature,

@@ -95,11 +95,13 @@ HERO_DEVICE void soft_cap(float cap, float& teacher, float& stored, float& slope
     slope = divide(4.0f * fall, (1.0f + fall) * (1.0f + fall));
 }
 
-// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope.
+// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope. `absolute`: with delta, 1 in
+// rows whose student holds raw logits all the same, else 0.
 template <bool delta>
-HERO_DEVICE void transform(const RowsProblem& problem, float inner, int column, float raw_t,
+HERO_DEVICE void transform(const RowsProblem& problem, float absolute, float inner, int column, float raw_t,
                            float raw_s, float& teacher, float& student, float& log_ratio,
                            float& slope) {
+    if (delta) raw_s -= absolute * raw_t;
     if (problem.teacher_bias) {
         const float bias = problem.teacher_bias[column];
         raw_t += bias;
@@ -131,8 +133,8 @@ HERO_DEVICE float inner_factor(const RowsProblem& problem) {
 // The thread's columns of a tile; those from `vocab_size` on count as masked.
 template <bool delta>
 HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
-                               const char* teacher_tile, const char* student_tile, int in_tile,
-                               int column) {
+                               float absolute, const char* teacher_tile,
+                               const char* student_tile, int in_tile, int column) {
     Logits logits;
     const int vocab_size = static_cast<int>(problem.vocab_size);
     load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
@@ -142,7 +144,7 @@ HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
         const int at = column + i * lanes.step;
         if (at < vocab_size) {
-            transform<delta>(problem, inner, at, logits.teacher[i], logits.student[i],
+            transform<delta>(problem, absolute, inner, at, logits.teacher[i], logits.student[i],
                              logits.teacher[i], logits.student[i], logits.log_ratio[i],
                              logits.slope[i]);
         } else {

@@ -28,13 +28,13 @@ HERO_DEVICE float load_element(const char* row, int32_t dtype, int64_t column) {
 
 template <bool delta>
 HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher,
-                               const char* student, int row) {
+                               const char* student, float absolute, int row) {
     Target target;
     if (!problem.target_ids) return target;
     target.id = problem.target_ids[row];
     if (target.id < 0) return target;
     float slope;
-    transform<delta>(problem, inner_factor(problem), static_cast<int>(target.id),
+    transform<delta>(problem, absolute, inner_factor(problem), static_cast<int>(target.id),
                      load_element(teacher, problem.teacher_dtype, target.id),
                      load_element(student, problem.student_dtype, target.id), target.teacher,
                      target.student, target.log_ratio, slope);
@@ -94,13 +94,12 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
     }
 }
 
-constexpr float WIDE_LOG_RATIO = 30.0f;  // above it p_s comes from its own logit
-
 // What turns logits into probabilities.
 struct Normaliser {
     float max_teacher, max_student, log_teacher, log_student;  // logarithms of the masses
     float shift, offset;                                       // x = log ratio - shift - offset
     float mean;                                                // of x under p_s; reverse KL only
+    bool near;  // the offset comes from the growth: x is accurate relative to itself
 
     HERO_DEVICE explicit Normaliser(const Masses& sums)
         : max_teacher(sums.max_teacher),
@@ -110,7 +109,8 @@ struct Normaliser {
           shift(sums.shift) {
         const float growth = sums.growth / sums.teacher;
         // Where the growth is large so is the divergence, and the normalisers serve.
-        offset = magnitude(growth) < 0.5f
+        near = magnitude(growth) < 0.5f;
+        offset = near
                      ? log_1_plus(growth)
                      : (max_student - max_teacher - shift) + (log_student - log_teacher);
         mean = sums.log_ratio / sums.student - offset;
@@ -127,10 +127,10 @@ HERO_DEVICE Probabilities probabilities(const Normaliser& n, float teacher, floa
     Probabilities of;
     of.x = lowest(highest(log_ratio - n.shift, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT) - n.offset;
     of.log_p = (teacher - n.max_teacher) - n.log_teacher;
-    // Through x the student keeps delta's accuracy; far away x is no longer accurate itself. Without
-    // delta the teacher may be masked alone.
+    // Through x the student keeps delta's accuracy. Else by what it was normalised with: so p_s sums
+    // to 1, and a teacher that is masked alone does not matter.
     const float own = (student - n.max_student) - n.log_student;
-    of.log_q = delta && magnitude(of.x) < WIDE_LOG_RATIO ? of.log_p + of.x : own;
+    of.log_q = delta && n.near ? of.log_p + of.x : own;
     of.p = exponential(of.log_p);
     of.q = exponential(of.log_q);
     return of;
@@ -185,7 +185,7 @@ HERO_DEVICE void jsd_gradient(const Logits& z, const Normaliser& n, float beta, 
 // copied; `release`: this is the last time that they are read.
 template <bool delta, class Body>
 HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const Work& work,
-                           Exchange& exchange, const Lanes& lanes, int row, Position at,
+                           Exchange& exchange, const Lanes& lanes, int row, float absolute, Position at,
                            bool incoming, bool release, Body body) {
     const char* memory = shared_memory();
     const int warp = thread_index() / 32;
@@ -200,7 +200,7 @@ HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const W
         if (first < work.slice_end - work.slice_begin) {
             const int column = work.slice_begin + first + lanes.offset;
             const Logits logits = load_logits<delta>(
-                problem, lanes,
+                problem, lanes, absolute,
                 memory + EXCHANGE_BYTES + at.stage * plan.teacher_stage + teacher_lead,
                 memory + plan.student_offset + at.stage * plan.student_stage + student_lead,
                 group + lanes.offset, column);
@@ -222,9 +222,8 @@ HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masse
     const bool has_target = target.id >= 0;
     const float teacher = (target.teacher - n.max_teacher) - n.log_teacher;
     const float x = (target.log_ratio - n.shift) - n.offset;
-    // The difference of the two keeps delta's accuracy, unless one side is masked.
-    const float student =
-        magnitude(x) < WIDE_LOG_RATIO ? teacher + x : (target.student - n.max_student) - n.log_student;
+    const float own = (target.student - n.max_student) - n.log_student;
+    const float student = n.near && magnitude(x) < 30.0f ? teacher + x : own;
     float ratio = 1.0f;
     if (has_target && problem.old_logprobs) {
         ratio = expf(student - problem.old_logprobs[row]);
@@ -259,12 +258,14 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
             row_of(problem.student, problem.student_dtype, problem.student_stride, row);
         char* grad = const_cast<char*>(
             row_of(problem.grad, problem.grad_dtype, problem.grad_stride, row));
-        const Target target = load_target<delta>(problem, teacher, student, row);
+        const bool holds_logits = delta && problem.absolute_rows && problem.absolute_rows[row];
+        const float absolute = holds_logits ? 1.0f : 0.0f;
+        const Target target = load_target<delta>(problem, teacher, student, absolute, row);
         const Position start = at;
 
         Masses mine = no_masses();
         bool is_first = true;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, at, true, !resident,
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, at, true, !resident,
                           [&](const Logits& z, int column) {
                               add_masses<delta, is_reverse>(z, lanes, column, is_first, with_stats, mine);
                               is_first = false;
@@ -297,7 +298,7 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         Values values = no_values();
         const bool last = !resident || !third;
         const Position second = resident ? start : at;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, second, !plan.resident, last,
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, second, !plan.resident, last,
                           [&](const Logits& z, int column) {
                               float gradient[COLUMNS_PER_THREAD];
                               add_values<divergence, delta>(z, n, problem.beta, with_stats, values,
@@ -308,7 +309,7 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
             exchange, plan, work.rank, reductions++, third || writes, values, no_values(),
             [&](const Values& sums) { return combine<is_jsd>(sums, with_stats); });
         if (is_jsd && third)
-            at = sweep<delta>(problem, plan, work, exchange, lanes, row, resident ? start : at,
+            at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, resident ? start : at,
                               !plan.resident, true, [&](const Logits& z, int column) {
                                   float gradient[COLUMNS_PER_THREAD];
                                   jsd_gradient<delta>(z, n, problem.beta, values.student_part,

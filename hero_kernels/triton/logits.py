@@ -26,7 +26,8 @@ def load_logits(
     """z_t, z_s, delta and d z_s / d raw student logit at columns `offs_v` of a row.
 
     `source` is the tuple (student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, columns,
-    vocab_size, logit_scale, softcap, inv_temperature); the first two point at the row.
+    vocab_size, logit_scale, softcap, inv_temperature, absolute); the first two point at the row,
+    `absolute` is 1 where a row's student holds its logits in spite of DELTA, else 0.
     """
     (
         student_ptr,
@@ -38,11 +39,14 @@ def load_logits(
         logit_scale,
         softcap,
         inv_temperature,
+        absolute,
     ) = source
     # Loads are masked by the padded width: a vocabulary of odd size would make them scalar.
     inside = offs_v < columns
     z_t = tl.load(teacher_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
     stored = tl.load(student_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    if DELTA:
+        stored -= absolute * z_t
     shared_bias = 0.0
     if HAS_TEACHER_BIAS:
         teacher_bias = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)

@@ -58,6 +58,7 @@ def _divergence_rows_kernel(
     target_ids_ptr,
     row_weights_ptr,
     old_logprobs_ptr,
+    absolute_rows_ptr,
     stats_ptr,
     # shapes
     columns,
@@ -82,6 +83,7 @@ def _divergence_rows_kernel(
     HAS_TARGETS: tl.constexpr,
     HAS_RATIO: tl.constexpr,
     HAS_CLIP: tl.constexpr,
+    HAS_ABSOLUTE: tl.constexpr,
     WITH_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -90,6 +92,9 @@ def _divergence_rows_kernel(
     teacher_ptr += row * stride_tr
     grad_ptr += row * stride_gr
     stats_ptr += row * NUM_STATS
+    absolute = 0.0
+    if HAS_ABSOLUTE:
+        absolute = tl.load(absolute_rows_ptr + row).to(tl.float32)
     source = (
         student_ptr,
         teacher_ptr,
@@ -100,6 +105,7 @@ def _divergence_rows_kernel(
         logit_scale,
         softcap,
         inv_temperature,
+        absolute,
     )
     lanes = tl.arange(0, BLOCK_V)
 
@@ -270,6 +276,7 @@ def divergence_rows(
     is_clip: float,
     vocab_size: int,
     with_stats: bool,
+    absolute_rows: Tensor | None = None,
     config: RowConfig | None = None,
 ) -> Tensor:
     """Divergence, statistics and gradient of every row; as `hero_kernels.cpu.divergence_rows`.
@@ -284,7 +291,7 @@ def divergence_rows(
         ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
     """
     check_matrices(student, teacher, grad, vocab_size)
-    check_vectors(student, target_ids, row_weights, old_logprobs, vocab_size)
+    check_vectors(student, target_ids, row_weights, old_logprobs, absolute_rows, vocab_size)
     rows, columns = student.shape
     stats = student.new_empty((rows, NUM_STATS.value), dtype=torch.float32)
     if rows == 0:
@@ -304,6 +311,7 @@ def divergence_rows(
             pointer(target_ids),
             row_weights,
             pointer(old_logprobs),
+            pointer(absolute_rows),
             stats,
             columns,
             vocab_size,
@@ -324,6 +332,7 @@ def divergence_rows(
             HAS_TARGETS=target_ids is not None,
             HAS_RATIO=target_ids is not None and old_logprobs is not None,
             HAS_CLIP=is_clip > 0,
+            HAS_ABSOLUTE=absolute_rows is not None,
             WITH_STATS=with_stats,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,

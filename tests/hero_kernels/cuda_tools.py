@@ -118,6 +118,7 @@ def _problem(
         options["target_ids"],
         options["row_weights"],
         options["old_logprobs"],
+        options["absolute_rows"],
         options["vocab_size"],
     )
     biases = [fp32_bias(options[f"{side}_bias"], student.shape[1]) for side in SIDES]

@@ -43,6 +43,7 @@ class Case:
     is_clip: float = 0.0
     vocab_size: int = 0
     with_stats: bool = False
+    absolute_rows: Tensor | None = None
 
     def options(self) -> dict[str, Any]:
         options = {k: v for k, v in vars(self).items() if k not in ("student", "teacher")}
@@ -62,7 +63,11 @@ class Case:
         """The same in fp64."""
         size = self.vocab_size or self.student.shape[1]
         raw_t = self.teacher[:, :size].double()
-        raw_s = self.student[:, :size].double() + (raw_t if self.delta else 0)
+        raw_s = self.student[:, :size].double()
+        if self.delta and self.absolute_rows is None:
+            raw_s = raw_s + raw_t
+        elif self.delta:
+            raw_s = raw_s + raw_t.where(~self.absolute_rows[:, None], 0.0)
         raw_s.requires_grad_()
 
         def log_probs(raw: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from hero_kernels import explain, supports
 from hero_kernels.backends import Request, choose, chunk_rows
 from hero_kernels.chunked import chunk_sizes
+from hero_kernels.gemm import takes_16_bit
 from hero_kernels.options import KernelOptions
 
 
@@ -48,12 +49,16 @@ def test_auto_takes_the_special_one_where_it_serves() -> None:
 
 
 def test_explain_adds_up() -> None:
-    """(2048, 576, 49152) in bf16 on CPU: two fp32 chunks of 256 rows and the fp32 sum of dW."""
+    """(2048, 576, 49152) in bf16 on CPU: two fp32 chunks of 256 rows; without bf16 products the
+    gradient takes the place of one and dW is summed in fp32."""
     text = explain(2048, 576, 49152, dtype=torch.bfloat16)
     assert "rows at once: 256, 8 chunk(s) for 2048 rows" in text
     assert "head GEMMs: 4 (teacher logits, h_s - h_t, dX, dW), 116.0 GFLOP each" in text
     assert "workspace: 96.0 MiB of logits" in text
-    assert "108.0 MiB for the float32 sum of dW" in text
+    if takes_16_bit(torch.device("cpu"), torch.bfloat16):
+        assert "192.0 MiB of their gradient (8 chunk(s) held)" in text and "sum of dW" not in text
+    else:
+        assert "108.0 MiB for the float32 sum of dW" in text
     assert "not triton: it runs on cuda, the tensors are on cpu" in text
     frozen = explain(2048, 576, 49152, trainable_head=False, shared_head=False, impl="torch")
     assert "head GEMMs: 3 (teacher logits, student logits, dX)" in frozen

@@ -211,6 +211,16 @@ def test_gradient_in_place(divergence: int, delta: bool, dtype: torch.dtype, tar
     assert torch.equal(inputs[target], grad)
 
 
+@DIVERGENCES
+def test_rows_that_hold_logits_among_differences(divergence: int) -> None:
+    """`absolute_rows`: what `chunked.difference_operand` leaves where delta would be rounded."""
+    case = make_case(divergence, True, scale=2.0, vocab=300, softcap=20.0)
+    case.student_bias = case.teacher_bias = torch.randn(300)
+    case.student[1] += case.teacher[1]
+    case.absolute_rows = torch.tensor([False, True, False])
+    check(divergence_rows, case)
+
+
 def test_no_gradient_wanted() -> None:
     case = make_case(JSD, True)
     before = case.student.clone()

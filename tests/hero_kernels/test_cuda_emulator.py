@@ -262,6 +262,16 @@ def test_strided_and_expanded_rows(emulator: Emulator, delta: bool, start: int) 
 
 
 @DIVERGENCES
+def test_rows_that_hold_logits_among_differences(emulator: Emulator, divergence: int) -> None:
+    case = make_case(divergence, True, scale=2.0, vocab=300, softcap=20.0)
+    case.student_bias = case.teacher_bias = torch.randn(300)
+    case.student[1] += case.teacher[1]
+    case.absolute_rows = torch.tensor([False, True, False])
+    case.target_ids = torch.tensor([5, 6, 7])
+    check(emulator.divergence_rows, case)
+
+
+@DIVERGENCES
 def test_no_gradient_wanted(emulator: Emulator, divergence: int) -> None:
     case = make_case(divergence, True)
     before = case.student.clone()

@@ -108,8 +108,9 @@ def test_difference_operand_loses_nothing(distance: float, dtype: torch.dtype) -
     h_t = torch.randn(200, 64).to(dtype)
     h_s = (h_t.float() + distance * torch.randn(200, 64)).to(dtype)
     weight = torch.randn(300, 64, dtype=torch.float64)
-    operand, subtract = difference_operand(h_s, h_t)
+    operand, absolute = difference_operand(h_s, h_t)
     assert operand.dtype == dtype
+    subtract = absolute[:, None].double()
     delta = operand.double() @ weight.t() - subtract * (h_t.double() @ weight.t())
     exact = (h_s.double() - h_t.double()) @ weight.t()
     assert relative_error(delta, exact) < 3e-4

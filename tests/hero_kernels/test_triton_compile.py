@@ -25,6 +25,7 @@ VECTORS = {
     **dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr", "row_weights_ptr"), "*fp32"),
     "target_ids_ptr": "*i64",
     "old_logprobs_ptr": "*fp32",
+    "absolute_rows_ptr": "*i1",
     "stats_ptr": "*fp32",
 }
 FLAGS = (
@@ -52,7 +53,7 @@ def test_every_configuration(
     types = {**matrices, **VECTORS, **SHAPES, **STRIDES, **dict.fromkeys(SCALARS, "fp32")}
     constants: dict[str, Any] = dict.fromkeys(FLAGS, not delta)
     constants |= {"DIVERGENCE": divergence, "DELTA": delta, "HAS_GRAD": True}
-    constants |= {"BLOCK_V": config.block_v}
+    constants |= {"BLOCK_V": config.block_v, "HAS_ABSOLUTE": delta}
     compiled = compile_kernel(
         _divergence_rows_kernel, types, constants, arch=arch, num_warps=config.num_warps
     )
@@ -67,7 +68,7 @@ def test_every_configuration(
     assert compiled.loads.get(128, 0) >= 3 * sweeps  # 8 columns a thread: one of bf16, two of fp32
     assert compiled.stores.get(128, 0) >= 1
     narrow = {bits: count for bits, count in compiled.loads.items() if bits < 128}
-    assert sum(narrow.values()) <= 7  # the weight and the target's: single numbers
+    assert sum(narrow.values()) <= 8  # the weight, the flag and the target's: single numbers
 
 
 def test_devices_between_the_entries() -> None:

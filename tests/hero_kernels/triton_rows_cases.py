@@ -152,6 +152,16 @@ def test_gradient_in_place(divergence: int, target: str) -> None:
     assert torch.equal(inputs[target], grad)
 
 
+@DIVERGENCES
+def test_rows_that_hold_logits_among_differences(divergence: int) -> None:
+    """`absolute_rows`: what `chunked.difference_operand` leaves where delta would be rounded."""
+    case = make_case(divergence, True, scale=2.0, vocab=300, softcap=20.0)
+    case.student_bias = case.teacher_bias = torch.randn(300)
+    case.student[1] += case.teacher[1]
+    case.absolute_rows = torch.tensor([False, True, False])
+    check(divergence_rows, case)
+
+
 def test_strided_rows_and_short_rows() -> None:
     case = make_case(JSD, False, rows=4, vocab=300)
     part = replace(
