@@ -89,7 +89,7 @@ class BuildRowKernel(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         command = [nvcc, "-shared", "-O3", "-std=c++17", "--cudart=static", "-Xcompiler=-fPIC"]
         command.append(f"--threads={min(len(CUDA_TARGETS), os.cpu_count() or 1)}")
-        for name in CUDA_TARGETS:
+        for name in cuda_targets(nvcc):
             virtual = name.replace("sm_", "compute_")
             command.append(f"--generate-code=arch={virtual},code={name}")
         done = subprocess.run(
@@ -158,6 +158,15 @@ def find_nvcc() -> str:
     if nvcc is None:
         raise CompileError(f"there is no nvcc {f'in {home}/bin' if home else 'on PATH'}")
     return nvcc
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """Those of CUDA_TARGETS that this nvcc knows."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = done.stdout.split()
+    if "compute_90" not in known:
+        raise CompileError(f"{nvcc} does not know compute_90: CUDA 11.8 or newer is needed")
+    return [name for name in CUDA_TARGETS if name.replace("sm_", "compute_").rstrip("a") in known]
 
 
 def setting(variable: str) -> str:

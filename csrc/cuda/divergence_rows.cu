@@ -7,7 +7,7 @@
 namespace {
 
 template <int divergence, bool delta>
-__global__ void __launch_bounds__(hero::MAX_THREADS)
+__global__ void __launch_bounds__(hero::MAX_THREADS, 1)
     cuda_divergence_rows_kernel(const __grid_constant__ RowsProblem problem,
                                 const __grid_constant__ hero::Plan plan) {
     hero::divergence_rows<divergence, delta>(problem, plan);

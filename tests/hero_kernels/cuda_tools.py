@@ -20,6 +20,7 @@ from hero_kernels.cuda import Layout
 from hero_kernels.row_arguments import check_matrices, check_vectors
 
 SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SIDES = ("student", "teacher")
 
 
 class Fault(IntEnum):
@@ -44,6 +45,9 @@ class Setting(NamedTuple):
     """That compute; each works on 256 columns at once."""
     stages: int = 0
     """Tiles held at once; 0 for the whole row, read once."""
+
+
+DEFAULT_SETTING = Setting()
 
 
 class Limits(ctypes.Structure):
@@ -78,7 +82,7 @@ class Emulator:
         teacher: Tensor,
         grad: Tensor | None,
         *,
-        setting: Setting = Setting(),
+        setting: Setting = DEFAULT_SETTING,
         fault: Fault = Fault.NO_FAULT,
         seed: int = 0,
         **options: Any,
@@ -123,11 +127,9 @@ def _problem(
     )
     biases = [fp32_bias(options[f"{side}_bias"], student.shape[1]) for side in SIDES]
     stats = torch.full((student.shape[0], NUM_STATS), torch.nan)
-    options = {**options, **{f"{side}_bias": bias for side, bias in zip(SIDES, biases)}}
+    for side, bias in zip(SIDES, biases, strict=True):
+        options = {**options, f"{side}_bias": bias}
     return rows_problem(student, teacher, grad, stats, **options), stats, biases
-
-
-SIDES = ("student", "teacher")
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,8 @@ def compile_cuda(arch: str, folder: Path) -> tuple[list[Kernel], dict[str, int]]
 
 
 def cuobjdump() -> str:
-    """The disassembler: beside nvcc, or the one in Triton's wheel; "" if there is none."""
+    """The disassembler beside nvcc, or the one in Triton's wheel; "" if there is neither."""
     spec = find_spec("triton")
-    wheels = [Path(path) / "backends/nvidia/bin" for path in (spec and spec.submodule_search_locations) or []]
-    return shutil.which("cuobjdump") or next(
-        (found for path in wheels if (found := shutil.which("cuobjdump", path=str(path)))), ""
-    )
+    packages = spec.submodule_search_locations if spec else None
+    wheel = [str(Path(package) / "backends" / "nvidia" / "bin") for package in packages or ()]
+    return next(filter(None, (shutil.which("cuobjdump", path=path) for path in (None, *wheel))), "")

@@ -10,7 +10,6 @@ import random
 import shutil
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -307,7 +306,9 @@ def test_layout_of_known_models(emulator: Emulator) -> None:
 @pytest.mark.parametrize(
     "limits", [A100, H100, Limits(101376, 102400, 1)], ids=["163K", "227K", "99K"]
 )
-@pytest.mark.parametrize("dtypes", [FLOATS[:1] * 2, (FLOATS[1], FLOATS[0]), FLOATS[1:2] * 2], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [FLOATS[:1] * 2, (FLOATS[1], FLOATS[0]), FLOATS[1:2] * 2], ids=str
+)
 def test_every_layout_is_within_its_limits(
     emulator: Emulator, limits: Limits, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
