@@ -62,8 +62,9 @@ def _load() -> _Loaded:
             f"the CUDA row kernel {path.name} has interface version {version}, expected "
             f"{ABI_VERSION}: it was built from other sources, `pip install` again",
         )
-    library.hero_cuda_divergence_rows.argtypes = (ctypes.POINTER(RowsProblem), ctypes.c_void_p)
-    library.hero_cuda_plan.argtypes = (ctypes.POINTER(RowsProblem), ctypes.POINTER(Layout))
+    problem = ctypes.POINTER(RowsProblem)
+    library.hero_cuda_divergence_rows.argtypes = (problem, ctypes.c_int, ctypes.c_void_p)
+    library.hero_cuda_plan.argtypes = (problem, ctypes.c_int, ctypes.POINTER(Layout))
     library.hero_cuda_error.argtypes = (ctypes.c_int,)
     library.hero_cuda_error.restype = ctypes.c_char_p
     return _Loaded(library, "")
@@ -153,7 +154,9 @@ def divergence_rows(
             absolute_rows=absolute_rows,
         )
         stream = torch.cuda.current_stream(student.device).cuda_stream
-        status = library.hero_cuda_divergence_rows(ctypes.byref(problem), stream)
+        status = library.hero_cuda_divergence_rows(
+            ctypes.byref(problem), student.device.index, stream
+        )
     if status:
         message = library.hero_cuda_error(status).decode()
         raise RuntimeError(

@@ -30,10 +30,10 @@ Kernel kernel_for(const RowsProblem& problem) {
     }
 }
 
-// What the current device and the code compiled for it offer.
-cudaError_t get_limits(Kernel kernel, hero::Limits* limits) {
-    int device;
-    if (cudaError_t error = cudaGetDevice(&device)) return error;
+// What a device and the code compiled for it offer. Makes the device current: this copy of the CUDA
+// runtime need not know what torch's has made current.
+cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
+    if (cudaError_t error = cudaSetDevice(device)) return error;
     if (cudaError_t error = cudaDeviceGetAttribute(
             &limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
         return error;
@@ -50,14 +50,13 @@ cudaError_t get_limits(Kernel kernel, hero::Limits* limits) {
 }
 
 // How many clusters run at once; 0 if the device cannot place one.
-cudaError_t count_clusters(const void* kernel, const hero::Plan& plan, cudaLaunchConfig_t* config,
-                           int* clusters) {
+cudaError_t count_clusters(const void* kernel, int device, const hero::Plan& plan,
+                           cudaLaunchConfig_t* config, int* clusters) {
     if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  plan.shared_bytes))
         return error;
     if (plan.cluster_size == 1) {
-        int device, processors, blocks;
-        if (cudaError_t error = cudaGetDevice(&device)) return error;
+        int processors, blocks;
         if (cudaError_t error = cudaDeviceGetAttribute(
                 &processors, cudaDevAttrMultiProcessorCount, device))
             return error;
@@ -86,20 +85,20 @@ const char* hero_cuda_error(int error) {
     return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-// The layout that a launch on the current device takes; returns a cudaError_t.
-int hero_cuda_plan(const RowsProblem* problem, hero::Plan* plan) {
+// The layout that a launch on `device` takes; returns a cudaError_t.
+int hero_cuda_plan(const RowsProblem* problem, int device, hero::Plan* plan) {
     hero::Limits limits;
-    if (cudaError_t error = get_limits(kernel_for(*problem), &limits)) return error;
+    if (cudaError_t error = get_limits(kernel_for(*problem), device, &limits)) return error;
     *plan = hero::choose_plan(*problem, limits);
     return cudaSuccess;
 }
 
-// Enqueues the kernel on `stream` of the current device; returns a cudaError_t. Nothing waits.
-int hero_cuda_divergence_rows(const RowsProblem* problem, void* stream) {
+// Enqueues the kernel on `stream` of `device`; returns a cudaError_t. Nothing waits.
+int hero_cuda_divergence_rows(const RowsProblem* problem, int device, void* stream) {
     const Kernel typed = kernel_for(*problem);
     const void* kernel = reinterpret_cast<const void*>(typed);
     hero::Limits limits;
-    if (cudaError_t error = get_limits(typed, &limits)) return error;
+    if (cudaError_t error = get_limits(typed, device, &limits)) return error;
     for (;;) {
         hero::Plan plan = hero::choose_plan(*problem, limits);
         cudaLaunchAttribute attribute = {};
@@ -114,7 +113,7 @@ int hero_cuda_divergence_rows(const RowsProblem* problem, void* stream) {
         config.attrs = &attribute;
         config.numAttrs = plan.cluster_size > 1;
         int clusters = 0;
-        if (cudaError_t error = count_clusters(kernel, plan, &config, &clusters)) return error;
+        if (cudaError_t error = count_clusters(kernel, device, plan, &config, &clusters)) return error;
         if (clusters == 0) {
             // A partition of a GPU may be too small for a large cluster.
             if (plan.cluster_size == 1) return cudaErrorLaunchOutOfResources;

@@ -20,6 +20,7 @@ namespace {
 
 constexpr size_t STACK_BYTES = 32 << 10;
 constexpr char POISON = '\xff';  // bytes of a NaN in every type
+constexpr size_t GUARD_BYTES = 256;  // around shared memory; nothing may be written there
 
 struct Fibre;
 
@@ -42,18 +43,12 @@ struct Warp {
     uint32_t shuffles[32] = {};
 };
 
-struct RemoteStore {
-    uint32_t* address;
-    uint32_t value;
-};
-
 struct Fibre {
     Block* block;
     int index;
     std::unique_ptr<char[]> stack;
     jmp_buf where;
     bool started = false, finished = false;
-    std::vector<RemoteStore> stores;  // that have not arrived yet
 };
 
 struct Cluster;
@@ -80,17 +75,26 @@ struct Copy {
     hero::Barrier* barrier;
 };
 
+// A word on its way to another block.
+struct Message {
+    uint32_t* to;
+    uint32_t value;
+    hero::Barrier* barrier;
+};
+
 using Body = void (*)(const RowsProblem&, const hero::Plan&);
 
 struct Machine {
     std::mt19937 random;
     int fault = hero::NO_FAULT;
     int block_count = 0;
+    bool misaligned = false;
     const RowsProblem* problem;
     const hero::Plan* plan;
     Body body;
     std::vector<Fibre*> runnable;
     std::vector<Copy> copies;
+    std::vector<Message> messages;
     std::vector<std::pair<hero::Barrier*, Queue>> barrier_queues;
     Fibre* current = nullptr;
     Warp* slow = nullptr;  // held back: some mistakes show only where others are far ahead
@@ -143,13 +147,6 @@ void end_phase_if_complete(hero::Barrier* barrier) {
     wake(queue_of(barrier));
 }
 
-// What this thread stored elsewhere arrives, in any order.
-void deliver(Fibre* fibre) {
-    std::shuffle(fibre->stores.begin(), fibre->stores.end(), machine->random);
-    for (const RemoteStore& store : fibre->stores) *store.address = store.value;
-    fibre->stores.clear();
-}
-
 // One pending copy lands, or a part of it.
 void land() {
     const size_t index = machine->draw(machine->copies.size());
@@ -165,6 +162,17 @@ void land() {
         machine->copies.pop_back();
     }
     end_phase_if_complete(barrier);
+}
+
+// One message arrives.
+void receive() {
+    const size_t index = machine->draw(machine->messages.size());
+    const Message message = machine->messages[index];
+    machine->messages[index] = machine->messages.back();
+    machine->messages.pop_back();
+    *message.to = message.value;
+    message.barrier->bytes -= 4;
+    end_phase_if_complete(message.barrier);
 }
 
 void enter() {
@@ -188,6 +196,14 @@ void resume(Fibre* fibre) {
     swapcontext(&machine->scheduler_context, &context);
 }
 
+bool is_guard_intact(const Block& block, const hero::Plan& plan) {
+    const auto is_poison = [](char byte) { return byte == POISON; };
+    const char* shared = block.shared;
+    const char* begin = block.memory.data();
+    return std::all_of(begin, shared, is_poison) &&
+           std::all_of(shared + plan.shared_bytes, begin + block.memory.size(), is_poison);
+}
+
 // Runs all fibres to their end; false for a deadlock.
 bool run(size_t unfinished) {
     while (unfinished) {
@@ -195,6 +211,10 @@ bool run(size_t unfinished) {
         const bool may_land = !machine->copies.empty();
         if (may_land && (runnable.empty() || machine->draw(16) == 0)) {
             land();
+            continue;
+        }
+        if (!machine->messages.empty() && (runnable.empty() || machine->draw(16) == 0)) {
+            receive();
             continue;
         }
         if (runnable.empty()) return false;
@@ -208,7 +228,7 @@ bool run(size_t unfinished) {
         resume(fibre);
         if (fibre->finished) --unfinished;
     }
-    return machine->copies.empty();
+    return machine->copies.empty() && machine->messages.empty();
 }
 
 Body body_of(const RowsProblem& problem) {
@@ -232,9 +252,9 @@ void start(Cluster& cluster, int first_block, const hero::Plan& plan) {
         Block& block = cluster.blocks[static_cast<size_t>(rank)];
         block.cluster = &cluster;
         block.index = first_block + rank;
-        block.memory.assign(static_cast<size_t>(plan.shared_bytes) + 128, POISON);
-        char* memory = block.memory.data();
-        block.shared = memory + (128 - reinterpret_cast<uintptr_t>(memory) % 128);
+        block.memory.assign(static_cast<size_t>(plan.shared_bytes) + 2 * GUARD_BYTES, POISON);
+        char* memory = block.memory.data() + GUARD_BYTES;
+        block.shared = memory - reinterpret_cast<uintptr_t>(memory) % 128;
         block.warps.resize(static_cast<size_t>(plan.warps) + 1);
         block.fibres.resize(32 * block.warps.size());
         for (size_t i = 0; i < block.fibres.size(); ++i) {
@@ -267,9 +287,12 @@ char* shared_memory() {
     return machine->current->block->shared;
 }
 
+void require(bool aligned) {
+    if (!aligned) machine->misaligned = true;
+}
+
 void preempt() {
     if (machine->draw(32)) return;
-    if (machine->draw(2)) deliver(machine->current);
     machine->runnable.push_back(machine->current);
     leave();
 }
@@ -282,7 +305,6 @@ void sync_threads(int count) {
 }
 void sync_cluster() {
     Cluster& cluster = *machine->current->block->cluster;
-    deliver(machine->current);
     meet(cluster.meeting,
          static_cast<int>(cluster.blocks.size() * cluster.blocks[0].fibres.size()));
 }
@@ -307,25 +329,25 @@ void arrive(Barrier* barrier) {
     end_phase_if_complete(barrier);
 }
 
-void arrive_at(Barrier* barrier, int rank) {
-    preempt();
-    deliver(machine->current);
-    Block& block = *machine->current->block;
-    char* there = block.cluster->blocks[static_cast<size_t>(rank)].shared;
-    arrive(reinterpret_cast<Barrier*>(there + (reinterpret_cast<char*>(barrier) - block.shared)));
-}
-
 void wait(Barrier* barrier, uint32_t parity) {
     preempt();
     while ((barrier->phase & 1) == parity) block_on(queue_of(barrier));
 }
 
-void store_at(uint32_t* pointer, int rank, uint32_t value) {
+void send_to(uint32_t* pointer, int rank, uint32_t value, Barrier* barrier) {
     Block& block = *machine->current->block;
     char* there = block.cluster->blocks[static_cast<size_t>(rank)].shared;
-    const ptrdiff_t offset = reinterpret_cast<char*>(pointer) - block.shared;
-    machine->current->stores.push_back({reinterpret_cast<uint32_t*>(there + offset), value});
+    const auto elsewhere = [&](void* here) {
+        return there + (static_cast<char*>(here) - block.shared);
+    };
+    machine->messages.push_back({reinterpret_cast<uint32_t*>(elsewhere(pointer)), value,
+                                 reinterpret_cast<Barrier*>(elsewhere(barrier))});
     preempt();
+}
+
+void expect_sent(Barrier* barrier, uint32_t bytes) {
+    barrier->bytes += static_cast<int32_t>(bytes);
+    arrive(barrier);
 }
 
 void expect_copies(Barrier* barrier, uint32_t bytes) {
@@ -336,6 +358,8 @@ void expect_copies(Barrier* barrier, uint32_t bytes) {
 
 void copy_async(void* shared, const void* global, uint32_t bytes, Barrier* barrier) {
     if (thread_index() % 32 || bytes == 0) return;
+    const auto at = reinterpret_cast<uintptr_t>(shared), from = reinterpret_cast<uintptr_t>(global);
+    require((at | from | bytes) % 16 == 0);
     memset(shared, POISON, bytes);
     machine->copies.push_back(
         {static_cast<char*>(shared), static_cast<const char*>(global), bytes, barrier});
@@ -356,7 +380,8 @@ void hero_emulated_plan(const RowsProblem* problem, const hero::Limits* limits, 
 }
 
 // Runs the kernel with `clusters` clusters of `cluster_size` blocks of `warps` warps. `stages`: tiles
-// held at once, 0 for the whole slice. Returns 0, 1 (deadlock) or 2 (a slice of too many tiles).
+// held at once, 0 for the whole slice. Returns 0, 1 (deadlock), 2 (a slice of too many tiles), 3 (a
+// misaligned address) or 4 (a store outside of the shared memory).
 int hero_emulated_divergence_rows(const RowsProblem* problem, int clusters, int cluster_size,
                                   int warps, int stages, int fault, uint32_t seed) {
     const hero::Plan plan = hero::lay_out(*problem, cluster_size, warps, stages);
@@ -377,6 +402,10 @@ int hero_emulated_divergence_rows(const RowsProblem* problem, int clusters, int 
     }
     const bool ended = run(threads);
     machine = nullptr;
+    for (const Cluster& cluster : all)
+        for (const Block& block : cluster.blocks)
+            if (!is_guard_intact(block, plan)) return 4;
+    if (now.misaligned) return 3;
     return ended ? 0 : 1;
 }
 }

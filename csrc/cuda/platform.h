@@ -10,10 +10,10 @@
 //   sync_warp, sync_threads(count), sync_cluster              barriers
 //   shuffle_xor                                               exchange within a warp
 //   Barrier, init_barrier, fence_barriers, arrive,            mbarriers: arrivals and bytes,
-//   arrive_at(rank), wait, wait_cluster                       waited for by the parity of the phase
+//   wait, wait_cluster                                        waited for by the parity of the phase
 //   expect_copies, copy_async, finish_copies                  asynchronous copies into shared memory
 //   fence_copies                                              orders stores before such copies
-//   store_at(rank)                                            stores to another block's memory
+//   send_to(rank), expect_sent                                stores to another block's memory
 //   load_shared                                               a load another thread has written
 //   exp2_approx, divide, highest, lowest                      fp32; a NaN gives a NaN
 //   bfloat16x2, float16x2, float_from_half                    conversions of storage

@@ -99,17 +99,6 @@ HERO_DEVICE void arrive(Barrier* barrier) {
                  : "memory");
 }
 
-// Arrives at a barrier of block `rank`, after this thread's stores to that block.
-HERO_DEVICE void arrive_at(Barrier* barrier, int rank) {
-#if HERO_BULK_COPIES
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(
-                     cluster_address(barrier, rank))
-                 : "memory");
-#else
-    arrive(barrier);
-#endif
-}
-
 // Waits for the end of the phase of this parity; barriers begin in phase 0.
 HERO_DEVICE void wait(Barrier* barrier, uint32_t parity) {
     uint32_t done = 0;
@@ -132,7 +121,7 @@ HERO_DEVICE void wait(Barrier* barrier, uint32_t parity) {
     }
 }
 
-// `wait` that also acquires what other blocks stored before they arrived.
+// `wait` for what other blocks send.
 HERO_DEVICE void wait_cluster(Barrier* barrier, uint32_t parity) {
 #if HERO_BULK_COPIES
     uint32_t done = 0;
@@ -149,13 +138,29 @@ HERO_DEVICE void wait_cluster(Barrier* barrier, uint32_t parity) {
 #endif
 }
 
-HERO_DEVICE void store_at(uint32_t* pointer, int rank, uint32_t value) {
+// Stores a word to block `rank`, where it reports its 4 bytes to `barrier`. No fence is needed: what
+// a thread sees at the barrier's end of phase it may read.
+HERO_DEVICE void send_to(uint32_t* pointer, int rank, uint32_t value, Barrier* barrier) {
 #if HERO_BULK_COPIES
-    asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(cluster_address(pointer, rank)),
-                 "r"(value)
-                 : "memory");
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+            cluster_address(pointer, rank)),
+        "r"(value), "r"(cluster_address(barrier, rank))
+        : "memory");
 #else
     *pointer = value;
+#endif
+}
+
+// The one arrival at a barrier that is sent to: `bytes` from the whole cluster make its phase.
+HERO_DEVICE void expect_sent(Barrier* barrier, uint32_t bytes) {
+#if HERO_BULK_COPIES
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
+                     shared_address(barrier)),
+                 "r"(bytes)
+                 : "memory");
+#else
+    arrive(barrier);
 #endif
 }
 

@@ -2,9 +2,9 @@
 // (emulator.cpp) runs them in random order, switching at every call below.
 //
 // What is not promised is made to fail: memory that a copy is to fill holds NaN until it lands, at a
-// random later time; stores to other blocks arrive late, up to the next arrival that orders them. A
-// schedule in which no thread can go on ends the run as a deadlock. Not modelled: the memory order of
-// plain stores, fences, alignment of addresses.
+// random later time and in random pieces; what is sent to another block arrives late and in any
+// order. A schedule in which no thread can go on ends the run as a deadlock. Not modelled: the memory order of
+// plain stores, and fences.
 #pragma once
 
 #include <math.h>
@@ -40,6 +40,7 @@ int block_index();
 int block_count();
 char* shared_memory();
 void preempt();  // a random other thread may run first
+void require(bool aligned);  // of an address, as a GPU would
 
 void sync_warp();
 void sync_threads(int count);
@@ -52,12 +53,12 @@ inline float shuffle_xor(float value, int mask) {
 void init_barrier(Barrier* barrier, int arrivals);
 inline void fence_barriers() {}
 void arrive(Barrier* barrier);
-void arrive_at(Barrier* barrier, int rank);
 void wait(Barrier* barrier, uint32_t parity);
 inline void wait_cluster(Barrier* barrier, uint32_t parity) {
     wait(barrier, parity);
 }
-void store_at(uint32_t* pointer, int rank, uint32_t value);
+void send_to(uint32_t* pointer, int rank, uint32_t value, Barrier* barrier);
+void expect_sent(Barrier* barrier, uint32_t bytes);
 void expect_copies(Barrier* barrier, uint32_t bytes);
 void copy_async(void* shared, const void* global, uint32_t bytes, Barrier* barrier);
 inline void finish_copies(Barrier*) {}
@@ -65,6 +66,7 @@ inline void fence_copies() {}
 
 template <class T>
 T load_shared(const T* pointer) {
+    require(reinterpret_cast<uintptr_t>(pointer) % alignof(T) == 0);
     preempt();
     return *pointer;
 }

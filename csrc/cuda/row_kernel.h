@@ -275,9 +275,7 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
             [&](const Masses& sums) { return combine<is_reverse>(sums, with_stats); });
         const Normaliser n(masses);
 
-        // After sweep 1 of a KL only one warp needs a sum, to write it down.
-        const bool writes = work.rank == 0 && thread_index() < 32;
-        float* out = writes && thread_index() == 0
+        float* out = work.rank == 0 && thread_index() == 0
                          ? problem.stats + static_cast<int64_t>(row) * HERO_NUM_STATS
                          : nullptr;
         const float ratio = row_statistics(problem, masses, n, target, row, out);
@@ -305,8 +303,9 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
                                                             gradient);
                               if (!is_jsd && problem.grad) store(z, column, gradient);
                           });
+        // Without a third sweep the sums are only to be written down.
         values = reduce_cluster(
-            exchange, plan, work.rank, reductions++, third || writes, values, no_values(),
+            exchange, plan, work.rank, reductions++, third, values, no_values(),
             [&](const Values& sums) { return combine<is_jsd>(sums, with_stats); });
         if (is_jsd && third)
             at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, resident ? start : at,
@@ -338,7 +337,7 @@ HERO_DEVICE void divergence_rows(const RowsProblem& problem, const Plan& plan) {
             init_barrier(&exchange.full[i], COPY_ARRIVALS);
             init_barrier(&exchange.empty[i], plan.warps);
         }
-        for (int i = 0; i < 4; ++i) init_barrier(&exchange.arrived[i], plan.cluster_size);
+        for (int i = 0; i < 4; ++i) init_barrier(&exchange.arrived[i], 1);
         fence_barriers();
     }
     HERO_SYNC(NO_START_BARRIER, sync_cluster());

@@ -111,8 +111,8 @@ HERO_DEVICE Values combine(const Values& mine, bool with_entropies) {
 }
 
 // The start of shared memory. While some threads of a cluster read the sums of one reduction, others
-// may be two reductions ahead: those that need not wait for the one between (reduce_cluster). The
-// warps of a block are at most one apart.
+// may be two reductions ahead, if they did not need the one between (reduce_cluster). The warps of a
+// block are at most one apart.
 struct Exchange {
     Barrier full[MAX_STAGES];   // a stage holds its tile
     Barrier empty[MAX_STAGES];  // all warps are done with a stage
@@ -138,12 +138,14 @@ HERO_DEVICE T read_sums(const uint32_t* words) {
     return result.sums;
 }
 
-// All threads' sums of a cluster together, in each thread that says it `needs` them; the others get
-// `none`, the neutral element, and go on. `merge` does it for the lanes of a warp, `count` numbers
-// the reductions of the kernel. All threads that compute call it, and of two in a row all need one.
+// All threads' sums of a cluster together: in every thread that computes, or with `to_all` false in
+// the first warp of the cluster alone; the others get `none`, the neutral element, and go on. `merge`
+// does it for the lanes of a warp, `count` numbers the reductions of the kernel. Of two reductions in
+// a row one at least is to all.
 template <class T, class Merge>
 HERO_DEVICE T reduce_cluster(Exchange& exchange, const Plan& plan, int rank, uint32_t count,
-                             bool needs, const T& mine, const T& none, Merge merge) {
+                             bool to_all, const T& mine, const T& none, Merge merge) {
+    constexpr int WORDS = AsWords<T>::COUNT;
     const int warp = thread_index() / 32, lane = thread_index() % 32;
     auto& of_warps = exchange.of_warps[HERO_CHOICE(ONE_BUFFER, count % 2, 0)];
     auto& of_blocks = exchange.of_blocks[HERO_CHOICE(ONE_BUFFER, count % 4, 0)];
@@ -152,19 +154,21 @@ HERO_DEVICE T reduce_cluster(Exchange& exchange, const Plan& plan, int rank, uin
     of.sums = merge(mine);
     if (lane == 0) {
         HERO_UNROLL
-        for (int i = 0; i < AsWords<T>::COUNT; ++i) of_warps[warp][i] = of.word[i];
+        for (int i = 0; i < WORDS; ++i) of_warps[warp][i] = of.word[i];
     }
     HERO_SYNC(NO_BLOCK_BARRIER, sync_threads(32 * plan.warps));
+    const bool receives = to_all || rank == 0;
     if (warp == 0) {
         of.sums = merge(lane < plan.warps ? read_sums<T>(of_warps[lane]) : none);
-        if (lane < plan.cluster_size) {
+        if (lane < (to_all ? plan.cluster_size : 1)) {
             HERO_UNROLL
-            for (int i = 0; i < AsWords<T>::COUNT; ++i)
-                store_at(&of_blocks[rank][i], lane, of.word[i]);
-            arrive_at(arrived, lane);
+            for (int i = 0; i < WORDS; ++i)
+                send_to(&of_blocks[rank][i], lane, of.word[i], arrived);
         }
+        if (lane == 0 && receives)
+            expect_sent(arrived, static_cast<uint32_t>(4 * WORDS * plan.cluster_size));
     }
-    if (!needs) return none;
+    if (!receives || (!to_all && warp != 0)) return none;
     HERO_SYNC(NO_CLUSTER_WAIT, wait_cluster(arrived, count / 4 & 1));
     return merge(lane < plan.cluster_size ? read_sums<T>(of_blocks[lane]) : none);
 }

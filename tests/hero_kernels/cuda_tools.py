@@ -1,8 +1,9 @@
-"""Proofs about the CUDA kernel without a GPU: its emulator, and what nvcc makes of it."""
+"""Random problems for the CUDA kernel, its emulator, and what nvcc makes of it."""
 
 from __future__ import annotations
 
 import ctypes
+import random
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from row_cases import FLOATS, FORWARD_KL, JSD, REVERSE_KL, Case, make_case
 from torch import Tensor
 
 from hero_kernels.cpu import NUM_STATS, RowsProblem, fp32_bias, rows_problem
@@ -58,6 +60,46 @@ class Limits(ctypes.Structure):
         ("shared_per_processor", ctypes.c_int32),
         ("max_cluster", ctypes.c_int32),
     )
+
+
+def random_case(seed: int) -> tuple[Case, torch.dtype]:
+    """Any shape, storage and options, and the type of the gradient."""
+    draw = random.Random(seed)
+    vocab = draw.choice([draw.randint(2, 700), draw.randint(700, 2300), 8 * draw.randint(1, 250)])
+    rows, padding = draw.randint(1, 5), draw.choice([0, 0, draw.randint(1, 40)])
+    delta = draw.random() < 0.5
+    case = make_case(
+        draw.choice([JSD, FORWARD_KL, REVERSE_KL]),
+        delta,
+        rows,
+        vocab + padding,
+        scale=draw.choice([1.0, 0.3, 1e-2 if delta else 3.0]),
+        seed=seed,
+        beta=draw.choice([0.5, 0.2]),
+        inv_temperature=draw.choice([1.0, 0.7]),
+        logit_scale=draw.choice([1.0, 0.8]),
+        softcap=draw.choice([0.0, 0.0, 9.0]),
+        vocab_size=vocab,
+        with_stats=draw.random() < 0.5,
+    )
+    case.student = case.student.to(draw.choice(FLOATS))
+    case.teacher = case.teacher.to(draw.choice(FLOATS))
+    case.teacher[:, vocab:] = torch.nan
+    case.student[:, vocab:] = torch.nan
+    if draw.random() < 0.4:
+        case.student_bias, case.teacher_bias = torch.randn(2, vocab + padding)
+        if draw.random() < 0.3:
+            case.student_bias = None
+    if draw.random() < 0.5:
+        case.target_ids = torch.randint(-1, vocab, (rows,))
+        if draw.random() < 0.5:
+            case.old_logprobs = case.truth()[0][:, 2].float() + 0.3 * torch.randn(rows)
+            case.is_clip = draw.choice([0.0, 1.1])
+    grad_dtype = draw.choice(FLOATS)
+    if draw.random() < 0.5 or grad_dtype == torch.float16:
+        # Small gradients would be subnormal in fp16: `power_of_two_scale` in chunked.py.
+        case.row_weights = torch.rand(rows) * (2**12 if grad_dtype == torch.float16 else 1)
+    return case, grad_dtype
 
 
 class DeadlockError(Exception):

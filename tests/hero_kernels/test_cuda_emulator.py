@@ -6,7 +6,6 @@ synchronisation and wrong arithmetic; memory order, fences and PTX operands it d
 
 from __future__ import annotations
 
-import random
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -14,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_tools import DeadlockError, Emulator, Fault, Limits, Setting
+from cuda_tools import DeadlockError, Emulator, Fault, Limits, Setting, random_case
 from row_cases import (
     DELTA,
     DIVERGENCES,
     FLOATS,
-    FORWARD_KL,
     JSD,
     REVERSE_KL,
     Case,
@@ -44,48 +42,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Emulator:
     return Emulator(tmp_path_factory.mktemp("emulator"))
 
 
-def random_case(seed: int) -> tuple[Case, torch.dtype]:
-    """Any shape, storage and options, and the type of the gradient."""
-    draw = random.Random(seed)
-    vocab = draw.choice([draw.randint(2, 700), draw.randint(700, 2300), 8 * draw.randint(1, 250)])
-    rows, padding = draw.randint(1, 5), draw.choice([0, 0, draw.randint(1, 40)])
-    delta = draw.random() < 0.5
-    case = make_case(
-        draw.choice([JSD, FORWARD_KL, REVERSE_KL]),
-        delta,
-        rows,
-        vocab + padding,
-        scale=draw.choice([1.0, 0.3, 1e-2 if delta else 3.0]),
-        seed=seed,
-        beta=draw.choice([0.5, 0.2]),
-        inv_temperature=draw.choice([1.0, 0.7]),
-        logit_scale=draw.choice([1.0, 0.8]),
-        softcap=draw.choice([0.0, 0.0, 9.0]),
-        vocab_size=vocab,
-        with_stats=draw.random() < 0.5,
-    )
-    case.student = case.student.to(draw.choice(FLOATS))
-    case.teacher = case.teacher.to(draw.choice(FLOATS))
-    case.teacher[:, vocab:] = torch.nan
-    case.student[:, vocab:] = torch.nan
-    if draw.random() < 0.4:
-        case.student_bias, case.teacher_bias = torch.randn(2, vocab + padding)
-        if draw.random() < 0.3:
-            case.student_bias = None
-    if draw.random() < 0.5:
-        case.target_ids = torch.randint(-1, vocab, (rows,))
-        if draw.random() < 0.5:
-            case.old_logprobs = case.truth()[0][:, 2].float() + 0.3 * torch.randn(rows)
-            case.is_clip = draw.choice([0.0, 1.1])
-    grad_dtype = draw.choice(FLOATS)
-    if draw.random() < 0.5 or grad_dtype == torch.float16:
-        # Small gradients would be subnormal in fp16: `power_of_two_scale` in chunked.py.
-        case.row_weights = torch.rand(rows) * (2**12 if grad_dtype == torch.float16 else 1)
-    return case, grad_dtype
-
-
 @LAYOUTS
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(14))
 def test_random_problems_and_schedules(emulator: Emulator, setting: Setting, seed: int) -> None:
     seed = 100 * seed + list(SETTINGS.values()).index(setting)
     case, grad_dtype = random_case(seed)
@@ -124,7 +82,7 @@ def test_bits_do_not_depend_on_the_schedule(
 
 @DIVERGENCES
 @LAYOUTS
-@pytest.mark.parametrize("vocab", [1, 7, 123, 256, 257, 1025])
+@pytest.mark.parametrize("vocab", [1, 7, 257, 1025])
 def test_every_length_of_row(
     emulator: Emulator, divergence: int, setting: Setting, vocab: int
 ) -> None:
