@@ -40,7 +40,8 @@ HERO_DEVICE float exponential_minus_1(float x) {
 
 // log(1 + t) for t > -1.
 HERO_DEVICE float log_1_plus(float t) {
-    // 1 + t = 2^k m with m in [sqrt(1/2), sqrt(2)); where k = 0 the fraction is t itself, unrounded.
+    // 1 + t = 2^k m with m in [sqrt(1/2), sqrt(2)); where k = 0 the fraction is t itself,
+    // unrounded.
     const uint32_t offset = as_bits(1.0f + t) + (0x3f800000u - 0x3f3504f3u);
     const int32_t k = static_cast<int32_t>(offset >> 23) - 127;
     const float m = as_float((offset & 0x7fffffu) + 0x3f3504f3u);

@@ -34,12 +34,11 @@ Kernel kernel_for(const RowsProblem& problem) {
 // runtime need not know what torch's has made current.
 cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
     if (cudaError_t error = cudaSetDevice(device)) return error;
-    if (cudaError_t error = cudaDeviceGetAttribute(
-            &limits->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+    if (cudaError_t error = cudaDeviceGetAttribute(&limits->shared_per_block,
+                                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
         return error;
-    if (cudaError_t error =
-            cudaDeviceGetAttribute(&limits->shared_per_processor,
-                                   cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
+    if (cudaError_t error = cudaDeviceGetAttribute(
+            &limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
         return error;
     cudaFuncAttributes attributes;
     if (cudaError_t error =
@@ -52,13 +51,13 @@ cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
 // How many clusters run at once; 0 if the device cannot place one.
 cudaError_t count_clusters(const void* kernel, int device, const hero::Plan& plan,
                            cudaLaunchConfig_t* config, int* clusters) {
-    if (cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                 plan.shared_bytes))
+    if (cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
         return error;
     if (plan.cluster_size == 1) {
         int processors, blocks;
-        if (cudaError_t error = cudaDeviceGetAttribute(
-                &processors, cudaDevAttrMultiProcessorCount, device))
+        if (cudaError_t error =
+                cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
             return error;
         if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
                 &blocks, kernel, static_cast<int>(config->blockDim.x), plan.shared_bytes))
@@ -113,7 +112,8 @@ int hero_cuda_divergence_rows(const RowsProblem* problem, int device, void* stre
         config.attrs = &attribute;
         config.numAttrs = plan.cluster_size > 1;
         int clusters = 0;
-        if (cudaError_t error = count_clusters(kernel, device, plan, &config, &clusters)) return error;
+        if (cudaError_t error = count_clusters(kernel, device, plan, &config, &clusters))
+            return error;
         if (clusters == 0) {
             // A partition of a GPU may be too small for a large cluster.
             if (plan.cluster_size == 1) return cudaErrorLaunchOutOfResources;

@@ -1,5 +1,5 @@
-// How a problem is laid out on a GPU: blocks of a cluster, slices of a row, stages of shared memory.
-// Plain host code, shared by the launcher and by the emulator.
+// How a problem is laid out on a GPU: blocks of a cluster, slices of a row, stages of shared
+// memory. Plain host code, shared by the launcher and by the emulator.
 #pragma once
 
 #include <stdint.h>
@@ -71,8 +71,7 @@ inline Plan lay_out(const RowsProblem& problem, int32_t cluster_size, int32_t wa
     const int32_t held = plan.resident ? plan.slice_columns : plan.stages * tile;
     const int32_t padding = plan.stages * 16;
     plan.student_offset = EXCHANGE_BYTES + held * dtype_size(problem.teacher_dtype) + padding;
-    plan.shared_bytes =
-        plan.student_offset + held * dtype_size(problem.student_dtype) + padding;
+    plan.shared_bytes = plan.student_offset + held * dtype_size(problem.student_dtype) + padding;
     return plan;
 }
 

@@ -6,17 +6,17 @@
 //
 // Both define, in namespace hero:
 //
-//   thread_index, block_index, block_count, shared_memory     where a thread is
-//   sync_warp, sync_threads(count), sync_cluster              barriers
-//   shuffle_xor                                               exchange within a warp
-//   Barrier, init_barrier, fence_barriers, arrive,            mbarriers: arrivals and bytes,
-//   wait, wait_cluster                                        waited for by the parity of the phase
-//   expect_copies, copy_async, finish_copies                  asynchronous copies into shared memory
-//   fence_copies                                              orders stores before such copies
-//   send_to(rank), expect_sent                                stores to another block's memory
-//   load_shared                                               a load another thread has written
-//   exp2_approx, divide, highest, lowest                      fp32; a NaN gives a NaN
-//   bfloat16x2, float16x2, float_from_half                    conversions of storage
+//   thread_index, block_index, block_count, shared_memory   where a thread is
+//   sync_warp, sync_threads, sync_cluster                   barriers
+//   shuffle_xor                                             exchange within a warp
+//   Barrier, init_barrier, fence_barriers                   mbarriers: arrivals and bytes ...
+//   arrive, wait, wait_cluster                              ... waited for by a phase's parity
+//   expect_copies, copy_async, finish_copies                copies into shared memory
+//   fence_copies                                            orders stores before such copies
+//   send_to, expect_sent                                    stores to another block's memory
+//   load_shared                                             loads what another thread has written
+//   exp2_approx, divide, highest, lowest                    fp32; a NaN gives a NaN
+//   bfloat16x2, float16x2, float_from_half                  conversions of storage
 //
 // HERO_SYNC(fault, statement) is a synchronisation, HERO_CHOICE(fault, right, wrong) a choice that
 // the kernel's correctness rests on: the emulator can plant the fault, and its test must notice.

@@ -138,8 +138,8 @@ HERO_DEVICE void wait_cluster(Barrier* barrier, uint32_t parity) {
 #endif
 }
 
-// Stores a word to block `rank`, where it reports its 4 bytes to `barrier`. No fence is needed: what
-// a thread sees at the barrier's end of phase it may read.
+// Stores a word to block `rank`, where it reports its 4 bytes to `barrier`. No fence is needed:
+// what a thread sees at the barrier's end of phase it may read.
 HERO_DEVICE void send_to(uint32_t* pointer, int rank, uint32_t value, Barrier* barrier) {
 #if HERO_BULK_COPIES
     asm volatile(
@@ -155,10 +155,10 @@ HERO_DEVICE void send_to(uint32_t* pointer, int rank, uint32_t value, Barrier* b
 // The one arrival at a barrier that is sent to: `bytes` from the whole cluster make its phase.
 HERO_DEVICE void expect_sent(Barrier* barrier, uint32_t bytes) {
 #if HERO_BULK_COPIES
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
 #else
     arrive(barrier);
 #endif
@@ -169,10 +169,10 @@ HERO_DEVICE void expect_sent(Barrier* barrier, uint32_t bytes) {
 HERO_DEVICE void expect_copies(Barrier* barrier, uint32_t bytes) {
 #if HERO_BULK_COPIES
     if (threadIdx.x % 32 == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                         shared_address(barrier)),
-                     "r"(bytes)
-                     : "memory");
+        asm volatile(
+            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+            "r"(bytes)
+            : "memory");
 #endif
 }
 

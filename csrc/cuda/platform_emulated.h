@@ -1,10 +1,10 @@
 // The platform of platform.h on a CPU: each thread of each block is a fibre, and a scheduler
 // (emulator.cpp) runs them in random order, switching at every call below.
 //
-// What is not promised is made to fail: memory that a copy is to fill holds NaN until it lands, at a
-// random later time and in random pieces; what is sent to another block arrives late and in any
-// order. A schedule in which no thread can go on ends the run as a deadlock. Not modelled: the memory order of
-// plain stores, and fences.
+// What is not promised is made to fail: memory that a copy is to fill holds NaN until it lands, at
+// a random later time and in random pieces; what is sent to another block arrives late and in any
+// order. A schedule in which no thread can go on ends the run as a deadlock. Not modelled: the
+// memory order of plain stores, and fences.
 #pragma once
 
 #include <math.h>
@@ -15,8 +15,8 @@
 
 #define HERO_DEVICE inline
 #define HERO_UNROLL
-#define HERO_SYNC(fault, statement)                       \
-    do {                                                  \
+#define HERO_SYNC(fault, statement)                      \
+    do {                                                 \
         if (hero::planted_fault() != (fault)) statement; \
     } while (0)
 #define HERO_CHOICE(fault, right, wrong) (hero::planted_fault() != (fault) ? (right) : (wrong))
@@ -39,7 +39,7 @@ int thread_index();
 int block_index();
 int block_count();
 char* shared_memory();
-void preempt();  // a random other thread may run first
+void preempt();              // a random other thread may run first
 void require(bool aligned);  // of an address, as a GPU would
 
 void sync_warp();

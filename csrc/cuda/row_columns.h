@@ -95,12 +95,12 @@ HERO_DEVICE void soft_cap(float cap, float& teacher, float& stored, float& slope
     slope = divide(4.0f * fall, (1.0f + fall) * (1.0f + fall));
 }
 
-// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope. `absolute`: with delta, 1 in
-// rows whose student holds raw logits all the same, else 0.
+// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope. `absolute`: with delta, 1
+// in rows whose student holds raw logits all the same, else 0.
 template <bool delta>
-HERO_DEVICE void transform(const RowsProblem& problem, float absolute, float inner, int column, float raw_t,
-                           float raw_s, float& teacher, float& student, float& log_ratio,
-                           float& slope) {
+HERO_DEVICE void transform(const RowsProblem& problem, float absolute, float inner, int column,
+                           float raw_t, float raw_s, float& teacher, float& student,
+                           float& log_ratio, float& slope) {
     if (delta) raw_s -= absolute * raw_t;
     if (problem.teacher_bias) {
         const float bias = problem.teacher_bias[column];
@@ -132,9 +132,9 @@ HERO_DEVICE float inner_factor(const RowsProblem& problem) {
 
 // The thread's columns of a tile; those from `vocab_size` on count as masked.
 template <bool delta>
-HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
-                               float absolute, const char* teacher_tile,
-                               const char* student_tile, int in_tile, int column) {
+HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes, float absolute,
+                               const char* teacher_tile, const char* student_tile, int in_tile,
+                               int column) {
     Logits logits;
     const int vocab_size = static_cast<int>(problem.vocab_size);
     load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
@@ -167,7 +167,8 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
     const int columns = static_cast<int>(problem.columns);
     const bool half = dtype != HERO_FLOAT32;
     if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
-        Words* pieces = reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
+        Words* pieces =
+            reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
         Words piece;
         HERO_UNROLL
         for (int i = 0; i < 4; ++i)

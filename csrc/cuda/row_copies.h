@@ -29,8 +29,8 @@ struct Work {
         const int columns = static_cast<int>(problem.columns);
         const int64_t begin = static_cast<int64_t>(rank) * plan.slice_columns;
         slice_begin = begin < columns ? static_cast<int>(begin) : columns;
-        slice_end = columns - slice_begin < plan.slice_columns ? columns
-                                                               : slice_begin + plan.slice_columns;
+        slice_end =
+            columns - slice_begin < plan.slice_columns ? columns : slice_begin + plan.slice_columns;
         sweeps = problem.divergence == HERO_JSD && problem.grad ? 3 : 2;
     }
 };
@@ -47,7 +47,7 @@ HERO_DEVICE int lead_of(const char* row) {
 // Part of a row that is copied: pieces of 16 bytes, and up to 15 bytes before and after them where
 // a piece would reach out of the row.
 struct Span {
-    const char *begin, *end;              // columns of the tile
+    const char *begin, *end;  // columns of the tile
     const char *pieces_begin, *pieces_end;
 
     HERO_DEVICE Span(const char* row, int64_t row_bytes, int64_t from, int64_t to)
@@ -75,8 +75,10 @@ struct Span {
             *reinterpret_cast<T*>(tile + (after - begin)) = *reinterpret_cast<const T*>(after);
     }
     HERO_DEVICE void copy_rest(char* tile, int size) const {
-        if (size == 4) copy_rest<uint32_t>(tile);
-        else copy_rest<uint16_t>(tile);
+        if (size == 4)
+            copy_rest<uint32_t>(tile);
+        else
+            copy_rest<uint16_t>(tile);
     }
 };
 

@@ -9,18 +9,18 @@ namespace hero {
 constexpr float LOG_RATIO_LIMIT = 1e4f;  // |x| where only one side is masked
 constexpr int MAX_SUM_WORDS = 9;
 
-// What pass 1 knows of some columns. Exponentials are relative to the maxima, log ratios to
+// What sweep 1 knows of some columns. Exponentials are relative to the maxima, log ratios to
 // `shift`: x is invariant under a constant, and one that aligns the maxima keeps it small.
 struct Masses {
     float max_teacher, max_student;
     float teacher, student;  // sum exp(z - max)
-    float growth;            // sum exp(z_t - max) (exp(z_s - z_t - shift) - 1), without cancellation
-    float log_ratio;         // sum exp(z_s - max) (z_s - z_t - shift)
+    float growth;     // sum exp(z_t - max) (exp(z_s - z_t - shift) - 1), without cancellation
+    float log_ratio;  // sum exp(z_s - max) (z_s - z_t - shift)
     float shift;
     int32_t top_teacher, top_student;  // first column that has the maximum
 };
 
-// What pass 2 sums.
+// What sweep 2 sums.
 struct Values {
     float divergence;
     float student_part;  // KL(p_s || m) of the JSD
@@ -59,8 +59,7 @@ HERO_DEVICE float warp_sum(float value) {
 HERO_DEVICE int32_t warp_min(int32_t value) {
     HERO_UNROLL
     for (int mask = 16; mask; mask /= 2) {
-        const int32_t other =
-            static_cast<int32_t>(shuffle_xor(static_cast<uint32_t>(value), mask));
+        const int32_t other = static_cast<int32_t>(shuffle_xor(static_cast<uint32_t>(value), mask));
         value = other < value ? other : value;
     }
     return value;
@@ -81,7 +80,8 @@ HERO_DEVICE Masses combine(const Masses& mine, bool with_tops) {
     const float teacher_factor = rescale(mine.max_teacher, all.max_teacher);
     const float student_factor = rescale(mine.max_student, all.max_student);
     const float moved = mine.teacher > 0.0f ? mine.shift - all.shift : 0.0f;
-    const float growth = mine.growth * exponential(moved) + mine.teacher * exponential_minus_1(moved);
+    const float growth =
+        mine.growth * exponential(moved) + mine.teacher * exponential_minus_1(moved);
     all.teacher = warp_sum(mine.teacher * teacher_factor);
     all.student = warp_sum(mine.student * student_factor);
     all.growth = warp_sum(growth * teacher_factor);
@@ -110,9 +110,9 @@ HERO_DEVICE Values combine(const Values& mine, bool with_entropies) {
     return all;
 }
 
-// The start of shared memory. While some threads of a cluster read the sums of one reduction, others
-// may be two reductions ahead, if they did not need the one between (reduce_cluster). The warps of a
-// block are at most one apart.
+// The start of shared memory. While some threads of a cluster read the sums of one reduction,
+// others may be two reductions ahead, if they did not need the one between (reduce_cluster). The
+// warps of a block are at most one apart.
 struct Exchange {
     Barrier full[MAX_STAGES];   // a stage holds its tile
     Barrier empty[MAX_STAGES];  // all warps are done with a stage
@@ -139,9 +139,9 @@ HERO_DEVICE T read_sums(const uint32_t* words) {
 }
 
 // All threads' sums of a cluster together: in every thread that computes, or with `to_all` false in
-// the first warp of the cluster alone; the others get `none`, the neutral element, and go on. `merge`
-// does it for the lanes of a warp, `count` numbers the reductions of the kernel. Of two reductions in
-// a row one at least is to all.
+// the first warp of the cluster alone; the others get `none`, the neutral element, and go on.
+// `merge` does it for the lanes of a warp, `count` numbers the reductions of the kernel. Of two
+// reductions in a row one at least is to all.
 template <class T, class Merge>
 HERO_DEVICE T reduce_cluster(Exchange& exchange, const Plan& plan, int rank, uint32_t count,
                              bool to_all, const T& mine, const T& none, Merge merge) {
@@ -162,8 +162,7 @@ HERO_DEVICE T reduce_cluster(Exchange& exchange, const Plan& plan, int rank, uin
         of.sums = merge(lane < plan.warps ? read_sums<T>(of_warps[lane]) : none);
         if (lane < (to_all ? plan.cluster_size : 1)) {
             HERO_UNROLL
-            for (int i = 0; i < WORDS; ++i)
-                send_to(&of_blocks[rank][i], lane, of.word[i], arrived);
+            for (int i = 0; i < WORDS; ++i) send_to(&of_blocks[rank][i], lane, of.word[i], arrived);
         }
         if (lane == 0 && receives)
             expect_sent(arrived, static_cast<uint32_t>(4 * WORDS * plan.cluster_size));
