@@ -6,6 +6,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,34 @@ def row_kernel(name: str) -> RowKernel:
     if isinstance(kernel, str):
         raise ValueError(f"impl={name!r} cannot serve: {kernel}.")
     return kernel
+
+
+PHASES = {"torch": "hero_kernels.phases", "triton": "hero_kernels.triton.phases"}
+"""Implementations in three phases, by name; see phases.py."""
+
+
+def phases_of(impl: str, request: Request) -> ModuleType:
+    """The module of the three phases that `impl` stands for; "auto" takes the last that serves.
+
+    Raises:
+        ValueError: the implementation named has no phases or cannot serve.
+    """
+    reasons = {}
+    for name in reversed(PHASES) if impl == "auto" else [impl]:
+        reason = refusal(name, request)
+        if reason is None and name not in PHASES:
+            reason = "it sees whole rows only"
+        if reason is None:
+            try:
+                return importlib.import_module(PHASES[name])
+            except ImportError as error:
+                reason = f"it cannot be imported: {error}"
+        reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(
+        f"impl={impl!r} cannot serve design='sliced' or a process group ({listed}). They are "
+        f"implemented by {', '.join(map(repr, PHASES))}; impl='auto' chooses."
+    )
 
 
 class Request(NamedTuple):
@@ -141,8 +170,13 @@ def choose(impl: str, request: Request) -> str:
 
 def resolve(impl: str, tensor: Tensor, objective: Objective) -> str:
     """`choose` for the student's hidden states (or logits) and what is to be computed."""
+    return choose(impl, request_of(tensor, objective))
+
+
+def request_of(tensor: Tensor, objective: Objective) -> Request:
+    """What decides, from the student's hidden states (or logits) and what is to be computed."""
     clips = objective.pointwise_clip > 0
-    return choose(impl, Request(tensor.device, tensor.dtype, objective.support, clips))
+    return Request(tensor.device, tensor.dtype, objective.support, clips)
 
 
 def chunk_rows(options: KernelOptions, device: torch.device, vocab_size: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hero_kernels import cpu, gemm
-from hero_kernels.options import Storage
+from hero_kernels.options import Design, Storage
 from hero_kernels.rows import STATS
 
 
@@ -45,6 +45,14 @@ class Plan(NamedTuple):
     need_weight: bool
     need_bias: bool
     with_stats: bool
+    design: str = Design.CHUNKED
+    """`Design.CHUNKED` or `Design.SLICED`."""
+    memory_budget: int = 0
+    """Bytes that "sliced" may take beyond inputs and gradients; 0 for its default."""
+    group: str = ""
+    """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
+    accumulate_weight_grad: bool = False
+    """Whether the backward pass of "sliced" adds the weight's gradient where it accumulates."""
 
     @property
     def need_grad(self) -> bool:
@@ -129,6 +137,10 @@ def run_chunks(
         vocab_size: columns that are real.
         row_kernel: fills `LogitChunk.grad` and returns statistics [R, 8].
         plan: how.
+
+    Returns:
+        Statistics [N, 8] and gradients; of a shard of the vocabulary (`plan.group`) that of the
+        hidden states is one summand, in fp32 (fp64).
     """
     hidden, weight = student.hidden, student.weight
     head = weight[:vocab_size]
@@ -144,7 +156,8 @@ def run_chunks(
     if plan.need_grad:
         in_place = types.gradient == types.student
         grads = logits if in_place else buffer(hidden, held, vocab_size, types.gradient)
-    d_hidden = hidden.new_empty(hidden.shape, dtype=gradient_dtype(hidden.dtype))
+    narrow = gradient_dtype(hidden.dtype)
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=wide if plan.group else narrow)
     d_weight = weight.new_empty(weight.shape if plan.need_weight else 0, dtype=sum_type)
     d_weight[vocab_size if sizes else 0 :] = 0
     d_bias = weight.new_zeros(len(weight), dtype=wide)
@@ -160,11 +173,11 @@ def run_chunks(
         first = start
         for size in islice(chunks, group):
             rows = slice(start, start + size)
-            h_s = _cleared(hidden[rows], active[rows])
+            h_s = cleared(hidden[rows], active[rows])
             chunk_teacher = None if teacher_logits is None else teacher_logits[:size]
             absolute = None
             if teacher is not None and chunk_teacher is not None:
-                h_t = _cleared(teacher.hidden[rows], active[rows])
+                h_t = cleared(teacher.hidden[rows], active[rows])
                 if shared:
                     absolute = _delta_into(logits[:size], chunk_teacher, h_s, h_t, head, types)
                 else:
@@ -178,7 +191,10 @@ def run_chunks(
                 )
             )
             if grad is not None and plan.need_hidden:
-                d_hidden[rows] = gemm.hidden_gradient(grad, head)
+                if plan.group:  # one summand of many: not rounded
+                    gemm.add_hidden_gradient(d_hidden[rows], grad, head)
+                else:
+                    d_hidden[rows] = gemm.hidden_gradient(grad, head)
             if grad is not None and plan.need_bias:
                 d_bias[:vocab_size] += grad.sum(0, dtype=wide)
             start += size
@@ -187,7 +203,7 @@ def run_chunks(
             gemm.weight_gradient_into(
                 d_weight[:vocab_size],
                 grads[: start - first],
-                _cleared(hidden[rows], active[rows]),
+                cleared(hidden[rows], active[rows]),
                 accumulate=first > 0,
             )
     return stats, Gradients(
@@ -315,13 +331,19 @@ def _delta_into(
     Returns:
         [R] bool: rows in which `delta` holds the student's logits after all; None for no row.
     """
-    if types.student == types.gradient:  # one rounding at most, to what the GEMM takes
-        wide = torch.promote_types(h_s.dtype, torch.float32)
-        gemm.logits_into(head, (teacher, h_t), (delta, h_s.to(wide) - h_t.to(wide)))
-        return None
-    operand, absolute = difference_operand(h_s, h_t)
+    operand, absolute = delta_operand(h_s, h_t, types)
     gemm.logits_into(head, (teacher, h_t), (delta, operand))
     return absolute
+
+
+def delta_operand(h_s: Tensor, h_t: Tensor, types: BufferTypes) -> tuple[Tensor, Tensor | None]:
+    """What the head is multiplied by for a delta of type `types.student`: as `difference_operand`,
+    or the difference in fp32 (fp64) where the product takes it.
+    """
+    if types.student == types.gradient:  # one rounding at most, to what the GEMM takes
+        wide = torch.promote_types(h_s.dtype, torch.float32)
+        return h_s.to(wide) - h_t.to(wide), None
+    return difference_operand(h_s, h_t)
 
 
 def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,7 +363,7 @@ def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(absolute[:, None], h_s, rounded), absolute
 
 
-def _cleared(hidden: Tensor, active: Tensor) -> Tensor:
+def cleared(hidden: Tensor, active: Tensor) -> Tensor:
     """Masked rows as zeros: 0·NaN would spoil the sums. On CPU they are gone already."""
     return hidden.masked_fill(~active[:, None], 0) if hidden.is_cuda else hidden
 

@@ -6,7 +6,8 @@ import torch
 
 from hero_kernels import backends
 from hero_kernels.chunked import Plan, layout
-from hero_kernels.options import KernelOptions
+from hero_kernels.options import Design, KernelOptions
+from hero_kernels.workspace import slice_width, workspace
 
 
 def explain(
@@ -49,6 +50,11 @@ def explain(
     options = options or KernelOptions()
     where = torch.device(device)
     request = backends.Request(where, dtype, support, pointwise_clip is not None)
+    if options.design == Design.SLICED:
+        trained = ["dX"] * trainable_trunk + ["dW"] * trainable_head
+        return _sliced(
+            num_rows, hidden_size, vocab_size, request, shared_head, trained, impl, options
+        )
     chosen = backends.choose(impl, request)
     plan = Plan(
         impl,
@@ -75,6 +81,7 @@ def explain(
             reason = backends.refusal(name, request)
             lines.append(f"  not {name}: {reason or f'{chosen} was preferred'}")
     lines += [
+        "design: chunked",
         f"rows at once: {max(chunks, default=0)}, {len(chunks)} chunk(s) for {num_rows} rows",
         f"held as: teacher {_name(wide)}, student {_name(types.student)}, "
         f"gradient {_name(types.gradient)}",
@@ -88,6 +95,44 @@ def explain(
         lines.append(f"  and {_mebibytes(size)} for the {_name(weight_sum)} sum of dW")
     lines.append("masked rows: " + _masking(where, options))
     return "\n".join(lines)
+
+
+def _sliced(
+    num_rows: int,
+    hidden_size: int,
+    vocab_size: int,
+    request: backends.Request,
+    shared_head: bool,
+    trained: list[str],
+    impl: str,
+    options: KernelOptions,
+) -> str:
+    """`explain` for the sliced design; `trained` names the products of the gradients."""
+    chosen = backends.phases_of(impl, request).__name__
+    space = workspace(
+        num_rows,
+        hidden_size,
+        dtype=request.dtype,
+        device=request.device,
+        storage=str(options.storage),
+        shared_head=shared_head,
+        in_torch=chosen == backends.PHASES["torch"],
+    )
+    width = slice_width(vocab_size, num_rows, space, options.memory_budget or 0)
+    backward = ["2 for logits", *trained] if trained else []
+    count = 2 + len(trained) if trained else 0
+    slices = -(-vocab_size // max(width, 1))
+    return "\n".join(
+        [
+            f"implementation: {chosen}",
+            "design: sliced",
+            f"columns at once: {width}, {slices} slice(s) for {vocab_size} tokens",
+            f"head GEMMs: {4 + count} (4 forward, {count} backward: {', '.join(backward)}), "
+            f"{2e-9 * num_rows * hidden_size * vocab_size:.1f} GFLOP each",
+            f"workspace: {_mebibytes(space.bytes(width))} beyond inputs and gradients",
+            "masked rows: " + _masking(request.device, options),
+        ]
+    )
 
 
 def _masking(device: torch.device, options: KernelOptions) -> str:

@@ -68,6 +68,7 @@ def linear_logprobs(
     options = options or KernelOptions()
     if impl not in ("auto", "torch"):
         raise ValueError(f"linear_logprobs has impl='auto' and 'torch'; got {impl!r}.")
+    checks.whole_heads_only("linear_logprobs", options)
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("student", hidden, weight, bias)
     checks.per_token("target_ids", target_ids, hidden, integer=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class StrEnum(str, Enum):
@@ -65,6 +68,14 @@ class Storage(StrEnum):
     MIXED = "mixed"  # shared head: teacher fp32, delta 16-bit; up to 1 % off where the KL is near 1
 
 
+class Design(StrEnum):
+    """How the logits of a call are cut, so that they never exist as a whole."""
+
+    AUTO = "auto"
+    CHUNKED = "chunked"  # by rows (chunked.py): four head GEMMs, gradients in the forward pass
+    SLICED = "sliced"  # by vocabulary (sliced.py): eight, the least memory; gradients in backward
+
+
 @dataclass(frozen=True)
 class KernelOptions:
     """How the loss is computed; no option changes its definition."""
@@ -82,11 +93,30 @@ class KernelOptions:
     """
     validate: bool = False
     """Check values too (NaN weights, ids out of range); on CUDA that is a synchronisation."""
+    design: str = Design.AUTO
+    """"chunked" (what "auto" stands for) or "sliced"; see `Design`."""
+    memory_budget: int | None = None
+    """Bytes beyond inputs and gradients; None for 448 MiB. Sets the slice width of "sliced"."""
+    process_group: ProcessGroup | None = None
+    """Tensor parallelism over the vocabulary: each member passes its shard of the head (and bias),
+    all of the same size, in the order of their ranks; `vocab_size` counts the real tokens of all
+    shards, target ids are those of the whole vocabulary, hidden states and weights of rows are the
+    same on all members. Loss and the hidden states' gradient come out whole on each."""
+    accumulate_weight_grad: bool = False
+    """Add the head's gradient, slice by slice, to `main_grad` of the weight if it has one, else to
+    its `.grad`; autograd is given none, so that hooks on the weight do not run. For "sliced"."""
 
     def __post_init__(self) -> None:
         if self.storage not in tuple(Storage):
             raise ValueError(f"storage must be 'float32' or 'mixed'; got {self.storage!r}.")
-        for name in ("chunk_size", "max_active_rows"):
+        if self.design not in tuple(Design):
+            raise ValueError(f"design must be 'auto', 'chunked' or 'sliced'; got {self.design!r}.")
+        if self.accumulate_weight_grad and self.design != Design.SLICED:
+            raise ValueError(
+                "accumulate_weight_grad needs design='sliced', which forms the head's gradient in "
+                f"the backward pass; got design={str(self.design)!r}."
+            )
+        for name in ("chunk_size", "max_active_rows", "memory_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(

@@ -242,7 +242,13 @@ def op_arguments(impl: str, per_row: bool, dtype: torch.dtype) -> tuple[Any, ...
         None,
     )
     needed = not per_row
-    return (*tensors, *PLAIN, *Plan(impl, 3, "float32", 0, needed, needed, needed, True), per_row)
+    return (
+        *tensors,
+        *PLAIN,
+        *Plan(impl, 3, "float32", 0, needed, needed, needed, True),
+        per_row,
+        None,
+    )
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
