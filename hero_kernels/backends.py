@@ -51,6 +51,8 @@ IMPLEMENTATIONS = {
         "hero_kernels.rows", None, (*_FLOATS, torch.float64), False, "hero_kernels.logprob_rows"
     ),
     "cpu": Implementation("hero_kernels.cpu", "cpu", _FLOATS, True, "hero_kernels.cpu_logprobs"),
+    # Before "triton" until a GPU has shown which of the two is faster.
+    "cuda": Implementation("hero_kernels.cuda", "cuda", _FLOATS, True),
     "triton": Implementation(
         "hero_kernels.triton.rows", "cuda", _FLOATS, True, "hero_kernels.triton.logprobs"
     ),
@@ -142,7 +144,7 @@ def supports(
     `linear_logprobs`.
 
     Args:
-        impl: "torch", "cpu" or "triton".
+        impl: "torch", "cpu", "cuda" or "triton".
         device: where the tensors are.
         dtype: of the student's hidden states and weight.
         support: as there.

@@ -142,7 +142,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "trajectory mean": ({"loss_aggregation": "trajectory"}, "needs trajectory_ids"),
     "aggregation": ({"loss_aggregation": "batch"}, "'token', 'turn', 'trajectory'; got 'batch'"),
     "reduction": ({"reduction": "avg"}, "'mean', 'sum', 'none'; got 'avg'"),
-    "impl": ({"impl": "cublas"}, "Unknown impl 'cublas'.*'auto', 'torch', 'cpu', 'triton'"),
+    "impl": ({"impl": "cublas"}, "Unknown impl 'cublas'.*'auto', 'torch', 'cpu', 'cuda', 'triton'"),
     "impl device": ({"impl": "triton"}, "impl='triton' cannot serve.*runs on cuda"),
     "impl dtype": (
         {
