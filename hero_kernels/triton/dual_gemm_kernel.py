@@ -131,39 +131,42 @@ def dual_gemm_kernel(
     if HAS_TARGETS:
         targets = tl.load(target_ids_ptr + offs_t, offs_t < rows, other=-1).to(tl.int32)
         targets = tl.where(targets < vocab_size, targets, -1)
+    local_t = tl.arange(0, BLOCK_T)[:, None]
+    teacher_out_ptr += first_t.to(tl.int64) * stride_to  # a chunk may hold more than 2^31 logits
+    student_out_ptr += first_t.to(tl.int64) * stride_so
     for index in tl.static_range(SLICES):
-        raw_t = _column_slice(acc_t, index, SLICES)
-        raw_s = _column_slice(acc_s, index, SLICES)
-        offs_v = first_v + index * WIDTH + tl.arange(0, WIDTH)
-        if WRITE_LOGITS:
-            inside = (offs_t < rows)[:, None] & (offs_v < columns)[None, :]
-            long_t = offs_t.to(tl.int64)[:, None]  # a chunk may hold more than 2^31 logits
-            stored_t = raw_t.to(teacher_out_ptr.dtype.element_ty)
-            tl.store(teacher_out_ptr + long_t * stride_to + offs_v[None, :], stored_t, inside)
-            raw_t = stored_t.to(tl.float32)
-            stored_s = raw_s.to(student_out_ptr.dtype.element_ty)
-            tl.store(student_out_ptr + long_t * stride_so + offs_v[None, :], stored_s, inside)
-            raw_s = stored_s.to(tl.float32)
-        bias_s, bias_t = 0.0, 0.0
-        if HAS_STUDENT_BIAS:
-            bias_s = tl.load(student_bias_ptr + offs_v, offs_v < columns, other=0.0)[None, :]
-        if HAS_TEACHER_BIAS:
-            bias_t = tl.load(teacher_bias_ptr + offs_v, offs_v < columns, other=0.0)[None, :]
-        z_t, z_s, gap, _ = scale_logits(
-            raw_s,
-            raw_t,
-            bias_s,
-            bias_t,
-            (offs_v < vocab_size)[None, :],
-            logit_scale,
-            softcap,
-            inv_temperature,
-            MODE == SHARED_HEAD,
-            HAS_STUDENT_BIAS,
-            HAS_TEACHER_BIAS,
-            HAS_SOFTCAP,
-        )
-        part = merge_two(part, _statistics(z_t, z_s, gap, offs_v, targets, MODE, HAS_TARGETS))
+        if first_v + index * WIDTH < columns:
+            raw_t = _column_slice(acc_t, index, SLICES)
+            raw_s = _column_slice(acc_s, index, SLICES)
+            offs_v = first_v + index * WIDTH + tl.arange(0, WIDTH)
+            if WRITE_LOGITS:
+                inside = (offs_t < rows)[:, None] & (offs_v < columns)[None, :]
+                stored_t = raw_t.to(teacher_out_ptr.dtype.element_ty)
+                tl.store(teacher_out_ptr + local_t * stride_to + offs_v[None, :], stored_t, inside)
+                raw_t = stored_t.to(tl.float32)
+                stored_s = raw_s.to(student_out_ptr.dtype.element_ty)
+                tl.store(student_out_ptr + local_t * stride_so + offs_v[None, :], stored_s, inside)
+                raw_s = stored_s.to(tl.float32)
+            bias_s, bias_t = 0.0, 0.0
+            if HAS_STUDENT_BIAS:
+                bias_s = tl.load(student_bias_ptr + offs_v, offs_v < columns, other=0.0)[None, :]
+            if HAS_TEACHER_BIAS:
+                bias_t = tl.load(teacher_bias_ptr + offs_v, offs_v < columns, other=0.0)[None, :]
+            z_t, z_s, gap, _ = scale_logits(
+                raw_s,
+                raw_t,
+                bias_s,
+                bias_t,
+                (offs_v < vocab_size)[None, :],
+                logit_scale,
+                softcap,
+                inv_temperature,
+                MODE == SHARED_HEAD,
+                HAS_STUDENT_BIAS,
+                HAS_TEACHER_BIAS,
+                HAS_SOFTCAP,
+            )
+            part = merge_two(part, _statistics(z_t, z_s, gap, offs_v, targets, MODE, HAS_TARGETS))
     part_ptr = parts_ptr + tile_v.to(tl.int64) * stride_pp + offs_t
     for column in tl.static_range(NUM_STATISTICS):
         tl.store(part_ptr + column * stride_pc, part[column], offs_t < rows)
