@@ -11,9 +11,7 @@ from torch import Tensor
 
 NUM_STATISTICS = 12
 MAX_T, SUM_T, MAX_S, SUM_S, SHIFT, GROWTH, MEAN, TARGET_T, TARGET_GAP, TOP_T, TOP_S = range(11)
-"""Columns of the statistics [R, 12]; the last is `ENERGY`."""
-ENERGY = 11
-"""sum exp(z_s - MAX_S) (z_s - MAX_S) where one side alone is seen, for its entropy; else 0."""
+"""Columns of the statistics [R, 12]; the last is reserved."""
 
 NUM_VALUES = 4
 DIVERGENCE, CENTRE, ENTROPY_S, ENTROPY_T = range(4)

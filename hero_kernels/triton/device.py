@@ -61,15 +61,14 @@ def clamp(x, low, high):
 
 
 @triton.jit
-def probabilities(z_t, gap, log_mass_t, offset):
-    """log p_t, p_t, p_s, p_s - p_t without cancellation, and x."""
+def probabilities(log_p, log_q, gap, offset):
+    """p_t = exp(log_p), p_s = exp(log_q), p_s - p_t without cancellation, and x."""
     x = clamp(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - offset
-    log_p = z_t - log_mass_t
     p = tl.exp(log_p)
     near = p * (x + x * x * quadratic_remainder(x))
-    far = tl.exp(tl.minimum(log_p + x, 0.0)) - p  # p exp(x) could be 0 times infinity
-    difference = tl.where(tl.abs(x) <= 1.0, near, far)
-    return log_p, p, p + difference, difference, x
+    # Not p exp(x), which could be 0 times infinity, and is 0 where the teacher alone is masked.
+    difference = tl.where(tl.abs(x) <= 1.0, near, tl.exp(log_q) - p)
+    return p, p + difference, difference, x
 
 
 @triton.jit

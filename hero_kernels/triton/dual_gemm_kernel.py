@@ -209,9 +209,7 @@ def _load_tile(
 
 
 @triton.jit
-def _statistics(
-    z_t, z_s, gap, offs_v, targets, MODE: tl.constexpr, HAS_TARGETS: tl.constexpr
-):
+def _statistics(z_t, z_s, gap, offs_v, targets, MODE: tl.constexpr, HAS_TARGETS: tl.constexpr):
     """Statistics of a block [T, V], a tuple of [T] in the order of `hero_kernels.phases`."""
     max_t = tl.max(z_t, 1)
     fall_t = z_t - max_t[:, None]

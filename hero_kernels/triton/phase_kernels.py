@@ -36,7 +36,7 @@ from hero_kernels.triton.statistics import (
     log_ratio_offset,
 )
 
-NUM_VALUES = tl.constexpr(phases.NUM_VALUES)
+NUM_VALUES = tl.constexpr(4)
 CENTRE = tl.constexpr(phases.CENTRE)
 ENTROPY_S = tl.constexpr(phases.ENTROPY_S)
 ENTROPY_T = tl.constexpr(phases.ENTROPY_T)
@@ -219,25 +219,21 @@ def divergence_kernel(
 
     max_t = tl.load(statistics_ptr + MAX_T)
     sum_t = tl.load(statistics_ptr + SUM_T)
+    max_s = tl.load(statistics_ptr + MAX_S)
     sum_s = tl.load(statistics_ptr + SUM_S)
     shift = tl.load(statistics_ptr + SHIFT)
-    offset = log_ratio_offset(
-        max_t,
-        sum_t,
-        tl.load(statistics_ptr + MAX_S),
-        sum_s,
-        shift,
-        tl.load(statistics_ptr + GROWTH),
-    )
+    growth = tl.load(statistics_ptr + GROWTH)
+    offset = log_ratio_offset(max_t, sum_t, max_s, sum_s, shift, growth)
     log_mass_t = tl.log(sum_t)
+    log_mass_s = tl.log(sum_s)
     centre, weight, scale = 0.0, 0.0, 0.0
     if WITH_GRAD:
         weight = tl.load(row_scale_ptr + row)
         scale = weight * logit_scale * inv_temperature
-        if not WITH_VALUES:
+        if DIVERGENCE == JSD:
             centre = tl.load(values_ptr + row * NUM_VALUES + CENTRE)
-        else:
-            centre = tl.load(statistics_ptr + MEAN) / sum_s - offset  # of the reverse KL: its value
+        else:  # of the reverse KL: its value, rounded as x is, so that one column alone gives 0
+            centre = tl.load(statistics_ptr + MEAN) / sum_s - offset
 
     divergence = tl.zeros((BLOCK_V,), tl.float32)
     student_part = tl.zeros((BLOCK_V,), tl.float32)
@@ -245,10 +241,12 @@ def divergence_kernel(
     entropy_t = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(begin, end, BLOCK_V):
         offs_v = start + lanes
-        z_t, _, gap, slope = load_logits(
+        z_t, z_s, gap, slope = load_logits(
             source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
         )
-        log_p, p, q, difference, x = probabilities(z_t - max_t, gap - shift, log_mass_t, offset)
+        log_p = z_t - max_t - log_mass_t
+        log_q = z_s - max_s - log_mass_s
+        p, q, difference, x = probabilities(log_p, log_q, gap - shift, offset)
         if WITH_STATS:
             entropy_t -= p * log_p
             entropy_s -= q * (log_p + x)
@@ -268,8 +266,9 @@ def divergence_kernel(
             gradient = q * (x - centre)
         if WITH_GRAD:
             gradient *= slope * scale
-            # Not what a padding column computes, nor a NaN of a row without weight.
-            gradient = tl.where((weight == 0.0) | (offs_v >= vocab_size), 0.0, gradient)
+            # Neither a NaN of a row without weight, nor what a padding column computes.
+            gradient = tl.where(weight == 0.0, 0.0, gradient)
+            gradient = tl.where(offs_v < vocab_size, gradient, 0.0)
             tl.store(
                 grad_ptr + offs_v, gradient.to(grad_ptr.dtype.element_ty), mask=offs_v < columns
             )

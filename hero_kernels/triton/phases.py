@@ -16,12 +16,16 @@ import torch
 import triton
 from torch import Tensor
 
-from hero_kernels import phases
 from hero_kernels.phases import Scaling
 from hero_kernels.row_arguments import check_matrices
 from hero_kernels.triton.configs import RowConfig, row_config
-from hero_kernels.triton.phase_kernels import JSD, divergence_kernel, statistics_kernel
-from hero_kernels.triton.statistics import merge_statistics
+from hero_kernels.triton.phase_kernels import (
+    JSD,
+    NUM_VALUES,
+    divergence_kernel,
+    statistics_kernel,
+)
+from hero_kernels.triton.statistics import NUM_STATISTICS, merge_statistics
 
 _PROGRAMS = 1024
 """Rows are split into pieces until there are about this many programs, enough for any device; a
@@ -63,7 +67,7 @@ def row_statistics(
     if target_ids is not None:
         _check_rows("target_ids", target_ids, torch.int64, student)
     parts = student.new_empty(
-        (launch.parts, len(student), phases.NUM_STATISTICS), dtype=torch.float32
+        (launch.parts, len(student), NUM_STATISTICS.value), dtype=torch.float32
     )
     if len(student) == 0:
         return parts[0]
@@ -152,7 +156,7 @@ def row_gradient(
         grad: [R, C] to be overwritten, `student` or `teacher` itself if need be; 0 for padding and
             for rows of scale 0.
         statistics: [R, 12] of whole rows.
-        values: [R, 4] of whole rows.
+        values: [R, 4] of whole rows; read for the JSD only.
         row_scale: [R] fp32, weight and importance ratio.
 
     The others are those of `row_values`.
@@ -161,7 +165,7 @@ def row_gradient(
         ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
     """
     launch = _Launch(student, teacher, grad, scaling, first_column, vocab_size, config)
-    _check_rows("values", values, torch.float32, student, phases.NUM_VALUES)
+    _check_rows("values", values, torch.float32, student, NUM_VALUES.value)
     options = {"DELTA": delta, "DIVERGENCE": divergence, "WITH_STATS": False}
     launch.divergence(statistics, values, row_scale, beta, WITH_VALUES=False, **options)
 
@@ -183,7 +187,7 @@ def row_values_and_gradient(
 ) -> Tensor:
     """`row_values` and `row_gradient` of a KL in one sweep.
 
-    The centre of the reverse KL's gradient, which is its value, then comes from the statistics.
+    The gradients of the KLs need no values: the reverse KL's centre is in the statistics.
 
     Returns:
         [R, 4] fp32.
@@ -244,7 +248,7 @@ class _Launch:
 
     def new_values(self) -> Tensor:
         """[P, R, 4]."""
-        shape = (self.parts, len(self.student), phases.NUM_VALUES)
+        shape = (self.parts, len(self.student), NUM_VALUES.value)
         return self.student.new_empty(shape, dtype=torch.float32)
 
     def divergence(
@@ -256,9 +260,7 @@ class _Launch:
         **options: object,
     ) -> None:
         """Run the sweep after the statistics; with a gradient if there is a `row_scale`."""
-        _check_rows(
-            "statistics", statistics, torch.float32, self.student, phases.NUM_STATISTICS
-        )
+        _check_rows("statistics", statistics, torch.float32, self.student, NUM_STATISTICS.value)
         if row_scale is not None:
             _check_rows("row_scale", row_scale, torch.float32, self.student)
         if len(self.student) == 0:

@@ -163,6 +163,7 @@ def _divergence_rows_kernel(
     far_offset = (row_max_s - row_max_t - shift) + tl.log(mass_s / mass_t)
     offset = tl.where(is_near, offset, far_offset)
     log_mass_t = tl.log(mass_t)
+    log_mass_s = tl.log(mass_s)
     mean = tl.sum(sum_ratio * weight_s, 0) / mass_s - offset
 
     weight = tl.load(row_weights_ptr + row)
@@ -174,7 +175,7 @@ def _divergence_rows_kernel(
         target_x = target_gap - shift - offset
         # The difference of the two keeps delta's accuracy, unless one side is masked.
         is_close = tl.abs(target_x) < 30.0
-        logprob_s = tl.where(is_close, logprob_t + target_x, target_s - row_max_s - tl.log(mass_s))
+        logprob_s = tl.where(is_close, logprob_t + target_x, target_s - row_max_s - log_mass_s)
         target_logprob_s = tl.where(target >= 0, logprob_s, 0.0)
         target_logprob_t = tl.where(target >= 0, logprob_t, 0.0)
         if HAS_RATIO:
@@ -191,10 +192,12 @@ def _divergence_rows_kernel(
     entropy_t = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, columns, BLOCK_V):
         offs_v = start + lanes
-        z_t, _, gap, slope = load_logits(
+        z_t, z_s, gap, slope = load_logits(
             source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
         )
-        log_p, p, q, difference, x = probabilities(z_t - row_max_t, gap - shift, log_mass_t, offset)
+        log_p = z_t - row_max_t - log_mass_t
+        log_q = z_s - row_max_s - log_mass_s
+        p, q, difference, x = probabilities(log_p, log_q, gap - shift, offset)
         if WITH_STATS:
             entropy_t -= p * log_p
             entropy_s -= q * (log_p + x)
@@ -219,10 +222,12 @@ def _divergence_rows_kernel(
         part = tl.sum(student_part, 0)
         for start in range(0, columns, BLOCK_V):
             offs_v = start + lanes
-            z_t, _, gap, slope = load_logits(
+            z_t, z_s, gap, slope = load_logits(
                 source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
             )
-            _, _, q, _, x = probabilities(z_t - row_max_t, gap - shift, log_mass_t, offset)
+            log_p = z_t - row_max_t - log_mass_t
+            log_q = z_s - row_max_s - log_mass_s
+            _, q, _, x = probabilities(log_p, log_q, gap - shift, offset)
             _, from_student = log_mixture(x, beta)
             gradient = (1.0 - beta) * q * (-from_student - part)
             _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)

@@ -28,8 +28,9 @@ TARGET_T = tl.constexpr(phases.TARGET_T)
 TARGET_GAP = tl.constexpr(phases.TARGET_GAP)
 TOP_T = tl.constexpr(phases.TOP_T)
 TOP_S = tl.constexpr(phases.TOP_S)
-ENERGY = tl.constexpr(phases.ENERGY)
-NUM_STATISTICS = tl.constexpr(phases.NUM_STATISTICS)
+ENERGY = tl.constexpr(11)
+"""sum exp(z_s - MAX_S) (z_s - MAX_S) where one side alone is seen, for its entropy; else 0."""
+NUM_STATISTICS = tl.constexpr(12)
 
 _ALIGNED = tl.constexpr(0.25)
 """Maxima this close need no shift: |exp(0.25) - 1| < 0.5, so the growth of a row whose log ratio is
@@ -207,15 +208,15 @@ def merge_statistics(parts: Tensor) -> Tensor:
     Raises:
         ValueError: another shape or type.
     """
-    if parts.ndim != 3 or parts.shape[2] != phases.NUM_STATISTICS or parts.dtype != torch.float32:
+    if parts.ndim != 3 or parts.shape[2] != NUM_STATISTICS.value or parts.dtype != torch.float32:
         raise ValueError(
-            f"parts must be [P, R, {phases.NUM_STATISTICS}] of torch.float32, "
+            f"parts must be [P, R, {NUM_STATISTICS.value}] of torch.float32, "
             f"got {list(parts.shape)} of {parts.dtype}."
         )
     count, rows, _ = parts.shape
     if count == 0:
         raise ValueError("parts must hold at least one part, got 0.")
-    statistics = parts.new_empty((rows, phases.NUM_STATISTICS))
+    statistics = parts.new_empty((rows, NUM_STATISTICS.value))
     if rows == 0:
         return statistics
     with torch.cuda.device_of(parts):
