@@ -166,7 +166,11 @@ def dual_gemm_kernel(
                 HAS_TEACHER_BIAS,
                 HAS_SOFTCAP,
             )
-            part = merge_two(part, _statistics(z_t, z_s, gap, offs_v, targets, MODE, HAS_TARGETS))
+            part = merge_two(
+                part,
+                _statistics(z_t, z_s, gap, offs_v, targets, MODE, HAS_TARGETS),
+                MODE == ONE_SIDE,
+            )
     part_ptr = parts_ptr + tile_v.to(tl.int64) * stride_pp + offs_t
     for column in tl.static_range(NUM_STATISTICS):
         tl.store(part_ptr + column * stride_pc, part[column], offs_t < rows)

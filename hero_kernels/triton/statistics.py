@@ -79,7 +79,7 @@ def regrowth(growth, sum_t, weight_t, fall_t, change):
 
 
 @triton.jit
-def merge_two(a, b):
+def merge_two(a, b, ONE_SIDE: tl.constexpr):
     """Statistics of two parts, the columns of `a` before those of `b`; tuples of twelve."""
     max_t = tl.maximum(a[0], b[0])
     max_s = tl.maximum(a[2], b[2])
@@ -91,7 +91,9 @@ def merge_two(a, b):
     growth_b = regrowth(b[5], b[1], bt, fall_bt, b[4] - shift)
     mean_a = as_ * (a[6] + (a[4] - shift) * a[3])
     mean_b = bs * (b[6] + (b[4] - shift) * b[3])
-    energy = as_ * (a[11] + fall_as * a[3]) + bs * (b[11] + fall_bs * b[3])
+    energy = a[11]  # 0
+    if ONE_SIDE:
+        energy = as_ * (a[11] + fall_as * a[3]) + bs * (b[11] + fall_bs * b[3])
     return (
         max_t,
         at * a[1] + bt * b[1],
@@ -121,6 +123,7 @@ def _merge_kernel(
     stride_pr,
     stride_pc,
     # constexpr
+    ONE_SIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -170,7 +173,9 @@ def _merge_kernel(
         part_growth = tl.load(ptr + GROWTH * stride_pc, mask, other=0.0)
         growth += regrowth(part_growth, part_t, weight_t, fall_t, change)
         mean += weight_s * (tl.load(ptr + MEAN * stride_pc, mask, other=0.0) + change * part_s)
-        energy += weight_s * (tl.load(ptr + ENERGY * stride_pc, mask, other=0.0) + fall_s * part_s)
+        if ONE_SIDE:
+            part_energy = tl.load(ptr + ENERGY * stride_pc, mask, other=0.0)
+            energy += weight_s * (part_energy + fall_s * part_s)
         target_t += tl.load(ptr + TARGET_T * stride_pc, mask, other=0.0)
         target_gap += tl.load(ptr + TARGET_GAP * stride_pc, mask, other=0.0)
         part_top_t = tl.load(ptr + TOP_T * stride_pc, mask, other=float("inf"))
@@ -196,11 +201,12 @@ def _merge_kernel(
     tl.store(out_ptr + ENERGY, tl.sum(energy, 0), row_mask)
 
 
-def merge_statistics(parts: Tensor) -> Tensor:
+def merge_statistics(parts: Tensor, *, one_side: bool = False) -> Tensor:
     """Statistics of whole rows from those of their parts.
 
     Args:
         parts: [P, R, 12] fp32, any strides; parts in the order of their columns.
+        one_side: whether they are those of one side alone, and hold `ENERGY`.
 
     Returns:
         [R, 12] fp32.
@@ -226,6 +232,7 @@ def merge_statistics(parts: Tensor) -> Tensor:
             count,
             rows,
             *parts.stride(),
+            ONE_SIDE=one_side,
             BLOCK_P=min(_MERGE_PARTS, triton.next_power_of_2(count)),
             BLOCK_R=_MERGE_ROWS,
             num_warps=4,

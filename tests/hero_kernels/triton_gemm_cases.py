@@ -23,7 +23,7 @@ from hero_kernels import phases
 from hero_kernels.phases import Scaling
 from hero_kernels.triton import dual_gemm
 from hero_kernels.triton.configs import GemmConfig
-from hero_kernels.triton.statistics import ENERGY
+from hero_kernels.triton.dual_gemm import ENERGY
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -193,9 +193,9 @@ def test_one_side_gives_logprobs_entropy_and_top(path: str) -> None:
     assert torch.equal(statistics[:, phases.TOP_T], z.argmax(-1).double())
 
 
-@pytest.mark.parametrize(("scale", "error"), [(1.0, 1e-5), (1e-2, 1e-3), (1e-3, 1e-2)])
+@pytest.mark.parametrize(("scale", "error"), [(1.0, 1e-5), (1e-2, 1e-4), (1e-3, 3e-3)])
 def test_reverse_kl_without_storing_logits(scale: float, error: float) -> None:
-    """KLs from about 1 to 1e-6, and how much of them cancellation leaves."""
+    """KLs of 2.5, 3e-4 and 3e-6, and how much of them cancellation leaves."""
     hidden, weight = matrix(16, 32, 1.0, torch.float16, 1), matrix(500, 32, 0.5, torch.float16, 2)
     difference = matrix(16, 32, scale, torch.float16, 3)
     options: dict[str, Any] = {"scaling": plain(), "vocab_size": 500, "path": "unaligned"}
@@ -282,7 +282,7 @@ def test_errors_name_what_was_got_and_expected() -> None:
         dual_gemm.pair_logits(hidden, weight, hidden, weight, out, out.bfloat16(), **options)
     with pytest.raises(ValueError, match=r"vocab_size must be in \[1, 100\], got 101"):
         dual_gemm.linear_statistics(hidden, weight, scaling=plain(), vocab_size=101)
-    with pytest.raises(ValueError, match=r"student_bias must be a contiguous \[100\]"):
+    with pytest.raises(ValueError, match=r"each bias must be a contiguous \[100\]"):
         bias = torch.zeros(99, device=DEVICE)
         dual_gemm.linear_statistics(
             hidden, weight, scaling=plain(student_bias=bias), vocab_size=100
