@@ -27,6 +27,10 @@ ROWS = {
 """By compute capability times 10; a device takes the newest entry that is not newer than itself."""
 
 
+STATISTICS = dict.fromkeys(ROWS, RowConfig(block_v=1024, num_warps=8))
+"""The sweep of `row_statistics` keeps eight numbers a lane: 4 columns a thread leave registers."""
+
+
 class GemmConfig(NamedTuple):
     """Tile of `dual_gemm_kernel`.
 
@@ -68,32 +72,40 @@ _TILE = GemmConfig(block_t=128, block_v=128, block_k=64, num_warps=8, num_stages
 _SMALL = GemmConfig(block_t=128, block_v=128, block_k=32, num_warps=8, num_stages=4)
 _NARROW = GemmConfig(block_t=128, block_v=64, block_k=32, num_warps=8, num_stages=4)
 _WIDE = GemmConfig(block_t=128, block_v=256, block_k=64, num_warps=8, num_stages=4)
-_LARGE_SHARED_MEMORY = GemmEntry(
+_HALF = GemmConfig(block_t=128, block_v=64, block_k=64, num_warps=8, num_stages=4)
+_HOPPER = GemmEntry(
     descriptors=GemmConfigs(_TILE, _TILE, _WIDE),
     aligned=GemmConfigs(_TILE, _TILE, _WIDE),
     unaligned=GemmConfigs(_NARROW, _NARROW, _NARROW),
 )
-_SMALL_SHARED_MEMORY = GemmEntry(
+_BLACKWELL = GemmEntry(
+    descriptors=GemmConfigs(_TILE, _HALF, _WIDE),  # own heads would spill with a full tile
+    aligned=GemmConfigs(_TILE, _HALF, _WIDE),
+    unaligned=GemmConfigs(_NARROW, _NARROW, _NARROW),
+)
+_AMPERE = GemmEntry(
     descriptors=None,
     aligned=GemmConfigs(_SMALL, _NARROW, _SMALL),
     unaligned=GemmConfigs(_NARROW, _NARROW, _NARROW),
 )
+_CONSUMER_BLACKWELL = _AMPERE._replace(aligned=GemmConfigs(_NARROW, _NARROW, _SMALL))
 GEMMS = {
-    80: _SMALL_SHARED_MEMORY,  # and 86, 89, which have 99 KB
-    90: _LARGE_SHARED_MEMORY,
-    100: _LARGE_SHARED_MEMORY,
-    120: _SMALL_SHARED_MEMORY,  # 99 KB, and no instructions on whole warp groups
+    80: _AMPERE,  # and 86, 89, which have 99 KB of shared memory
+    90: _HOPPER,
+    100: _BLACKWELL,
+    120: _CONSUMER_BLACKWELL,  # 99 KB, and Ampere's tensor-core instructions
 }
 """By compute capability times 10, as `ROWS`."""
 
 
-def row_config(capability: tuple[int, int]) -> RowConfig:
-    """The entry of `ROWS` for a device.
+def row_config(capability: tuple[int, int], table: dict[int, RowConfig] | None = None) -> RowConfig:
+    """The entry of `table`, `ROWS` if None, for a device.
 
     Raises:
         ValueError: the device is older than all entries.
     """
-    return ROWS[_newest(ROWS, capability, "row kernel")]
+    table = ROWS if table is None else table
+    return table[_newest(table, capability, "row kernel")]
 
 
 def gemm_entry(capability: tuple[int, int]) -> GemmEntry:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hero_kernels.phases import Scaling
 from hero_kernels.row_arguments import check_matrices
-from hero_kernels.triton.configs import RowConfig, row_config
+from hero_kernels.triton.configs import ROWS, STATISTICS, RowConfig, row_config
 from hero_kernels.triton.phase_kernels import (
     JSD,
     NUM_VALUES,
@@ -63,7 +63,7 @@ def row_statistics(
     Raises:
         ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
     """
-    launch = _Launch(student, teacher, None, scaling, first_column, vocab_size, config)
+    launch = _Launch(student, teacher, None, scaling, first_column, vocab_size, config, STATISTICS)
     if target_ids is not None:
         _check_rows("target_ids", target_ids, torch.int64, student)
     parts = student.new_empty(
@@ -219,6 +219,7 @@ class _Launch:
         first_column: int,
         vocab_size: int,
         config: RowConfig | None,
+        table: dict[int, RowConfig] = ROWS,
     ) -> None:
         rows, columns = student.shape
         if first_column < 0 or vocab_size < 1:
@@ -235,7 +236,8 @@ class _Launch:
                     f"these columns; got {list(bias.shape)} with strides {bias.stride()}."
                 )
         self.student, self.teacher, self.grad, self.scaling = student, teacher, grad, scaling
-        config = config or row_config(torch.cuda.get_device_capability(student.device))
+        if config is None:
+            config = row_config(torch.cuda.get_device_capability(student.device), table)
         self.parts, self.piece = pieces(rows, columns, config.block_v)
         self.grid = (rows, self.parts)
         self.options = {

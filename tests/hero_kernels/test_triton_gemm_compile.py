@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_tools import SHARED_MEMORY_PER_BLOCK, compile_kernel
 
-from hero_kernels.triton.configs import GEMMS, ROWS, gemm_entry
+from hero_kernels.triton.configs import GEMMS, ROWS, STATISTICS, gemm_entry
 from hero_kernels.triton.dual_gemm_kernel import ONE_SIDE, OWN_HEADS, SHARED_HEAD, dual_gemm_kernel
 from hero_kernels.triton.phase_kernels import divergence_kernel, statistics_kernel
 from hero_kernels.triton.statistics import _merge_kernel
@@ -28,20 +28,15 @@ MODES = {
 MULTIPLY = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 SCALARS = dict.fromkeys(("inv_temperature", "softcap", "logit_scale"), "fp32")
 FEATURES = ("HAS_STUDENT_BIAS", "HAS_TEACHER_BIAS", "HAS_SOFTCAP")
-SLOW = {"aligned": (90, 100, 120), "unaligned": (80, 90, 100, 120), "descriptors": ()}
-"""Paths that few calls take: of these the shared head alone is compiled in the quick tests."""
 
 
 def configurations() -> list[Any]:
-    found = []
-    for arch, entry in GEMMS.items():
-        for path, configs in zip(entry._fields, entry, strict=True):
-            for mode in MODES if configs is not None else ():
-                marks = pytest.mark.slow if arch in SLOW[path] else ()
-                found.append(
-                    pytest.param(arch, path, mode, marks=marks, id=f"{arch}-{path}-{mode}")
-                )
-    return found
+    return [
+        pytest.param(arch, path, mode, id=f"{arch}-{path}-{mode}")
+        for arch, entry in GEMMS.items()
+        for path, configs in zip(entry._fields, entry, strict=True)
+        for mode in (MODES if configs is not None else ())
+    ]
 
 
 def compile_gemm(arch: int, path: str, mode: str, *, plain: bool, write: bool) -> Any:
@@ -103,18 +98,28 @@ def check_gemm(compiled: Any, arch: int, path: str) -> None:
     assert not compiled.mnemonics & {"RED", "REDG", "ATOM", "ATOMG"}  # deterministic
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "path", "mode"), configurations())
 def test_every_gemm_with_all_features(arch: int, path: str, mode: str) -> None:
+    """And with outputs whose rows are not aligned, which takes the most registers."""
     check_gemm(compile_gemm(arch, path, mode, plain=False, write=True), arch, path)
 
 
-@pytest.mark.parametrize("write", [True, False], ids=["stores", "statistics-only"])
-@pytest.mark.parametrize(("arch", "path"), [(80, "aligned"), (90, "descriptors")])
-def test_shared_head_without_features(arch: int, path: str, write: bool) -> None:
-    compiled = compile_gemm(arch, path, "shared", plain=True, write=write)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("arch", "path"), [(80, "aligned"), (90, "descriptors"), (100, "descriptors")]
+)
+def test_the_usual_gemms(arch: int, path: str, mode: str) -> None:
+    compiled = compile_gemm(arch, path, mode, plain=True, write=True)
     check_gemm(compiled, arch, path)
-    if write:
+    if mode != "one":
         assert compiled.stores.get(128, 0) >= 4  # logits leave 16 bytes at a time
+
+
+def test_statistics_alone() -> None:
+    compiled = compile_gemm(90, "descriptors", "shared", plain=True, write=False)
+    check_gemm(compiled, 90, "descriptors")
+    assert 128 not in compiled.stores
 
 
 SHAPES = {"rows": "i32", "columns": "i32:16", "vocab_size": "i32", "piece": "i32:16"}
@@ -125,7 +130,7 @@ VECTORS = dict.fromkeys(("student_bias_ptr", "teacher_bias_ptr"), "*fp32")
 @pytest.mark.parametrize("delta", [True, False], ids=["shared", "general-all-features"])
 @pytest.mark.parametrize("arch", sorted(ROWS))
 def test_statistics_sweep(arch: int, delta: bool) -> None:
-    config = ROWS[arch]
+    config = STATISTICS[arch]
     types = {
         **SHAPES,
         **STRIDES,
@@ -144,8 +149,9 @@ def test_statistics_sweep(arch: int, delta: bool) -> None:
         statistics_kernel, types, constants, arch=arch, num_warps=config.num_warps
     )
     assert compiled.spills == 0
-    assert compiled.warps_per_sm >= (16 if delta else 8)
-    assert compiled.loads.get(128, 0) >= 3  # 8 columns a thread: one of bf16, two of fp32
+    assert compiled.warps_per_sm >= 16
+    assert compiled.loads.get(128, 0) >= 2  # 4 columns a thread: of the teacher, of bf16 64 bits
+    assert compiled.loads.get(64, 0) >= (2 if delta else 0)
 
 
 @pytest.mark.parametrize(
