@@ -39,7 +39,9 @@ def configurations() -> list[Any]:
     ]
 
 
-def compile_gemm(arch: int, path: str, mode: str, *, plain: bool, write: bool) -> Any:
+def compile_gemm(
+    arch: int, path: str, mode: str, *, plain: bool, write: bool, ones: tuple[str, ...] = ()
+) -> Any:
     config = getattr(GEMMS[arch], path)[MODES[mode]]
     integer = "i32" if path == "unaligned" else "i32:16"
     sizes = (
@@ -74,6 +76,9 @@ def compile_gemm(arch: int, path: str, mode: str, *, plain: bool, write: bool) -
         "GROUP_T": config.group_t,
         "SLICES": config.slices,
     }
+    for name in ones:
+        types.pop(name)
+        constants[name] = 1
     return compile_kernel(
         dual_gemm_kernel,
         types,
@@ -116,6 +121,21 @@ def test_the_usual_gemms(arch: int, path: str, mode: str) -> None:
         assert compiled.stores.get(128, 0) >= 4  # logits leave 16 bytes at a time
 
 
+def test_a_single_row() -> None:
+    """A launch makes constants of integers that are 1, which the compiler treats otherwise."""
+    ones = ("rows", "vocab_size", "stride_pc", "student_size", "teacher_size")
+    check_gemm(
+        compile_gemm(80, "unaligned", "own", plain=True, write=True, ones=ones), 80, "unaligned"
+    )
+    types = {
+        **dict.fromkeys(("parts_ptr", "statistics_ptr"), "*fp32"),
+        **dict.fromkeys(("stride_pp", "stride_pc"), "i32"),
+    }
+    constants = {"ONE_SIDE": False, "BLOCK_P": 1, "BLOCK_R": 8, "parts": 1, "rows": 1}
+    constants["stride_pr"] = 1
+    compile_kernel(_merge_kernel, types, constants, arch=80, num_warps=4)
+
+
 def test_statistics_alone() -> None:
     compiled = compile_gemm(90, "descriptors", "shared", plain=True, write=False)
     check_gemm(compiled, 90, "descriptors")
@@ -142,8 +162,15 @@ def test_statistics_sweep(arch: int, delta: bool) -> None:
         "parts_ptr": "*fp32",
         "first_column": "i32:16",
     }
-    types.pop("stride_gr")
-    constants: dict[str, Any] = {"DELTA": delta, "HAS_TARGETS": True, "BLOCK_V": config.block_v}
+    for name in ("stride_gr", "rows", "first_column"):  # the last two of a launch with both 1
+        del types[name]
+    constants: dict[str, Any] = {
+        "rows": 1,
+        "first_column": 1,
+        "DELTA": delta,
+        "HAS_TARGETS": True,
+        "BLOCK_V": config.block_v,
+    }
     constants |= dict.fromkeys(FEATURES, not delta)
     compiled = compile_kernel(
         statistics_kernel, types, constants, arch=arch, num_warps=config.num_warps
@@ -175,7 +202,9 @@ def test_divergence_sweep(arch: int, divergence: int, values: bool, grad: bool) 
         "row_scale_ptr": "*fp32",
         "beta": "fp32",
     }
+    del types["rows"]  # of a single row, a constant
     constants: dict[str, Any] = {
+        "rows": 1,
         **dict.fromkeys(FEATURES, False),
         "DELTA": True,
         "DIVERGENCE": divergence,
