@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hero_kernels.triton.device import LOG_RATIO_LIMIT, clamp
+from hero_kernels.triton.device import LOG_RATIO_LIMIT, clamp, exp
 from hero_kernels.triton.logits import MASKED, scale_logits
 from hero_kernels.triton.statistics import (
     NUM_STATISTICS,
@@ -217,7 +217,7 @@ def _statistics(z_t, z_s, gap, offs_v, targets, MODE: tl.constexpr, HAS_TARGETS:
     """Statistics of a block [T, V], a tuple of [T] in the order of `hero_kernels.phases`."""
     max_t = tl.max(z_t, 1)
     fall_t = z_t - max_t[:, None]
-    e_t = tl.exp(fall_t)
+    e_t = exp(fall_t)
     sum_t = tl.sum(e_t, 1)
     top_t = _first(z_t == max_t[:, None], offs_v)
     none = tl.zeros_like(max_t)
@@ -235,11 +235,11 @@ def _statistics(z_t, z_s, gap, offs_v, targets, MODE: tl.constexpr, HAS_TARGETS:
         )  # fmt: skip
     else:
         max_s = tl.max(z_s, 1)
-        e_s = tl.exp(z_s - max_s[:, None])
+        e_s = exp(z_s - max_s[:, None])
         top_s = _first(z_s == max_s[:, None], offs_v)
         shift = choose_shift(max_t, max_s)
-        x = clamp(gap - shift[:, None], -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        rise = tl.exp(max_s - max_t - shift)[:, None]  # e_s rise = exp(z_t - max_t + x)
+        x = clamp(gap - shift[:, None], LOG_RATIO_LIMIT)
+        rise = exp(max_s - max_t - shift)[:, None]  # e_s rise = exp(z_t - max_t + x)
         growth = tl.sum(growth_term(e_t, e_s * rise, x), 1)
         return (
             max_t, sum_t, max_s, tl.sum(e_s, 1), shift, growth, tl.sum(e_s * x, 1),

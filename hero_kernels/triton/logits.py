@@ -92,10 +92,10 @@ def scale_logits(
         stored -= bias_t
     if DELTA:  # a masked column is masked for both, whatever the GEMM made of its delta
         stored = tl.where(z_t < MASKED, 0.0, stored)
-    z_t *= logit_scale
-    stored *= logit_scale
     slope = tl.full(z_t.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
+        z_t *= logit_scale
+        stored *= logit_scale
         if DELTA:
             _, slope = soft_cap(z_t + stored, softcap)
             stored = soft_cap_gap(stored, z_t, softcap)
@@ -103,10 +103,13 @@ def scale_logits(
             stored, slope = soft_cap(stored, softcap)
         z_t, _ = soft_cap(z_t, softcap)
         slope = tl.where(real, slope, 1.0)  # padding may hold NaN
-    z_t *= inv_temperature
-    stored *= inv_temperature
-    z_t = tl.where(z_t < MASKED, MASKED, z_t)
+        z_t *= inv_temperature
+        stored *= inv_temperature
+    else:
+        z_t *= logit_scale * inv_temperature
+        stored *= logit_scale * inv_temperature
+    z_t = tl.maximum(z_t, MASKED, propagate_nan=tl.PropagateNan.ALL)
     z_s = z_t + stored if DELTA else stored
-    z_s = tl.where(z_s < MASKED, MASKED, z_s)
+    z_s = tl.maximum(z_s, MASKED, propagate_nan=tl.PropagateNan.ALL)
     gap = stored if DELTA else z_s - z_t
     return tl.where(real, z_t, MASKED), tl.where(real, z_s, MASKED), tl.where(real, gap, 0.0), slope

@@ -12,6 +12,7 @@ from hero_kernels import phases
 from hero_kernels.triton.device import (
     LOG_RATIO_LIMIT,
     clamp,
+    exp,
     kl_term,
     log_mixture,
     probabilities,
@@ -111,16 +112,16 @@ def statistics_kernel(
         z_t, z_s, gap, _ = load_logits(
             source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
         )
-        x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        x = clamp(gap - shift, LOG_RATIO_LIMIT)
         higher_t = z_t > max_t
         higher_s = z_s > max_s
-        fall_t = tl.exp(-tl.abs(z_t - max_t))
-        fall_s = tl.exp(-tl.abs(z_s - max_s))
+        fall_t = exp(-tl.abs(z_t - max_t))
+        fall_s = exp(-tl.abs(z_s - max_s))
         keep_t = tl.where(higher_t, fall_t, 1.0)
         add_t = tl.where(higher_t, 1.0, fall_t)
         keep_s = tl.where(higher_s, fall_s, 1.0)
         add_s = tl.where(higher_s, 1.0, fall_s)
-        grown = tl.exp(tl.minimum(z_t - max_t, 0.0) + x)
+        grown = exp(tl.minimum(z_t - max_t, 0.0) + x)
         sum_t = sum_t * keep_t + add_t
         sum_growth = sum_growth * keep_t + growth_term(add_t, grown, x)
         sum_s = sum_s * keep_s + add_s
@@ -132,8 +133,8 @@ def statistics_kernel(
 
     row_max_t = tl.max(max_t, 0)
     row_max_s = tl.max(max_s, 0)
-    weight_t = tl.exp(max_t - row_max_t)
-    weight_s = tl.exp(max_s - row_max_s)
+    weight_t = exp(max_t - row_max_t)
+    weight_s = exp(max_s - row_max_s)
     first_t = tl.min(tl.where(max_t == row_max_t, top_t, columns), 0)
     first_s = tl.min(tl.where(max_s == row_max_s, top_s, columns), 0)
     target_t, target_gap = 0.0, 0.0

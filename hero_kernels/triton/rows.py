@@ -25,6 +25,7 @@ from hero_kernels.triton.configs import RowConfig, row_config
 from hero_kernels.triton.device import (
     LOG_RATIO_LIMIT,
     clamp,
+    exp,
     exp_minus_1,
     kl_term,
     log_1_plus,
@@ -131,11 +132,11 @@ def _divergence_rows_kernel(
         z_t, z_s, gap, _ = load_logits(
             source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
         )
-        x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        x = clamp(gap - shift, LOG_RATIO_LIMIT)
         higher_t = z_t > max_t
         higher_s = z_s > max_s
-        fall_t = tl.exp(-tl.abs(z_t - max_t))
-        fall_s = tl.exp(-tl.abs(z_s - max_s))
+        fall_t = exp(-tl.abs(z_t - max_t))
+        fall_s = exp(-tl.abs(z_s - max_s))
         keep_t = tl.where(higher_t, fall_t, 1.0)
         add_t = tl.where(higher_t, 1.0, fall_t)
         keep_s = tl.where(higher_s, fall_s, 1.0)
@@ -152,8 +153,8 @@ def _divergence_rows_kernel(
 
     row_max_t = tl.max(max_t, 0)
     row_max_s = tl.max(max_s, 0)
-    weight_t = tl.exp(max_t - row_max_t)
-    weight_s = tl.exp(max_s - row_max_s)
+    weight_t = exp(max_t - row_max_t)
+    weight_s = exp(max_s - row_max_s)
     mass_t = tl.sum(sum_t * weight_t, 0)
     mass_s = tl.sum(sum_s * weight_s, 0)
     growth = tl.sum(sum_growth * weight_t, 0) / mass_t
@@ -179,7 +180,7 @@ def _divergence_rows_kernel(
         target_logprob_s = tl.where(target >= 0, logprob_s, 0.0)
         target_logprob_t = tl.where(target >= 0, logprob_t, 0.0)
         if HAS_RATIO:
-            ratio = tl.exp(logprob_s - tl.load(old_logprobs_ptr + row))
+            ratio = exp(logprob_s - tl.load(old_logprobs_ptr + row))
             if HAS_CLIP:
                 ratio = tl.where(ratio > is_clip, is_clip, ratio)
             ratio = tl.where(target >= 0, ratio, 1.0)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hero_kernels import phases
-from hero_kernels.triton.device import LOG_RATIO_LIMIT, log_1_plus, quadratic_remainder
+from hero_kernels.triton.device import LOG_RATIO_LIMIT, exp, log_1_plus, quadratic_remainder
 
 MAX_T = tl.constexpr(phases.MAX_T)
 SUM_T = tl.constexpr(phases.SUM_T)
@@ -74,7 +74,7 @@ def regrowth(growth, sum_t, weight_t, fall_t, change):
     expm1(x + b) = exp(b) expm1(x) + expm1(b). The exponents are added first, as a part of no mass
     may be far from the rest.
     """
-    grown = tl.exp(fall_t + change)
+    grown = exp(fall_t + change)
     return grown * growth + sum_t * growth_term(weight_t, grown, change)
 
 
@@ -86,7 +86,7 @@ def merge_two(a, b, ONE_SIDE: tl.constexpr):
     shift = choose_shift(max_t, max_s)
     fall_at, fall_bt = a[0] - max_t, b[0] - max_t
     fall_as, fall_bs = a[2] - max_s, b[2] - max_s
-    at, bt, as_, bs = tl.exp(fall_at), tl.exp(fall_bt), tl.exp(fall_as), tl.exp(fall_bs)
+    at, bt, as_, bs = exp(fall_at), exp(fall_bt), exp(fall_as), exp(fall_bs)
     growth_a = regrowth(a[5], a[1], at, fall_at, a[4] - shift)
     growth_b = regrowth(b[5], b[1], bt, fall_bt, b[4] - shift)
     mean_a = as_ * (a[6] + (a[4] - shift) * a[3])
@@ -164,8 +164,8 @@ def _merge_kernel(
         part_s = tl.load(ptr + SUM_S * stride_pc, mask, other=0.0)
         fall_t = tl.where(mask, part_max_t - row_max_t[None, :], 0.0)
         fall_s = tl.where(mask, part_max_s - row_max_s[None, :], 0.0)
-        weight_t = tl.exp(fall_t)
-        weight_s = tl.exp(fall_s)
+        weight_t = exp(fall_t)
+        weight_s = exp(fall_s)
         sum_t += weight_t * part_t
         sum_s += weight_s * part_s
         change = tl.load(ptr + SHIFT * stride_pc, mask, other=0.0) - shift[None, :]
