@@ -221,8 +221,9 @@ def test_divergence_sweep(arch: int, divergence: int, values: bool, grad: bool) 
     # Shared memory for reductions only: no value moves between threads from its load to its
     # store, which is what makes the gradient in place safe.
     assert compiled.shared <= 64 * config.num_warps
-    assert compiled.loads.get(128, 0) >= 3
-    assert not grad or compiled.stores.get(128, 0) >= 1
+    eight = config.block_v == 256 * config.num_warps  # columns a thread, else four
+    assert compiled.loads.get(128, 0) >= (3 if eight else 1)
+    assert not grad or compiled.stores.get(128 if eight else 64, 0) >= 1
 
 
 @pytest.mark.parametrize("arch", sorted(ROWS))
