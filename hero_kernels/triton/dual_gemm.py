@@ -202,9 +202,8 @@ def linear_statistics(
 def reverse_kl(statistics: Tensor) -> Tensor:
     """[R] KL(p_s | p_t) from statistics [R, 12] alone.
 
-    A difference of two means of log ratios, with an error of about 1e-7 of the log ratios: in the
-    tests 2e-6 of a KL of 2.5, 1e-5 of 3e-4, 7e-4 of 3e-6. It may come out negative. `row_values`
-    does not cancel.
+    A difference of two means, with an error of about 1e-7 of the log ratios: in the tests 2e-6 of a
+    KL of 2.5, 1e-5 of 3e-4, 7e-4 of 3e-6. It may come out negative; `row_values` does not cancel.
     """
     growth = statistics[:, phases.GROWTH] / statistics[:, phases.SUM_T]
     near = growth.abs() < 0.5
@@ -343,11 +342,9 @@ def _check(
                 f"{name} must be a contiguous {list(expected_shape)} tensor of {kind}, got "
                 f"{list(vector.shape)} of {vector.dtype} with strides {vector.stride()}."
             )
-    tensors = (*student, *teacher, scaling.student_bias, scaling.teacher_bias, target_ids)
-    for tensor in tensors:
+    for tensor in (*student, *teacher, *scaling[3:], target_ids):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"All tensors must be on {device}, got one on {tensor.device}.")
-    if not 1 <= vocab_size <= min(columns, _LARGEST_VOCAB - 1):
-        raise ValueError(
-            f"vocab_size must be in [1, {min(columns, _LARGEST_VOCAB - 1)}], got {vocab_size}."
-        )
+    largest = min(columns, _LARGEST_VOCAB - 1)
+    if not 1 <= vocab_size <= largest:
+        raise ValueError(f"vocab_size must be in [1, {largest}], got {vocab_size}.")

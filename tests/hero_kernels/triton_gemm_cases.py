@@ -9,15 +9,13 @@ their definition in fp64, applied to the logits as stored.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 import torch
 from row_cases import Case
 from torch import Tensor
-from triton_phases_cases import offsets, true_statistics
-from triton_tools import mend_interpreter
+from triton_phases_tools import DEVICE, offsets, true_statistics
 
 from hero_kernels import phases
 from hero_kernels.phases import Scaling
@@ -25,10 +23,6 @@ from hero_kernels.triton import dual_gemm
 from hero_kernels.triton.configs import GemmConfig
 from hero_kernels.triton.dual_gemm import ENERGY
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
-if INTERPRETED:
-    mend_interpreter()
 TILE = GemmConfig(block_t=16, block_v=64, block_k=16, num_warps=4, num_stages=2, group_t=2)
 SLICES = pytest.mark.parametrize("slices", [1, 4])
 FLOATS16 = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
