@@ -277,7 +277,7 @@ def test_architecture_names_every_module(package: str) -> None:
     [section] = re.findall(rf"^## {package}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     named = []
     for line in re.findall(r"^    (.*)$", section, re.MULTILINE):
-        named += re.findall(r"[\w./]+(?:/|\.py|\.cpp|\.h)(?= )", re.split(r"   +", line)[0] + " ")
+        named += re.findall(r"[\w./]+(?:/|\.py|\.cpp|\.h|\.cuh?)(?= )", re.split(r"   +", line)[0] + " ")
     folder = ROOT / package
     assert [name for name in named if not (folder / name).exists()] == []
     assert len(named) == len(set(named))
