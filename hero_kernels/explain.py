@@ -96,8 +96,8 @@ def explain(
 def _chunked(
     problem: planner.Problem, chosen: planner.Candidate, trained: list[str], each: str
 ) -> list[str]:
-    plan = problem.plan._replace(chunk_size=chosen.size)
-    chunks, types, groups, held, weight_sum = layout(
+    plan = problem.plan._replace(chunk_size=chosen.size, design=chosen.design)
+    chunks, types, groups, held, weight_sum, in_place = layout(
         problem.num_rows,
         problem.hidden_size,
         problem.dtype,
@@ -108,7 +108,8 @@ def _chunked(
     gemms = ["teacher logits", "h_s - h_t" if problem.shared_head else "student logits", *trained]
     wide = torch.promote_types(problem.dtype, torch.float32)
     rows, vocab = max(chunks, default=0), problem.vocab_size
-    logits_bytes = rows * vocab * (wide.itemsize + types.student.itemsize)
+    of_student = 0 if in_place and held else types.student.itemsize
+    logits_bytes = rows * vocab * (wide.itemsize + of_student)
     gradient_bytes = held * vocab * types.gradient.itemsize
     lines = [
         f"rows at once: {rows}, {len(chunks)} chunk(s) for {problem.num_rows} rows",

@@ -378,8 +378,10 @@ def test_columns_that_the_teacher_alone_masks(divergence: int) -> None:
     stats, grad = case.run(divergence_rows)
     in_torch, torch_grad = case.run(rows.divergence_rows)
     assert stats[:, 0].isfinite().all() and in_torch[:, 0].isfinite().all()
-    torch.testing.assert_close(in_torch[:, 0], stats[:, 0], rtol=1e-5, atol=0)
-    assert relative_error(torch_grad, grad.double()) < 1e-5
+    # Of 1e4 one kernel takes log ratios before, the other after their normaliser is subtracted.
+    tolerance = 1e-3 if divergence == REVERSE_KL else 1e-5
+    torch.testing.assert_close(in_torch[:, 0], stats[:, 0], rtol=tolerance, atol=0)
+    assert relative_error(torch_grad, grad.double()) < tolerance
     if divergence != REVERSE_KL:
         lower = replace(case, teacher=case.teacher.clamp(min=-300))
         torch.testing.assert_close(stats[:, 0].double(), lower.truth()[0][:, 0], rtol=1e-5, atol=0)
