@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hero_kernels import KernelOptions, explain
+from hero_kernels.chunked import Plan, layout
 from hero_kernels.gemm import takes_16_bit
 
 MEBIBYTE = 2**20
@@ -102,3 +103,17 @@ def test_memory_of_slices(
     bytes_ += columns * HIDDEN * converted
     assert f"workspace: {bytes_ / MEBIBYTE:.1f} MiB beyond inputs" in text
     assert bytes_ <= 448 * MEBIBYTE or columns == 1024
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_memory_of_the_fused_design(shared: bool, dtype: torch.dtype) -> None:
+    """What the page says of delta; `explain` needs a GPU for this design."""
+    device = torch.device("cuda")
+    for trainable in (True, False):
+        plan = Plan("auto", 256, "mixed", 0, trainable, trainable, False, False, "fused")
+        found = layout(3000, HIDDEN, dtype, device, shared, plan)
+        assert found.types.student == (torch.float16 if shared else torch.float32)
+        assert found.types.gradient == dtype
+        assert found.in_place == shared
+        assert found.held == (1500 if trainable else 0)  # 12 chunks of 250; 8 would fit into 2 H
