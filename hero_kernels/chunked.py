@@ -2,8 +2,9 @@
 
 For each chunk of rows: teacher logits, student logits (or, for a shared head, delta = (h_s -
 h_t)·Wᵀ), the row kernel, which overwrites the student's chunk by the gradient, then the products
-with the head and the hidden states. No more than two chunks of logits exist at any time. Rows of
-zero weight are dropped first.
+with the head and the hidden states. Two chunks of logits exist at any time, and in 16 bits the
+gradient of as many chunks as share a product for dW (`layout`). Rows of zero weight are dropped
+first.
 
 Four GEMMs for a trainable head, three for a frozen one, two for evaluation; one less without a
 teacher's head.

@@ -118,6 +118,16 @@ class KernelOptions:
             raise ValueError(
                 f"design must be 'auto', 'chunked', 'fused' or 'sliced'; got {self.design!r}."
             )
+        if self.chunk_size is not None and self.design == Design.SLICED:
+            raise ValueError(
+                "chunk_size counts rows of a chunk, which design='sliced' has none of: set "
+                f"memory_budget for the width of slices; got chunk_size={self.chunk_size}."
+            )
+        if self.storage == Storage.MIXED and self.design == Design.FUSED:
+            raise ValueError(
+                "design='fused' has a storage of its own (fp32 teacher, fp16 delta): leave storage "
+                "'float32', or use design='chunked'."
+            )
         if self.accumulate_weight_grad and self.design != Design.SLICED:
             raise ValueError(
                 "accumulate_weight_grad needs design='sliced', which forms the head's gradient in "

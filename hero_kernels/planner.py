@@ -7,7 +7,8 @@ measurement.
 
 Without a memory budget the chunk loop holds as many rows as `backends.chunk_rows` says. With one
 (`options.memory_budget`: bytes beyond inputs and gradients) the fastest candidate that fits is
-taken, which may be the sliced design.
+taken, which may be the sliced design. The fused design is a rival of the chunk loop where its rate
+has been measured, and taken elsewhere only if named.
 """
 
 from __future__ import annotations
@@ -121,10 +122,7 @@ def _chunked(problem: Problem) -> Iterator[Candidate]:
     if plan.design not in (Design.AUTO, Design.CHUNKED):
         return
     impl = _phases_name(problem) if plan.group else backends.choose(plan.impl, problem.request)
-    size = plan.chunk_size or backends.chunk_rows(problem.device, problem.vocab_size)
-    yield _chunked_candidate(problem, impl, size)
-    while plan.memory_budget and not plan.chunk_size and size > _LEAST_CHUNK:
-        size //= 2
+    for size in _chunk_sizes(problem):
         yield _chunked_candidate(problem, impl, size)
 
 
@@ -145,8 +143,18 @@ def _fused(problem: Problem) -> Iterator[Candidate]:
         )
     if reason:
         return
+    for size in _chunk_sizes(problem):
+        yield _chunked_candidate(problem, "triton", size, Design.FUSED)
+
+
+def _chunk_sizes(problem: Problem) -> Iterator[int]:
+    """What the caller says, else the default and, with a budget, halves of it."""
+    plan = problem.plan
     size = plan.chunk_size or backends.chunk_rows(problem.device, problem.vocab_size)
-    yield _chunked_candidate(problem, "triton", size, Design.FUSED)
+    yield size
+    while plan.memory_budget and not plan.chunk_size and size > _LEAST_CHUNK:
+        size //= 2
+        yield size
 
 
 def _chunked_candidate(
@@ -188,6 +196,10 @@ def _sliced(problem: Problem) -> Iterator[Candidate]:
     )
     if not asked_for and not (plan.design == Design.AUTO and plan.memory_budget and possible):
         return
+    if problem.support != Support.FULL or problem.clips:
+        raise ValueError(
+            "design='sliced' has support='full' without pointwise_clip only: use design='chunked'."
+        )
     impl = _phases_name(problem)
     space = workspace(
         problem.num_rows,
