@@ -1,13 +1,17 @@
-"""Builds the C++ row kernel, `hero_kernels/_C.abi3.so`; everything else is in pyproject.toml.
+"""Builds the row kernels in C++, `hero_kernels/_C.abi3.so`, and CUDA, `hero_kernels/_cuda.abi3.so`;
+everything else is in pyproject.toml.
 
-The kernel is a plain C library without torch or Python headers: it builds in seconds, under build
-isolation too, and one file serves every version of both. Where it cannot be built, hero_kernels
-runs on its torch implementation. HERO_BUILD_CPP=1 turns that into an error, 0 does not try; the
-default is auto.
+Both are plain C libraries without torch or Python headers: they build in seconds, under build
+isolation too, and one file serves every version of both. Where they cannot be built, hero_kernels
+runs on its torch and Triton implementations. HERO_BUILD_CPP=1 and HERO_BUILD_CUDA=1 turn that into
+an error, 0 does not try; the default is auto, which for CUDA depends on nvcc (on PATH, or under
+CUDA_HOME).
 """
 
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +27,7 @@ COMPILE_FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=fast",
 ]
-# The row kernel is compiled once for each of these; the library chooses at run time.
+# The row kernels are compiled once for each of these; the library chooses at run time.
 INSTRUCTION_SETS: dict[str, list[str]] = {"baseline": []}
 if sys.platform == "linux" and platform.machine() == "x86_64":
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
@@ -38,16 +42,28 @@ GEMM_MACROS = [("HERO_BF16_GEMM", None)] if len(INSTRUCTION_SETS) > 1 else []
 OPENMP_FLAGS = (["-fopenmp"], ["-fopenmp-simd"])
 
 
+# Machine code for A100, H100 and B200 and their families, and PTX for what comes between and after.
+CUDA_TARGETS = ("sm_80", "sm_90a", "sm_100a", "compute_90")
+CUDA_SOURCE = "csrc/cuda/divergence_rows.cu"
+
+
 class BuildRowKernel(build_ext):
-    """Compiles row_kernel.cpp for every instruction set; warns where there is no compiler."""
+    """Compiles the C++ kernels for every instruction set and the CUDA kernel for every target;
+    warns where it cannot."""
 
     def build_extension(self, ext: Extension) -> None:
+        is_cuda = ext.name == "hero_kernels._cuda"
+        variable = "HERO_BUILD_CUDA" if is_cuda else "HERO_BUILD_CPP"
+        kernel = "CUDA row kernel" if is_cuda else "C++ row kernel"
         try:
-            self._compile_and_link(ext)
+            if is_cuda:
+                self._compile_cuda(ext)
+            else:
+                self._compile_and_link(ext)
         except (BaseError, CCompilerError, OSError) as error:
-            if BUILD == "1":
+            if not ext.optional:
                 raise SystemExit(
-                    f"HERO_BUILD_CPP=1, but the C++ row kernel cannot be built: {error}"
+                    f"{variable}=1, but the {kernel} cannot be built: {error}"
                 ) from error
             # A library of older sources must not stay in place of the one that failed.
             for built in (
@@ -55,12 +71,33 @@ class BuildRowKernel(build_ext):
                 Path(ext.name.replace(".", "/") + ".abi3.so"),
             ):
                 Path(built).unlink(missing_ok=True)
+            consequence = (
+                "GPUs are served by Triton. Install nvcc"
+                if is_cuda
+                else "hero_kernels uses its torch implementation, which is slower on CPU. Install "
+                "a C++ compiler"
+            )
             print(
-                f"WARNING: the C++ row kernel was not built ({error}). hero_kernels uses its torch "
-                "implementation, which is slower on CPU. Install a C++ compiler and install again; "
-                "HERO_BUILD_CPP=1 turns this warning into an error.",
+                f"WARNING: the {kernel} was not built ({error}). {consequence} and install again; "
+                f"{variable}=1 turns this warning into an error.",
                 file=sys.stderr,
             )
+
+    def _compile_cuda(self, ext: Extension) -> None:
+        nvcc = find_nvcc()
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [nvcc, "-shared", "-O3", "-std=c++17", "--cudart=static", "-Xcompiler=-fPIC"]
+        command.append(f"--threads={min(len(CUDA_TARGETS), os.cpu_count() or 1)}")
+        for name in cuda_targets(nvcc):
+            virtual = name.replace("sm_", "compute_")
+            command.append(f"--generate-code=arch={virtual},code={name}")
+        done = subprocess.run(
+            [*command, CUDA_SOURCE, "-o", target], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise CompileError(f"{nvcc} failed: " + "; ".join(lines[:5]))
 
     def _compile_and_link(self, ext: Extension) -> None:
         for openmp in OPENMP_FLAGS:
@@ -78,7 +115,7 @@ class BuildRowKernel(build_ext):
     def _compile(self, flags: list[str]) -> list[str]:
         x86 = [("HERO_X86", None)] if "avx2" in INSTRUCTION_SETS else []
         objects = self.compiler.compile(
-            ["csrc/divergence_rows.cpp"],
+            ["csrc/divergence_rows.cpp", "csrc/logprob_rows.cpp"],
             output_dir=self.build_temp,
             macros=x86,
             extra_postargs=flags,
@@ -86,9 +123,12 @@ class BuildRowKernel(build_ext):
         objects += self._compile_gemm(flags)
         for name, isa_flags in INSTRUCTION_SETS.items():
             objects += self.compiler.compile(
-                ["csrc/row_kernel.cpp"],
+                ["csrc/row_kernel.cpp", "csrc/logprob_kernel.cpp"],
                 output_dir=f"{self.build_temp}/{name}",
-                macros=[("HERO_ROW_FUNCTION", f"hero_row_{name}")],
+                macros=[
+                    ("HERO_ROW_FUNCTION", f"hero_row_{name}"),
+                    ("HERO_LOGPROB_FUNCTION", f"hero_logprob_{name}"),
+                ],
                 extra_postargs=[*flags, *isa_flags],
             )
         return objects
@@ -114,19 +154,49 @@ class BuildRowKernel(build_ext):
         raise AssertionError("unreachable")
 
 
-BUILD = os.environ.get("HERO_BUILD_CPP", "auto")
-if BUILD not in ("auto", "0", "1"):
-    raise SystemExit(f"HERO_BUILD_CPP must be auto, 1 or 0, got {BUILD!r}.")
+def find_nvcc() -> str:
+    """Path of nvcc: under CUDA_HOME if that is set, else on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        raise CompileError(f"there is no nvcc {f'in {home}/bin' if home else 'on PATH'}")
+    return nvcc
 
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """Those of CUDA_TARGETS that this nvcc knows."""
+    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = done.stdout.split()
+    if "compute_90" not in known:
+        raise CompileError(f"{nvcc} does not know compute_90: CUDA 11.8 or newer is needed")
+    return [name for name in CUDA_TARGETS if name.replace("sm_", "compute_").rstrip("a") in known]
+
+
+def setting(variable: str) -> str:
+    """The value of HERO_BUILD_CPP or HERO_BUILD_CUDA."""
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "0", "1"):
+        raise SystemExit(f"{variable} must be auto, 1 or 0, got {value!r}.")
+    return value
+
+
+BUILD_CPP, BUILD_CUDA = setting("HERO_BUILD_CPP"), setting("HERO_BUILD_CUDA")
 row_kernel = Extension(
     "hero_kernels._C",
-    sources=["csrc/divergence_rows.cpp", "csrc/row_kernel.cpp", "csrc/bf16_gemm.cpp"],
-    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+    sources=sorted(map(str, Path("csrc").glob("*.cpp"))),
+    depends=sorted(map(str, Path("csrc").glob("*.h"))),
     py_limited_api=True,  # names the file _C.abi3.so: it holds no Python
-    optional=BUILD != "1",
+    optional=BUILD_CPP != "1",
+)
+cuda_row_kernel = Extension(
+    "hero_kernels._cuda",
+    sources=[CUDA_SOURCE],
+    depends=["csrc/rows_problem.h", *sorted(map(str, Path("csrc/cuda").glob("*.h")))],
+    py_limited_api=True,
+    optional=BUILD_CUDA != "1",
 )
 setup(
-    ext_modules=[] if BUILD == "0" else [row_kernel],
+    ext_modules=[row_kernel] * (BUILD_CPP != "0") + [cuda_row_kernel] * (BUILD_CUDA != "0"),
     cmdclass={"build_ext": BuildRowKernel},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

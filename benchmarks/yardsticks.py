@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.problem import Problem
-from hero_kernels import KernelOptions, backends, gemm
+from hero_kernels import backends, gemm
 from hero_kernels.chunked import Plan, buffer, chunk_sizes, layout
 
 Step = Callable[[], object]
@@ -59,7 +59,7 @@ def own_gemms(problem: Problem) -> Step:
     h_s, h_t, weight, rows, _ = _operands(problem)
     trained = problem.weight.requires_grad
     plan = Plan("auto", rows, "float32", 0, True, trained, False, False)
-    sizes, types, groups, held, sum_type = layout(*h_s.shape, h_s.dtype, h_s.device, True, plan)
+    sizes, types, groups, held, sum_type, _ = layout(*h_s.shape, h_s.dtype, h_s.device, True, plan)
     student = buffer(h_s, rows, len(weight), types.student)
     teacher = buffer(h_s, rows, len(weight), types.student)
     grads = buffer(h_s, held, len(weight), types.gradient).zero_() if held else student
@@ -86,7 +86,7 @@ def own_gemms(problem: Problem) -> Step:
 def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor, int, int]:
     """h_s and h_t of the rows that count, weight, rows at once, number of chunks."""
     weight = problem.weight.detach()
-    rows = backends.chunk_rows(KernelOptions(), weight.device, len(weight))
+    rows = backends.chunk_rows(weight.device, len(weight))
     sizes = chunk_sizes(problem.num_active, rows)
     active = problem.active
     h_s, h_t = problem.student_hidden.detach()[active], problem.teacher_hidden[active]

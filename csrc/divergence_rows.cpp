@@ -5,10 +5,7 @@
 #include <sys/mman.h>
 #endif
 
-#ifdef HERO_X86
-#include <xmmintrin.h>
-#endif
-
+#include "flush_subnormals.h"
 #include "rows_problem.h"
 
 void hero_row_baseline(const RowsProblem&, int64_t, float*, int64_t);
@@ -18,22 +15,6 @@ void hero_row_avx512(const RowsProblem&, int64_t, float*, int64_t);
 #endif
 
 namespace {
-
-// Results below 1e-38 become 0 while it lives: tails of peaked distributions are full of them, they
-// count for nothing, and most processors are slow at them.
-class FlushSubnormals {
- public:
-#ifdef HERO_X86
-    FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
-    ~FlushSubnormals() { _mm_setcsr(saved_); }
-
- private:
-    const unsigned saved_;
-#else
-    FlushSubnormals() {}  // elsewhere they cost nothing
-    ~FlushSubnormals() {}
-#endif
-};
 
 HeroRowFunction row_function(int instruction_set) {
 #ifdef HERO_X86

@@ -1,12 +1,13 @@
 // The C interface of the row kernel: one plain struct, no Python, no torch.
 //
-// hero_kernels/cpu.py mirrors this struct with ctypes. Whoever changes it raises HERO_ABI_VERSION
-// in both places, so that a library built from older sources is refused instead of misread.
+// hero_kernels/cpu.py mirrors this struct with ctypes. Whoever changes it, or that of
+// logprobs_problem.h, raises HERO_ABI_VERSION in both places, so that a library built from older
+// sources is refused instead of misread.
 #pragma once
 
 #include <stdint.h>
 
-#define HERO_ABI_VERSION 2
+#define HERO_ABI_VERSION 3
 
 enum HeroDtype { HERO_FLOAT32 = 0, HERO_BFLOAT16 = 1, HERO_FLOAT16 = 2 };
 enum HeroDivergence { HERO_JSD = 0, HERO_FORWARD_KL = 1, HERO_REVERSE_KL = 2 };

@@ -164,7 +164,7 @@ class LossConfig:
     """GRPO: upper clip. [L]"""
     policy_weight: float = 1.0
     """hero+grpo: weight of the GRPO term."""
-    impl: Literal["auto", "torch", "cpu", "triton"] = "auto"
+    impl: Literal["auto", "torch", "cpu", "cuda", "triton"] = "auto"
     """Implementation of the divergence (hero_kernels.explain tells which auto takes)."""
 
 

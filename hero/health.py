@@ -32,8 +32,8 @@ def checkup() -> Iterator[str]:
         yield f"ok       CUDA device: {name}, sm_{major}{minor}"
     else:
         yield "missing  CUDA device: everything runs on the CPU"
-    for impl in ("torch", "cpu", "triton"):
-        device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    for impl in ("torch", "cpu", "cuda", "triton"):
+        device = "cuda" if impl in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
         reason = hero_kernels.supports(impl, device=device)
         found = "ok      " if reason is None else "missing "
         yield f"{found} divergence impl={impl}" + (f": {reason}" if reason else "")

@@ -6,18 +6,28 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hero_kernels.options import KernelOptions, Objective, Support
+from hero_kernels import checks
+from hero_kernels.options import Objective, StrEnum, Support
 
 RowKernel = Callable[..., Tensor]
 """See `rows.divergence_rows`."""
 
+
+class Function(StrEnum):
+    """Which public function asks."""
+
+    DIVERGENCE = "fused_linear_divergence"
+    LOGPROBS = "linear_logprobs"
+
+
 _CPU_CHUNK = 256
-_CUDA_WORKSPACE = 2 << 30
+_CUDA_WORKSPACE = 3 << 30
 _MIN_CUDA_CHUNK, _MAX_CUDA_CHUNK = 256, 8192
 
 
@@ -31,35 +41,81 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     dense_only: bool
     """Whether it lacks `support` other than "full" and `pointwise_clip`."""
+    logprobs_module: str | None = None
+    """Where `linear_logprobs` finds its two functions (see `logprob_rows.py`); None for nowhere."""
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 IMPLEMENTATIONS = {
-    "torch": Implementation("hero_kernels.rows", None, (*_FLOATS, torch.float64), False),
-    "cpu": Implementation("hero_kernels.cpu", "cpu", _FLOATS, True),
-    "triton": Implementation("hero_kernels.triton.rows", "cuda", _FLOATS, True),
+    "torch": Implementation(
+        "hero_kernels.rows", None, (*_FLOATS, torch.float64), False, "hero_kernels.logprob_rows"
+    ),
+    "cpu": Implementation("hero_kernels.cpu", "cpu", _FLOATS, True, "hero_kernels.cpu_logprobs"),
+    # Before "triton" until a GPU has shown which of the two is faster.
+    "cuda": Implementation("hero_kernels.cuda", "cuda", _FLOATS, True),
+    "triton": Implementation(
+        "hero_kernels.triton.rows", "cuda", _FLOATS, True, "hero_kernels.triton.logprobs"
+    ),
 }
 """By name, in order of generality; `auto` takes the last one that serves."""
 
 
 @functools.cache
-def _load(name: str) -> RowKernel | str:
-    """The row kernel, or why it cannot be had on this machine."""
+def _load(path: str) -> ModuleType | str:
+    """A module of row kernels, or why it cannot be had on this machine."""
     try:
-        module = importlib.import_module(IMPLEMENTATIONS[name].module)
+        module = importlib.import_module(path)
     except ImportError as error:
         return f"it cannot be imported: {error}"
-    if name == "torch":
-        return module.divergence_rows
-    return module.available() or module.divergence_rows
+    available = getattr(module, "available", None)  # the torch ones always are
+    return (available and available()) or module
+
+
+def _loaded(name: str, path: str | None) -> ModuleType:
+    module = "it has no kernels for this function" if path is None else _load(path)
+    if isinstance(module, str):
+        raise ValueError(f"impl={name!r} cannot serve: {module}.")
+    return module
+
+
+def logprob_kernels(name: str) -> ModuleType:
+    """The module with `logprob_rows` and `logprob_gradient` of the implementation `name`; raises
+    ValueError if it is not to be had."""
+    return _loaded(name, IMPLEMENTATIONS[name].logprobs_module)
 
 
 def row_kernel(name: str) -> RowKernel:
     """The row kernel called `name`; raises ValueError if it is not to be had."""
-    kernel = _load(name)
-    if isinstance(kernel, str):
-        raise ValueError(f"impl={name!r} cannot serve: {kernel}.")
+    kernel: RowKernel = _loaded(name, IMPLEMENTATIONS[name].module).divergence_rows
     return kernel
+
+
+PHASES = {"torch": "hero_kernels.phases", "triton": "hero_kernels.triton.phases"}
+"""Implementations in three phases, by name; see phases.py."""
+
+
+def phases_of(impl: str, request: Request) -> ModuleType:
+    """The module of the three phases that `impl` stands for; "auto" takes the last that serves.
+
+    Raises:
+        ValueError: the implementation named has no phases or cannot serve.
+    """
+    reasons = {}
+    for name in reversed(PHASES) if impl == "auto" else [impl]:
+        reason = refusal(name, request)
+        if reason is None and name not in PHASES:
+            reason = "it sees whole rows only"
+        if reason is None:
+            try:
+                return importlib.import_module(PHASES[name])
+            except ImportError as error:
+                reason = f"it cannot be imported: {error}"
+        reasons[name] = reason
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ValueError(
+        f"impl={impl!r} cannot serve design='sliced' or a process group ({listed}). They are "
+        f"implemented by {', '.join(map(repr, PHASES))}; impl='auto' chooses."
+    )
 
 
 class Request(NamedTuple):
@@ -71,6 +127,8 @@ class Request(NamedTuple):
     support: str
     clips: bool
     """Whether `pointwise_clip` is given."""
+    function: str = Function.DIVERGENCE
+    """Value of `Function`."""
 
 
 def supports(
@@ -80,23 +138,28 @@ def supports(
     dtype: torch.dtype = torch.float32,
     support: str = "full",
     pointwise_clip: float | None = None,
+    function: str = Function.DIVERGENCE,
 ) -> str | None:
-    """Whether an implementation can serve a call of `fused_linear_divergence`.
+    """Whether an implementation can serve a call of `fused_linear_divergence`, or of
+    `linear_logprobs`.
 
     Args:
-        impl: "torch", "cpu" or "triton".
+        impl: "torch", "cpu", "cuda" or "triton".
         device: where the tensors are.
         dtype: of the student's hidden states and weight.
         support: as there.
         pointwise_clip: as there.
+        function: "fused_linear_divergence" (and `divergence_from_logits`) or "linear_logprobs".
 
     Returns:
         None if it can, else the reason why not.
 
     Raises:
-        ValueError: there is no implementation of that name.
+        ValueError: there is no implementation, or no function, of that name.
     """
-    return refusal(impl, Request(torch.device(device), dtype, support, pointwise_clip is not None))
+    clips = pointwise_clip is not None
+    asked = checks.choice("function", function, Function)
+    return refusal(impl, Request(torch.device(device), dtype, support, clips, asked))
 
 
 def refusal(impl: str, request: Request) -> str | None:
@@ -113,8 +176,12 @@ def refusal(impl: str, request: Request) -> str | None:
         return f"support={str(request.support)!r} is implemented by 'torch' only"
     if entry.dense_only and request.clips:
         return "pointwise_clip is implemented by 'torch' only"
-    kernel = _load(impl)
-    return kernel if isinstance(kernel, str) else None
+    logprobs = request.function == Function.LOGPROBS
+    path = entry.logprobs_module if logprobs else entry.module
+    if path is None:
+        return f"it has no kernels for {request.function}"
+    module = _load(path)
+    return module if isinstance(module, str) else None
 
 
 def choose(impl: str, request: Request) -> str:
@@ -139,19 +206,29 @@ def choose(impl: str, request: Request) -> str:
 
 def resolve(impl: str, tensor: Tensor, objective: Objective) -> str:
     """`choose` for the student's hidden states (or logits) and what is to be computed."""
+    return choose(impl, request_of(tensor, objective))
+
+
+def request_of(tensor: Tensor, objective: Objective) -> Request:
+    """What decides, from the student's hidden states (or logits) and what is to be computed."""
     clips = objective.pointwise_clip > 0
-    return choose(impl, Request(tensor.device, tensor.dtype, objective.support, clips))
+    return Request(tensor.device, tensor.dtype, objective.support, clips)
 
 
-def chunk_rows(options: KernelOptions, device: torch.device, vocab_size: int) -> int:
-    """Rows of logits held at once.
+def resolve_logprobs(impl: str, tensor: Tensor) -> str:
+    """`choose` for a call of `linear_logprobs` on these hidden states."""
+    return choose(
+        impl, Request(tensor.device, tensor.dtype, Support.FULL, False, Function.LOGPROBS)
+    )
 
-    On CPU 256 rows keep the GEMM busy. On CUDA the chunk is as large as 2 GiB of logits allow,
-    since dX of a small chunk has too few tiles to fill the device.
+
+def chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Rows of logits held at once if nothing is said.
+
+    On CPU 256 rows keep the GEMM busy. On CUDA the chunk is as large as `_CUDA_WORKSPACE` of fp32
+    logits of both sides allows, since dX of a small chunk has too few tiles to fill the device.
     """
-    if options.chunk_size is not None:
-        return options.chunk_size
-    if device.type == "cpu":
+    if device.type != "cuda":
         return _CPU_CHUNK
-    rows = _CUDA_WORKSPACE // (6 * vocab_size) // 256 * 256
+    rows = _CUDA_WORKSPACE // (8 * vocab_size) // 256 * 256
     return max(_MIN_CUDA_CHUNK, min(_MAX_CUDA_CHUNK, rows))

@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from hero_kernels.options import Divergence, LossAggregation, Objective, Support, TopKSource
+from hero_kernels.options import (
+    Design,
+    Divergence,
+    KernelOptions,
+    LossAggregation,
+    Objective,
+    Support,
+    TopKSource,
+)
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -47,7 +55,8 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
         raise ValueError(
             f"{name} is a DTensor of placements {getattr(value, 'placements', '?')}; a whole "
             f"tensor {dims} is "
-            "expected: pass .full_tensor(), or gather the head before the loss."
+            "expected: gather the head once a step by hero_kernels.integrations.fsdp.whole_head, "
+            "which has the gradient that FSDP2 wants; without gradient .full_tensor() will do."
         )
 
 
@@ -223,6 +232,60 @@ def objective(
         top_k_source=choice("top_k_source", top_k_source, TopKSource).value,
         top_k_tail=top_k_tail,
     )
+
+
+def pieces(
+    options: KernelOptions, objective: Objective, weight: Tensor, teacher_weight: Tensor | None
+) -> None:
+    """What sees the vocabulary in pieces can do what is asked for; heads [V, H] or shards."""
+    sharded = options.process_group is not None
+    if sharded or options.design == Design.SLICED:
+        asked = "options.process_group" if sharded else "options.design='sliced'"
+        remedy = (
+            "gather the head (torch.distributed.all_gather) and leave process_group None"
+            if sharded
+            else "use design='chunked'"
+        )
+        if objective.support != Support.FULL:
+            raise ValueError(
+                f"{asked} needs support='full', got support={objective.support!r}: {remedy}."
+            )
+        if objective.pointwise_clip:
+            raise ValueError(
+                f"{asked} has no pointwise_clip, got {objective.pointwise_clip}: leave it None, or "
+                f"{remedy}."
+            )
+    if sharded and teacher_weight is not None and len(teacher_weight) != len(weight):
+        raise ValueError(
+            f"With options.process_group both heads must be cut alike: student_weight has "
+            f"{len(weight)} tokens on this rank, teacher_weight {len(teacher_weight)}. Pad both "
+            "vocabularies to the same length before cutting; vocab_size says how much is real."
+        )
+    if options.accumulate_weight_grad and torch.compiler.is_compiling():
+        raise ValueError(
+            "accumulate_weight_grad writes to the weight's gradient in the backward pass, which "
+            "torch.compile cannot trace: leave it False, or call the loss outside of torch.compile."
+        )
+    if options.accumulate_weight_grad and weight.requires_grad and not weight.is_leaf:
+        raise ValueError(
+            "accumulate_weight_grad needs student_weight to be a parameter; got the result of an "
+            "operation (a cast by torch.autocast, an adapter, a gathered shard): pass the "
+            "parameter itself, or leave accumulate_weight_grad False."
+        )
+
+
+def whole_heads_only(function: str, options: KernelOptions) -> None:
+    """The function sees whole rows of whole heads."""
+    got = {
+        "process_group": options.process_group,
+        f"design={str(options.design)!r}": options.design not in (Design.AUTO, Design.CHUNKED),
+        "memory_budget": options.memory_budget,
+    }
+    if named := [name for name, value in got.items() if value]:
+        raise ValueError(
+            f"{function} has no {named[0]}: it is an option of fused_linear_divergence. Leave it "
+            "out; pass the whole head, and chunk_size for less memory."
+        )
 
 
 def grouping(

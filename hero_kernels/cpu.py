@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hero_kernels.row_arguments import check_matrices, check_vectors
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 """Version of the C interface; csrc/rows_problem.h holds the same number."""
 
 NUM_STATS = 8
@@ -26,7 +26,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
-class _RowsProblem(ctypes.Structure):
+class RowsProblem(ctypes.Structure):
     """`RowsProblem` of csrc/rows_problem.h, field for field."""
 
     _fields_ = (
@@ -65,7 +65,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             f"the C++ row kernel {path.name} has interface version {version}, expected "
             f"{ABI_VERSION}: it was built from other sources, `pip install` again"
         )
-    library.hero_divergence_rows.argtypes = (ctypes.POINTER(_RowsProblem), ctypes.c_int)
+    library.hero_divergence_rows.argtypes = (ctypes.POINTER(RowsProblem), ctypes.c_int)
     return library, ""
 
 
@@ -230,37 +230,29 @@ def _divergence_rows(
     rows, columns = student.shape
     stats = torch.empty((rows, NUM_STATS), dtype=torch.float32)
     # Biases are [V]: the copies cost nothing beside [R, V], and must outlive the call.
-    biases = [_bias(student_bias, columns), _bias(teacher_bias, columns)]
-    problem = _RowsProblem(
-        student=student.data_ptr(),
-        teacher=teacher.data_ptr(),
-        grad=pointer(grad),
-        student_bias=pointer(biases[0]),
-        teacher_bias=pointer(biases[1]),
-        target_ids=pointer(target_ids),
-        row_weights=row_weights.data_ptr(),
-        old_logprobs=pointer(old_logprobs),
-        absolute_rows=pointer(absolute_rows),
-        stats=stats.data_ptr(),
-        rows=rows,
-        columns=columns,
-        vocab_size=vocab_size,
-        student_stride=student.stride(0),
-        teacher_stride=teacher.stride(0),
-        grad_stride=0 if grad is None else grad.stride(0),
-        student_dtype=DTYPES[student.dtype],
-        teacher_dtype=DTYPES[teacher.dtype],
-        grad_dtype=0 if grad is None else DTYPES[grad.dtype],
-        divergence=divergence,
+    biases = [fp32_bias(student_bias, columns), fp32_bias(teacher_bias, columns)]
+    problem = rows_problem(
+        student,
+        teacher,
+        grad,
+        stats,
         delta=delta,
-        with_stats=with_stats,
-        num_threads=torch.get_num_threads(),
+        divergence=divergence,
         beta=beta,
         inv_temperature=inv_temperature,
         softcap=softcap,
         logit_scale=logit_scale,
+        student_bias=biases[0],
+        teacher_bias=biases[1],
+        target_ids=target_ids,
+        row_weights=row_weights,
+        old_logprobs=old_logprobs,
         is_clip=is_clip,
+        vocab_size=vocab_size,
+        with_stats=with_stats,
+        absolute_rows=absolute_rows,
     )
+    problem.num_threads = torch.get_num_threads()
     if instruction_set < 0:
         instruction_set = kernels.hero_instruction_set()
     status = kernels.hero_divergence_rows(ctypes.byref(problem), instruction_set)
@@ -278,12 +270,54 @@ def _(student: Tensor, *_args: object, **_kwargs: object) -> Tensor:
     return student.new_empty((student.shape[0], NUM_STATS), dtype=torch.float32)
 
 
+def rows_problem(
+    student: Tensor,
+    teacher: Tensor,
+    grad: Tensor | None,
+    stats: Tensor,
+    *,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    target_ids: Tensor | None,
+    row_weights: Tensor,
+    old_logprobs: Tensor | None,
+    absolute_rows: Tensor | None,
+    **scalars: float,
+) -> RowsProblem:
+    """The arguments of `divergence_rows` and where its result goes [R, 8], as the C struct.
+
+    The tensors must outlive it; the biases are fp32 and contiguous (`fp32_bias`).
+    """
+    return RowsProblem(
+        student=student.data_ptr(),
+        teacher=teacher.data_ptr(),
+        grad=pointer(grad),
+        student_bias=pointer(student_bias),
+        teacher_bias=pointer(teacher_bias),
+        target_ids=pointer(target_ids),
+        row_weights=row_weights.data_ptr(),
+        old_logprobs=pointer(old_logprobs),
+        absolute_rows=pointer(absolute_rows),
+        stats=stats.data_ptr(),
+        rows=student.shape[0],
+        columns=student.shape[1],
+        student_stride=student.stride(0),
+        teacher_stride=teacher.stride(0),
+        grad_stride=0 if grad is None else grad.stride(0),
+        student_dtype=DTYPES[student.dtype],
+        teacher_dtype=DTYPES[teacher.dtype],
+        grad_dtype=0 if grad is None else DTYPES[grad.dtype],
+        **scalars,
+    )
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of the first element; None for no tensor."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _bias(bias: Tensor | None, columns: int) -> Tensor | None:
+def fp32_bias(bias: Tensor | None, columns: int) -> Tensor | None:
+    """[columns] in fp32, contiguous; raises ValueError for another shape."""
     if bias is None:
         return None
     if bias.shape != (columns,):

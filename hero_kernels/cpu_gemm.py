@@ -63,6 +63,13 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
+def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """total [R, H] fp32 += grad [R, V] · weight [V, H], of bf16."""
+    problem = _problem(grad, weight, total, depth=grad.shape[1])
+    problem.store = _ADD_FLOAT
+    _call("hero_gemm_hidden", problem)
+
+
 def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
     """total [V, H] (+)= gradᵀ · hidden, of bf16 [R, V] and [R, H].
 

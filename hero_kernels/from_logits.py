@@ -47,8 +47,8 @@ def divergence_from_logits(
     """`fused_linear_divergence` from logits [..., V]; arguments of the same name mean the same.
 
     Logits in 16 bits have lost much of what distinguishes student and teacher: prefer fp32 logits,
-    or `fused_linear_divergence`. Rows of weight 0 are computed but count nothing; they must be free
-    of NaN.
+    or `fused_linear_divergence`. Rows of weight 0 are computed but count nothing: they may hold
+    anything, NaN included, and get a gradient of exactly 0.
 
     Args:
         student_logits: [..., V] raw logits of any floating-point type.
@@ -164,10 +164,7 @@ def _fill(
     row_tensors = RowTensors(row_weights, target_ids, old_logprobs, None, None)
     chunk = LogitChunk(slice(0, len(student)), student, teacher, None, grad, None, None)
     stats = divergence_of_chunk(chunk, row_tensors, target, impl, False, with_stats)
-    masked = (row_weights == 0)[:, None]
-    if grad is not None:
-        grad.masked_fill_(masked, 0.0)
-    stats = stats.masked_fill(masked, 0.0)
+    stats = stats.masked_fill((row_weights == 0)[:, None], 0.0)
     return row_losses(row_tensors, stats), stats
 
 

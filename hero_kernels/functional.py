@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks
+from hero_kernels import checks, planner, vocab_parallel
 from hero_kernels.autograd import linear_divergence
 from hero_kernels.chunked import Plan
 from hero_kernels.divergence_loop import RowTensors
-from hero_kernels.options import DivergenceOutput, KernelOptions, Reduction
+from hero_kernels.options import Design, DivergenceOutput, KernelOptions, Reduction
 from hero_kernels.weights import Weighting
 
 
@@ -58,7 +58,7 @@ def fused_linear_divergence(
 
     Args:
         student_hidden: [..., H] final hidden states; fp64, fp32, bf16 or fp16.
-        student_weight: [V, H] the head.
+        student_weight: [V, H] the head, or with `options.process_group` this rank's shard of it.
         teacher_hidden: [..., H_t]; None only with `teacher_topk`.
         teacher_weight: [V, H_t]; None if teacher and student share the head (and its bias), as in
             self-distillation. Then the loss is computed from (h_s - h_t)·Wᵀ and keeps its relative
@@ -116,9 +116,10 @@ def fused_linear_divergence(
     teacher_hidden, teacher_weight = _teacher(
         teacher_hidden, teacher_weight, teacher_bias, teacher_topk, student_hidden
     )
+    num_shards = vocab_parallel.group_size(options.process_group)
     vocab = checks.vocabulary(
-        student_weight.shape[0],
-        None if teacher_weight is None else teacher_weight.shape[0],
+        student_weight.shape[0] * num_shards,
+        None if teacher_weight is None else teacher_weight.shape[0] * num_shards,
         vocab_size,
     )
     objective = checks.objective(
@@ -138,6 +139,7 @@ def fused_linear_divergence(
         has_old_logprobs=old_logprobs is not None,
         has_targets=target_ids is not None,
     )
+    checks.pieces(options, objective, student_weight, teacher_weight)
     weighting = Weighting.checked(
         student_hidden,
         token_weights,
@@ -158,21 +160,50 @@ def fused_linear_divergence(
     if checks.values_readable(hidden, options.validate):
         row_tensors.check(vocab)
 
+    if num_shards > 1:
+        vocab_parallel.check_shards(
+            options.process_group,
+            student_hidden,
+            student_weight,
+            teacher_weight,
+            vocab,
+            always=checks.values_readable(hidden, options.validate),
+        )
     per_row = weighting.reduction == Reduction.NONE
-    need_hidden, need_weight, need_bias = (
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad and not per_row
+    wants_grad = [
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (student_hidden, student_weight, student_bias)
-    )
+    ]
     plan = Plan(
         impl=impl,
-        chunk_size=backends.chunk_rows(options, hidden.device, vocab),
+        chunk_size=options.chunk_size or 0,
         storage=str(options.storage),
         max_active_rows=options.max_active_rows or 0,
-        need_hidden=need_hidden,
-        need_weight=need_weight,
-        need_bias=need_bias,
+        need_hidden=wants_grad[0],
+        need_weight=wants_grad[1],
+        need_bias=wants_grad[2],
         with_stats=return_stats,
+        design=str(options.design),
+        memory_budget=options.memory_budget or 0,
+        group=vocab_parallel.group_name(options.process_group),
+        accumulate_weight_grad=options.accumulate_weight_grad,
     )
+    teacher_size = 0 if teacher_weight is None else teacher_weight.shape[1]
+    design, chunk_size = planner.decide(
+        planner.row_bound(hidden, options),
+        max(hidden.shape[1], teacher_size),
+        len(student_weight),
+        str(hidden.device),
+        hidden.dtype,
+        teacher_weight is None,
+        str(divergence),
+        objective.support,
+        objective.pointwise_clip > 0,
+        *plan,
+    )
+    plan = plan._replace(design=design, chunk_size=chunk_size)
+    if per_row or design == Design.SLICED:  # gradients are formed in the backward pass
+        plan = plan._replace(need_hidden=False, need_weight=False, need_bias=False)
     loss, stats, *_ = linear_divergence(
         hidden,
         student_weight,
@@ -184,6 +215,7 @@ def fused_linear_divergence(
         *objective,
         *plan,
         per_row,
+        None,
     )
     if per_row:
         loss = loss.reshape(student_hidden.shape[:-1])

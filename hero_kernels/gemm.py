@@ -61,9 +61,25 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
             return cpu_gemm.hidden_gradient(_rows(grad), _rows(weight))
         return torch.mm(grad, weight)
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
-    for part in _slices(weight):
-        total.addmm_(grad[:, part], weight[part].to(grad.dtype))
+    add_hidden_gradient(total, grad, weight)
     return total
+
+
+def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """total [R, H] += grad [R, V] · weight [V, H]; `total` may be of a wider type than both."""
+    if grad.numel() == 0:
+        return
+    if grad.dtype != weight.dtype:
+        for part in _slices(weight):
+            total.addmm_(grad[:, part], weight[part].to(grad.dtype))
+    elif total.dtype == grad.dtype:
+        total.addmm_(grad, weight)
+    elif total.is_cuda:
+        torch.addmm(total, grad, weight, out_dtype=total.dtype, out=total)
+    elif takes_16_bit(grad.device, grad.dtype):
+        cpu_gemm.add_hidden_gradient(total, _rows(grad), _rows(weight))
+    else:
+        total += torch.mm(grad, weight)
 
 
 def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class StrEnum(str, Enum):
@@ -62,7 +65,19 @@ class Storage(StrEnum):
     """How a chunk of logits is held when the inputs are 16-bit; see `chunked.buffer_types`."""
 
     FLOAT32 = "float32"  # logits in fp32: gradients within 0.3 % of fp64 for any divergence
-    MIXED = "mixed"  # shared head: teacher fp32, delta 16-bit; up to 1 % off where the KL is near 1
+    # Shared head: teacher fp32, delta 16-bit. In bf16 gradients are off by up to 2 % where the KL
+    # is 4, 1.3 % at 1, 0.6 % at 0.1 and 0.36 % below 1e-2; in fp16 by an eighth of that. For the
+    # JSD read 0.5, 0.25 and 0.03 in place of 4, 1 and 0.1. (Measured on CPU: test_precision.py.)
+    MIXED = "mixed"
+
+
+class Design(StrEnum):
+    """How the logits of a call are cut, so that they never exist as a whole."""
+
+    AUTO = "auto"
+    CHUNKED = "chunked"  # by rows (chunked.py): four head GEMMs, gradients in the forward pass
+    FUSED = "fused"  # by rows, with one Triton GEMM for both sides (fused.py): four, less traffic
+    SLICED = "sliced"  # by vocabulary (sliced.py): eight, the least memory; gradients in backward
 
 
 @dataclass(frozen=True)
@@ -82,11 +97,43 @@ class KernelOptions:
     """
     validate: bool = False
     """Check values too (NaN weights, ids out of range); on CUDA that is a synchronisation."""
+    design: str = Design.AUTO
+    """"auto" lets the planner choose (planner.py), another name fixes it; see `Design`."""
+    memory_budget: int | None = None
+    """Bytes beyond inputs and gradients. The planner takes the fastest design and chunk that fit;
+    without a budget "chunked", or for a named "sliced" slices that fit 448 MiB."""
+    process_group: ProcessGroup | None = None
+    """Tensor parallelism over the vocabulary: each member passes its shard of the head (and bias),
+    all of the same size, in the order of their ranks; `vocab_size` counts the real tokens of all
+    shards, target ids are those of the whole vocabulary, hidden states and weights of rows are the
+    same on all members. Loss and the hidden states' gradient come out whole on each."""
+    accumulate_weight_grad: bool = False
+    """Add the head's gradient, slice by slice, to `main_grad` of the weight if it has one, else to
+    its `.grad`; autograd is given none, so that hooks on the weight do not run. For "sliced"."""
 
     def __post_init__(self) -> None:
         if self.storage not in tuple(Storage):
             raise ValueError(f"storage must be 'float32' or 'mixed'; got {self.storage!r}.")
-        for name in ("chunk_size", "max_active_rows"):
+        if self.design not in tuple(Design):
+            raise ValueError(
+                f"design must be 'auto', 'chunked', 'fused' or 'sliced'; got {self.design!r}."
+            )
+        if self.chunk_size is not None and self.design == Design.SLICED:
+            raise ValueError(
+                "chunk_size counts rows of a chunk, which design='sliced' has none of: set "
+                f"memory_budget for the width of slices; got chunk_size={self.chunk_size}."
+            )
+        if self.storage == Storage.MIXED and self.design == Design.FUSED:
+            raise ValueError(
+                "design='fused' has a storage of its own (fp32 teacher, fp16 delta): leave storage "
+                "'float32', or use design='chunked'."
+            )
+        if self.accumulate_weight_grad and self.design != Design.SLICED:
+            raise ValueError(
+                "accumulate_weight_grad needs design='sliced', which forms the head's gradient in "
+                f"the backward pass; got design={str(self.design)!r}."
+            )
+        for name in ("chunk_size", "max_active_rows", "memory_budget"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(

@@ -35,6 +35,7 @@ LOSS, RATIO, STUDENT_LOGPROB, TEACHER_LOGPROB, STUDENT_ENTROPY, TEACHER_ENTROPY,
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits worked on at once: few enough for the CPU's cache, or for the GPU's memory."""
 
+_RATIO_LIMIT = 1e4
 _EXP_LIMIT = 80.0
 """exp(80) is finite in fp32, and exp(-80) counts nothing in a sum of probabilities."""
 
@@ -90,7 +91,7 @@ def divergence_rows(
         student_bias: [V].
         teacher_bias: [V].
         target_ids: [R] int64 tokens whose log-probability is wanted, -1 for none.
-        row_weights: [R] fp32.
+        row_weights: [R] fp32; rows of weight 0 get a gradient of 0, whatever they hold.
         old_logprobs: [R] fp32 log-probability of `target_ids` when they were sampled; turns the
             ratio on.
         is_clip: upper bound of the importance ratio exp(log p_s(target) - old), 0 for none.
@@ -159,7 +160,7 @@ def map_rows(
     stats[:, RATIO] = 1.0
     if grad is not None and grad.shape[1] > vocab_size:
         grad[:, vocab_size:] = 0
-    for rows in _blocks(student):
+    for rows in row_blocks(student):
         block_student = student[rows, :vocab_size]
         if absolute_rows is not None and teacher is not None:
             still_to_subtract = absolute_rows[rows, None].to(dtype)
@@ -201,12 +202,15 @@ def map_rows(
                 block[:, TEACHER_ENTROPY] = -(probs.teacher.exp() * probs.teacher).sum(-1)
                 block[:, TOP1] = (probs.student.argmax(-1) == probs.teacher.argmax(-1)).to(dtype)
         if grad is not None:
-            grad[rows, :vocab_size] = d_logits * (probs.slope * scale[:, None])
+            d_raw = d_logits * (probs.slope * scale[:, None])
+            grad[rows, :vocab_size] = d_raw.masked_fill_(row_weights[rows, None] == 0, 0.0)
     return stats
 
 
-def _blocks(chunk: Tensor) -> Iterator[slice]:
-    rows = max(1, BLOCK_ELEMENTS.get(chunk.device.type, 1 << 24) // max(1, chunk.shape[1]))
+def row_blocks(chunk: Tensor, elements: int | None = None) -> Iterator[slice]:
+    """Slices of the rows of `chunk` [R, V] that hold about `elements` logits each."""
+    elements = elements or BLOCK_ELEMENTS.get(chunk.device.type, 1 << 24)
+    rows = max(1, elements // max(1, chunk.shape[1]))
     for start in range(0, chunk.shape[0], rows):
         yield slice(start, min(start + rows, chunk.shape[0]))
 
@@ -234,8 +238,8 @@ def log_probs(
         assert teacher is not None
         z_t, gap = scaled(teacher, teacher_bias), scaled(student, None)
         if softcap:
-            slope = slope * _sech2((z_t + gap) / softcap)
-            gap = _capped_gap(gap, z_t, softcap)
+            slope = slope * sech2((z_t + gap) / softcap)
+            gap = capped_gap(gap, z_t, softcap)
             z_t = softcap * torch.tanh(z_t / softcap)
         logp_t = torch.log_softmax(z_t * inv_temperature, -1)
         gap = gap * inv_temperature
@@ -245,11 +249,11 @@ def log_probs(
         growth = (logp_t.exp() * torch.expm1(gap)).sum(-1, keepdim=True)  # sum p_t exp(gap) - 1
         near = growth.abs() < 0.5  # False for overflow (inf, or nan from 0·inf) too
         log_ratio = gap - growth.where(near, 0.0).log1p()
-        return LogProbs(logp_s, logp_t, log_ratio.where(near, logp_s - logp_t), slope)
+        return LogProbs(logp_s, logp_t, log_ratio.where(near, _log_ratio(logp_s, logp_t)), slope)
 
     z_s = scaled(student, student_bias)
     if softcap:
-        slope = slope * _sech2(z_s / softcap)
+        slope = slope * sech2(z_s / softcap)
         z_s = softcap * torch.tanh(z_s / softcap)
     logp_s = torch.log_softmax(z_s * inv_temperature, -1)
     if teacher is None:
@@ -258,16 +262,22 @@ def log_probs(
     if softcap:
         z_t = softcap * torch.tanh(z_t / softcap)
     logp_t = torch.log_softmax(z_t * inv_temperature, -1)
-    return LogProbs(logp_s, logp_t, logp_s - logp_t, slope)
+    return LogProbs(logp_s, logp_t, _log_ratio(logp_s, logp_t), slope)
 
 
-def _sech2(a: Tensor) -> Tensor:
+def _log_ratio(logp_s: Tensor, logp_t: Tensor) -> Tensor:
+    """log p_s - log p_t; 0 in columns masked for both, +-1e4 where one side alone is masked."""
+    both = (logp_s == -torch.inf) & (logp_t == -torch.inf)
+    return (logp_s - logp_t).masked_fill(both, 0.0).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
+
+
+def sech2(a: Tensor) -> Tensor:
     """1 - tanh(a)^2, without cancellation where tanh saturates."""
     decay = torch.exp(-2 * a.abs())
     return 4 * decay / (1 + decay) ** 2
 
 
-def _capped_gap(gap: Tensor, z_t: Tensor, softcap: float) -> Tensor:
+def capped_gap(gap: Tensor, z_t: Tensor, softcap: float) -> Tensor:
     """cap(z_t + gap) - cap(z_t) = s·sinh(gap/s) / (cosh(z_s/s)·cosh(z_t/s)), all exponents <= 0."""
     d, a_t = gap / softcap, (z_t / softcap).abs()
     a_s = (z_t / softcap + d).abs()
@@ -282,19 +292,41 @@ def dense_divergence(
     logp_s: Tensor, logp_t: Tensor, log_ratio: Tensor, divergence: int, beta: float
 ) -> tuple[Tensor, Tensor]:
     """Divergence [R] of log-probabilities [R, V] and its gradient [R, V] by z_s."""
-    p_s, p_t, x = logp_s.exp(), logp_t.exp(), log_ratio
+    p_s, p_t = logp_s.exp(), logp_t.exp()
+    value, centre = divergence_sums(p_s, p_t, log_ratio, divergence, beta)
+    return value, divergence_slope(p_s, p_t, log_ratio, centre, divergence, beta)
+
+
+def divergence_sums(
+    p_s: Tensor, p_t: Tensor, log_ratio: Tensor, divergence: int, beta: float
+) -> tuple[Tensor, Tensor]:
+    """What some columns [R, C] contribute to the divergence [R], and to the centre [R] of its
+    gradient: the divergence itself (reverse KL), K (JSD), or nothing (forward KL).
+    """
     if divergence == 1:
-        small = p_t * torch.expm1(x.clamp(-1.0, 1.0))
-        return _weighted_phi(p_t, p_s, x).sum(-1), torch.where(x.abs() < 1.0, small, p_s - p_t)
+        value = weighted_phi(p_t, p_s, log_ratio).sum(-1)
+        return value, torch.zeros_like(value)
     if divergence == 2:
-        value = _weighted_phi(p_s, p_t, -x).sum(-1)
-        return value, p_s * (x - value[:, None])
-    log_m_t, log_m_s = _log_mixture(x, beta)
+        value = weighted_phi(p_s, p_t, -log_ratio).sum(-1)
+        return value, value
+    log_m_t, log_m_s = log_mixture(log_ratio, beta)
     mixture = beta * p_t + (1 - beta) * p_s
-    student_part = _weighted_phi(p_s, mixture, log_m_s).sum(-1)
-    teacher_part = _weighted_phi(p_t, mixture, log_m_t).sum(-1)
-    value = beta * teacher_part + (1 - beta) * student_part
-    return value, (1 - beta) * p_s * (-log_m_s - student_part[:, None])
+    student_part = weighted_phi(p_s, mixture, log_m_s).sum(-1)
+    teacher_part = weighted_phi(p_t, mixture, log_m_t).sum(-1)
+    return beta * teacher_part + (1 - beta) * student_part, student_part
+
+
+def divergence_slope(
+    p_s: Tensor, p_t: Tensor, log_ratio: Tensor, centre: Tensor, divergence: int, beta: float
+) -> Tensor:
+    """Gradient [R, C] by z_s, given the centre [R] over all columns; see `divergence_sums`."""
+    if divergence == 1:
+        small = p_t * torch.expm1(log_ratio.clamp(-1.0, 1.0))
+        return torch.where(log_ratio.abs() < 1.0, small, p_s - p_t)
+    if divergence == 2:
+        return p_s * (log_ratio - centre[:, None])
+    _, log_m_s = log_mixture(log_ratio, beta)
+    return (1 - beta) * p_s * (-log_m_s - centre[:, None])
 
 
 def clipped_divergence(
@@ -307,20 +339,20 @@ def clipped_divergence(
     elif divergence == 2:
         terms, d_logp = p_s * x, p_s * (x + 1)
     else:
-        log_m_t, log_m_s = _log_mixture(x, beta)
+        log_m_t, log_m_s = log_mixture(x, beta)
         terms = -beta * p_t * log_m_t - (1 - beta) * p_s * log_m_s
         d_logp = -(1 - beta) * p_s * log_m_s
     d_logp = d_logp.where(terms <= pointwise_clip, 0.0)
     return terms.clamp(max=pointwise_clip).sum(-1), d_logp - p_s * d_logp.sum(-1, keepdim=True)
 
 
-def _log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+def log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(m / p_t) and log(m / p_s), each with full relative precision near 0."""
     x = x.clamp(-_EXP_LIMIT, _EXP_LIMIT)
     return torch.log1p((1 - beta) * torch.expm1(x)), torch.log1p(beta * torch.expm1(-x))
 
 
-def _weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
+def weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
     """p·(exp(u) - 1 - u) >= 0 where q = p·exp(u); near 0, where it would cancel, a series."""
     terms = 13 if u.dtype == torch.float64 else 6
     near = u.clamp(-0.25, 0.25)

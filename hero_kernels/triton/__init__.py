@@ -1,1 +1,1 @@
-"""Row kernels in Triton; import `hero_kernels.triton.rows` only where triton is installed."""
+"""Kernels in Triton; import its modules only where triton is installed."""

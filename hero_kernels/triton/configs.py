@@ -1,11 +1,13 @@
 """Launch settings of the Triton kernels for each architecture; nothing is tuned at run time.
 
 Chosen from what the compiler reports offline (registers, occupancy, width of the loads), not from
-timings. tests/hero_kernels/test_triton_compile.py compiles every entry for its architecture.
+timings. tests/hero_kernels/test_triton_compile.py and test_triton_gemm_compile.py compile every
+entry for its architecture.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 
@@ -13,29 +15,118 @@ class RowConfig(NamedTuple):
     """How one row is walked through."""
 
     block_v: int
-    """Columns of one step, a power of two; 8 a thread make 128-bit loads of 16-bit logits."""
+    """Columns of one step, a power of two; 128-bit loads take 8 a thread of 16 bits, 4 of fp32."""
     num_warps: int
 
 
 ROWS = {
     80: RowConfig(block_v=1024, num_warps=4),
     90: RowConfig(block_v=1024, num_warps=4),
-    100: RowConfig(block_v=1024, num_warps=4),
+    100: RowConfig(block_v=1024, num_warps=8),  # four warps would spill
 }
 """By compute capability times 10; a device takes the newest entry that is not newer than itself."""
 
 
-def row_config(capability: tuple[int, int]) -> RowConfig:
-    """The entry for a device.
+STATISTICS = dict.fromkeys(ROWS, RowConfig(block_v=1024, num_warps=8))
+"""The sweep of `row_statistics` keeps eight numbers a lane: 4 columns a thread leave registers."""
+
+
+class GemmConfig(NamedTuple):
+    """Tile of `dual_gemm_kernel`.
+
+    Both accumulators of 128 x 128 take 128 registers a thread of 8 warps, half of all there are.
+    """
+
+    block_t: int
+    block_v: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    slices: int = 4
+    """Into how many parts of its columns the epilogue cuts the tile, so as not to spill."""
+    group_t: int = 8
+    """Tiles of rows that share tiles of W: modelled, 8 · 2 hidden tiles and 132 / 8 head tiles of a
+    wave are about as many bytes."""
+
+
+class GemmConfigs(NamedTuple):
+    """By what is multiplied."""
+
+    shared_head: GemmConfig
+    own_heads: GemmConfig
+    one_side: GemmConfig
+
+
+class GemmEntry(NamedTuple):
+    """By how operands are read; see `dual_gemm.operand_path`."""
+
+    descriptors: GemmConfigs | None
+    """Through the tensor memory accelerator; None where there is none, or no gain by it."""
+    aligned: GemmConfigs
+    """Through pointers, 16 bytes at a time."""
+    unaligned: GemmConfigs
+    """Through pointers, element by element."""
+
+
+_TILE = GemmConfig(block_t=128, block_v=128, block_k=64, num_warps=8, num_stages=4)
+_SMALL = GemmConfig(block_t=128, block_v=128, block_k=32, num_warps=8, num_stages=4)
+_NARROW = GemmConfig(block_t=128, block_v=64, block_k=32, num_warps=8, num_stages=4)
+_WIDE = GemmConfig(block_t=128, block_v=256, block_k=64, num_warps=8, num_stages=4)
+_HALF = GemmConfig(block_t=128, block_v=64, block_k=64, num_warps=8, num_stages=4)
+_HOPPER = GemmEntry(
+    descriptors=GemmConfigs(_TILE, _TILE, _WIDE),
+    aligned=GemmConfigs(_TILE, _TILE, _WIDE),
+    unaligned=GemmConfigs(_NARROW, _NARROW, _NARROW),
+)
+_BLACKWELL = GemmEntry(
+    descriptors=GemmConfigs(_TILE, _HALF, _WIDE),  # own heads would spill with a full tile
+    aligned=GemmConfigs(_TILE, _HALF, _WIDE),
+    unaligned=GemmConfigs(_NARROW, _NARROW, _NARROW),
+)
+_AMPERE = GemmEntry(
+    descriptors=None,
+    aligned=GemmConfigs(_SMALL, _NARROW, _SMALL),
+    unaligned=GemmConfigs(_NARROW, _NARROW, _NARROW),
+)
+_CONSUMER_BLACKWELL = _AMPERE._replace(aligned=GemmConfigs(_NARROW, _NARROW, _SMALL))
+GEMMS = {
+    80: _AMPERE,  # and 86, 89, which have 99 KB of shared memory
+    90: _HOPPER,
+    100: _BLACKWELL,
+    120: _CONSUMER_BLACKWELL,  # 99 KB, and Ampere's tensor-core instructions
+}
+"""By compute capability times 10, as `ROWS`."""
+
+
+LOGPROBS = dict.fromkeys((80, 90, 100), RowConfig(block_v=1024, num_warps=4))
+"""For the log-probability kernels, which hold few registers; as `ROWS`."""
+
+
+def row_config(capability: tuple[int, int], table: dict[int, RowConfig] | None = None) -> RowConfig:
+    """The entry of `table`, `ROWS` if None, for a device.
 
     Raises:
         ValueError: the device is older than all entries.
     """
+    table = ROWS if table is None else table
+    return table[_newest(table, capability, "row kernel")]
+
+
+def gemm_entry(capability: tuple[int, int]) -> GemmEntry:
+    """The entry of `GEMMS` for a device.
+
+    Raises:
+        ValueError: the device is older than all entries.
+    """
+    return GEMMS[_newest(GEMMS, capability, "GEMM")]
+
+
+def _newest(table: Collection[int], capability: tuple[int, int], name: str) -> int:
     arch = 10 * capability[0] + capability[1]
-    known = [entry for entry in ROWS if entry <= arch]
+    known = [entry for entry in table if entry <= arch]
     if not known:
         raise ValueError(
-            f"The Triton row kernel needs compute capability {min(ROWS) / 10} or newer, got "
+            f"The Triton {name} needs compute capability {min(table) / 10} or newer, got "
             f"{arch / 10}: pass impl='torch'."
         )
-    return ROWS[max(known)]
+    return max(known)

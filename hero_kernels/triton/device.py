@@ -11,8 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
 LOG_RATIO_LIMIT = tl.constexpr(1e4)
 """|x| where only one side is masked."""
+
+
+@triton.jit
+def exp(x):
+    """exp(x), 0 below 2^-126: two instructions, where tl.exp takes five to keep denormals."""
+    return tl.exp2(x * _LOG2_E)
 
 
 @triton.jit
@@ -29,7 +36,7 @@ def quadratic_remainder(x):
 def exp_minus_1(x):
     """exp(x) - 1; infinite above 88."""
     near = x + x * x * quadratic_remainder(x)
-    return tl.where(tl.abs(x) <= 1.0, near, tl.exp(x) - 1.0)
+    return tl.where(tl.abs(x) <= 1.0, near, exp(x) - 1.0)
 
 
 @triton.jit
@@ -55,21 +62,20 @@ def kl_term(p, q, x):
 
 
 @triton.jit
-def clamp(x, low, high):
-    """`x` within bounds; a NaN stays a NaN."""
-    return tl.where(x < low, low, tl.where(x > high, high, x))
+def clamp(x, limit):
+    """`x` within -limit and limit; a NaN stays a NaN."""
+    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def probabilities(z_t, gap, log_mass_t, offset):
-    """log p_t, p_t, p_s, p_s - p_t without cancellation, and x."""
-    x = clamp(gap, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) - offset
-    log_p = z_t - log_mass_t
-    p = tl.exp(log_p)
+def probabilities(log_p, log_q, gap, offset):
+    """p_t = exp(log_p), p_s = exp(log_q), p_s - p_t without cancellation, and x."""
+    x = clamp(gap, LOG_RATIO_LIMIT) - offset
+    p = exp(log_p)
     near = p * (x + x * x * quadratic_remainder(x))
-    far = tl.exp(tl.minimum(log_p + x, 0.0)) - p  # p exp(x) could be 0 times infinity
-    difference = tl.where(tl.abs(x) <= 1.0, near, far)
-    return log_p, p, p + difference, difference, x
+    # Not p exp(x), which could be 0 times infinity, and is 0 where the teacher alone is masked.
+    difference = tl.where(tl.abs(x) <= 1.0, near, exp(log_q) - p)
+    return p, p + difference, difference, x
 
 
 @triton.jit
@@ -92,7 +98,7 @@ def sign_times(size, sign):
 def soft_cap(z, cap):
     """cap * tanh(z / cap), and its slope without the cancellation of 1 - tanh^2."""
     u = z / cap
-    fall = tl.exp(-2.0 * tl.abs(u))
+    fall = exp(-2.0 * tl.abs(u))
     capped = sign_times(-cap * exp_minus_1(-2.0 * tl.abs(u)) / (1.0 + fall), u)
     return capped, 4.0 * fall / ((1.0 + fall) * (1.0 + fall))
 
@@ -103,6 +109,6 @@ def soft_cap_gap(gap, z, cap):
     d, v = gap / cap, z / cap
     size, a, b = tl.abs(d), tl.abs(v + d), tl.abs(v)
     # All exponents are at most 0.
-    decay = tl.exp(tl.minimum(size - a - b, 0.0))
-    scale = (1.0 + tl.exp(-2.0 * a)) * (1.0 + tl.exp(-2.0 * b))
+    decay = exp(tl.minimum(size - a - b, 0.0))
+    scale = (1.0 + exp(-2.0 * a)) * (1.0 + exp(-2.0 * b))
     return sign_times(-2.0 * cap * exp_minus_1(-2.0 * size) * decay / scale, d)

@@ -1,4 +1,4 @@
-"""Reads a block of stored logits: bias, scale, soft-cap and temperature; shared by all sweeps."""
+"""From raw logits to z: bias, scale, soft-cap and temperature; shared by all kernels."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Arguments of @triton.jit functions are typed by Triton.
@@ -43,38 +43,77 @@ def load_logits(
     ) = source
     # Loads are masked by the padded width: a vocabulary of odd size would make them scalar.
     inside = offs_v < columns
-    z_t = tl.load(teacher_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    stored = tl.load(student_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    raw_t = tl.load(teacher_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    raw_s = tl.load(student_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
     if DELTA:
-        stored -= absolute * z_t
-    shared_bias = 0.0
-    if HAS_TEACHER_BIAS:
-        teacher_bias = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-        z_t += teacher_bias
-        if DELTA:
-            shared_bias = teacher_bias
+        raw_s -= absolute * raw_t
+    bias_s, bias_t = 0.0, 0.0
     if HAS_STUDENT_BIAS:
-        student_bias = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-        stored += student_bias - shared_bias  # a bias of both sides cancels exactly
-    elif DELTA:
-        stored -= shared_bias
+        bias_s = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    if HAS_TEACHER_BIAS:
+        bias_t = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    return scale_logits(
+        raw_s,
+        raw_t,
+        bias_s,
+        bias_t,
+        offs_v < vocab_size,
+        logit_scale,
+        softcap,
+        inv_temperature,
+        DELTA,
+        HAS_STUDENT_BIAS,
+        HAS_TEACHER_BIAS,
+        HAS_SOFTCAP,
+    )
+
+
+@triton.jit
+def scale_logits(
+    raw_s,
+    raw_t,
+    bias_s,
+    bias_t,
+    real,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    DELTA: tl.constexpr,
+    HAS_STUDENT_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """z_t, z_s, delta and d z_s / d raw student logit.
+
+    `raw_s` is raw_s - raw_t if DELTA; biases broadcast; columns that are not `real` are masked.
+    """
+    z_t, stored = raw_t, raw_s
+    if HAS_TEACHER_BIAS:
+        z_t += bias_t
+    if HAS_STUDENT_BIAS:
+        stored += (bias_s - bias_t) if DELTA else bias_s  # one of both sides cancels exactly
+    elif DELTA and HAS_TEACHER_BIAS:
+        stored -= bias_t
     if DELTA:  # a masked column is masked for both, whatever the GEMM made of its delta
         stored = tl.where(z_t < MASKED, 0.0, stored)
-    z_t *= logit_scale
-    stored *= logit_scale
     slope = tl.full(z_t.shape, 1.0, tl.float32)
     if HAS_SOFTCAP:
+        z_t *= logit_scale
+        stored *= logit_scale
         if DELTA:
             _, slope = soft_cap(z_t + stored, softcap)
             stored = soft_cap_gap(stored, z_t, softcap)
         else:
             stored, slope = soft_cap(stored, softcap)
         z_t, _ = soft_cap(z_t, softcap)
-    z_t *= inv_temperature
-    stored *= inv_temperature
-    z_t = tl.where(z_t < MASKED, MASKED, z_t)
+        slope = tl.where(real, slope, 1.0)  # padding may hold NaN
+        z_t *= inv_temperature
+        stored *= inv_temperature
+    else:
+        z_t *= logit_scale * inv_temperature
+        stored *= logit_scale * inv_temperature
+    z_t = tl.maximum(z_t, MASKED, propagate_nan=tl.PropagateNan.ALL)
     z_s = z_t + stored if DELTA else stored
-    z_s = tl.where(z_s < MASKED, MASKED, z_s)
+    z_s = tl.maximum(z_s, MASKED, propagate_nan=tl.PropagateNan.ALL)
     gap = stored if DELTA else z_s - z_t
-    real = offs_v < vocab_size
     return tl.where(real, z_t, MASKED), tl.where(real, z_s, MASKED), tl.where(real, gap, 0.0), slope

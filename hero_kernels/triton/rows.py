@@ -25,6 +25,7 @@ from hero_kernels.triton.configs import RowConfig, row_config
 from hero_kernels.triton.device import (
     LOG_RATIO_LIMIT,
     clamp,
+    exp,
     exp_minus_1,
     kl_term,
     log_1_plus,
@@ -137,11 +138,11 @@ def _divergence_rows_kernel(
         z_t, z_s, gap, _ = load_logits(
             source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
         )
-        x = clamp(gap - shift, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        x = clamp(gap - shift, LOG_RATIO_LIMIT)
         higher_t = z_t > max_t
         higher_s = z_s > max_s
-        fall_t = tl.exp(-tl.abs(z_t - max_t))
-        fall_s = tl.exp(-tl.abs(z_s - max_s))
+        fall_t = exp(-tl.abs(z_t - max_t))
+        fall_s = exp(-tl.abs(z_s - max_s))
         keep_t = tl.where(higher_t, fall_t, 1.0)
         add_t = tl.where(higher_t, 1.0, fall_t)
         keep_s = tl.where(higher_s, fall_s, 1.0)
@@ -158,8 +159,8 @@ def _divergence_rows_kernel(
 
     row_max_t = tl.max(max_t, 0)
     row_max_s = tl.max(max_s, 0)
-    weight_t = tl.exp(max_t - row_max_t)
-    weight_s = tl.exp(max_s - row_max_s)
+    weight_t = exp(max_t - row_max_t)
+    weight_s = exp(max_s - row_max_s)
     mass_t = tl.sum(sum_t * weight_t, 0)
     mass_s = tl.sum(sum_s * weight_s, 0)
     growth = tl.sum(sum_growth * weight_t, 0) / mass_t
@@ -169,6 +170,7 @@ def _divergence_rows_kernel(
     far_offset = (row_max_s - row_max_t - shift) + tl.log(mass_s / mass_t)
     offset = tl.where(is_near, offset, far_offset)
     log_mass_t = tl.log(mass_t)
+    log_mass_s = tl.log(mass_s)
     mean = tl.sum(sum_ratio * weight_s, 0) / mass_s - offset
 
     weight = tl.load(row_weights_ptr + row)
@@ -180,11 +182,11 @@ def _divergence_rows_kernel(
         target_x = target_gap - shift - offset
         # The difference of the two keeps delta's accuracy, unless one side is masked.
         is_close = tl.abs(target_x) < 30.0
-        logprob_s = tl.where(is_close, logprob_t + target_x, target_s - row_max_s - tl.log(mass_s))
+        logprob_s = tl.where(is_close, logprob_t + target_x, target_s - row_max_s - log_mass_s)
         target_logprob_s = tl.where(target >= 0, logprob_s, 0.0)
         target_logprob_t = tl.where(target >= 0, logprob_t, 0.0)
         if HAS_RATIO:
-            ratio = tl.exp(logprob_s - tl.load(old_logprobs_ptr + row))
+            ratio = exp(logprob_s - tl.load(old_logprobs_ptr + row))
             if HAS_CLIP:
                 ratio = tl.where(ratio > is_clip, is_clip, ratio)
             ratio = tl.where(target >= 0, ratio, 1.0)
@@ -197,10 +199,12 @@ def _divergence_rows_kernel(
     entropy_t = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(0, columns, BLOCK_V):
         offs_v = start + lanes
-        z_t, _, gap, slope = load_logits(
+        z_t, z_s, gap, slope = load_logits(
             source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
         )
-        log_p, p, q, difference, x = probabilities(z_t - row_max_t, gap - shift, log_mass_t, offset)
+        log_p = z_t - row_max_t - log_mass_t
+        log_q = z_s - row_max_s - log_mass_s
+        p, q, difference, x = probabilities(log_p, log_q, gap - shift, offset)
         if WITH_STATS:
             entropy_t -= p * log_p
             entropy_s -= q * (log_p + x)
@@ -225,10 +229,12 @@ def _divergence_rows_kernel(
         part = tl.sum(student_part, 0)
         for start in range(0, columns, BLOCK_V):
             offs_v = start + lanes
-            z_t, _, gap, slope = load_logits(
+            z_t, z_s, gap, slope = load_logits(
                 source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
             )
-            _, _, q, _, x = probabilities(z_t - row_max_t, gap - shift, log_mass_t, offset)
+            log_p = z_t - row_max_t - log_mass_t
+            log_q = z_s - row_max_s - log_mass_s
+            _, q, _, x = probabilities(log_p, log_q, gap - shift, offset)
             _, from_student = log_mixture(x, beta)
             gradient = (1.0 - beta) * q * (-from_student - part)
             _store_gradient(grad_ptr, offs_v, columns, gradient * slope * scale, weight)

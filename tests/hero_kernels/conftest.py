@@ -8,7 +8,7 @@ import torch
 from hero_kernels import supports
 from hero_kernels.backends import IMPLEMENTATIONS
 
-DEVICE = {"triton": "cuda"}
+DEVICE = {"cuda": "cuda", "triton": "cuda"}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hero_kernels
-from hero_kernels import DivergenceOutput, reference
+from hero_kernels import DivergenceOutput, KernelOptions, reference
 
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
@@ -173,10 +173,11 @@ def assert_agrees(
     impl: str,
     device: str,
     tolerance: float = 2e-5,
+    options: KernelOptions | None = None,
     **settings: Any,
 ) -> None:
     """Loss, statistics and gradients in fp32 equal the fp64 reference, relatively."""
-    got, student = run(problem, impl, device, torch.float32, **settings)
+    got, student = run(problem, impl, device, torch.float32, **settings, options=options)
     expected, true_student = truth(problem, **settings)
     active = active_tokens(len(problem.student_hidden), **settings)
     for name, value in expected._asdict().items():

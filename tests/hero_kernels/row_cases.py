@@ -5,6 +5,7 @@ The oracle sees the stored (rounded) logits, so that every deviation is the kern
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,19 @@ def make_case(
     return Case(
         difference if delta else teacher + difference, teacher, delta, divergence, **options
     )
+
+
+def far_apart(matrix: Tensor) -> Tensor:
+    """A copy of [3, V] whose last row starts beyond element 2^31.
+
+    The memory between the rows is reserved by the operating system, but never touched, so never
+    taken.
+    """
+    stride, (rows, columns) = 2**30 + 64, matrix.shape
+    anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    size = ((rows - 1) * stride + columns) * matrix.dtype.itemsize
+    reserved = torch.frombuffer(mmap.mmap(-1, size, flags=anonymous), dtype=matrix.dtype)
+    return reserved.as_strided((rows, columns), (stride, 1)).copy_(matrix)
 
 
 def relative_error(ours: Tensor, truth: Tensor) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -242,13 +245,19 @@ def op_arguments(impl: str, per_row: bool, dtype: torch.dtype) -> tuple[Any, ...
         None,
     )
     needed = not per_row
-    return (*tensors, *PLAIN, *Plan(impl, 3, "float32", 0, needed, needed, needed, True), per_row)
+    return (
+        *tensors,
+        *PLAIN,
+        *Plan(impl, 3, "float32", 0, needed, needed, needed, True),
+        per_row,
+        None,
+    )
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_opcheck(impl: str, per_row: bool, dtype: torch.dtype) -> None:
-    if impl == "triton":
+    if impl in ("cuda", "triton"):
         pytest.skip("opcheck runs on CPU here")
     torch.library.opcheck(linear_divergence, op_arguments(impl, per_row, dtype))
 
@@ -294,3 +303,20 @@ def test_compiled_equals_eager(case: str) -> None:
     expected = torch.autograd.grad(eager, [hidden, weight])
     for ours, theirs in zip(torch.autograd.grad(compiled, [hidden, weight]), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler"
+)
+@pytest.mark.parametrize("case", ["scalar", "logprobs"])
+def test_inductor_equals_eager(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default backend of torch.compile, whose fused code around the op rounds differently."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    function = compiled_cases()[case]
+    hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True)
+    eager = function(hidden, weight)
+    compiled = torch.compile(function, fullgraph=True)(hidden, weight)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
+    expected = torch.autograd.grad(eager, [hidden, weight])
+    for ours, theirs in zip(torch.autograd.grad(compiled, [hidden, weight]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)

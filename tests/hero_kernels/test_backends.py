@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from hero_kernels import explain, supports
-from hero_kernels.backends import Request, choose, chunk_rows
+from hero_kernels import explain, linear_logprobs, supports
+from hero_kernels.backends import IMPLEMENTATIONS, Implementation, Request, choose, chunk_rows
 from hero_kernels.chunked import chunk_sizes
 from hero_kernels.gemm import takes_16_bit
-from hero_kernels.options import KernelOptions
 
 
 def request(
@@ -36,6 +32,28 @@ def test_reasons() -> None:
     assert supports("cpu", pointwise_clip=0.1) == "pointwise_clip is implemented by 'torch' only"
     with pytest.raises(ValueError, match="Unknown impl 'gpu'"):
         supports("gpu")
+    with pytest.raises(ValueError, match="function must be one of 'fused_linear_divergence'"):
+        supports("cpu", function="cross_entropy")
+
+
+def test_every_function_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An implementation of the divergence need not have kernels for the log-probabilities."""
+    asked = {"function": "linear_logprobs"}
+    assert supports("torch", dtype=torch.float64, **asked) is None
+    assert supports("cpu", **asked) == supports("cpu")
+    assert supports("cpu", device="cuda", **asked) == ("it runs on cpu, the tensors are on cuda")
+    monkeypatch.setitem(
+        IMPLEMENTATIONS, "own", Implementation("hero_kernels.rows", None, (torch.float32,), True)
+    )
+    assert supports("own") is None
+    assert supports("own", **asked) == "it has no kernels for linear_logprobs"
+    hidden, weight = torch.randn(3, 4), torch.randn(5, 4)
+    assert choose("auto", request()) == "own"
+    assert linear_logprobs(hidden, weight, torch.zeros(3).long()).isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"impl='own' cannot serve .* no kernels for linear_logprobs"
+    ):
+        linear_logprobs(hidden, weight, torch.zeros(3).long(), impl="own")
 
 
 def test_auto_takes_the_special_one_where_it_serves() -> None:
@@ -56,7 +74,7 @@ def test_explain_adds_up() -> None:
     assert "head GEMMs: 4 (teacher logits, h_s - h_t, dX, dW), 116.0 GFLOP each" in text
     assert "workspace: 96.0 MiB of logits" in text
     if takes_16_bit(torch.device("cpu"), torch.bfloat16):
-        assert "192.0 MiB of their gradient (8 chunk(s) held)" in text and "sum of dW" not in text
+        assert "their gradient 192.0 MiB (8 chunk(s) held)" in text and "sum of dW" not in text
     else:
         assert "108.0 MiB for the float32 sum of dW" in text
     assert "not triton: it runs on cuda, the tensors are on cpu" in text
@@ -83,19 +101,6 @@ def test_chunks_are_even_and_complete(rows: int, size: int) -> None:
 
 def test_chunk_rows_follow_the_device() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert chunk_rows(KernelOptions(chunk_size=7), cuda, 50) == 7
-    assert chunk_rows(KernelOptions(), cpu, 49152) == 256
-    assert chunk_rows(KernelOptions(), cuda, 151936) * 151936 * 6 <= 2 << 30
-    assert chunk_rows(KernelOptions(), cuda, 49152) >= 4096
-
-
-def test_import_is_light() -> None:
-    """No Triton, no transformers, nothing of `hero`."""
-    code = (
-        "import sys, torch; before = set(sys.modules); import hero_kernels; "
-        "print(' '.join(m.split('.')[0] for m in set(sys.modules) - before))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    )
-    assert not {"triton", "transformers", "hero", "numpy"} & set(done.stdout.split())
+    assert chunk_rows(cpu, 49152) == 256
+    assert chunk_rows(cuda, 151936) * 151936 * 8 <= 3 << 30
+    assert chunk_rows(cuda, 49152) >= 4096

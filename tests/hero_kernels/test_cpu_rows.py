@@ -18,12 +18,13 @@ from row_cases import (
     REVERSE_KL,
     Case,
     check,
+    far_apart,
     make_case,
     relative_error,
 )
 from torch import Tensor
 
-from hero_kernels import cpu
+from hero_kernels import cpu, rows
 from hero_kernels.cpu import divergence_rows
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
@@ -211,6 +212,18 @@ def test_gradient_in_place(divergence: int, delta: bool, dtype: torch.dtype, tar
     assert torch.equal(inputs[target], grad)
 
 
+@DELTA
+def test_more_than_2_31_logits(delta: bool) -> None:
+    """64-bit offsets: rows so far apart that the last starts beyond element 2^31."""
+    case = make_case(JSD, delta)
+    far = replace(case, student=far_apart(case.student), teacher=far_apart(case.teacher))
+    assert far.student.stride(0) * 2 > 2**31
+    stats = divergence_rows(far.student, far.teacher, far.student, **far.options())
+    true_stats, true_grad = case.truth()
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
+    assert relative_error(far.student, true_grad) < 1e-5
+
+
 @DIVERGENCES
 def test_rows_that_hold_logits_among_differences(divergence: int) -> None:
     """`absolute_rows`: what `chunked.difference_operand` leaves where delta would be rounded."""
@@ -354,3 +367,21 @@ def test_time_of_a_chunk(dtype: torch.dtype) -> None:
     setting = f"{dtype}, {torch.get_num_threads()} threads, {cpu.instruction_set()}"
     print(f"\n256 x 49152 {setting}: {min(seconds) * 1e3:.1f} ms")
     assert min(seconds) < 2.0
+
+
+@DIVERGENCES
+def test_columns_that_the_teacher_alone_masks(divergence: int) -> None:
+    """The torch and the C++ kernel agree with p_t = 0 there; for the KL(p_s | p_t), which is
+    infinite, a log ratio of 1e4 takes infinity's place."""
+    case = make_case(divergence, False, vocab=200)
+    case.teacher[:, :50] = -torch.inf
+    stats, grad = case.run(divergence_rows)
+    in_torch, torch_grad = case.run(rows.divergence_rows)
+    assert stats[:, 0].isfinite().all() and in_torch[:, 0].isfinite().all()
+    # Of 1e4 one kernel takes log ratios before, the other after their normaliser is subtracted.
+    tolerance = 1e-3 if divergence == REVERSE_KL else 1e-5
+    torch.testing.assert_close(in_torch[:, 0], stats[:, 0], rtol=tolerance, atol=0)
+    assert relative_error(torch_grad, grad.double()) < tolerance
+    if divergence != REVERSE_KL:
+        lower = replace(case, teacher=case.teacher.clamp(min=-300))
+        torch.testing.assert_close(stats[:, 0].double(), lower.truth()[0][:, 0], rtol=1e-5, atol=0)

@@ -6,9 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from problems import DIVERGENCES, assert_agrees, make_problem, relative_error, run, truth
+from problems import (
+    DIVERGENCES,
+    active_tokens,
+    assert_agrees,
+    make_problem,
+    relative_error,
+    run,
+    truth,
+)
 
 from hero_kernels import KernelOptions, fused_linear_divergence, supports
 from hero_kernels.backends import IMPLEMENTATIONS
@@ -208,3 +216,78 @@ def test_random_problems(data: st.DataObject) -> None:
             # absolute there.
             error = (student.gradients()[place].double() - value).norm()
             assert error <= 5e-4 * value.norm() + 1e-9, (name, place)
+
+
+GRADIENT_ERROR = {torch.float32: 5e-4, torch.bfloat16: 4e-3, torch.float16: 2e-3}
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_trajectories(data: st.DataObject) -> None:
+    """Types, masks, turns, trajectories, weights and reductions at random, on CPU.
+
+    The reference sees the rounded inputs, in fp64. Bounds are those of test_precision.py and of
+    test_random_problems, plus the rounding of the gradients to the inputs' type.
+    """
+    dtype = data.draw(st.sampled_from(sorted(GRADIENT_ERROR, key=str)), label="dtype")
+    rows = data.draw(st.integers(1, 24), label="rows")
+    vocab = data.draw(st.integers(2, 200), label="vocab")
+    problem = make_problem(
+        rows,
+        data.draw(st.integers(4, 24), label="hidden"),
+        vocab,
+        shared=data.draw(st.booleans(), label="shared"),
+        bias=data.draw(st.booleans(), label="bias"),
+        distance=data.draw(st.sampled_from([0.01, 0.3, 1.0]), label="distance"),
+    ).to("cpu", dtype)
+
+    def per_row(values: st.SearchStrategy[Any], name: str) -> torch.Tensor:
+        return torch.tensor(data.draw(st.lists(values, min_size=rows, max_size=rows), label=name))
+
+    aggregation = data.draw(st.sampled_from(["token", "turn", "trajectory"]), label="aggregation")
+    turns = data.draw(st.integers(1, 4), label="turns")
+    trajectories = per_row(st.integers(0, 2), "trajectories")
+    turn_ids = per_row(st.integers(-1, turns - 1), "turn_ids")
+    turn_ids = torch.where(
+        turn_ids < 0, -1, 3 * turn_ids + trajectories
+    )  # a turn is of one of them
+    chosen: dict[str, Any] = {
+        "divergence": data.draw(st.sampled_from(DIVERGENCES), label="divergence"),
+        "token_weights": per_row(st.sampled_from([0.0, 0.0, 1.0, 0.25, 7.0]), "weights"),
+        "turn_ids": turn_ids,
+        "trajectory_ids": trajectories,
+        "turn_weights": torch.tensor(
+            data.draw(
+                st.lists(st.sampled_from([0.0, 1.0, 0.3]), min_size=3 * turns, max_size=3 * turns),
+                label="turn_weights",
+            )
+        ),
+        "loss_aggregation": aggregation,
+        "reduction": data.draw(
+            st.sampled_from(["mean", "sum", "none"] if aggregation == "token" else ["mean", "sum"]),
+            label="reduction",
+        ),
+        "target_ids": torch.randint(0, vocab, (rows,)),
+        "old_logprobs": -3.0 * torch.rand(rows) - 1.0,
+        "is_clip": 1.5,
+    }
+    # Garbage where nothing counts must not be seen.
+    masked = ~active_tokens(rows, **chosen)
+    assume(not masked.all())  # test_masking.py has that case
+    garbage = {
+        "target_ids": chosen["target_ids"].where(~masked, 10**6),
+        "old_logprobs": chosen["old_logprobs"].where(~masked, torch.nan),
+        "options": KernelOptions(chunk_size=data.draw(st.integers(1, 30), label="chunk")),
+    }
+    scale = 2.0**12 if dtype == torch.float16 else 1.0  # as GradScaler does
+    expected, exact = truth(problem, **chosen)
+    for name in IMPLEMENTATIONS:
+        if supports(name) is not None:
+            continue
+        got, student = run(problem, name, "cpu", dtype, scale, **{**chosen, **garbage})
+        assert relative_error(got.loss, expected.loss, floor=1e-9) < 2e-4, name
+        assert relative_error(got.per_turn, expected.per_turn, floor=1e-9) < 2e-4, name
+        assert got.per_token[masked].eq(0).all(), name
+        for place, value in exact.gradients().items():
+            error = relative_error(student.gradients()[place] / scale, value, floor=1e-6)
+            assert error < GRADIENT_ERROR[dtype], (name, place)

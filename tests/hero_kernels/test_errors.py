@@ -142,7 +142,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "trajectory mean": ({"loss_aggregation": "trajectory"}, "needs trajectory_ids"),
     "aggregation": ({"loss_aggregation": "batch"}, "'token', 'turn', 'trajectory'; got 'batch'"),
     "reduction": ({"reduction": "avg"}, "'mean', 'sum', 'none'; got 'avg'"),
-    "impl": ({"impl": "cublas"}, "Unknown impl 'cublas'.*'auto', 'torch', 'cpu', 'triton'"),
+    "impl": ({"impl": "cublas"}, "Unknown impl 'cublas'.*'auto', 'torch', 'cpu', 'cuda', 'triton'"),
     "impl device": ({"impl": "triton"}, "impl='triton' cannot serve.*runs on cuda"),
     "impl dtype": (
         {
@@ -188,7 +188,8 @@ def test_dtensor_head() -> None:
             return torch.Tensor(self)
 
     with pytest.raises(
-        ValueError, match=r"DTensor of placements \('Shard\(0\)',\).*\.full_tensor\(\)"
+        ValueError,
+        match=r"DTensor of placements \('Shard\(0\)',\).*fsdp\.whole_head.*\.full_tensor\(\)",
     ):
         call(student_weight=torch.randn(V, H).as_subclass(Shard))
 
@@ -214,8 +215,12 @@ def test_settings_of_a_module_are_fixed() -> None:
 
 def test_other_functions() -> None:
     hidden, weight = torch.randn(N, H), torch.randn(V, H)
-    with pytest.raises(ValueError, match="'auto' and 'torch'; got 'triton'"):
+    with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it runs on cuda"):
         linear_logprobs(hidden, weight, LONG, impl="triton")
+    with pytest.raises(ValueError, match=r"impl='cpu' cannot serve this call.*torch\.float64"):
+        linear_logprobs(hidden.double(), weight.double(), LONG, impl="cpu")
+    with pytest.raises(ValueError, match=r"Unknown impl 'cublas'.*'auto', 'torch', 'cpu'"):
+        linear_logprobs(hidden, weight, LONG, impl="cublas")
     with pytest.raises(
         ValueError, match="target_ids of tokens with weight must lie between 0 and 19"
     ):

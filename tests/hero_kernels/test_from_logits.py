@@ -91,15 +91,67 @@ def test_without_gradient_logits_stay() -> None:
     assert torch.equal(student, before)
 
 
-def test_masked_rows_may_hold_nan(impl: str, device: str) -> None:
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
+@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_rows_may_hold_anything(
+    impl: str, device: str, divergence: str, inplace: bool, garbage: float
+) -> None:
+    """Logits, target ids and old log-probabilities. Oracle: the same call without these rows."""
     student, teacher = logits(device)
-    student[0], teacher[0] = torch.nan, torch.nan
+    targets = torch.randint(0, 60, (3, 5), device=device)
+    old = torch.full((3, 5), -3.0, device=device)
+    chosen: dict[str, Any] = {
+        "divergence": divergence,
+        "impl": impl,
+        "return_stats": True,
+        "softcap": 20.0,
+        "is_clip": 2.0,
+    }
+    clean = student[1:].clone().requires_grad_()
+    expected = divergence_from_logits(
+        clean, teacher[1:], target_ids=targets[1:], old_logprobs=old[1:], **chosen
+    )
+    expected.loss.backward()
+
+    student[0], teacher[0], old[0], targets[0] = garbage, garbage, garbage, 10**6
+    student[0, 0], targets[0, 0] = 0.0, -100  # a masked row that is half garbage
     mask = torch.tensor([[0], [1], [1]], device=device).expand(3, 5)
     leaf = student.clone().requires_grad_()
-    loss = divergence_from_logits(leaf, teacher, token_weights=mask, impl=impl)
+    got = divergence_from_logits(
+        leaf * 1.0,
+        teacher,
+        target_ids=targets,
+        old_logprobs=old,
+        token_weights=mask,
+        inplace_gradient=inplace,
+        **chosen,
+    )
+    got.loss.backward()
+    for name, value in got._asdict().items():
+        if value is not None and value.dim():
+            assert value[0].eq(0).all(), name
+            torch.testing.assert_close(value[1:], getattr(expected, name))
+    torch.testing.assert_close(got.loss, expected.loss)
+    assert leaf.grad is not None and leaf.grad[0].eq(0).all()
+    torch.testing.assert_close(leaf.grad[1:], clean.grad)
+
+
+@pytest.mark.parametrize(
+    "support",
+    [{"support": "topk", "top_k": 5}, {"support": "sampled", "divergence": "reverse_kl"}],
+    ids=["topk", "sampled"],
+)
+def test_masked_rows_of_other_supports(support: dict[str, Any]) -> None:
+    student, teacher = logits("cpu")
+    targets = torch.randint(0, 60, (3, 5))
+    expected = divergence_from_logits(student[1:], teacher[1:], target_ids=targets[1:], **support)
+    student[0], teacher[0], targets[0] = torch.nan, torch.nan, 10**6
+    leaf = student.clone().requires_grad_()
+    mask = torch.tensor([[0], [1], [1]]).expand(3, 5)
+    loss = divergence_from_logits(leaf, teacher, target_ids=targets, token_weights=mask, **support)
     loss.backward()
-    clean = divergence_from_logits(student[1:], teacher[1:], impl=impl)
-    torch.testing.assert_close(loss, clean)
+    torch.testing.assert_close(loss, expected)
     assert leaf.grad is not None and leaf.grad[0].eq(0).all() and leaf.grad.isfinite().all()
 
 

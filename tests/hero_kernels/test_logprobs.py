@@ -6,16 +6,32 @@ from typing import Any
 
 import pytest
 import torch
-from problems import relative_error
+from conftest import DEVICE
+from problems import ProductCounter, relative_error
 from torch import Tensor
 
-from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs
+from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
+from hero_kernels.backends import IMPLEMENTATIONS
+from hero_kernels.chunked import Head, Plan
+from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from hero_kernels.reference import entropy, scaled_logits
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "scaled": {"temperature": 0.6, "softcap": 4.0, "logit_scale": 0.7},
 }
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest) -> str:
+    """Name of an implementation of `linear_logprobs`; skips, with the reason, what cannot run."""
+    name: str = request.param
+    if DEVICE.get(name) == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = DEVICE.get(name, "cpu")
+    if reason := supports(name, device=device, function="linear_logprobs"):
+        pytest.skip(f"{name}: {reason}")
+    return name
 
 
 def dense(
@@ -25,12 +41,14 @@ def dense(
     return logp.gather(1, ids[:, None])[:, 0], entropy(logp)
 
 
-def tensors(dtype: torch.dtype, vocab: int = 50) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight = torch.randn(13, 7, dtype=dtype), torch.randn(vocab, 7, dtype=dtype)
-    bias = torch.randn(vocab, dtype=dtype)
-    for tensor in (hidden, weight, bias):
-        tensor.requires_grad_()
-    return hidden, weight, bias, torch.randint(0, 40, (13,))
+def tensors(
+    dtype: torch.dtype, vocab: int = 50, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = ((13, 7), (vocab, 7), (vocab,))
+    hidden, weight, bias = (
+        torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes
+    )
+    return hidden, weight, bias, torch.randint(0, 40, (13,)).to(device)
 
 
 @pytest.mark.parametrize("case", SETTINGS)
@@ -51,28 +69,129 @@ def test_gradcheck(case: str, entropies: bool) -> None:
 @pytest.mark.parametrize("case", SETTINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab_size", [None, 41])
-def test_agrees_with_dense(case: str, dtype: torch.dtype, vocab_size: int | None) -> None:
-    ours = tensors(dtype)
-    exact = [tensor.detach().double().requires_grad_() for tensor in ours[:3]]
+def test_agrees_with_dense(
+    impl: str, device: str, case: str, dtype: torch.dtype, vocab_size: int | None
+) -> None:
+    ours = tensors(dtype, device=device)
+    ids = ours[3].cpu()
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in ours[:3]]
     settings: dict[str, Any] = {**SETTINGS[case], "vocab_size": vocab_size}
-    got = linear_logprobs(ours[0], ours[1], ours[3], bias=ours[2], return_entropy=True, **settings)
-    expected = dense(exact[0], exact[1], ours[3], exact[2], **settings)
+    got = linear_logprobs(
+        ours[0], ours[1], ours[3], bias=ours[2], return_entropy=True, impl=impl, **settings
+    )
+    expected = dense(exact[0], exact[1], ids, exact[2], **settings)
     upstream = torch.randn(2, 13)
     for value, truth in zip(got, expected, strict=True):
         assert value.dtype == torch.float32
         assert relative_error(value, truth) < 1e-5
-    sum(
-        ((value * u).sum() for value, u in zip(got, upstream, strict=True)), torch.zeros(())
-    ).backward()
-    sum(
-        ((value * u).sum() for value, u in zip(expected, upstream.double(), strict=True)),
-        torch.zeros(()),
-    ).backward()
+    torch.autograd.backward(got, list(upstream.to(device)))
+    torch.autograd.backward(expected, list(upstream.double()))
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 1e-3}[dtype]
     for value, truth in zip(ours[:3], exact, strict=True):
         assert value.grad is not None and truth.grad is not None
         assert value.grad.dtype == dtype
         assert relative_error(value.grad, truth.grad) < tolerance
+
+
+@pytest.mark.parametrize("vocab", [123, 32769, 151936])
+def test_real_vocabularies_in_chunks(impl: str, device: str, vocab: int) -> None:
+    hidden, weight, _, ids = tensors(torch.float32, vocab, device)
+    options = KernelOptions(chunk_size=5)
+    got = linear_logprobs(hidden, weight, ids, impl=impl, options=options, return_entropy=True)
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight)]
+    expected = dense(exact[0], exact[1], ids.cpu(), None)
+    for value, truth in zip(got, expected, strict=True):
+        assert relative_error(value, truth) < 1e-5
+    torch.autograd.backward(got, [torch.ones_like(got[0]), torch.full_like(got[1], 0.5)])
+    (expected[0].sum() + 0.5 * expected[1].sum()).backward()
+    for value, truth in zip((hidden, weight), exact, strict=True):
+        assert value.grad is not None and truth.grad is not None
+        assert relative_error(value.grad, truth.grad) < 1e-5
+
+
+def test_small_gradients_survive_fp16(impl: str, device: str) -> None:
+    """Upstream gradients of 1e-6 would round to 0 in an fp16 tile, which "mixed" has on CPU too."""
+    hidden, weight, _, ids = tensors(torch.float16, device=device)
+    logprobs = linear_logprobs(
+        hidden, weight, ids, impl=impl, options=KernelOptions(storage="mixed")
+    )
+    logprobs.backward(torch.full((13,), 1e-6).to(device))
+    exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight)]
+    dense(exact[0], exact[1], ids.cpu(), None)[0].sum().backward()
+    assert hidden.grad is not None and exact[0].grad is not None
+    # The result itself is fp16, whose numbers are 6e-8 apart there.
+    assert (hidden.grad.cpu().double() - 1e-6 * exact[0].grad).abs().max() <= 3.5e-8
+
+
+def test_results_may_be_changed_in_place(impl: str, device: str) -> None:
+    """Trainers mask results in place; nothing that the backward pass needs may suffer."""
+    hidden, weight, _, ids = tensors(torch.float32, device=device)
+    plain = linear_logprobs(hidden, weight, ids, impl=impl, return_entropy=True)
+    expected = torch.autograd.grad(plain[0][3:].sum() + plain[1][3:].sum(), hidden)
+    logprobs, values = linear_logprobs(hidden, weight, ids, impl=impl, return_entropy=True)
+    logprobs[:3] = 0
+    values[:3] = 0
+    got = torch.autograd.grad(logprobs.sum() + values.sum(), hidden)
+    assert torch.equal(got[0], expected[0])
+
+
+def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
+    hidden, weight, bias, ids = tensors(torch.float32, device=device)
+    total = linear_logprobs(hidden, weight, ids, bias=bias, impl=impl).sum()
+    leaves = (hidden, weight, bias)
+    once = torch.autograd.grad(total, leaves, retain_graph=True)
+    again = torch.autograd.grad(total, leaves, retain_graph=True)
+    threefold = torch.autograd.grad(3.0 * total, leaves)
+    for first, second, third in zip(once, again, threefold, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(third, 3 * first)
+
+
+def loop_arguments(impl: str, mask: Tensor, trunk: bool, head: bool) -> tuple[Any, ...]:
+    """Of `forward` and `backward`: 24 rows of 8 numbers, a vocabulary of 50, chunks of 10."""
+    student = Head(torch.randn(24, 8), torch.randn(50, 8), None)
+    tokens = Tokens(torch.randint(0, 50, (24,)), mask)
+    plan = Plan(impl, 10, "float32", 0, trunk, head, False, True)
+    return student, tokens, Transform(1.0, 0.0, 1.0, 50), plan
+
+
+@pytest.mark.parametrize("trunk", [True, False], ids=["trunk", "no_trunk"])
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no_head"])
+def test_gemm_count(impl: str, trunk: bool, head: bool) -> None:
+    """Forward one head GEMM; backward three, two for a frozen head or trunk; of rows that count."""
+    if impl == "triton":
+        pytest.skip("rows are dropped on CPU only")
+    mask, upstream = torch.arange(24) % 3 > 0, torch.randn(24, 2)
+    student, tokens, transform, plan = loop_arguments(impl, mask, trunk, head)
+    product = 2 * 8 * 50
+    only_values = plan._replace(need_hidden=False, need_weight=False)
+    with ProductCounter() as counter:
+        stats = forward(student, tokens, transform, only_values)
+    assert counter.flops == int(mask.sum()) * product
+    upstream[:11] = 0
+    with ProductCounter() as counter:
+        backward(student, tokens, stats, upstream, transform, plan)
+    products = 1 + trunk + head if trunk or head else 0
+    assert counter.flops == products * int(mask[11:].sum()) * product
+
+
+def test_rows_without_upstream_gradient_change_nothing(impl: str, device: str) -> None:
+    hidden, weight, bias, ids = tensors(torch.float32, device=device)
+    upstream = torch.randn(13, device=device)
+    upstream[::2] = 0
+    grads = []
+    for rows in (slice(None), slice(1, None, 2)):
+        leaves = [
+            tensor.detach().clone().requires_grad_() for tensor in (hidden[rows], weight, bias)
+        ]
+        linear_logprobs(leaves[0], leaves[1], ids[rows], bias=leaves[2], impl=impl).backward(
+            upstream[rows]
+        )
+        grads.append([leaf.grad for leaf in leaves])
+    all_rows, some = grads
+    assert all_rows[0][::2].eq(0).all()
+    for ours, theirs in zip((all_rows[0][1::2], *all_rows[1:]), some, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_leading_shape_and_module_twin() -> None:
@@ -82,6 +201,24 @@ def test_leading_shape_and_module_twin() -> None:
     folded = module(hidden[:12].reshape(3, 4, 7), weight, ids[:12].reshape(3, 4), bias)
     assert torch.equal(folded.flatten(), flat)
     assert "temperature=0.5" in repr(module)
+
+
+def test_layouts(impl: str, device: str) -> None:
+    """Strided ids, mask, hidden states, head and upstream gradient; oracle: contiguous ones."""
+    hidden, weight, _, ids = tensors(torch.float32, device=device)
+    mask = torch.arange(13, device=device) % 4 != 1
+    expected = linear_logprobs(hidden, weight, ids, token_mask=mask, impl=impl)
+    true_grads = torch.autograd.grad(expected.sum(), (hidden, weight))
+    pairs = [torch.stack([tensor, tensor], 1) for tensor in (ids, mask)]
+    spread = torch.stack([hidden.detach()] * 2, 2).requires_grad_()
+    turned = weight.detach().t().contiguous().t().requires_grad_()
+    got = linear_logprobs(
+        spread[..., 1], turned, pairs[0][:, 0], token_mask=pairs[1][:, 0], impl=impl
+    )
+    torch.testing.assert_close(got, expected)
+    grads = torch.autograd.grad(got.sum(), (spread, turned))
+    torch.testing.assert_close(grads[0][..., 1], true_grads[0])
+    torch.testing.assert_close(grads[1], true_grads[1])
 
 
 def test_frozen_parts_get_no_gradient() -> None:
@@ -108,13 +245,13 @@ def test_opcheck() -> None:
     hidden, weight, bias, ids = tensors(torch.float32)
     mask = torch.arange(13) % 3 != 0
     settings = (0.7, 0.0, 1.0, 50)
-    loop = (4, "float32", 0)
+    loop = ("torch", 4, "float32", 0)
     torch.library.opcheck(
         _linear_logprobs, (hidden, weight, bias, ids, mask, *settings, True, *loop)
     )
-    upstream = torch.randn(13, 2)
+    upstream, stats = torch.randn(13, 2), torch.randn(13, 4)
     frozen = (hidden.detach(), weight.detach(), bias.detach())
     torch.library.opcheck(
         _linear_logprobs_backward,
-        (*frozen, ids, mask, upstream, *settings, *loop, True, False, True),
+        (*frozen, ids, mask, stats, upstream, *settings, *loop, True, False, True),
     )

@@ -1,4 +1,5 @@
-"""Runs triton_rows_cases.py in Triton's interpreter, and on the GPU where there is one."""
+"""Runs triton_rows_cases.py and triton_logprob_cases.py in Triton's interpreter, and on the GPU
+where there is one."""
 
 from __future__ import annotations
 
@@ -11,13 +12,21 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-CASES = Path(__file__).with_name("triton_rows_cases.py")
+CASES = pytest.mark.parametrize("cases", ["triton_rows_cases.py", "triton_logprob_cases.py"])
 
 
-def run_cases(**environment: str) -> None:
+def run_cases(cases: str, **environment: str) -> None:
     """Fails with pytest's own output."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            Path(__file__).with_name(cases),
+        ],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -27,11 +36,13 @@ def run_cases(**environment: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_in_the_interpreter() -> None:
-    run_cases(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+@CASES
+def test_in_the_interpreter(cases: str) -> None:
+    run_cases(cases, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
+@CASES
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_the_gpu() -> None:
-    run_cases(TRITON_INTERPRET="0")
+def test_on_the_gpu(cases: str) -> None:
+    run_cases(cases, TRITON_INTERPRET="0")

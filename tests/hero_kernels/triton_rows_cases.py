@@ -16,6 +16,7 @@ import torch
 from row_cases import (
     DELTA,
     DIVERGENCES,
+    FORWARD_KL,
     JSD,
     REVERSE_KL,
     check,
@@ -125,6 +126,18 @@ def test_masked_and_padding_columns(divergence: int, delta: bool) -> None:
     torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
     assert relative_error(grad[:, kept], true_grad) < 1e-5
     assert grad[:, ~kept].eq(0).all()
+
+
+@pytest.mark.parametrize("divergence", [JSD, FORWARD_KL], ids=["jsd", "forward"])
+def test_columns_that_only_the_teacher_masks(divergence: int) -> None:
+    """The student's mass there counts; the oracle has a teacher who gives them exp(-150)."""
+    case = make_case(divergence, False, rows=2, vocab=300)
+    case.teacher[:, 100:130] = -150.0
+    true_stats, true_grad = case.truth()
+    case.teacher[:, 100:130] = -torch.inf
+    stats, grad = case.run(divergence_rows)
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
+    assert relative_error(grad, true_grad) < 1e-5
 
 
 @DIVERGENCES

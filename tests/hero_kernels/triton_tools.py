@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
-SHARED_MEMORY_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Compiled:
     """Number of global loads by width in bits."""
     stores: dict[int, int]
     num_warps: int
+    mnemonics: frozenset[str]
+    """Names of the machine instructions up to the first dot."""
 
     @property
     def warps_per_sm(self) -> int:
@@ -47,10 +49,12 @@ def mend_interpreter() -> None:
     """Correct what Triton 3.6's interpreter does with bf16, which it holds as uint16.
 
     It truncates where a GPU rounds to the nearest, and adds or multiplies the bits: the first is
-    put right, the second raises, as a kernel has to convert to fp32 after the load.
+    put right, the second raises, as a kernel has to convert to fp32 after the load. Products
+    of bf16 matrices become those of the numbers they stand for.
     """
     builder = interpreter.InterpreterBuilder
     original_cast, original_binary_op = builder.cast_impl, builder.binary_op
+    original_dot = builder.create_dot
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
@@ -63,11 +67,23 @@ def mend_interpreter() -> None:
             raise TypeError(f"{op.__name__} of bf16 numbers: convert them to fp32 after the load")
         return original_binary_op(self, lhs, rhs, op)
 
-    builder.cast_impl, builder.binary_op = cast_impl, binary_op
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *options: Any) -> Any:
+        if tl.bfloat16 not in (a.dtype.scalar, b.dtype.scalar):
+            return original_dot(self, a, b, total, *options)
+        product = np.matmul(*(original_cast(self, side, tl.float32).data for side in (a, b)))
+        return interpreter.TensorHandle(product + total.data, tl.float32)
+
+    builder.cast_impl, builder.binary_op, builder.create_dot = cast_impl, binary_op, create_dot
 
 
 def compile_kernel(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], *, arch: int, num_warps: int
+    kernel: Any,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    *,
+    arch: int,
+    num_warps: int,
+    num_stages: int = 3,
 ) -> Compiled:
     """Compile for an architecture that this machine need not have.
 
@@ -78,6 +94,7 @@ def compile_kernel(
         constants: of the `tl.constexpr` arguments.
         arch: compute capability times 10.
         num_warps: for each program.
+        num_stages: of loops with loads that feed products.
     """
     signature = {name: "constexpr" for name in kernel.arg_names}
     signature |= {name: kind.removesuffix(":16") for name, kind in types.items()}
@@ -89,7 +106,7 @@ def compile_kernel(
     binary = triton.compile(
         ASTSource(kernel, signature, constants, divisible),
         target=GPUTarget("cuda", arch, 32),
-        options={"num_warps": num_warps},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -106,6 +123,7 @@ def compile_kernel(
         loads=_widths(instructions, "LDG"),
         stores=_widths(instructions, "STG"),
         num_warps=num_warps,
+        mnemonics=frozenset(name.split(".")[0] for name in instructions),
     )
 
 

@@ -1,0 +1,130 @@
+// Entry points of the library: kernels for each divergence, and their launch. No torch headers.
+
+#include <cuda_runtime.h>
+
+#include "row_kernel.h"
+
+namespace {
+
+template <int divergence, bool delta>
+__global__ void __launch_bounds__(hero::MAX_THREADS, 1)
+    cuda_divergence_rows_kernel(const __grid_constant__ RowsProblem problem,
+                                const __grid_constant__ hero::Plan plan) {
+    hero::divergence_rows<divergence, delta>(problem, plan);
+}
+
+using Kernel = void (*)(RowsProblem, hero::Plan);
+
+Kernel kernel_for(const RowsProblem& problem) {
+    const bool delta = problem.delta;
+    switch (problem.divergence) {
+        case HERO_FORWARD_KL:
+            return delta ? cuda_divergence_rows_kernel<HERO_FORWARD_KL, true>
+                         : cuda_divergence_rows_kernel<HERO_FORWARD_KL, false>;
+        case HERO_REVERSE_KL:
+            return delta ? cuda_divergence_rows_kernel<HERO_REVERSE_KL, true>
+                         : cuda_divergence_rows_kernel<HERO_REVERSE_KL, false>;
+        default:
+            return delta ? cuda_divergence_rows_kernel<HERO_JSD, true>
+                         : cuda_divergence_rows_kernel<HERO_JSD, false>;
+    }
+}
+
+// What a device and the code compiled for it offer. Makes the device current: this copy of the CUDA
+// runtime need not know what torch's has made current.
+cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
+    if (cudaError_t error = cudaSetDevice(device)) return error;
+    if (cudaError_t error = cudaDeviceGetAttribute(&limits->shared_per_block,
+                                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+        return error;
+    if (cudaError_t error = cudaDeviceGetAttribute(
+            &limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
+        return error;
+    cudaFuncAttributes attributes;
+    if (cudaError_t error =
+            cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)))
+        return error;
+    limits->max_cluster = attributes.ptxVersion >= 90 ? hero::MAX_CLUSTER : 1;
+    return cudaSuccess;
+}
+
+// How many clusters run at once; 0 if the device cannot place one.
+cudaError_t count_clusters(const void* kernel, int device, const hero::Plan& plan,
+                           cudaLaunchConfig_t* config, int* clusters) {
+    if (cudaError_t error = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
+        return error;
+    if (plan.cluster_size == 1) {
+        int processors, blocks;
+        if (cudaError_t error =
+                cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
+            return error;
+        if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                &blocks, kernel, static_cast<int>(config->blockDim.x), plan.shared_bytes))
+            return error;
+        *clusters = blocks * processors;
+        return cudaSuccess;
+    }
+    if (plan.cluster_size > 8)
+        if (cudaError_t error =
+                cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
+            return error;
+    return cudaOccupancyMaxActiveClusters(clusters, kernel, config);
+}
+
+}  // namespace
+
+extern "C" {
+
+int hero_cuda_abi_version() {
+    return HERO_ABI_VERSION;
+}
+
+const char* hero_cuda_error(int error) {
+    return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+// The layout that a launch on `device` takes; returns a cudaError_t.
+int hero_cuda_plan(const RowsProblem* problem, int device, hero::Plan* plan) {
+    hero::Limits limits;
+    if (cudaError_t error = get_limits(kernel_for(*problem), device, &limits)) return error;
+    *plan = hero::choose_plan(*problem, limits);
+    return cudaSuccess;
+}
+
+// Enqueues the kernel on `stream` of `device`; returns a cudaError_t. Nothing waits.
+int hero_cuda_divergence_rows(const RowsProblem* problem, int device, void* stream) {
+    const Kernel typed = kernel_for(*problem);
+    const void* kernel = reinterpret_cast<const void*>(typed);
+    hero::Limits limits;
+    if (cudaError_t error = get_limits(typed, device, &limits)) return error;
+    for (;;) {
+        hero::Plan plan = hero::choose_plan(*problem, limits);
+        cudaLaunchAttribute attribute = {};
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster_size);
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim = dim3(static_cast<unsigned>(plan.cluster_size));
+        config.blockDim = dim3(static_cast<unsigned>(32 * (plan.warps + 1)));
+        config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+        config.stream = static_cast<cudaStream_t>(stream);
+        config.attrs = &attribute;
+        config.numAttrs = plan.cluster_size > 1;
+        int clusters = 0;
+        if (cudaError_t error = count_clusters(kernel, device, plan, &config, &clusters))
+            return error;
+        if (clusters == 0) {
+            // A partition of a GPU may be too small for a large cluster.
+            if (plan.cluster_size == 1) return cudaErrorLaunchOutOfResources;
+            limits.max_cluster = plan.cluster_size / 2;
+            continue;
+        }
+        if (clusters > problem->rows) clusters = static_cast<int>(problem->rows);
+        config.gridDim = dim3(static_cast<unsigned>(clusters * plan.cluster_size));
+        RowsProblem arguments = *problem;
+        void* pointers[] = {&arguments, &plan};
+        return cudaLaunchKernelExC(&config, kernel, pointers);
+    }
+}
+}

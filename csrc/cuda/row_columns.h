@@ -1,0 +1,196 @@
+// From the stored row in shared memory to fp32 logits and their log ratio, eight columns a thread;
+// and back to the stored gradient.
+//
+// z = cap((raw + bias) * logit_scale) * inv_temperature, cap(z) = softcap * tanh(z / softcap).
+#pragma once
+
+#include "device_math.h"
+#include "plan.h"
+
+namespace hero {
+
+constexpr float MASKED = -1e30f;  // a logit of -inf: finite, so that differences of two are 0
+
+// Which columns a thread works on: adjacent ones where rows can be read in pieces of 16 bytes, else
+// every 32nd, so that the threads of a warp read adjacent ones.
+struct Lanes {
+    int offset, step;
+
+    HERO_DEVICE explicit Lanes(const Plan& plan)
+        : offset(thread_index() % 32 * (plan.vectors ? COLUMNS_PER_THREAD : 1)),
+          step(plan.vectors ? 1 : 32) {}
+};
+
+struct Logits {
+    float teacher[COLUMNS_PER_THREAD];    // z_t
+    float student[COLUMNS_PER_THREAD];    // z_s
+    float log_ratio[COLUMNS_PER_THREAD];  // z_s - z_t
+    float slope[COLUMNS_PER_THREAD];      // d z_s / d raw, without its constant factor
+};
+
+struct alignas(16) Words {
+    uint32_t word[4];
+};
+
+// Eight stored numbers as fp32. `tile` is where column 0 of the tile lies, `column` the thread's
+// first within the tile.
+HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const Lanes& lanes,
+                             float* out) {
+    const bool half = dtype != HERO_FLOAT32;
+    if (lanes.step == 1) {
+        const Words* pieces = reinterpret_cast<const Words*>(tile + column * (half ? 2 : 4));
+        const Words first = load_shared(pieces);
+        if (!half) {
+            const Words second = load_shared(pieces + 1);
+            HERO_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                out[i] = as_float(first.word[i]);
+                out[4 + i] = as_float(second.word[i]);
+            }
+        } else if (dtype == HERO_BFLOAT16) {
+            HERO_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                out[2 * i] = as_float(first.word[i] << 16);
+                out[2 * i + 1] = as_float(first.word[i] & 0xffff0000u);
+            }
+        } else {
+            HERO_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                out[2 * i] = float_from_half(first.word[i] & 0xffffu);
+                out[2 * i + 1] = float_from_half(first.word[i] >> 16);
+            }
+        }
+        return;
+    }
+    HERO_UNROLL
+    for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+        const int at = column + i * lanes.step;
+        if (!half) {
+            out[i] = load_shared(reinterpret_cast<const float*>(tile) + at);
+        } else {
+            const uint32_t bits = load_shared(reinterpret_cast<const uint16_t*>(tile) + at);
+            out[i] = dtype == HERO_BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+        }
+    }
+}
+
+// c tanh(z / c) in place for both logits; delta too, as a product of small factors instead of a
+// difference: tanh u - tanh v = sinh(u - v) / (cosh u cosh v).
+template <bool delta>
+HERO_DEVICE void soft_cap(float cap, float& teacher, float& stored, float& slope) {
+    const float v = divide(teacher, cap);
+    const float d = divide(stored, cap);
+    const float u = delta ? v + d : d;
+    const float ev = exponential_minus_1(-2.0f * magnitude(v));
+    const float fall = exponential(-2.0f * magnitude(u));  // 1 + eu would cancel
+    teacher = cap * with_sign(divide(ev, 2.0f + ev), v);
+    if (delta) {
+        const float ed = exponential_minus_1(-2.0f * magnitude(d));
+        const float decay = exponential(lowest(magnitude(d) - magnitude(u) - magnitude(v), 0.0f));
+        stored = cap * with_sign(2.0f * divide(ed * decay, (1.0f + fall) * (2.0f + ev)), d);
+    } else {
+        const float eu = exponential_minus_1(-2.0f * magnitude(u));
+        stored = cap * with_sign(divide(eu, 2.0f + eu), d);
+    }
+    slope = divide(4.0f * fall, (1.0f + fall) * (1.0f + fall));
+}
+
+// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope. `absolute`: with delta, 1
+// in rows whose student holds raw logits all the same, else 0.
+template <bool delta>
+HERO_DEVICE void transform(const RowsProblem& problem, float absolute, float inner, int column,
+                           float raw_t, float raw_s, float& teacher, float& student,
+                           float& log_ratio, float& slope) {
+    if (delta) raw_s -= absolute * raw_t;
+    if (problem.teacher_bias) {
+        const float bias = problem.teacher_bias[column];
+        raw_t += bias;
+        // The difference of the biases first: a shared one cancels exactly.
+        if (delta) raw_s += (problem.student_bias ? problem.student_bias[column] : 0.0f) - bias;
+    }
+    if (problem.student_bias && !(delta && problem.teacher_bias))
+        raw_s += problem.student_bias[column];
+    // A masked column is masked for both, whatever the GEMM made of its delta.
+    if (delta) raw_s = raw_t < MASKED ? 0.0f : raw_s;
+    raw_t *= inner;
+    raw_s *= inner;
+    slope = 1.0f;
+    if (problem.softcap > 0) {
+        soft_cap<delta>(problem.softcap, raw_t, raw_s, slope);
+        raw_t *= problem.inv_temperature;
+        raw_s *= problem.inv_temperature;
+    }
+    teacher = highest(raw_t, MASKED);
+    student = highest(delta ? teacher + raw_s : raw_s, MASKED);
+    log_ratio = delta ? raw_s : student - teacher;
+}
+
+HERO_DEVICE float inner_factor(const RowsProblem& problem) {
+    return problem.softcap > 0 ? problem.logit_scale
+                               : problem.logit_scale * problem.inv_temperature;
+}
+
+// The thread's columns of a tile; those from `vocab_size` on count as masked.
+template <bool delta>
+HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes, float absolute,
+                               const char* teacher_tile, const char* student_tile, int in_tile,
+                               int column) {
+    Logits logits;
+    const int vocab_size = static_cast<int>(problem.vocab_size);
+    load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
+    load_stored(student_tile, problem.student_dtype, in_tile, lanes, logits.student);
+    const float inner = inner_factor(problem);
+    HERO_UNROLL
+    for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+        const int at = column + i * lanes.step;
+        if (at < vocab_size) {
+            transform<delta>(problem, absolute, inner, at, logits.teacher[i], logits.student[i],
+                             logits.teacher[i], logits.student[i], logits.log_ratio[i],
+                             logits.slope[i]);
+        } else {
+            logits.teacher[i] = logits.student[i] = MASKED;
+            logits.log_ratio[i] = 0.0f;
+            logits.slope[i] = 1.0f;
+        }
+    }
+    return logits;
+}
+
+HERO_DEVICE uint32_t pack(int32_t dtype, float first, float second) {
+    return dtype == HERO_BFLOAT16 ? bfloat16x2(first, second) : float16x2(first, second);
+}
+
+// Writes the thread's columns of the gradient's row.
+HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, char* grad_row,
+                                int column, const float* values) {
+    const int32_t dtype = problem.grad_dtype;
+    const int columns = static_cast<int>(problem.columns);
+    const bool half = dtype != HERO_FLOAT32;
+    if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
+        Words* pieces =
+            reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
+        Words piece;
+        HERO_UNROLL
+        for (int i = 0; i < 4; ++i)
+            piece.word[i] =
+                half ? pack(dtype, values[2 * i], values[2 * i + 1]) : as_bits(values[i]);
+        pieces[0] = piece;
+        if (half) return;
+        HERO_UNROLL
+        for (int i = 0; i < 4; ++i) piece.word[i] = as_bits(values[4 + i]);
+        pieces[1] = piece;
+        return;
+    }
+    HERO_UNROLL
+    for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+        const int at = column + i * lanes.step;
+        if (at >= columns) continue;
+        if (half)
+            reinterpret_cast<uint16_t*>(grad_row)[at] =
+                static_cast<uint16_t>(pack(dtype, values[i], 0.0f));
+        else
+            reinterpret_cast<float*>(grad_row)[at] = values[i];
+    }
+}
+
+}  // namespace hero

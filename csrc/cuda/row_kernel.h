@@ -1,0 +1,214 @@
+// One row, a cluster of blocks: divergence, statistics and gradient. Formulas as in
+// csrc/row_kernel.cpp, in sweeps over a row that lies in shared memory:
+//
+//   sweep 1   maxima, normalisers, log sum p_t exp(delta), and for reverse KL its mean log ratio
+//   sweep 2   the divergence, entropies; for both KLs the gradient too
+//   sweep 3   the gradient of the JSD, which needs sweep 2's KL(p_s || m)
+//
+// A row is read from global memory once, as soon as its stages are free: while the last sweep over
+// one row runs, the next row comes in behind it. A row that no cluster can hold is read once for
+// each sweep, through the same stages.
+#pragma once
+
+#include "row_copies.h"
+#include "row_sweeps.h"
+
+namespace hero {
+
+// The target's logits. They come first: the gradient may overwrite them.
+struct Target {
+    int64_t id = -1;
+    float teacher = 0.0f, student = 0.0f, log_ratio = 0.0f;
+};
+
+HERO_DEVICE float load_element(const char* row, int32_t dtype, int64_t column) {
+    if (dtype == HERO_FLOAT32) return reinterpret_cast<const float*>(row)[column];
+    const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[column];
+    return dtype == HERO_BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+}
+
+template <bool delta>
+HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher, const char* student,
+                               float absolute, int row) {
+    Target target;
+    if (!problem.target_ids) return target;
+    target.id = problem.target_ids[row];
+    if (target.id < 0) return target;
+    float slope;
+    transform<delta>(problem, absolute, inner_factor(problem), static_cast<int>(target.id),
+                     load_element(teacher, problem.teacher_dtype, target.id),
+                     load_element(student, problem.student_dtype, target.id), target.teacher,
+                     target.student, target.log_ratio, slope);
+    return target;
+}
+
+// Calls body(logits, column) for the thread's columns of a slice. `incoming`: tiles are still being
+// copied; `release`: this is the last time that they are read.
+template <bool delta, class Body>
+HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const Work& work,
+                           Exchange& exchange, const Lanes& lanes, int row, float absolute,
+                           Position at, bool incoming, bool release, Body body) {
+    const char* memory = shared_memory();
+    const int warp = thread_index() / 32;
+    const int group = warp * GROUP;
+    const int teacher_lead =
+        lead_of(row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row));
+    const int student_lead =
+        lead_of(row_of(problem.student, problem.student_dtype, problem.student_stride, row));
+    for (int tile = 0; tile < plan.tiles; ++tile) {
+        if (incoming) HERO_SYNC(NO_FULL_WAIT, wait(&exchange.full[at.stage], at.parity));
+        const int first = tile * plan.warps * GROUP + group;  // within the slice
+        if (first < work.slice_end - work.slice_begin) {
+            const int column = work.slice_begin + first + lanes.offset;
+            const Logits logits = load_logits<delta>(
+                problem, lanes, absolute,
+                memory + EXCHANGE_BYTES + at.stage * plan.teacher_stage + teacher_lead,
+                memory + plan.student_offset + at.stage * plan.student_stage + student_lead,
+                group + lanes.offset, column);
+            body(logits, column);
+        }
+        if (release) {
+            sync_warp();
+            if (thread_index() % 32 == 0) arrive(&exchange.empty[at.stage]);
+        }
+        at.advance(plan.stages);
+    }
+    return at;
+}
+
+// What sweep 1 knows of a row: its statistics, but for those of `Values`. Returns the importance
+// ratio. `out` is null in all threads but the one that writes.
+HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masses,
+                                 const Normaliser& n, const Target& target, int row, float* out) {
+    const bool has_target = target.id >= 0;
+    const float teacher = (target.teacher - n.max_teacher) - n.log_teacher;
+    const float x = (target.log_ratio - n.shift) - n.offset;
+    const float own = (target.student - n.max_student) - n.log_student;
+    const float student = n.near && magnitude(x) < 30.0f ? teacher + x : own;
+    float ratio = 1.0f;
+    if (has_target && problem.old_logprobs) {
+        ratio = expf(student - problem.old_logprobs[row]);
+        ratio = problem.is_clip > 0 && ratio > problem.is_clip ? problem.is_clip : ratio;
+    }
+    if (out) {
+        out[HERO_STAT_RATIO] = ratio;
+        out[HERO_STAT_STUDENT_LOGPROB] = has_target ? student : 0.0f;
+        out[HERO_STAT_TEACHER_LOGPROB] = has_target ? teacher : 0.0f;
+        const bool agree =
+            masses.top_teacher == masses.top_student && masses.top_teacher < problem.vocab_size;
+        out[HERO_STAT_TOP1_AGREEMENT] = agree ? 1.0f : 0.0f;
+    }
+    return ratio;
+}
+
+template <int divergence, bool delta>
+HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, const Work& work,
+                              Exchange& exchange) {
+    constexpr bool is_jsd = divergence == HERO_JSD;
+    constexpr bool is_reverse = divergence == HERO_REVERSE_KL;
+    const Lanes lanes(plan);
+    const bool with_stats = problem.with_stats;
+    const bool resident = HERO_CHOICE(EARLY_RELEASE, plan.resident, 0);
+    const bool third = work.sweeps == 3;
+    uint32_t reductions = 0;
+    Position at;
+    for (int row = work.first_row; row < problem.rows; row += work.row_step) {
+        const char* teacher =
+            row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
+        const char* student =
+            row_of(problem.student, problem.student_dtype, problem.student_stride, row);
+        char* grad =
+            const_cast<char*>(row_of(problem.grad, problem.grad_dtype, problem.grad_stride, row));
+        const bool holds_logits = delta && problem.absolute_rows && problem.absolute_rows[row];
+        const float absolute = holds_logits ? 1.0f : 0.0f;
+        const Target target = load_target<delta>(problem, teacher, student, absolute, row);
+        const Position start = at;
+
+        Masses mine = no_masses();
+        bool is_first = true;
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, at, true, !resident,
+                          [&](const Logits& z, int column) {
+                              add_masses<delta, is_reverse>(z, lanes, column, is_first, with_stats,
+                                                            mine);
+                              is_first = false;
+                          });
+        const Masses masses = reduce_cluster(
+            exchange, plan, work.rank, reductions++, true, mine, no_masses(),
+            [&](const Masses& sums) { return combine<is_reverse>(sums, with_stats); });
+        const Normaliser n(masses);
+
+        float* out = work.rank == 0 && thread_index() == 0
+                         ? problem.stats + static_cast<int64_t>(row) * HERO_NUM_STATS
+                         : nullptr;
+        const float ratio = row_statistics(problem, masses, n, target, row, out);
+        const float weight = problem.row_weights[row];
+        const float scale = weight * ratio * problem.logit_scale * problem.inv_temperature;
+        // Writes a gradient of the thread's columns: zero in padding, and where the weight is zero
+        // even if the row holds NaN.
+        const int vocab_size = weight != 0.0f ? static_cast<int>(problem.vocab_size) : 0;
+        const auto store = [&](const Logits& z, int column, float* gradient) {
+            HERO_UNROLL
+            for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+                const bool counts = column + i * lanes.step < vocab_size;
+                gradient[i] = counts ? gradient[i] * (z.slope[i] * scale) : 0.0f;
+            }
+            store_gradient(problem, lanes, grad, column, gradient);
+        };
+
+        Values values = no_values();
+        const bool last = !resident || !third;
+        const Position second = resident ? start : at;
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, second,
+                          !plan.resident, last, [&](const Logits& z, int column) {
+                              float gradient[COLUMNS_PER_THREAD];
+                              add_values<divergence, delta>(z, n, problem.beta, with_stats, values,
+                                                            gradient);
+                              if (!is_jsd && problem.grad) store(z, column, gradient);
+                          });
+        // Without a third sweep the sums are only to be written down.
+        values =
+            reduce_cluster(exchange, plan, work.rank, reductions++, third, values, no_values(),
+                           [&](const Values& sums) { return combine<is_jsd>(sums, with_stats); });
+        if (is_jsd && third)
+            at = sweep<delta>(
+                problem, plan, work, exchange, lanes, row, absolute, resident ? start : at,
+                !plan.resident, true, [&](const Logits& z, int column) {
+                    float gradient[COLUMNS_PER_THREAD];
+                    jsd_gradient<delta>(z, n, problem.beta, values.student_part, gradient);
+                    store(z, column, gradient);
+                });
+
+        if (out) {
+            out[HERO_STAT_DIVERGENCE] = values.divergence;
+            out[HERO_STAT_STUDENT_ENTROPY] = values.student_entropy;
+            out[HERO_STAT_TEACHER_ENTROPY] = values.teacher_entropy;
+            out[HERO_NUM_STATS - 1] = 0.0f;
+            // Garbage behind a mask must not poison the weighted sum.
+            if (weight == 0.0f && !(magnitude(values.divergence) < INFINITY))
+                for (int i = 0; i < HERO_NUM_STATS; ++i) out[i] = 0.0f;
+        }
+    }
+}
+
+// The whole kernel: `plan.warps` warps compute, one more copies.
+template <int divergence, bool delta>
+HERO_DEVICE void divergence_rows(const RowsProblem& problem, const Plan& plan) {
+    Exchange& exchange = *reinterpret_cast<Exchange*>(shared_memory());
+    if (thread_index() == 0) {
+        for (int i = 0; i < plan.stages; ++i) {
+            init_barrier(&exchange.full[i], COPY_ARRIVALS);
+            init_barrier(&exchange.empty[i], plan.warps);
+        }
+        for (int i = 0; i < 4; ++i) init_barrier(&exchange.arrived[i], 1);
+        fence_barriers();
+    }
+    HERO_SYNC(NO_START_BARRIER, sync_cluster());
+    const Work work(problem, plan);
+    if (thread_index() < 32 * plan.warps)
+        compute_rows<divergence, delta>(problem, plan, work, exchange);
+    else
+        copy_rows(problem, plan, work, exchange);
+    sync_cluster();  // no block leaves while another may still write to it
+}
+
+}  // namespace hero

@@ -1,0 +1,233 @@
+"""Random problems for the CUDA kernel, its emulator, and what nvcc makes of it."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from row_cases import FLOATS, FORWARD_KL, JSD, REVERSE_KL, Case, make_case
+from torch import Tensor
+
+from hero_kernels.cpu import NUM_STATS, RowsProblem, fp32_bias, rows_problem
+from hero_kernels.cuda import Layout
+from hero_kernels.row_arguments import check_matrices, check_vectors
+
+SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
+SIDES = ("student", "teacher")
+
+
+class Fault(IntEnum):
+    """A synchronisation left out; `Fault` of csrc/cuda/platform.h."""
+
+    NO_FAULT = 0
+    NO_START_BARRIER = 1
+    NO_FULL_WAIT = 2
+    NO_EMPTY_WAIT = 3
+    EARLY_RELEASE = 4
+    NO_BLOCK_BARRIER = 5
+    NO_CLUSTER_WAIT = 6
+    ONE_BUFFER = 7
+
+
+class Setting(NamedTuple):
+    """How the emulated GPU is used."""
+
+    clusters: int = 2
+    cluster_size: int = 2
+    warps: int = 2
+    """That compute; each works on 256 columns at once."""
+    stages: int = 0
+    """Tiles held at once; 0 for the whole row, read once."""
+
+
+DEFAULT_SETTING = Setting()
+
+
+class Limits(ctypes.Structure):
+    """`Limits` of csrc/cuda/plan.h, in bytes."""
+
+    _fields_ = (
+        ("shared_per_block", ctypes.c_int32),
+        ("shared_per_processor", ctypes.c_int32),
+        ("max_cluster", ctypes.c_int32),
+    )
+
+
+def random_case(seed: int) -> tuple[Case, torch.dtype]:
+    """Any shape, storage and options, and the type of the gradient."""
+    draw = random.Random(seed)
+    vocab = draw.choice([draw.randint(2, 700), draw.randint(700, 2300), 8 * draw.randint(1, 250)])
+    rows, padding = draw.randint(1, 5), draw.choice([0, 0, draw.randint(1, 40)])
+    delta = draw.random() < 0.5
+    case = make_case(
+        draw.choice([JSD, FORWARD_KL, REVERSE_KL]),
+        delta,
+        rows,
+        vocab + padding,
+        scale=draw.choice([1.0, 0.3, 1e-2 if delta else 3.0]),
+        seed=seed,
+        beta=draw.choice([0.5, 0.2]),
+        inv_temperature=draw.choice([1.0, 0.7]),
+        logit_scale=draw.choice([1.0, 0.8]),
+        softcap=draw.choice([0.0, 0.0, 9.0]),
+        vocab_size=vocab,
+        with_stats=draw.random() < 0.5,
+    )
+    case.student = case.student.to(draw.choice(FLOATS))
+    case.teacher = case.teacher.to(draw.choice(FLOATS))
+    case.teacher[:, vocab:] = torch.nan
+    case.student[:, vocab:] = torch.nan
+    if draw.random() < 0.4:
+        case.student_bias, case.teacher_bias = torch.randn(2, vocab + padding)
+        if draw.random() < 0.3:
+            case.student_bias = None
+    if draw.random() < 0.5:
+        case.target_ids = torch.randint(-1, vocab, (rows,))
+        if draw.random() < 0.5:
+            case.old_logprobs = case.truth()[0][:, 2].float() + 0.3 * torch.randn(rows)
+            case.is_clip = draw.choice([0.0, 1.1])
+    grad_dtype = draw.choice(FLOATS)
+    if draw.random() < 0.5 or grad_dtype == torch.float16:
+        # Small gradients would be subnormal in fp16: `power_of_two_scale` in chunked.py.
+        case.row_weights = torch.rand(rows) * (2**12 if grad_dtype == torch.float16 else 1)
+    return case, grad_dtype
+
+
+class DeadlockError(Exception):
+    """No thread of the emulated GPU can go on."""
+
+
+class Emulator:
+    """The kernel's text compiled for the CPU, every thread a fibre."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "emulator.so"
+        # longjmp between stacks is what fortified libraries take for an error.
+        options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-DHERO_EMULATED"]
+        warnings = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"]
+        command = ["g++", *options, *warnings, SOURCES / "emulator.cpp", "-o", path]
+        subprocess.run(command, check=True, timeout=120)
+        self._library = ctypes.CDLL(str(path))
+
+    def divergence_rows(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        grad: Tensor | None,
+        *,
+        setting: Setting = DEFAULT_SETTING,
+        fault: Fault = Fault.NO_FAULT,
+        seed: int = 0,
+        **options: Any,
+    ) -> Tensor:
+        """As `hero_kernels.cuda.divergence_rows`, under the schedule that `seed` draws.
+
+        Raises:
+            DeadlockError: the schedule ended in one.
+        """
+        problem, stats, alive = _problem(student, teacher, grad, options)
+        status = self._library.hero_emulated_divergence_rows(
+            ctypes.byref(problem), *setting, int(fault), ctypes.c_uint32(seed)
+        )
+        del alive
+        if status == 1:
+            raise DeadlockError
+        assert status == 0, f"status {status}"
+        return stats
+
+    def layout(self, student: Tensor, teacher: Tensor, limits: Limits, **options: Any) -> Layout:
+        """How a GPU with these limits would work on rows of this shape and these types."""
+        problem, _, _ = _problem(student, teacher, None, options)
+        layout = Layout()
+        self._library.hero_emulated_plan(
+            ctypes.byref(problem), ctypes.byref(limits), ctypes.byref(layout)
+        )
+        return layout
+
+
+def _problem(
+    student: Tensor, teacher: Tensor, grad: Tensor | None, options: dict[str, Any]
+) -> tuple[RowsProblem, Tensor, list[Tensor | None]]:
+    """The C struct, the statistics it points to, and what else it points to."""
+    check_matrices(student, teacher, grad, options["vocab_size"])
+    check_vectors(
+        student,
+        options["target_ids"],
+        options["row_weights"],
+        options["old_logprobs"],
+        options["absolute_rows"],
+        options["vocab_size"],
+    )
+    biases = [fp32_bias(options[f"{side}_bias"], student.shape[1]) for side in SIDES]
+    stats = torch.full((student.shape[0], NUM_STATS), torch.nan)
+    for side, bias in zip(SIDES, biases, strict=True):
+        options = {**options, f"{side}_bias": bias}
+    return rows_problem(student, teacher, grad, stats, **options), stats, biases
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas made of a kernel."""
+
+    divergence: int
+    delta: bool
+    registers: int
+    spills: int
+    """Bytes of spilled registers that are stored or loaded."""
+    shared: int
+    """Bytes of static shared memory."""
+
+
+def compile_cuda(arch: str, folder: Path) -> tuple[list[Kernel], dict[str, int]]:
+    """The kernels for an architecture such as "90a", and how often each instruction occurs."""
+    cubin = folder / f"rows_{arch}.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
+    done = subprocess.run(
+        [*command, SOURCES / "divergence_rows.cu", "-o", cubin],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    pattern = (
+        r"Compiling entry function '\S*divergence_rows_kernelILi(\d)ELb(\d)E.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
+    )
+    kernels = []
+    for divergence, delta, stores, loads, registers, rest in re.findall(
+        pattern, done.stderr, re.DOTALL
+    ):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels.append(
+            Kernel(
+                int(divergence),
+                delta == "1",
+                int(registers),
+                int(stores) + int(loads),
+                int(shared[1]) if shared else 0,
+            )
+        )
+    sass = subprocess.run(
+        [cuobjdump(), "-sass", cubin], check=True, capture_output=True, text=True, timeout=120
+    ).stdout
+    counts: dict[str, int] = {}
+    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass):
+        counts[name] = counts.get(name, 0) + 1
+    return kernels, counts
+
+
+def cuobjdump() -> str:
+    """The disassembler beside nvcc, or the one in Triton's wheel; "" if there is neither."""
+    spec = find_spec("triton")
+    packages = spec.submodule_search_locations if spec else None
+    wheel = [str(Path(package) / "backends" / "nvidia" / "bin") for package in packages or ()]
+    return next(filter(None, (shutil.which("cuobjdump", path=path) for path in (None, *wheel))), "")
