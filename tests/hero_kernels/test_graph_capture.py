@@ -173,7 +173,6 @@ SAFE_CALLS: dict[str, dict[str, Any]] = {
 }
 UNSAFE_CALLS: dict[str, dict[str, Any]] = {
     "validate": {"options": KernelOptions(validate=True)},
-    "num_items in a tensor of the host": {"num_items": torch.tensor(5.0)},
     "statistics of turns without weights": {"return_stats": True, "turn_ids": ids},
 }
 
