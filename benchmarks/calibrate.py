@@ -1,6 +1,6 @@
 """Measures the constants of the planner and writes them to hero_kernels/costs/.
 
-    python -m benchmarks.calibrate [--name NAME] [--out FILE] [--quick]
+    python -m benchmarks.calibrate [--out FILE] [--quick]
 
 On the machine at hand: the rates of the head's products as this package takes them, of every row
 kernel that runs, of a copy, of the first touch of memory, and what a chunk costs apart from its
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import machine
-from benchmarks.yardsticks import median_time
+from benchmarks.yardsticks import median_time, timed
 from hero_kernels import KernelOptions, backends, cpu_gemm, fused_linear_divergence, gemm
 from hero_kernels.chunked import buffer, buffer_types
 from hero_kernels.machines import CUDA_COSTS, FOLDER
@@ -127,17 +127,34 @@ def fresh_rate(device: str, num_bytes: int) -> float:
 
 
 def chunk_seconds(device: str) -> float:
-    """What a chunk costs apart from its size: from calls of many tiny chunks and of one."""
-    hidden, weight = torch.randn(64, 16, device=device), torch.randn(64, 16, device=device)
+    """What a chunk costs apart from its size: Python, dispatch, and on CUDA the launches.
+
+    From calls of many tiny chunks and of one, in turn; the least time of each, since whatever else
+    runs on the machine only adds to it. On CPU with one thread: a parallel region over a tiny chunk
+    waits for threads to wake, milliseconds on a busy machine, which says nothing of chunks of full
+    size, whose regions are part of the rates above.
+    """
+    rows, chunk = 256, 4
+    hidden, weight = torch.randn(rows, 16, device=device), torch.randn(64, 16, device=device)
 
     def call(chunk: int) -> Callable[[], object]:
         options = KernelOptions(chunk_size=chunk)
         states, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        return lambda: fused_linear_divergence(states, head, hidden.flip(0), options=options)
+        teacher = hidden.flip(0)
+        return lambda: fused_linear_divergence(states, head, teacher, options=options)
 
-    return max(
-        0.0, (median_time(call(2), device, ROUNDS) - median_time(call(64), device, ROUNDS)) / 31
-    )
+    threads = torch.get_num_threads()
+    many, one = call(chunk), call(rows)
+    try:
+        if device == "cpu":
+            torch.set_num_threads(1)
+        for _ in range(2):
+            many(), one()
+        times = [(timed(many, device), timed(one, device)) for _ in range(2 * ROUNDS)]
+    finally:
+        torch.set_num_threads(threads)
+    least_many, least_one = map(min, zip(*times, strict=True))
+    return max(0.0, (least_many - least_one) / (rows // chunk - 1))
 
 
 def measure(device: str, quick: bool) -> dict[str, Any]:
@@ -180,6 +197,8 @@ def main() -> None:
         help="as a CPU that lacks them: operands are widened",
     )
     options = parser.parse_args()
+    if options.quick and not options.out:
+        parser.error("--quick needs --out: its numbers must not become the machine's.")
     if options.without_bf16_products:
         cpu_gemm.kind = lambda: cpu_gemm.KINDS[0]  # type: ignore[assignment]
     device = "cuda" if torch.cuda.is_available() else "cpu"

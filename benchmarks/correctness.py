@@ -1,0 +1,388 @@
+"""The checks of gpu_check.py: every way of computing, against fp64.
+
+Inputs are fresh random numbers. Before each call memory is filled with NaN and given back, so that
+what the call allocates and does not write shows. The truth of a problem is computed once, for all
+subjects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.ours import Variant, refusal
+from benchmarks.problem import relative_error
+from hero_kernels import (
+    KernelOptions,
+    backends,
+    fused_linear_divergence,
+    linear_logprobs,
+    reference,
+    supports,
+)
+from hero_kernels.options import Storage
+from hero_kernels.workspace import workspace
+
+DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")  # in the order of `Divergence.code`
+BETA = 0.3
+LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-4}
+"""Relative error of loss and gradients, by Euclidean norms."""
+PLAIN_FACTOR = 2.0
+"""Where plain torch in the same type is less exact than that: no worse than this many times it."""
+LOSS_SCALE = {torch.bfloat16: 1.0, torch.float16: 4096.0, torch.float32: 1.0}
+"""Gradients are taken of so many times the loss: those of fp16 would be below its range."""
+
+
+class Check(NamedTuple):
+    """One comparison."""
+
+    subject: str
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # False for NaN
+
+
+class Size(NamedTuple):
+    """How large the checks are."""
+
+    rows: int
+    shapes: tuple[tuple[int, int], ...]
+    """Hidden size and vocabulary, odd ones among them."""
+    large: tuple[int, int, int]
+    """Rows, hidden size and vocabulary of the last check, in full size more than 2^31 logits."""
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        return [(self.rows, *shape) for shape in self.shapes]
+
+
+SIZES = {
+    "smallest": Size(67, ((45, 1025),), (64, 24, 257)),
+    "tiny": Size(161, ((72, 123), (45, 1025)), (64, 24, 1025)),
+    "full": Size(
+        300,
+        ((72, 123), (577, 32769), (576, 49152), (1024, 151936)),
+        (16384, 64, 151936),
+    ),
+}
+
+SUBJECTS = {
+    "triton": Variant("triton", "chunked"),
+    "cuda": Variant("cuda", "chunked"),
+    "cpu": Variant("cpu", "chunked"),
+    "torch": Variant("torch", "chunked"),
+    "fused": Variant(design="fused"),
+    "sliced": Variant(design="sliced"),
+    "sliced-torch": Variant("torch", "sliced"),
+}
+"""What can be checked, by name."""
+CHECKED = {"cuda": ("triton", "cuda", "fused", "sliced"), "cpu": ("cpu", "torch", "sliced")}
+"""What is checked if nothing is said, by device."""
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call; the student's require grad."""
+
+    student_hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+
+    @property
+    def trainable(self) -> tuple[Tensor, Tensor]:
+        return self.student_hidden, self.weight
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """A copy of another type."""
+        h_s, weight, h_t = (tensor.detach().to(dtype, copy=True) for tensor in self[:3])
+        own = None if self.teacher_weight is None else self.teacher_weight.to(dtype)
+        return Inputs(h_s.requires_grad_(), weight.requires_grad_(), h_t, own)
+
+
+def make_inputs(
+    rows: int, hidden: int, vocab: int, device: str, distance: float, own_head: bool = False
+) -> Inputs:
+    """Logits of standard deviation 3; student and teacher differ by `distance` of it."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    scale = 3.0 / hidden**0.5
+    h_t, weight = normal(rows, hidden), scale * normal(vocab, hidden)
+    own = weight + distance * scale * normal(vocab, hidden) if own_head else None
+    return Inputs(h_t + distance * normal(rows, hidden), weight, h_t, own)
+
+
+def poison(device: str, num_bytes: int) -> None:
+    """Leave NaN in memory that the next allocations are likely to get."""
+    for size in (num_bytes, num_bytes // 16, 1 << 20):
+        torch.full((max(size // 4, 1),), torch.nan, device=device)
+
+
+def loss_and_gradients(
+    function: Callable[..., Any], inputs: Inputs, scale: float = 1.0, **settings: Any
+) -> tuple[Tensor, ...]:
+    """Loss, and dX and dW of `scale` times the loss."""
+    output = function(*inputs, **settings)
+    loss = getattr(output, "loss", output)
+    return loss.detach(), *torch.autograd.grad(scale * loss, inputs.trainable)
+
+
+def allowed(dtype: torch.dtype, plain: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """The limit of each tensor, given plain torch in the same type and fp64."""
+    errors = map(relative_error, plain, truth)
+    return [max(LIMIT[dtype], PLAIN_FACTOR * error) for error in errors]
+
+
+def pieces(variant: Variant, inputs: Inputs, num_active: int) -> dict[str, Any]:
+    """Options that cut a call into several unequal pieces, and bound its rows, or do not."""
+    vocab, hidden = inputs.weight.shape
+    bound = {"max_active_rows": num_active + 3} if torch.rand(()) < 0.5 else {}
+    if variant.design != "sliced":
+        return {"chunk_size": max(1, num_active // 3 + 1) | 1, **bound}
+    space = workspace(
+        len(inputs.student_hidden),
+        hidden,
+        dtype=inputs.weight.dtype,
+        device=inputs.weight.device,
+        storage=Storage.FLOAT32,
+        shared_head=inputs.teacher_weight is None,
+    )
+    return {"memory_budget": space.bytes(max(vocab // 3, 128)), **bound}
+
+
+def operation_checks(
+    size: Size, device: str, subjects: dict[str, Variant], refused: dict[str, set[str]]
+) -> Iterator[Check]:
+    """The whole operation: divergences, types, shapes, both kinds of heads, masks."""
+    for divergence, dtype, shape, own_head in product(
+        DIVERGENCES, LIMIT, size.sizes(), (False, True)
+    ):
+        distance = float(10 ** torch.empty(()).uniform_(-2.5, 0))
+        inputs = make_inputs(*shape, device, distance, own_head).to(dtype)
+        masked = torch.rand(size.rows, device=device) < 0.4
+        settings: dict[str, Any] = {
+            "divergence": divergence,
+            "beta": BETA,
+            "temperature": 1.3,
+            "token_weights": torch.rand(size.rows, device=device).masked_fill(masked, 0.0),
+            "scale": LOSS_SCALE[dtype],
+        }
+        dense = reference.fused_linear_divergence
+        truth = loss_and_gradients(dense, inputs.to(torch.float64), **settings)
+        limits = [LIMIT[dtype]] * 3
+        if own_head:
+            limits = allowed(dtype, loss_and_gradients(dense, inputs, **settings), truth)
+        for hidden in (inputs.student_hidden, inputs.teacher_hidden):
+            hidden.data[masked] = torch.nan  # whatever a masked token holds must not matter
+        num_active = size.rows - int(masked.sum())
+        head = "own head" if own_head else "shared head"
+        name = f"{divergence}, {dtype}, {shape}, {head}, distance {distance:.1e}, "
+        for subject, variant in subjects.items():
+            cut = pieces(variant, inputs, num_active)
+            asked = {"divergence": divergence, "own_head": own_head}
+            if reason := refusal(variant, shape, dtype, device, **asked, **cut):
+                refused[subject].add(reason)
+                continue
+            poison(device, 8 * size.rows * shape[2])
+            got = loss_and_gradients(
+                fused_linear_divergence,
+                inputs,
+                impl=variant.impl,
+                options=variant.options(**cut),
+                **settings,
+            )
+            for which, *values, limit in zip(("loss", "dX", "dW"), got, truth, limits, strict=True):
+                yield Check(subject, name + which, relative_error(*values), limit)
+
+
+def row_kernel_checks(
+    size: Size, device: str, subjects: dict[str, Variant], refused: dict[str, set[str]]
+) -> Iterator[Check]:
+    """The row kernels alone: padded columns, temperature, soft cap, importance ratios."""
+    kernels = {
+        name: backends.row_kernel(variant.impl)
+        for name, variant in subjects.items()
+        if variant.design == "chunked" and supports(variant.impl, device=device) is None
+    }
+    for code, delta, (_, vocab) in product(range(3), (False, True), size.shapes):
+        real, cap, temperature, clip = vocab - 5, 30.0, 0.7, 2.0
+        z_t = 3 * torch.randn(size.rows, vocab, device=device)
+        gap = 0.1 * torch.randn(size.rows, vocab, device=device)
+        target_ids = torch.randint(real, (size.rows,), device=device)
+        old_logprobs = -5 * torch.rand(size.rows, device=device)
+        row_weights = torch.rand(size.rows, device=device)
+
+        raw = (z_t + gap)[:, :real].double().requires_grad_()
+        student, teacher = (
+            cap * torch.tanh(z / cap) / temperature for z in (raw, z_t[:, :real].double())
+        )
+        values = reference.token_divergence(
+            student, teacher, divergence=DIVERGENCES[code], beta=BETA
+        )
+        sampled = torch.log_softmax(student, -1).gather(1, target_ids[:, None])[:, 0].detach()
+        ratio = (sampled - old_logprobs).exp().clamp(max=clip)
+        (expected,) = torch.autograd.grad((row_weights * ratio * values).sum(), raw)
+
+        z_s = gap.clone() if delta else z_t + gap
+        z_t[:, real:] = z_s[:, real:] = torch.nan  # padding may hold anything
+        name = f"row kernel, {DIVERGENCES[code]}, {'delta' if delta else 'logits'}, V={vocab}, "
+        limit = LIMIT[torch.float32]
+        for subject, kernel in kernels.items():
+            grad = torch.full_like(z_t, torch.nan)
+            poison(device, 32 * size.rows)
+            stats = kernel(
+                z_s,
+                z_t,
+                grad,
+                delta=delta,
+                divergence=code,
+                beta=BETA,
+                inv_temperature=1 / temperature,
+                softcap=cap,
+                logit_scale=1.0,
+                student_bias=None,
+                teacher_bias=None,
+                target_ids=target_ids,
+                row_weights=row_weights,
+                old_logprobs=old_logprobs,
+                is_clip=clip,
+                vocab_size=real,
+                with_stats=True,
+            )
+            yield Check(subject, name + "values", relative_error(stats[:, 0], values), limit)
+            yield Check(subject, name + "ratios", relative_error(stats[:, 1], ratio), limit)
+            yield Check(
+                subject, name + "gradient", relative_error(grad[:, :real], expected), limit
+            )
+            yield Check(subject, name + "padding", float(grad[:, real:].abs().sum()), 0.0)
+
+
+def logprob_checks(
+    size: Size, device: str, subjects: dict[str, Variant], refused: dict[str, set[str]]
+) -> Iterator[Check]:
+    """`linear_logprobs`: log-probabilities, entropies, and gradients of both."""
+    impls = {
+        name: variant.impl
+        for name, variant in subjects.items()
+        if variant.design == "chunked"
+        and supports(variant.impl, device=device, function="linear_logprobs") is None
+    }
+    for dtype, shape in product(LIMIT, size.sizes()):
+        rows, _, vocab = shape
+        inputs = make_inputs(*shape, device, 0.0).to(dtype)
+        targets = torch.randint(vocab, (rows,), device=device)
+        masked = torch.rand(rows, device=device) < 0.4
+        upstream = torch.randn(2, rows, device=device).masked_fill(masked, 0.0)
+
+        def with_gradients(logprobs: Tensor, entropy: Tensor, given: Inputs) -> list[Tensor]:
+            kept = [torch.where(masked, 0.0, values) for values in (logprobs, entropy)]
+            total = (kept[0] * upstream[0]).sum() + (kept[1] * upstream[1]).sum()
+            return [*(values.detach() for values in kept), *grad(total, given.trainable)]
+
+        def dense(given: Inputs) -> list[Tensor]:
+            logits = given.student_hidden @ given.weight.t()
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            logp = (logits.to(wide) / 1.3).log_softmax(-1)
+            entropy = -(logp.exp() * logp).sum(-1)
+            return with_gradients(logp.gather(1, targets[:, None])[:, 0], entropy, given)
+
+        grad = torch.autograd.grad
+        truth = dense(inputs.to(torch.float64))
+        limits = allowed(dtype, dense(inputs), truth)
+        inputs.student_hidden.data[masked] = torch.nan
+        for subject, impl in impls.items():
+            poison(device, 8 * rows * vocab)
+            pair = linear_logprobs(
+                inputs.student_hidden,
+                inputs.weight,
+                targets,
+                temperature=1.3,
+                token_mask=~masked,
+                return_entropy=True,
+                impl=impl,
+                options=KernelOptions(chunk_size=rows // 3 | 1),
+            )
+            got = with_gradients(*pair, inputs)
+            names = ("log-probabilities", "entropies", "dX", "dW")
+            for which, *values, limit in zip(names, got, truth, limits, strict=True):
+                name = f"linear_logprobs, {dtype}, {shape}, {which}"
+                yield Check(subject, name, relative_error(*values), limit)
+
+
+def behaviour_checks(
+    size: Size, device: str, subjects: dict[str, Variant], refused: dict[str, set[str]]
+) -> Iterator[Check]:
+    """What has to hold exactly."""
+    shape = size.sizes()[-1]
+    inputs = make_inputs(*shape, device, 0.1).to(torch.bfloat16)
+
+    def largest(tensors: Sequence[Tensor]) -> float:
+        return max(float(tensor.abs().max()) for tensor in tensors)
+
+    for subject, variant in subjects.items():
+        cut = pieces(variant, inputs, shape[0])
+        if refusal(variant, shape, torch.bfloat16, device, **cut):
+            continue
+
+        def call(
+            case: Inputs = inputs,
+            variant: Variant = variant,
+            cut: dict[str, Any] = cut,
+            **settings: Any,
+        ) -> tuple[Tensor, ...]:
+            poison(device, 8 * shape[0] * shape[2])
+            ways: dict[str, Any] = {"impl": variant.impl, "options": variant.options(**cut)}
+            return loss_and_gradients(fused_linear_divergence, case, **ways, **settings)
+
+        difference = [a - b for a, b in zip(call(), call(), strict=True)]
+        yield Check(subject, "two calls, bit for bit", largest(difference), 0.0)
+        nothing = torch.zeros(shape[0], device=device)
+        yield Check(subject, "all masked: zeros", largest(call(token_weights=nothing)), 0.0)
+        same = inputs._replace(teacher_hidden=inputs.student_hidden.detach().clone())
+        yield Check(subject, "teacher = student: zeros", largest(call(same)), 0.0)
+
+
+def large_checks(
+    size: Size, device: str, subjects: dict[str, Variant], refused: dict[str, set[str]]
+) -> Iterator[Check]:
+    """More logits at once than 32 bits can count; fp64 in blocks of rows."""
+    rows, _, vocab = size.large
+    inputs = make_inputs(*size.large, device, 0.1).to(torch.bfloat16)
+    wide = inputs.to(torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, rows, 256):
+        part = slice(start, start + 256)
+        block = reference.fused_linear_divergence(
+            wide.student_hidden[part], wide.weight, wide.teacher_hidden[part], reduction="sum"
+        ).loss
+        block.backward()
+        loss += block.detach()
+    truth = (loss, *(leaf.grad for leaf in wide.trainable))
+    for subject, variant in subjects.items():
+        is_sliced = variant.design == "sliced"
+        whole = {"memory_budget": 48 << 30} if is_sliced else {"chunk_size": rows}
+        if refusal(variant, size.large, torch.bfloat16, device, **whole):
+            continue
+        poison(device, 4 * rows * vocab)
+        got = loss_and_gradients(
+            fused_linear_divergence,
+            inputs,
+            reduction="sum",
+            impl=variant.impl,
+            options=variant.options(**whole),
+        )
+        for which, value, expected in zip(("loss", "dX", "dW"), got, truth, strict=True):
+            assert expected is not None
+            name = f"{rows} x {vocab} logits at once, {which}"
+            yield Check(subject, name, relative_error(value, expected), LIMIT[torch.bfloat16])
+
+
+CHECKS = (row_kernel_checks, operation_checks, logprob_checks, behaviour_checks, large_checks)
