@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.ours import Prediction, Variant, predict, refusal
+from benchmarks.ours import AUTO, Prediction, Variant, predict, refusal
 from benchmarks.problem import BETA, IGNORED_LABEL, Problem
 from benchmarks.shapes import Case
 from hero_kernels import fused_linear_divergence
@@ -45,7 +45,7 @@ class Contestant:
 class Ours:
     """The loss of this package, computed in one way."""
 
-    variant: Variant = Variant()
+    variant: Variant = AUTO
     own_head: bool = False
     """Not to tell that both heads hold the same values: as with another teacher."""
 
@@ -222,7 +222,9 @@ def _imported(name: str) -> Any:
 CONTESTANTS = {
     "hero": Contestant("hero_kernels, shared head", Ours()),
     "hero-own-head": Contestant("hero_kernels, teacher with its own head", Ours(own_head=True)),
-    "hero-triton": Contestant("hero_kernels, Triton row kernel", Ours(Variant("triton", "chunked"))),
+    "hero-triton": Contestant(
+        "hero_kernels, Triton row kernel", Ours(Variant("triton", "chunked"))
+    ),
     "hero-cuda": Contestant("hero_kernels, CUDA row kernel", Ours(Variant("cuda", "chunked"))),
     "hero-fused": Contestant("hero_kernels, fused design", Ours(Variant(design="fused"))),
     "hero-sliced": Contestant("hero_kernels, sliced design", Ours(Variant(design="sliced"))),

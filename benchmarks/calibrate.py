@@ -189,7 +189,11 @@ def own_name(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the constants of the planner.")
-    parser.add_argument("--out", type=Path, help="default: the machine's file of costs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="file, or folder for a file named after the machine; default: hero_kernels/costs",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the program")
     parser.add_argument(
         "--without-bf16-products",
@@ -203,7 +207,9 @@ def main() -> None:
         cpu_gemm.kind = lambda: cpu_gemm.KINDS[0]  # type: ignore[assignment]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = measure(device, options.quick)
-    out = options.out or FOLDER / f"{own_name(device)}.json"
+    out = options.out or FOLDER
+    if out.is_dir():
+        out /= f"{own_name(device)}.json"
     out.write_text(json.dumps(values, indent=1) + "\n")
     print(json.dumps(values, indent=1))
 

@@ -29,6 +29,7 @@ from hero_kernels.workspace import workspace
 
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")  # in the order of `Divergence.code`
 BETA = 0.3
+TEMPERATURE = 1.3
 LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-4}
 """Relative error of loss and gradients, by Euclidean norms."""
 PLAIN_FACTOR = 2.0
@@ -171,7 +172,7 @@ def operation_checks(
         settings: dict[str, Any] = {
             "divergence": divergence,
             "beta": BETA,
-            "temperature": 1.3,
+            "temperature": TEMPERATURE,
             "token_weights": torch.rand(size.rows, device=device).masked_fill(masked, 0.0),
             "scale": LOSS_SCALE[dtype],
         }
@@ -259,44 +260,50 @@ def row_kernel_checks(
             )
             yield Check(subject, name + "values", relative_error(stats[:, 0], values), limit)
             yield Check(subject, name + "ratios", relative_error(stats[:, 1], ratio), limit)
-            yield Check(
-                subject, name + "gradient", relative_error(grad[:, :real], expected), limit
-            )
+            yield Check(subject, name + "gradient", relative_error(grad[:, :real], expected), limit)
             yield Check(subject, name + "padding", float(grad[:, real:].abs().sum()), 0.0)
+
+
+def dense_logprobs(inputs: Inputs, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """What `linear_logprobs` returns, from whole logits in the inputs' type, softmax in fp32."""
+    logits = inputs.student_hidden @ inputs.weight.t()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = (logits.to(wide) / TEMPERATURE).log_softmax(-1)
+    return logp.gather(1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+def with_gradients(
+    pair: Sequence[Tensor], upstream: Tensor, inputs: Inputs, scale: float
+) -> list[Tensor]:
+    """Log-probabilities and entropies of the tokens with an upstream gradient; dX and dW."""
+    kept = [torch.where(of != 0, of_row, 0.0) for of, of_row in zip(upstream, pair, strict=True)]
+    total = scale * sum((of * values).sum() for of, values in zip(upstream, kept, strict=True))
+    return [*(values.detach() for values in kept), *torch.autograd.grad(total, inputs.trainable)]
 
 
 def logprob_checks(
     size: Size, device: str, subjects: dict[str, Variant], refused: dict[str, set[str]]
 ) -> Iterator[Check]:
     """`linear_logprobs`: log-probabilities, entropies, and gradients of both."""
-    impls = {
-        name: variant.impl
-        for name, variant in subjects.items()
-        if variant.design == "chunked"
-        and supports(variant.impl, device=device, function="linear_logprobs") is None
-    }
+    impls = {}
+    for subject, variant in subjects.items():
+        if variant.design == "chunked":
+            asked = {"device": device, "function": "linear_logprobs"}
+            if reason := supports(variant.impl, **asked):
+                refused[subject].add(reason)
+            else:
+                impls[subject] = variant.impl
     for dtype, shape in product(LIMIT, size.sizes()):
         rows, _, vocab = shape
         inputs = make_inputs(*shape, device, 0.0).to(dtype)
         targets = torch.randint(vocab, (rows,), device=device)
         masked = torch.rand(rows, device=device) < 0.4
         upstream = torch.randn(2, rows, device=device).masked_fill(masked, 0.0)
-
-        def with_gradients(logprobs: Tensor, entropy: Tensor, given: Inputs) -> list[Tensor]:
-            kept = [torch.where(masked, 0.0, values) for values in (logprobs, entropy)]
-            total = (kept[0] * upstream[0]).sum() + (kept[1] * upstream[1]).sum()
-            return [*(values.detach() for values in kept), *grad(total, given.trainable)]
-
-        def dense(given: Inputs) -> list[Tensor]:
-            logits = given.student_hidden @ given.weight.t()
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            logp = (logits.to(wide) / 1.3).log_softmax(-1)
-            entropy = -(logp.exp() * logp).sum(-1)
-            return with_gradients(logp.gather(1, targets[:, None])[:, 0], entropy, given)
-
-        grad = torch.autograd.grad
-        truth = dense(inputs.to(torch.float64))
-        limits = allowed(dtype, dense(inputs), truth)
+        wide = inputs.to(torch.float64)
+        scale = LOSS_SCALE[dtype] / rows
+        truth = with_gradients(dense_logprobs(wide, targets), upstream, wide, scale)
+        plain = with_gradients(dense_logprobs(inputs, targets), upstream, inputs, scale)
+        limits = allowed(dtype, plain, truth)
         inputs.student_hidden.data[masked] = torch.nan
         for subject, impl in impls.items():
             poison(device, 8 * rows * vocab)
@@ -304,13 +311,13 @@ def logprob_checks(
                 inputs.student_hidden,
                 inputs.weight,
                 targets,
-                temperature=1.3,
+                temperature=TEMPERATURE,
                 token_mask=~masked,
                 return_entropy=True,
                 impl=impl,
                 options=KernelOptions(chunk_size=rows // 3 | 1),
             )
-            got = with_gradients(*pair, inputs)
+            got = with_gradients(pair, upstream, inputs, scale)
             names = ("log-probabilities", "entropies", "dX", "dW")
             for which, *values, limit in zip(names, got, truth, limits, strict=True):
                 name = f"linear_logprobs, {dtype}, {shape}, {which}"

@@ -34,9 +34,7 @@ def chosen_subjects(text: str | None, device: str) -> list[str]:
     """
     if text is None:
         # A design that this build does not have yet is no failure of the others.
-        return [
-            name for name in CHECKED[device] if SUBJECTS[name].design in tuple(Design)
-        ]
+        return [name for name in CHECKED[device] if SUBJECTS[name].design in tuple(Design)]
     names = text.split(",")
     if unknown := [name for name in names if name not in SUBJECTS]:
         raise SystemExit(
@@ -72,25 +70,25 @@ def main() -> None:
                     f"(limit {check.limit:.1e})  {check.subject}: {check.name}",
                     flush=True,
                 )
+        if options.out:  # after every group: an error in the next must not lose them
+            report = {
+                "device": device,
+                "seed": seed,
+                "subjects": names,
+                "refused": {name: sorted(reasons) for name, reasons in refused.items()},
+                "checks": [{**check._asdict(), "passed": check.passed} for check in checks],
+            }
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
     for name, reasons in refused.items():
         for reason in sorted(reasons):
             print(f"refused by {name}: {reason}")
-    idle = [name for name in names if not any(check.subject == name for check in checks)]
-    failed = [check for check in checks if not check.passed]
+    failed = sum(not check.passed for check in checks)
+    idle = False
     for name in names:
-        own = [check for check in checks if check.subject == name]
-        wrong = sum(not check.passed for check in own)
-        print(f"{name}: {len(own)} checks, {wrong} failed" + ", serves nothing" * (name in idle))
-    print(f"{len(checks)} checks, {len(failed)} failed, {time.perf_counter() - start:.0f} s")
-    if options.out:
-        report = {
-            "device": device,
-            "seed": seed,
-            "subjects": names,
-            "refused": {name: sorted(reasons) for name, reasons in refused.items()},
-            "checks": [{**check._asdict(), "passed": check.passed} for check in checks],
-        }
-        options.out.write_text(json.dumps(report, indent=1) + "\n")
+        own = [check.passed for check in checks if check.subject == name]
+        idle = idle or not own
+        print(f"{name}: {len(own)} checks, {own.count(False)} failed" + ", none made" * (not own))
+    print(f"{len(checks)} checks, {failed} failed, {time.perf_counter() - start:.0f} s")
     raise SystemExit(bool(failed or idle))
 
 

@@ -1,4 +1,4 @@
-"""Ways in which this package computes one loss: why one cannot serve, and what the planner predicts.
+"""Ways in which this package computes one loss: why one cannot serve, what the planner predicts.
 
 A way that this build or this machine lacks is refused by the package itself, with a reason; nothing
 here has to know which there are.
@@ -28,6 +28,9 @@ class Variant(NamedTuple):
             ValueError: this build has no such design.
         """
         return KernelOptions(design=self.design, **others)
+
+
+AUTO = Variant()
 
 
 class Prediction(NamedTuple):
