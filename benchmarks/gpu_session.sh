@@ -127,6 +127,8 @@ if [ -n "${WHEELS:-}" ]; then
         --target "$site" "$WHEELS"/*.whl
 fi
 
+jobs=() # most of the time of the tests goes into compiling kernels
+"$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
 check=("$python" -m benchmarks.gpu_check --quiet)
 benchmark=("$python" -m pytest benchmarks -p no:cacheprovider --benchmark-quiet "${more[@]}")
 # Only our kernels are instrumented; torch's own would take the whole session. The first name is
@@ -141,14 +143,14 @@ done
 ours_regex="regex:$(IFS='|' && echo "${ours[*]}")"
 
 gpu_stage build 45 env HERO_BUILD_CPP=1 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
-stage check 90 "${check[@]}" --size "$size" --out "$out/check.json"
+stage check 90 "${check[@]}" --parallel --size "$size" --out "$out/check.json"
 stage ceilings 10 "$python" -m benchmarks.yardsticks --out "$out/ceilings.json" "${tiny[@]}"
 stage calibrate 35 "$python" -m benchmarks.calibrate --out "$out" "${quick[@]}"
 stage benchmarks 105 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
     --contestants "$contestants" --results "$out/benchmark.json"
 stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds" \
     --contestants "hero,$compared" --results "$out/comparison.json"
-gpu_stage tests 60 "$python" -m pytest tests/hero_kernels -m gpu -x -p no:cacheprovider
+gpu_stage tests 60 "$python" -m pytest tests/hero_kernels -m gpu -p no:cacheprovider "${jobs[@]}"
 gpu_stage memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "${sanitizer[@]}" --tool memcheck "${check[@]}" --size smallest
 gpu_stage racecheck 30 "${sanitizer[@]}" --tool racecheck "${check[@]}" --size smallest
