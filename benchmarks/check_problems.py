@@ -13,10 +13,12 @@ from benchmarks.problem import relative_error
 from hero_kernels.options import Storage
 from hero_kernels.workspace import workspace
 
-LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-4}
+LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-5}
 """Relative error of loss and gradients, by Euclidean norms."""
+ROW_LIMIT = 2e-4
+"""The same for a row kernel alone, given two logits in fp32 whose difference is rounded."""
 PLAIN_FACTOR = 2.0
-"""Where plain torch in the same type is less exact than that: no worse than this many times it."""
+"""Where plain torch in fp32 loses precision too: so many times its error on top."""
 LOSS_SCALE = {torch.bfloat16: 1.0, torch.float16: 4096.0, torch.float32: 1.0}
 """Gradients are taken of so many times the loss: those of fp16 would be below its range."""
 
@@ -120,9 +122,9 @@ def loss_and_gradients(
 
 
 def allowed(dtype: torch.dtype, plain: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
-    """The limit of each tensor, given plain torch in the same type and fp64."""
+    """The limit of each tensor, given plain torch in fp32 on the same inputs, and fp64."""
     errors = map(relative_error, plain, truth)
-    return [max(LIMIT[dtype], PLAIN_FACTOR * error) for error in errors]
+    return [LIMIT[dtype] + PLAIN_FACTOR * error for error in errors]
 
 
 def pieces(variant: Variant, inputs: Inputs, num_active: int) -> dict[str, Any]:

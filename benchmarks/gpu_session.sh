@@ -150,7 +150,8 @@ stage benchmarks 105 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
     --contestants "$contestants" --results "$out/benchmark.json"
 stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds" \
     --contestants "hero,$compared" --results "$out/comparison.json"
-gpu_stage tests 60 "$python" -m pytest tests/hero_kernels -m gpu -p no:cacheprovider "${jobs[@]}"
+gpu_stage tests 75 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
+    -k '(triton or cuda or gpu) and not (interpreter or compile or emulator)'
 gpu_stage memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "${sanitizer[@]}" --tool memcheck "${check[@]}" --size smallest
 gpu_stage racecheck 30 "${sanitizer[@]}" --tool racecheck "${check[@]}" --size smallest
