@@ -173,8 +173,8 @@ def logprob_checks(
     impls = {}
     for subject, variant in subjects.items():
         if variant.design == "chunked":
-            asked = {"device": device, "function": "linear_logprobs"}
-            if reason := supports(variant.impl, **asked):
+            reason = supports(variant.impl, device=device, function="linear_logprobs")
+            if reason:
                 refused[subject].add(reason)
             else:
                 impls[subject] = variant.impl
@@ -200,6 +200,7 @@ def logprob_checks(
                 impl=impl,
                 options=KernelOptions(chunk_size=rows // 3 | 1),
             )
+            assert isinstance(pair, tuple)
             got = with_gradients(pair, upstream, inputs, scale)
             names = ("log-probabilities", "entropies", "dX", "dW")
             for which, *values in zip(names, got, truth, strict=True):

@@ -22,11 +22,15 @@
 #     PYTHON   interpreter with torch (default python3)
 #     WHEELS   folder of wheels to put on the path first, for a machine without a package index
 #
-# Wheels for the packages that are compared, and what they import, beside torch and triton:
-#     liger-kernel 0.8.5: nothing more
-#     trl 1.16.0: transformers, accelerate, peft (if installed), pandas, pyarrow, rich, jinja2 and
-#         datasets 5.2.0, which needs dill 0.4.1, multiprocess 0.70.19, fsspec, xxhash, httpx
-#     The benchmarks themselves need pytest and pytest-benchmark.
+# Wheels for the packages that are compared (Python 3.12 there; by their METADATA and imports):
+#     liger_kernel 0.8.5               imports torch and triton only
+#     trl 1.16.0                       imports transformers, accelerate, pandas, pyarrow, psutil,
+#                                      jinja2, pyyaml, rich, peft (if installed), and datasets
+#     datasets 5.2.0, dill 0.4.1, multiprocess 0.70.19
+#                                      what trl needs and torch's usual companions lack; they import
+#                                      pandas, pyarrow, fsspec, xxhash, httpx, huggingface_hub
+# 3 MB in all. Without them those contestants are skipped, with the reason. The benchmarks
+# themselves need pytest and pytest-benchmark; pytest-xdist makes the tests faster.
 #
 # --dry-run needs no GPU: it takes tiny shapes and the CPU's implementations, and prints the
 # commands of the stages that need one.
