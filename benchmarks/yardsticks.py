@@ -60,7 +60,7 @@ def own_gemms(problem: Problem) -> Step:
     trained = problem.weight.requires_grad
     plan = Plan("auto", rows, "float32", 0, True, trained, False, False)
     num_rows, hidden = h_s.shape
-    sizes, types, groups, held, sum_type = layout(
+    sizes, types, groups, held, sum_type, _ = layout(
         num_rows, hidden, h_s.dtype, h_s.device, True, plan
     )
     student = buffer(h_s, rows, len(weight), types.student)

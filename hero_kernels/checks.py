@@ -276,11 +276,15 @@ def pieces(
 
 def whole_heads_only(function: str, options: KernelOptions) -> None:
     """The function sees whole rows of whole heads."""
-    if options.process_group is not None or options.design == Design.SLICED:
-        got = "process_group" if options.process_group is not None else "design='sliced'"
+    got = {
+        "process_group": options.process_group,
+        f"design={str(options.design)!r}": options.design not in (Design.AUTO, Design.CHUNKED),
+        "memory_budget": options.memory_budget,
+    }
+    if named := [name for name, value in got.items() if value]:
         raise ValueError(
-            f"{function} has no {got}: it is an option of fused_linear_divergence. Leave it out, "
-            "and pass the whole head."
+            f"{function} has no {named[0]}: it is an option of fused_linear_divergence. Leave it "
+            "out; pass the whole head, and chunk_size for less memory."
         )
 
 

@@ -2,8 +2,9 @@
 
 For each chunk of rows: teacher logits, student logits (or, for a shared head, delta = (h_s -
 h_t)·Wᵀ), the row kernel, which overwrites the student's chunk by the gradient, then the products
-with the head and the hidden states. No more than two chunks of logits exist at any time. Rows of
-zero weight are dropped first.
+with the head and the hidden states. Two chunks of logits exist at any time, and in 16 bits the
+gradient of as many chunks as share a product for dW (`layout`). Rows of zero weight are dropped
+first.
 
 Four GEMMs for a trainable head, three for a frozen one, two for evaluation; one less without a
 teacher's head.
@@ -46,7 +47,7 @@ class Plan(NamedTuple):
     need_bias: bool
     with_stats: bool
     design: str = Design.CHUNKED
-    """`Design.CHUNKED` or `Design.SLICED`."""
+    """Value of `Design`, not "auto" once the planner has chosen."""
     memory_budget: int = 0
     """Bytes that "sliced" may take beyond inputs and gradients; 0 for its default."""
     group: str = ""
@@ -57,6 +58,10 @@ class Plan(NamedTuple):
     @property
     def need_grad(self) -> bool:
         return self.need_hidden or self.need_weight or self.need_bias
+
+
+LogitKernel = Callable[["LogitChunk", Head, Head], Tensor]
+"""Fills a chunk's logits from student and teacher of the same rows; returns statistics [R, 12]."""
 
 
 class Gradients(NamedTuple):
@@ -81,6 +86,7 @@ class LogitChunk(NamedTuple):
     grad: Tensor | None  # [R, V] to be filled; may be `student` itself
     student_bias: Tensor | None  # [V] fp32
     teacher_bias: Tensor | None  # [V] fp32
+    statistics: Tensor | None = None  # [R, 12] of the fused design, see phases.py
 
 
 def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor | None]:
@@ -128,6 +134,7 @@ def run_chunks(
     row_kernel: Callable[[LogitChunk], Tensor],
     plan: Plan,
     num_stats: int = STATS,
+    logit_kernel: LogitKernel | None = None,
 ) -> tuple[Tensor, Gradients]:
     """Statistics of every row and the gradients of what the row kernel differentiates.
 
@@ -139,6 +146,7 @@ def run_chunks(
         row_kernel: fills `LogitChunk.grad` and returns statistics [R, num_stats].
         plan: how.
         num_stats: columns of the statistics.
+        logit_kernel: of the fused design; None for products of the library.
 
     Returns:
         Statistics [N, num_stats] and gradients; of a shard of the vocabulary (`plan.group`) that of
@@ -148,16 +156,25 @@ def run_chunks(
     head = weight[:vocab_size]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shared = teacher is not None and teacher.weight is weight
-    sizes, types, groups, held, sum_type = layout(
+    sizes, types, groups, held, sum_type, in_place = layout(
         len(hidden), hidden.shape[1], hidden.dtype, hidden.device, shared, plan
     )
     longest = max(sizes, default=0)
-    logits = buffer(hidden, longest, vocab_size, types.student)
-    teacher_logits = None if teacher is None else buffer(hidden, longest, vocab_size, wide)
-    grads = None
-    if plan.need_grad:
-        in_place = types.gradient == types.student
-        grads = logits if in_place else buffer(hidden, held, vocab_size, types.gradient)
+    # The fused design's stores want rows that start at multiples of 16 elements.
+    width = vocab_size if logit_kernel is None else -(-vocab_size // 16) * 16
+
+    def chunk_buffer(rows: int, dtype: torch.dtype) -> Tensor:
+        return buffer(hidden, rows, width, dtype)[:, :vocab_size]
+
+    teacher_logits = None if teacher is None else chunk_buffer(longest, wide)
+    # The gradient takes the student's place, chunk by chunk; or it is held for several chunks; or
+    # both: then logits of 16 bits stand in the buffer of the held gradient.
+    grads = chunk_buffer(held, types.gradient) if held else None
+    if in_place and grads is not None:
+        logits = grads.view(types.student)
+    else:
+        logits = chunk_buffer(longest, types.student)
+        grads = logits if in_place and plan.need_grad else grads
     narrow = gradient_dtype(hidden.dtype)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=wide if plan.group else narrow)
     d_weight = weight.new_empty(weight.shape if plan.need_weight else 0, dtype=sum_type)
@@ -175,23 +192,21 @@ def run_chunks(
         first = start
         for size in islice(chunks, group):
             rows = slice(start, start + size)
-            h_s = cleared(hidden[rows], active[rows])
-            chunk_teacher = None if teacher_logits is None else teacher_logits[:size]
-            absolute = None
-            if teacher is not None and chunk_teacher is not None:
-                h_t = cleared(teacher.hidden[rows], active[rows])
-                if shared:
-                    absolute = _delta_into(logits[:size], chunk_teacher, h_s, h_t, head, types)
-                else:
-                    gemm.logits_into(teacher.weight[:vocab_size], (chunk_teacher, h_t))
-            if not shared:
-                gemm.logits_into(head, (logits[:size], h_s))
-            grad = None if grads is None else grads[start - first : start - first + size]
-            stats[rows] = row_kernel(
-                LogitChunk(
-                    rows, logits[:size], chunk_teacher, absolute, grad, student_bias, teacher_bias
-                )
+            place = slice(start - first, start - first + size)  # in what is held
+            chunk = LogitChunk(
+                rows,
+                logits[place if in_place and held else slice(0, size)],
+                None if teacher_logits is None else teacher_logits[:size],
+                None,
+                None if grads is None else grads[place],
+                student_bias,
+                teacher_bias,
             )
+            h_s = cleared(hidden[rows], active[rows])
+            h_t = None if teacher is None else cleared(teacher.hidden[rows], active[rows])
+            grad = chunk.grad
+            chunk = _with_logits(chunk, student, teacher, h_s, h_t, head, types, logit_kernel)
+            stats[rows] = row_kernel(chunk)
             if grad is not None and plan.need_hidden:
                 if plan.group:  # one summand of many: not rounded
                     gemm.add_hidden_gradient(d_hidden[rows], grad, head)
@@ -217,6 +232,37 @@ def run_chunks(
     )
 
 
+def _with_logits(
+    chunk: LogitChunk,
+    student: Head,
+    teacher: Head | None,
+    h_s: Tensor,
+    h_t: Tensor | None,
+    head: Tensor,
+    types: BufferTypes,
+    logit_kernel: LogitKernel | None,
+) -> LogitChunk:
+    """The chunk with its logits computed."""
+    if teacher is None or h_t is None or chunk.teacher is None:
+        gemm.logits_into(head, (chunk.student, h_s))
+        return chunk
+    shared = teacher.weight is student.weight
+    teacher_head = head if shared else teacher.weight[: len(head)]
+    if logit_kernel is not None:
+        statistics = logit_kernel(
+            chunk,
+            Head(h_s, head, chunk.student_bias),
+            Head(h_t, teacher_head, chunk.teacher_bias),
+        )
+        return chunk._replace(statistics=statistics)
+    if shared:
+        absolute = _delta_into(chunk.student, chunk.teacher, h_s, h_t, head, types)
+        return chunk._replace(absolute_rows=absolute)
+    gemm.logits_into(teacher_head, (chunk.teacher, h_t))
+    gemm.logits_into(head, (chunk.student, h_s))
+    return chunk
+
+
 def buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """An empty [rows, columns] on the device of `like`.
 
@@ -239,9 +285,11 @@ class Layout(NamedTuple):
     groups: list[int]
     """Number of chunks whose gradients are held together, for one product that forms dW."""
     held: int
-    """Rows of the gradient's buffer; 0 where the gradient takes the place of the logits."""
+    """Rows of the gradient's buffer; 0 where the gradient takes the place of a single chunk."""
     weight_sum: torch.dtype
     """In which dW is summed."""
+    in_place: bool
+    """Whether the gradient takes the place of the student's logits."""
 
 
 def layout(
@@ -261,15 +309,18 @@ def layout(
     """
     sizes = chunk_sizes(num_rows, plan.chunk_size)
     longest = max(sizes, default=0)
-    types = buffer_types(dtype, device, plan.storage, shared_head)
+    fused = plan.design == Design.FUSED
+    types = buffer_types(dtype, device, plan.storage, shared_head, fused)
     groups, held = [1] * len(sizes), 0
-    if plan.need_grad and types.gradient != types.student:
+    in_place = types.gradient == types.student or (fused and shared_head)
+    if plan.need_grad and (fused or not in_place):
         limit = hidden_size * (4 if device.type == "cpu" else 2) if plan.need_weight else 0
         groups = _equal_parts(len(sizes), max(1, limit // max(1, longest)))
         chunks = iter(sizes)
         held = max((sum(islice(chunks, group)) for group in groups), default=0)
     wide = torch.promote_types(dtype, torch.float32)
-    return Layout(sizes, types, groups, held, types.gradient if len(groups) <= 1 else wide)
+    weight_sum = types.gradient if len(groups) <= 1 else wide
+    return Layout(sizes, types, groups, held, weight_sum, in_place)
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -302,7 +353,11 @@ class BufferTypes(NamedTuple):
 
 
 def buffer_types(
-    dtype: torch.dtype, device: torch.device, storage: str, shared_head: bool
+    dtype: torch.dtype,
+    device: torch.device,
+    storage: str,
+    shared_head: bool,
+    fused: bool = False,
 ) -> BufferTypes:
     """What the chunk loop holds its chunks in.
 
@@ -316,8 +371,11 @@ def buffer_types(
         device: of the hidden states.
         storage: value of `Storage`.
         shared_head: whether the student's logits are a delta.
+        fused: whether they come from the fused design, whose delta is fp16 (fused.py).
     """
     wide = torch.promote_types(dtype, torch.float32)
+    if fused:
+        return BufferTypes(torch.float16 if shared_head else wide, dtype)
     mixed = storage == Storage.MIXED
     return BufferTypes(
         student=dtype if mixed and shared_head else wide,

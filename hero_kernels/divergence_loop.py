@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks, rows
+from hero_kernels import backends, checks, fused, rows
 from hero_kernels.chunked import (
     Gradients,
     Head,
@@ -156,6 +156,22 @@ def _run_chunks(
     delta: bool,
 ) -> tuple[Tensor, Gradients]:
     """The chunk loop over whole rows, or over this rank's columns of them."""
+    vocab_size = objective.vocab_size
+    if plan.design == Design.FUSED:
+
+        def fused_rows(chunk: LogitChunk) -> Tensor:
+            part = row_tensors.take(chunk.rows)
+            return fused.divergence_from_statistics(chunk, part, objective, delta, plan.with_stats)
+
+        def logit_kernel(chunk: LogitChunk, student: Head, teacher: Head) -> Tensor:
+            assert chunk.teacher is not None
+            ids = row_tensors.target_ids
+            ids = None if ids is None else ids[chunk.rows]
+            return fused.logits_into(student, teacher, chunk.student, chunk.teacher, objective, ids)
+
+        return run_chunks(
+            student, teacher, active, vocab_size, fused_rows, plan, logit_kernel=logit_kernel
+        )
     if not plan.group:
         impl = backends.resolve(plan.impl, student.hidden, objective)
 

@@ -51,6 +51,11 @@ def explain(
         ValueError: the implementation named cannot serve.
     """
     options = options or KernelOptions()
+    if options.process_group is not None:
+        raise ValueError(
+            "explain describes the work of one process: pass the shard's vocab_size and leave "
+            "options.process_group None."
+        )
     where = torch.device(device)
     plan = Plan(
         impl=impl,
@@ -96,8 +101,8 @@ def explain(
 def _chunked(
     problem: planner.Problem, chosen: planner.Candidate, trained: list[str], each: str
 ) -> list[str]:
-    plan = problem.plan._replace(chunk_size=chosen.size)
-    chunks, types, groups, held, weight_sum = layout(
+    plan = problem.plan._replace(chunk_size=chosen.size, design=chosen.design)
+    chunks, types, groups, held, weight_sum, in_place = layout(
         problem.num_rows,
         problem.hidden_size,
         problem.dtype,
@@ -108,15 +113,18 @@ def _chunked(
     gemms = ["teacher logits", "h_s - h_t" if problem.shared_head else "student logits", *trained]
     wide = torch.promote_types(problem.dtype, torch.float32)
     rows, vocab = max(chunks, default=0), problem.vocab_size
-    logits_bytes = rows * vocab * (wide.itemsize + types.student.itemsize)
+    of_student = 0 if in_place and held else types.student.itemsize
+    logits_bytes = rows * vocab * (wide.itemsize + of_student)
     gradient_bytes = held * vocab * types.gradient.itemsize
+    of_gradient = "in place"
+    if held:
+        of_gradient = f"{_mebibytes(gradient_bytes)} ({max(groups, default=0)} chunk(s) held)"
     lines = [
         f"rows at once: {rows}, {len(chunks)} chunk(s) for {problem.num_rows} rows",
         f"held as: teacher {_name(wide)}, student {_name(types.student)}, "
         f"gradient {_name(types.gradient)}",
         f"head GEMMs: {len(gemms)} ({', '.join(gemms)}), {each}",
-        f"workspace: {_mebibytes(logits_bytes)} of logits, {_mebibytes(gradient_bytes)} of their "
-        f"gradient ({max(groups, default=0)} chunk(s) held)",
+        f"workspace: {_mebibytes(logits_bytes)} of logits, their gradient {of_gradient}",
     ]
     if problem.plan.need_weight and weight_sum != problem.dtype:
         size = vocab * problem.hidden_size * weight_sum.itemsize

@@ -30,6 +30,8 @@ class Products:
     weight: float
     half_rows: float
     """Rows at which a product runs at half its rate."""
+    fused: float = 0.0
+    """Of the logits of both sides by the fused design's kernel; 0 if unknown."""
 
     def seconds(self, rate: float, flops: float, rows: int) -> float:
         """Of a product of `rows` rows at a time."""

@@ -76,6 +76,7 @@ class Design(StrEnum):
 
     AUTO = "auto"
     CHUNKED = "chunked"  # by rows (chunked.py): four head GEMMs, gradients in the forward pass
+    FUSED = "fused"  # by rows, with one Triton GEMM for both sides (fused.py): four, less traffic
     SLICED = "sliced"  # by vocabulary (sliced.py): eight, the least memory; gradients in backward
 
 
@@ -97,7 +98,7 @@ class KernelOptions:
     validate: bool = False
     """Check values too (NaN weights, ids out of range); on CUDA that is a synchronisation."""
     design: str = Design.AUTO
-    """"auto" lets the planner choose (planner.py), "chunked" or "sliced" fix it; see `Design`."""
+    """"auto" lets the planner choose (planner.py), another name fixes it; see `Design`."""
     memory_budget: int | None = None
     """Bytes beyond inputs and gradients. The planner takes the fastest design and chunk that fit;
     without a budget "chunked", or for a named "sliced" slices that fit 448 MiB."""
@@ -114,7 +115,19 @@ class KernelOptions:
         if self.storage not in tuple(Storage):
             raise ValueError(f"storage must be 'float32' or 'mixed'; got {self.storage!r}.")
         if self.design not in tuple(Design):
-            raise ValueError(f"design must be 'auto', 'chunked' or 'sliced'; got {self.design!r}.")
+            raise ValueError(
+                f"design must be 'auto', 'chunked', 'fused' or 'sliced'; got {self.design!r}."
+            )
+        if self.chunk_size is not None and self.design == Design.SLICED:
+            raise ValueError(
+                "chunk_size counts rows of a chunk, which design='sliced' has none of: set "
+                f"memory_budget for the width of slices; got chunk_size={self.chunk_size}."
+            )
+        if self.storage == Storage.MIXED and self.design == Design.FUSED:
+            raise ValueError(
+                "design='fused' has a storage of its own (fp32 teacher, fp16 delta): leave storage "
+                "'float32', or use design='chunked'."
+            )
         if self.accumulate_weight_grad and self.design != Design.SLICED:
             raise ValueError(
                 "accumulate_weight_grad needs design='sliced', which forms the head's gradient in "

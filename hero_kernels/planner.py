@@ -7,7 +7,8 @@ measurement.
 
 Without a memory budget the chunk loop holds as many rows as `backends.chunk_rows` says. With one
 (`options.memory_budget`: bytes beyond inputs and gradients) the fastest candidate that fits is
-taken, which may be the sliced design.
+taken, which may be the sliced design. The fused design is a rival of the chunk loop where its rate
+has been measured, and taken elsewhere only if named.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hero_kernels import backends
+from hero_kernels import backends, fused
 from hero_kernels.chunked import Plan, layout
 from hero_kernels.machines import Machine, machine_of
 from hero_kernels.options import Design, KernelOptions, Support
@@ -113,7 +114,7 @@ def candidates(problem: Problem) -> list[Candidate]:
     Raises:
         ValueError: an implementation named cannot serve.
     """
-    return [*_chunked(problem), *_sliced(problem)]
+    return [*_chunked(problem), *_fused(problem), *_sliced(problem)]
 
 
 def _chunked(problem: Problem) -> Iterator[Candidate]:
@@ -121,35 +122,67 @@ def _chunked(problem: Problem) -> Iterator[Candidate]:
     if plan.design not in (Design.AUTO, Design.CHUNKED):
         return
     impl = _phases_name(problem) if plan.group else backends.choose(plan.impl, problem.request)
-    size = plan.chunk_size or backends.chunk_rows(problem.device, problem.vocab_size)
-    yield _chunked_candidate(problem, impl, size)
-    while plan.memory_budget and not plan.chunk_size and size > _LEAST_CHUNK:
-        size //= 2
+    for size in _chunk_sizes(problem):
         yield _chunked_candidate(problem, impl, size)
 
 
-def _chunked_candidate(problem: Problem, impl: str, chunk_size: int) -> Candidate:
-    plan = problem.plan._replace(chunk_size=chunk_size)
+def _fused(problem: Problem) -> Iterator[Candidate]:
+    """If asked for; or, where its rate has been measured, as a rival of the chunk loop."""
+    plan = problem.plan
+    machine = machine_of(problem.device)
+    is_known = machine.measured and machine.products_of(problem.dtype).fused > 0
+    asked_for = plan.design == Design.FUSED
+    if not asked_for and not (plan.design == Design.AUTO and is_known):
+        return
+    reason = fused.refusal(plan.impl, problem.request, problem.vocab_size)
+    if plan.group:
+        reason = "it has no shards of the vocabulary"
+    if reason and asked_for:
+        raise ValueError(
+            f"design='fused' cannot serve this call: {reason}. design='auto' chooses one that can."
+        )
+    if reason:
+        return
+    for size in _chunk_sizes(problem):
+        yield _chunked_candidate(problem, "triton", size, Design.FUSED)
+
+
+def _chunk_sizes(problem: Problem) -> Iterator[int]:
+    """What the caller says, else the default and, with a budget, halves of it."""
+    plan = problem.plan
+    size = plan.chunk_size or backends.chunk_rows(problem.device, problem.vocab_size)
+    yield size
+    while plan.memory_budget and not plan.chunk_size and size > _LEAST_CHUNK:
+        size //= 2
+        yield size
+
+
+def _chunked_candidate(
+    problem: Problem, impl: str, chunk_size: int, design: str = Design.CHUNKED
+) -> Candidate:
+    plan = problem.plan._replace(chunk_size=chunk_size, design=design)
     rows, hidden, vocab = problem.num_rows, problem.hidden_size, problem.vocab_size
-    sizes, types, groups, held, weight_sum = layout(
+    sizes, types, groups, held, weight_sum, in_place = layout(
         rows, hidden, problem.dtype, problem.device, problem.shared_head, plan
     )
     wide = torch.promote_types(problem.dtype, torch.float32)
     chunk = max(sizes, default=0)
-    logits = chunk * vocab * (wide.itemsize + types.student.itemsize)
+    of_student = 0 if in_place and held else types.student.itemsize
+    logits = chunk * vocab * (wide.itemsize + of_student)
     fresh = logits + held * vocab * types.gradient.itemsize
     summed = 0
     if plan.need_weight and weight_sum.itemsize > problem.dtype.itemsize:
         summed = vocab * hidden * weight_sum.itemsize
     machine = machine_of(problem.device)
+    is_fused = design == Design.FUSED
     seconds = (
-        _product_seconds(problem, machine, chunk, passes=1)
-        + rows * vocab / machine.row_rate(impl, problem.divergence)
+        _product_seconds(problem, machine, chunk, passes=1, is_fused=is_fused)
+        + rows * vocab / machine.row_rate("fused" if is_fused else impl, problem.divergence)
         + (fresh + summed) / machine.fresh
         + len(sizes) * machine.chunk_seconds
         + max(len(groups) - 1, 0) * 2 * summed / machine.bandwidth
     )
-    return Candidate(Design.CHUNKED, impl, chunk_size, seconds, fresh + summed)
+    return Candidate(design, impl, chunk_size, seconds, fresh + summed)
 
 
 def _sliced(problem: Problem) -> Iterator[Candidate]:
@@ -163,6 +196,10 @@ def _sliced(problem: Problem) -> Iterator[Candidate]:
     )
     if not asked_for and not (plan.design == Design.AUTO and plan.memory_budget and possible):
         return
+    if problem.support != Support.FULL or problem.clips:
+        raise ValueError(
+            "design='sliced' has support='full' without pointwise_clip only: use design='chunked'."
+        )
     impl = _phases_name(problem)
     space = workspace(
         problem.num_rows,
@@ -205,12 +242,15 @@ def _needs_gradient(plan: Plan) -> bool:
     return plan.need_hidden or plan.need_weight
 
 
-def _product_seconds(problem: Problem, machine: Machine, rows: int, passes: int) -> float:
+def _product_seconds(
+    problem: Problem, machine: Machine, rows: int, passes: int, is_fused: bool = False
+) -> float:
     """Of the head's products, with the logits of both sides computed `passes` times."""
     plan = problem.plan
     products = machine.products_of(problem.dtype)
     flops = 2.0 * problem.num_rows * problem.hidden_size * problem.vocab_size
-    seconds = 2 * passes * products.seconds(products.logits, flops, rows)
+    rate = products.fused or products.logits if is_fused else products.logits
+    seconds = 2 * passes * products.seconds(rate, flops, rows)
     if plan.need_hidden:
         seconds += products.seconds(products.hidden, flops, rows)
     if plan.need_weight:

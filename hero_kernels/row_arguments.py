@@ -45,10 +45,10 @@ def _check_matrices(inputs: dict[str, Tensor], grad: Tensor | None, vocab_size: 
     for name, tensor in inputs.items():
         if grad is None or grad.numel() == 0 or grad.data_ptr() != tensor.data_ptr():
             continue
-        if (grad.dtype, grad.stride(0)) != (tensor.dtype, tensor.stride(0)):
+        if (grad.itemsize, grad.stride(0)) != (tensor.itemsize, tensor.stride(0)):
             raise ValueError(
-                f"grad shares the memory of {name} but not its dtype and strides: got "
-                f"{grad.dtype}, {grad.stride()}, expected {tensor.dtype}, {tensor.stride()}; "
+                f"grad shares the memory of {name} but not the size of its elements and strides: "
+                f"got {grad.dtype}, {grad.stride()}, expected {tensor.dtype}, {tensor.stride()}; "
                 f"pass {name} itself."
             )
 

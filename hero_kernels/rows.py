@@ -35,6 +35,7 @@ LOSS, RATIO, STUDENT_LOGPROB, TEACHER_LOGPROB, STUDENT_ENTROPY, TEACHER_ENTROPY,
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Logits worked on at once: few enough for the CPU's cache, or for the GPU's memory."""
 
+_RATIO_LIMIT = 1e4
 _EXP_LIMIT = 80.0
 """exp(80) is finite in fp32, and exp(-80) counts nothing in a sum of probabilities."""
 
@@ -248,7 +249,7 @@ def log_probs(
         growth = (logp_t.exp() * torch.expm1(gap)).sum(-1, keepdim=True)  # sum p_t exp(gap) - 1
         near = growth.abs() < 0.5  # False for overflow (inf, or nan from 0·inf) too
         log_ratio = gap - growth.where(near, 0.0).log1p()
-        return LogProbs(logp_s, logp_t, log_ratio.where(near, logp_s - logp_t), slope)
+        return LogProbs(logp_s, logp_t, log_ratio.where(near, _log_ratio(logp_s, logp_t)), slope)
 
     z_s = scaled(student, student_bias)
     if softcap:
@@ -261,7 +262,13 @@ def log_probs(
     if softcap:
         z_t = softcap * torch.tanh(z_t / softcap)
     logp_t = torch.log_softmax(z_t * inv_temperature, -1)
-    return LogProbs(logp_s, logp_t, logp_s - logp_t, slope)
+    return LogProbs(logp_s, logp_t, _log_ratio(logp_s, logp_t), slope)
+
+
+def _log_ratio(logp_s: Tensor, logp_t: Tensor) -> Tensor:
+    """log p_s - log p_t; 0 in columns masked for both, +-1e4 where one side alone is masked."""
+    both = (logp_s == -torch.inf) & (logp_t == -torch.inf)
+    return (logp_s - logp_t).masked_fill(both, 0.0).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
 
 
 def sech2(a: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """docs/loss.md and docs/architecture.md tell the truth: examples, tables and formulas are run.
 
-Oracles: plain torch for the examples, written out here; the profiler for the GEMMs; the formula of
-the page for `explain`; the files themselves for the numerics and the modules.
+Oracles: plain torch for the examples, written out here; the profiler for the GEMMs; the files
+themselves for the numerics and the modules. Memory: test_docs_memory.py.
 """
 
 from __future__ import annotations
@@ -9,16 +9,22 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 import hero_kernels
-from hero_kernels import KernelOptions, explain, fused_linear_divergence, linear_logprobs, supports
+from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs, supports
+from hero_kernels.backends import IMPLEMENTATIONS
+from hero_kernels.gemm import takes_16_bit
+from hero_kernels.options import Design
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
@@ -93,11 +99,29 @@ def dense_ppo(names: dict[str, Any]) -> None:
     names["loss"].backward()
 
 
+def dense_grpo(names: dict[str, Any]) -> None:
+    mask = names["mask"]
+    logits = names["head"](names["trunk"](names["x"])[0]).log_softmax(-1)
+    logprobs = logits.gather(-1, names["ids"][..., None])[..., 0]
+    entropy = -(logits.exp() * logits).sum(-1)
+    ratio = (logprobs - (logprobs.detach() - 0.1)).exp()
+    rewards = torch.randn(4)  # the example's first draw after the set-up too
+    advantages = ((rewards - rewards.mean()) / rewards.std())[:, None]
+    policy = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    names["loss"] = (policy - 0.01 * entropy)[mask].sum() / mask.sum()
+    names["loss"].backward()
+
+
 EXAMPLES: dict[str, Callable[[dict[str, Any]], None]] = {
     "A plain loop": dense_loop,
     "TRL": dense_once,
     "Liger": dense_once,
     "A PPO-style loss with a value per token": dense_ppo,
+    "GRPO with an entropy bonus": dense_grpo,
+    "Low memory": dense_once,
+    "Tensor parallelism": dense_once,
+    "FSDP2": dense_once,
+    "torch.compile": dense_once,
 }
 
 
@@ -107,6 +131,15 @@ def test_every_example_is_tested() -> None:
     assert PAGE.count("```python") == len(EXAMPLES) + 2  # the set-up, and what explain prints
 
 
+@pytest.fixture
+def no_process_group() -> Iterator[None]:
+    """Ends the process group that an example starts."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("no_process_group")
 @pytest.mark.parametrize("title", EXAMPLES)
 def test_example(title: str) -> None:
     ours: dict[str, Any] = {}
@@ -118,14 +151,26 @@ def test_example(title: str) -> None:
     for model in ("trunk", "head"):
         for got, expected in zip(ours[model].parameters(), plain[model].parameters(), strict=True):
             assert expected.grad.norm() > 0
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
-            torch.testing.assert_close(got.grad, expected.grad, rtol=1e-3, atol=1e-6)
+            torch.testing.assert_close(whole(got), expected, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(whole(got.grad), expected.grad, rtol=1e-3, atol=1e-6)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @pytest.mark.skipif(supports("cpu") is not None, reason=f"C++ row kernel: {supports('cpu')}")
 def test_what_explain_prints(capsys: pytest.CaptureFixture[str]) -> None:
     exec(code("What a call would do"), {})
-    assert capsys.readouterr().out == code("What a call would do", "text")
+    printed, shown = capsys.readouterr().out, code("What a call would do", "text")
+    assert shown.count(" ms, ") == 6
+    assert without_costs(printed) == without_costs(shown)
+
+
+def without_costs(text: str) -> str:
+    """What does not depend on the machine's rates."""
+    text = re.sub(r"predicted with the costs of .*", "predicted", text)
+    return re.sub(r"at once: \S+ ms,", "at once:", text)
 
 
 # Tables
@@ -160,7 +205,11 @@ GEMM_CALLS: dict[str, tuple[str, dict[str, Any]]] = {
     '`reduction="none"`, trainable head': ("both", {"reduction": "none"}),
     '`reduction="none"`, frozen head': ("trunk", {"reduction": "none"}),
     "`teacher_topk`, trainable head": ("both", {"support": "topk"}),
+    '`design="sliced"`, trainable head': ("both", {"options": KernelOptions(design="sliced")}),
+    '`design="sliced"`, frozen head': ("trunk", {"options": KernelOptions(design="sliced")}),
+    '`design="sliced"`, evaluation': ("", {"options": KernelOptions(design="sliced")}),
     "`linear_logprobs`, trainable head": ("both", {}),
+    "`linear_logprobs`, frozen head": ("trunk", {}),
 }
 
 
@@ -195,40 +244,24 @@ def products(function: Callable[[], Any]) -> tuple[Any, int]:
     return result, sum(e.count for e in events if e.key in ("aten::mm", "aten::addmm_"))
 
 
-@pytest.mark.parametrize("storage", ["float32", "mixed"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize(("rows", "trainable"), [(3000, True), (100, True), (100, False)])
-def test_memory_formula(
-    storage: str, shared: bool, dtype: torch.dtype, device: str, rows: int, trainable: bool
-) -> None:
-    """`explain` against the formula of the page, for V = 151936 and H = 1024."""
-    vocab, hidden = 151936, 1024
-    text = explain(
-        rows,
-        hidden,
-        vocab,
-        device=device,
-        dtype=dtype,
-        shared_head=shared,
-        trainable_trunk=trainable,
-        trainable_head=trainable,
-        impl="torch",
-        options=KernelOptions(storage=storage),
-    )
-    short, mixed = dtype == torch.bfloat16, storage == "mixed"
-    wide = 8 if dtype == torch.float64 else 4
-    student = 2 if short and mixed and shared else wide
-    gradient = 2 if short and (mixed or device == "cuda") else wide
-    own_place = trainable and gradient != student
-    limit = 256 if device == "cpu" else 2**31 // (6 * vocab) // 256 * 256
-    chunks = -(-rows // limit)
-    held = -(-rows // chunks) * vocab * (wide + student + gradient * own_place)
-    assert f"workspace: {held / 2**20:.1f} MiB of logits" in text
-    has_sum = trainable and short and not (gradient == 2 and chunks == 1)
-    weight_sum = f"and {vocab * hidden * 4 / 2**20:.1f} MiB for the float32 sum of dW"
-    assert (weight_sum in text) == has_sum and ("sum of dW" in text) == has_sum
+def test_tables_name_every_choice() -> None:
+    assert [row[0].strip("`") for row in table("Options")] == [
+        field.name for field in fields(KernelOptions)
+    ]
+    defaults = {field.name: field.default for field in fields(KernelOptions)}
+    for name, default, _ in table("Options"):
+        assert eval(default.strip("`")) == defaults[name.strip("`")]
+    assert {design.value for design in Design} <= {row[0].strip('`"') for row in table("Designs")}
+    named = {re.findall(r"`\"(\w+)\"`", row[0])[0]: row for row in table_of_implementations()}
+    assert list(named) == list(IMPLEMENTATIONS)
+    for name, entry in IMPLEMENTATIONS.items():
+        assert ("fp64" in named[name][2]) == (torch.float64 in entry.dtypes)
+        assert ("no `pointwise_clip`" in named[name][3]) == entry.dense_only
+        assert (named[name][5] == "yes") == (entry.logprobs_module is not None)
+
+
+def table_of_implementations() -> list[list[str]]:
+    return [row for row in table("Implementations") if len(row) == 6]
 
 
 # Numerics
@@ -245,6 +278,17 @@ def test_numerics_table_is_that_of_its_file() -> None:
     assert shown == numerics.section(RESULT)
 
 
+def test_what_the_page_says_of_16_bit_operands() -> None:
+    path = numerics.RESULTS.with_name("numerics-cpu-amx.json")
+    assert f"`benchmarks/results/{path.name}`" in SECTIONS["Numerics"]
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["shape"] == RESULT["shape"]
+    assert len(result["rows"]) == len(RESULT["rows"])
+    for row in result["rows"]:
+        assert 2.15e-3 < row["gradient_error"]["delta"] < 2.5e-3
+        assert row["value_error"]["delta"] < 3e-6
+
+
 def test_what_the_page_says_of_the_numerics() -> None:
     assert RESULT["shape"] == list(numerics.SHAPE)
     rows = RESULT["rows"]
@@ -259,12 +303,18 @@ def test_what_the_page_says_of_the_numerics() -> None:
 
 
 def test_numerics_small_and_new() -> None:
-    """The program itself, at a size that takes no time: the order of the three columns stands."""
+    """The program itself, at a size that takes no time: the order of the three columns stands.
+
+    Where h_s - h_t is rounded to the type that products take, it is off by up to 2^-12 of its norm,
+    and the value, which is of second order in it, by twice that.
+    """
+    rounds = takes_16_bit(torch.device("cpu"), torch.bfloat16)
+    value_bound = 2 * 2.0**-12 if rounds else 1e-6
     rows = numerics.measure((32, 32, 512), (0.15, 5e-4))
     for row in rows:
         error = row["gradient_error"]
         assert error["delta"] < 3e-3 and error["fp32 logits"] < 3e-3 < error["bf16 logits"] / 5
-        assert row["value_error"]["delta"] < 1e-6 < row["value_error"]["bf16 logits"]
+        assert row["value_error"]["delta"] < value_bound < row["value_error"]["bf16 logits"]
     assert {round(torch.tensor(row["value"]).log10().item()) for row in rows} >= {-1, -2, -6}
 
 
@@ -277,7 +327,8 @@ def test_architecture_names_every_module(package: str) -> None:
     [section] = re.findall(rf"^## {package}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
     named = []
     for line in re.findall(r"^    (.*)$", section, re.MULTILINE):
-        named += re.findall(r"[\w./]+(?:/|\.py|\.cpp|\.h)(?= )", re.split(r"   +", line)[0] + " ")
+        names = re.split(r"   +", line)[0] + " "
+        named += re.findall(r"[\w./]+(?:/|\.py|\.cpp|\.h|\.cuh?)(?= )", names)
     folder = ROOT / package
     assert [name for name in named if not (folder / name).exists()] == []
     assert len(named) == len(set(named))

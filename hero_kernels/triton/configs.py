@@ -98,6 +98,10 @@ GEMMS = {
 """By compute capability times 10, as `ROWS`."""
 
 
+LOGPROBS = dict.fromkeys((80, 90, 100), RowConfig(block_v=1024, num_warps=4))
+"""For the log-probability kernels, which hold few registers; as `ROWS`."""
+
+
 def row_config(capability: tuple[int, int], table: dict[int, RowConfig] | None = None) -> RowConfig:
     """The entry of `table`, `ROWS` if None, for a device.
 

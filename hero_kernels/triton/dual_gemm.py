@@ -92,6 +92,7 @@ def dual_logits(
     *,
     scaling: Scaling,
     target_ids: Tensor | None = None,
+    absolute_rows: Tensor | None = None,
     vocab_size: int,
     path: str | None = None,
     config: GemmConfig | None = None,
@@ -106,6 +107,8 @@ def dual_logits(
         delta_out: [R, V] likewise; None if `teacher_out` is None.
         scaling: for the statistics; the biases are of all V columns.
         target_ids: [R] int64, -1 for none.
+        absolute_rows: [R] bool: rows whose `delta_hidden` holds the student's hidden state itself;
+            their teacher logits are subtracted in fp32. See `chunked.difference_operand`.
         vocab_size: columns from here on are padding.
         path: how operands are read, None to choose by `operand_path`.
         config: tile, None for the device's.
@@ -125,6 +128,7 @@ def dual_logits(
         vocab_size,
         path,
         config,
+        absolute_rows,
     )
 
 
@@ -227,8 +231,9 @@ def _launch(
     vocab_size: int,
     path: str | None,
     config: GemmConfig | None,
+    absolute_rows: Tensor | None = None,
 ) -> Tensor:
-    _check(student, teacher, scaling, target_ids, vocab_size)
+    _check(student, teacher, scaling, target_ids, absolute_rows, vocab_size)
     rows, columns = len(student[0]), len(student[1])
     operands = (*student[:2], *teacher[:2])
     if path is None or config is None:
@@ -266,6 +271,7 @@ def _launch(
             pointer(scaling.student_bias),
             pointer(scaling.teacher_bias),
             pointer(target_ids),
+            pointer(absolute_rows),
             parts,
             rows,
             columns,
@@ -287,6 +293,7 @@ def _launch(
             HAS_TEACHER_BIAS=scaling.teacher_bias is not None,
             HAS_SOFTCAP=scaling.softcap > 0,
             HAS_TARGETS=target_ids is not None,
+            HAS_ABSOLUTE=absolute_rows is not None,
             BLOCK_T=config.block_t,
             BLOCK_V=config.block_v,
             BLOCK_K=config.block_k,
@@ -303,6 +310,7 @@ def _check(
     teacher: _Side,
     scaling: Scaling,
     target_ids: Tensor | None,
+    absolute_rows: Tensor | None,
     vocab_size: int,
 ) -> None:
     rows, columns = len(student[0]), len(student[1])
@@ -333,6 +341,7 @@ def _check(
         ("each bias", scaling.student_bias, (columns,), torch.float32),
         ("each bias", scaling.teacher_bias, (columns,), torch.float32),
         ("target_ids", target_ids, (rows,), torch.int64),
+        ("absolute_rows", absolute_rows, (rows,), torch.bool),
     )
     for name, vector, expected_shape, kind in vectors:
         if vector is not None and (
@@ -342,7 +351,7 @@ def _check(
                 f"{name} must be a contiguous {list(expected_shape)} tensor of {kind}, got "
                 f"{list(vector.shape)} of {vector.dtype} with strides {vector.stride()}."
             )
-    for tensor in (*student, *teacher, *scaling[3:], target_ids):
+    for tensor in (*student, *teacher, *scaling[3:], target_ids, absolute_rows):
         if tensor is not None and tensor.device != device:
             raise ValueError(f"All tensors must be on {device}, got one on {tensor.device}.")
     largest = min(columns, _LARGEST_VOCAB - 1)

@@ -45,6 +45,7 @@ def dual_gemm_kernel(
     student_bias_ptr,
     teacher_bias_ptr,
     target_ids_ptr,
+    absolute_rows_ptr,
     parts_ptr,
     # shapes
     rows,
@@ -73,6 +74,7 @@ def dual_gemm_kernel(
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_TARGETS: tl.constexpr,
+    HAS_ABSOLUTE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -131,6 +133,8 @@ def dual_gemm_kernel(
     if HAS_TARGETS:
         targets = tl.load(target_ids_ptr + offs_t, offs_t < rows, other=-1).to(tl.int32)
         targets = tl.where(targets < vocab_size, targets, -1)
+    if HAS_ABSOLUTE:  # rows of the second operand that hold h_s
+        absolute = tl.load(absolute_rows_ptr + offs_t, offs_t < rows, other=0).to(tl.float32)
     local_t = tl.arange(0, BLOCK_T)[:, None]
     teacher_out_ptr += first_t.to(tl.int64) * stride_to  # a chunk may hold more than 2^31 logits
     student_out_ptr += first_t.to(tl.int64) * stride_so
@@ -138,6 +142,8 @@ def dual_gemm_kernel(
         if first_v + index * WIDTH < columns:
             raw_t = _column_slice(acc_t, index, SLICES)
             raw_s = _column_slice(acc_s, index, SLICES)
+            if HAS_ABSOLUTE:
+                raw_s -= absolute[:, None] * raw_t
             offs_v = first_v + index * WIDTH + tl.arange(0, WIDTH)
             if WRITE_LOGITS:
                 inside = (offs_t < rows)[:, None] & (offs_v < columns)[None, :]

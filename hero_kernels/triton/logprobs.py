@@ -19,8 +19,8 @@ from torch import Tensor
 from hero_kernels import logprob_rows as definition
 from hero_kernels.row_arguments import check_logits, check_of_rows, check_targets
 from hero_kernels.triton import rows
-from hero_kernels.triton.configs import RowConfig, row_config
-from hero_kernels.triton.device import clamp, soft_cap
+from hero_kernels.triton.configs import LOGPROBS, RowConfig, row_config
+from hero_kernels.triton.device import soft_cap
 from hero_kernels.triton.logits import MASKED
 
 NUM_STATS = tl.constexpr(definition.LOGPROB_STATS)
@@ -193,7 +193,8 @@ def _logprob_gradient_kernel(
             HAS_BIAS,
             HAS_SOFTCAP,
         )
-        log_p = clamp((z - maximum) - log_mass, LOWEST, 0.0)
+        log_p = (z - maximum) - log_mass
+        log_p = tl.clamp(log_p, LOWEST, 0.0, propagate_nan=tl.PropagateNan.ALL)
         gradient = -tl.exp(log_p) * (of_logprob + of_entropy * (log_p + entropy))
         gradient = (gradient + tl.where(offs_v == target, of_logprob, 0.0)) * slope
         gradient = tl.where((offs_v < vocab_size) & live, gradient, 0.0)
@@ -229,7 +230,7 @@ def logprob_rows(
     stats = logits.new_empty((num_rows, definition.LOGPROB_STATS), dtype=torch.float32)
     if num_rows == 0:
         return stats
-    config = config or row_config(torch.cuda.get_device_capability(logits.device))
+    config = config or row_config(torch.cuda.get_device_capability(logits.device), LOGPROBS)
     with torch.cuda.device_of(logits):
         _logprob_rows_kernel[(num_rows,)](
             logits,
@@ -280,7 +281,7 @@ def logprob_gradient(
     num_rows, columns = logits.shape
     if num_rows == 0:
         return
-    config = config or row_config(torch.cuda.get_device_capability(logits.device))
+    config = config or row_config(torch.cuda.get_device_capability(logits.device), LOGPROBS)
     with torch.cuda.device_of(logits):
         _logprob_gradient_kernel[(num_rows,)](
             logits,

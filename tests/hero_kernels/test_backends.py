@@ -74,7 +74,7 @@ def test_explain_adds_up() -> None:
     assert "head GEMMs: 4 (teacher logits, h_s - h_t, dX, dW), 116.0 GFLOP each" in text
     assert "workspace: 96.0 MiB of logits" in text
     if takes_16_bit(torch.device("cpu"), torch.bfloat16):
-        assert "192.0 MiB of their gradient (8 chunk(s) held)" in text and "sum of dW" not in text
+        assert "their gradient 192.0 MiB (8 chunk(s) held)" in text and "sum of dW" not in text
     else:
         assert "108.0 MiB for the float32 sum of dW" in text
     assert "not triton: it runs on cuda, the tensors are on cpu" in text

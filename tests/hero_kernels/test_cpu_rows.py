@@ -24,7 +24,7 @@ from row_cases import (
 )
 from torch import Tensor
 
-from hero_kernels import cpu
+from hero_kernels import cpu, rows
 from hero_kernels.cpu import divergence_rows
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
@@ -367,3 +367,21 @@ def test_time_of_a_chunk(dtype: torch.dtype) -> None:
     setting = f"{dtype}, {torch.get_num_threads()} threads, {cpu.instruction_set()}"
     print(f"\n256 x 49152 {setting}: {min(seconds) * 1e3:.1f} ms")
     assert min(seconds) < 2.0
+
+
+@DIVERGENCES
+def test_columns_that_the_teacher_alone_masks(divergence: int) -> None:
+    """The torch and the C++ kernel agree with p_t = 0 there; for the KL(p_s | p_t), which is
+    infinite, a log ratio of 1e4 takes infinity's place."""
+    case = make_case(divergence, False, vocab=200)
+    case.teacher[:, :50] = -torch.inf
+    stats, grad = case.run(divergence_rows)
+    in_torch, torch_grad = case.run(rows.divergence_rows)
+    assert stats[:, 0].isfinite().all() and in_torch[:, 0].isfinite().all()
+    # Of 1e4 one kernel takes log ratios before, the other after their normaliser is subtracted.
+    tolerance = 1e-3 if divergence == REVERSE_KL else 1e-5
+    torch.testing.assert_close(in_torch[:, 0], stats[:, 0], rtol=tolerance, atol=0)
+    assert relative_error(torch_grad, grad.double()) < tolerance
+    if divergence != REVERSE_KL:
+        lower = replace(case, teacher=case.teacher.clamp(min=-300))
+        torch.testing.assert_close(stats[:, 0].double(), lower.truth()[0][:, 0], rtol=1e-5, atol=0)

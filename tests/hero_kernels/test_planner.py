@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hero_kernels import KernelOptions, explain, fused_linear_divergence, machines, planner
+from hero_kernels import (
+    KernelOptions,
+    explain,
+    fused_linear_divergence,
+    linear_logprobs,
+    machines,
+    planner,
+)
 from hero_kernels.chunked import Plan
 from hero_kernels.machines import Machine, Products
 
@@ -104,3 +112,29 @@ def test_a_device_takes_the_newest_entry_that_is_not_newer(
     for capability, name in (((8, 6), "sm_80"), ((9, 0), "sm_90"), ((12, 0), "sm_100")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert machines.machine_of(torch.device("cuda")).name == name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chunk_size": 8, "design": "sliced"}, "which design='sliced' has none of"),
+        ({"storage": "mixed", "design": "fused"}, "has a storage of its own"),
+    ],
+    ids=["rows-of-slices", "storage-of-fused"],
+)
+def test_options_that_have_no_meaning_together(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KernelOptions(**options)
+
+
+def test_what_is_refused_says_why() -> None:
+    with pytest.raises(ValueError, match=r"design='fused' cannot serve this call: it runs on cuda"):
+        explain(4, 4, 4, dtype=torch.bfloat16, options=KernelOptions(design="fused"))
+    with pytest.raises(ValueError, match=r"design='fused' cannot serve .* not those of impl='cpu'"):
+        explain(4, 4, 4, impl="cpu", options=KernelOptions(design="fused"))
+    with pytest.raises(ValueError, match="design='sliced' has support='full'"):
+        explain(4, 4, 4, support="topk", options=KernelOptions(design="sliced"))
+    hidden, head, ids = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
+    for options in (KernelOptions(memory_budget=1 << 20), KernelOptions(design="fused")):
+        with pytest.raises(ValueError, match="linear_logprobs has no"):
+            linear_logprobs(hidden, head, ids, options=options)

@@ -432,7 +432,7 @@ def test_errors(settings: dict[str, Any], message: str) -> None:
 
 
 def test_options() -> None:
-    with pytest.raises(ValueError, match="'auto', 'chunked' or 'sliced'; got 'rows'"):
+    with pytest.raises(ValueError, match="'auto', 'chunked', 'fused' or 'sliced'; got 'rows'"):
         KernelOptions(design="rows")
     with pytest.raises(ValueError, match=r"memory_budget must be at least 1.*got 0"):
         KernelOptions(memory_budget=0)

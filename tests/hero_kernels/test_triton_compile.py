@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from triton_tools import SHARED_MEMORY_PER_BLOCK, compile_kernel
 
-from hero_kernels.triton.configs import ROWS, row_config
+from hero_kernels.triton.configs import LOGPROBS, ROWS, row_config
 from hero_kernels.triton.logprobs import _logprob_gradient_kernel, _logprob_rows_kernel
 from hero_kernels.triton.rows import _divergence_rows_kernel
 
@@ -83,7 +83,7 @@ def test_every_configuration(
 @pytest.mark.parametrize("arch", sorted(ROWS))
 def test_logprob_kernels(arch: int, features: bool, gradient: bool) -> None:
     """On fp32 logits, with a bf16 gradient: what the chunk loop holds on CUDA."""
-    config = ROWS[arch]
+    config = LOGPROBS[arch]
     types = {
         **dict.fromkeys(("logits_ptr", "bias_ptr", "stats_ptr"), "*fp32"),
         "target_ids_ptr": "*i64",

@@ -55,8 +55,9 @@ def compile_gemm(
         **dict.fromkeys(sizes, integer),
         **SCALARS,
         "target_ids_ptr": "*i64",
+        "absolute_rows_ptr": "*i1",
         "teacher_out_ptr": "*fp32",
-        "student_out_ptr": "*bf16" if mode == "shared" else "*fp32",
+        "student_out_ptr": "*fp16" if mode == "shared" else "*fp32",
     }
     if plain:  # the layout that callers are asked for: rows padded to a multiple of 16
         types |= {"stride_so": "i32:16", "stride_to": "i32:16", "columns": "i32:16"}
@@ -70,6 +71,7 @@ def compile_gemm(
         "DESCRIPTORS": path == "descriptors",
         "WRITE_LOGITS": write and mode != "one",
         "HAS_TARGETS": True,
+        "HAS_ABSOLUTE": mode == "shared",
         "BLOCK_T": config.block_t,
         "BLOCK_V": config.block_v,
         "BLOCK_K": config.block_k,
