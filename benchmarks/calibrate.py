@@ -20,10 +20,11 @@ from torch import Tensor
 
 from benchmarks import machine
 from benchmarks.yardsticks import median_time, timed
-from hero_kernels import KernelOptions, backends, cpu_gemm, fused_linear_divergence, gemm
-from hero_kernels.chunked import buffer, buffer_types
+from hero_kernels import KernelOptions, backends, cpu_gemm, fused, fused_linear_divergence, gemm
+from hero_kernels.chunked import Head, LogitChunk, buffer, buffer_types
+from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.machines import CUDA_COSTS, FOLDER
-from hero_kernels.options import Divergence
+from hero_kernels.options import Divergence, Objective
 
 SHAPES = {"cpu": (256, 576, 49152), "cuda": (8192, 2560, 151936)}
 """Rows, hidden size and vocabulary of a chunk."""
@@ -110,6 +111,48 @@ def row_rates(shape: tuple[int, int, int], device: str) -> dict[str, dict[str, f
     return rates
 
 
+def fused_rates(shape: tuple[int, int, int], device: str) -> tuple[float, dict[str, float]] | None:
+    """Of the fused design: FLOP/s of its GEMM for both sides, and logits a second of what follows,
+    by divergence; None where the design cannot serve."""
+    request = backends.Request(torch.device(device), torch.bfloat16, "full", False)
+    if fused.refusal("auto", request, shape[2]):
+        return None
+    rows, hidden, vocab = shape
+    h_t = torch.randn(rows, hidden, device=device).bfloat16()
+    h_s = (h_t + 0.03 * torch.randn_like(h_t)).bfloat16()
+    weight = (torch.randn(vocab, hidden, device=device) * 3 / hidden**0.5).bfloat16()
+    types = buffer_types(h_t.dtype, h_t.device, "float32", True, fused=True)
+    width = -(-vocab // 16) * 16  # as the chunk loop spaces its rows
+    teacher, delta, grad = (
+        buffer(h_t, rows, width, dtype)[:, :vocab]
+        for dtype in (torch.float32, types.student, types.gradient)
+    )
+    ones = torch.ones(rows, device=device)
+    row_tensors = RowTensors(ones, None, None, None, None)
+
+    def objective(divergence: Divergence) -> Objective:
+        code = divergence.code
+        return Objective(code, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, vocab, "full", 0, "student", True)
+
+    def logits() -> Tensor:
+        sides = Head(h_s, weight, None), Head(h_t, weight, None)
+        return fused.logits_into(*sides, delta, teacher, objective(Divergence.JSD), None)
+
+    flops = 2.0 * rows * hidden * vocab
+    rate = 2 * flops / median_time(logits, device, ROUNDS)
+    part = slice(0, rows)
+    chunk = LogitChunk(part, delta, teacher, None, grad, None, None, logits())
+    rates = {}
+    for divergence in Divergence:
+        what = objective(divergence)
+
+        def step(what: Objective = what) -> object:
+            return fused.divergence_from_statistics(chunk, row_tensors, what, True, False)
+
+        rates[str(divergence)] = rows * vocab / median_time(step, device, ROUNDS)
+    return rate, rates
+
+
 def bandwidth(device: str, num_bytes: int) -> float:
     source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -164,14 +207,20 @@ def measure(device: str, quick: bool) -> dict[str, Any]:
     described = machine.describe(device)
     versions = described["versions"]
     name = described["processor"] if device == "cpu" else described["device"]
+    rates = {
+        name: products(shape, getattr(torch, name), device) for name in ("bfloat16", "float32")
+    }
+    rows = row_rates(shape, device)
+    if of_fused := fused_rates(shape, device):
+        half = rates["bfloat16"]["half_rows"]
+        rates["bfloat16"]["fused"] = of_fused[0] * (1 + half / shape[0])
+        rows["fused"] = of_fused[1]
     return {
         "source": f"measured on {name}, {described['threads']} threads, torch {versions['torch']}, "
         f"{described['date']}, rows x H x V = {' x '.join(map(str, shape))}",
         "measured": not quick,
-        "products": {
-            name: products(shape, getattr(torch, name), device) for name in ("bfloat16", "float32")
-        },
-        "rows": row_rates(shape, device),
+        "products": rates,
+        "rows": rows,
         "bandwidth": bandwidth(device, copied),
         "fresh": fresh_rate(device, copied // 4),
         "chunk_seconds": chunk_seconds(device),

@@ -140,7 +140,7 @@ benchmark=("$python" -m pytest benchmarks -p no:cacheprovider --benchmark-quiet 
 sanitizer=(compute-sanitizer --error-exitcode 1 --print-limit 20)
 ours=()
 for kernel in _divergence_rows_kernel _logprob_rows_kernel _logprob_gradient_kernel \
-    statistics_kernel divergence_kernel dual_gemm_kernel; do
+    statistics_kernel divergence_kernel dual_gemm_kernel _merge_kernel; do
     sanitizer+=(--kernel-name "kns=$kernel")
     ours+=("$kernel")
 done
