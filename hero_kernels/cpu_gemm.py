@@ -44,11 +44,15 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
 
     Args:
         weight: bf16.
-        products: results and bf16 left operands, all of one shape and stride.
+        products: results, of one shape and stride, and bf16 left operands, of one shape.
     """
     (out, hidden), *others = products
-    problem = _problem(hidden, weight, out, depth=weight.shape[1])
     second_out, second = others[0] if others else (None, None)
+    if second is not None and second_out is not None:
+        assert second.shape == hidden.shape and second_out.stride() == out.stride()
+        if second.stride() != hidden.stride():  # the kernel has one stride for both
+            hidden, second = hidden.contiguous(), second.contiguous()
+    problem = _problem(hidden, weight, out, depth=weight.shape[1])
     _call("hero_gemm_logits", problem, cpu.pointer(second), cpu.pointer(second_out))
 
 

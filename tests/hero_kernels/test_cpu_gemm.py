@@ -42,7 +42,7 @@ def random(*shape: int, spare: int = 0) -> Tensor:
 @pytest.mark.parametrize("sides", [1, 2])
 def test_logits(rows: int, hidden: int, vocab: int, sides: int) -> None:
     weight = random(vocab, hidden, spare=3)
-    lefts = [random(rows, hidden) for _ in range(sides)]
+    lefts = [random(rows, hidden, spare=4 * side) for side in range(sides)]
     outs = [torch.full((rows, vocab + 5), torch.nan)[:, :vocab] for _ in range(sides)]
     gemm.logits_into(weight, *zip(outs, lefts, strict=True))
     for left, out in zip(lefts, outs, strict=True):
