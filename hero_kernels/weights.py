@@ -97,8 +97,10 @@ class Weighting(NamedTuple):
             result = _divide(result, _group_sum(result, trajectories, num_rows)[trajectories])
         if self.reduction == Reduction.MEAN:
             total = result.sum()
-            if self.num_items is not None:
-                total = torch.as_tensor(self.num_items, dtype=torch.float64, device=like.device)
+            if isinstance(self.num_items, Tensor):
+                total = self.num_items.to(like.device, torch.float64)
+            elif self.num_items is not None:  # filled on the device: a copy would wait for it
+                total = total.new_full((), float(self.num_items), dtype=torch.float64)
             result = _divide(result, total)
         return result.to(torch.promote_types(like.dtype, torch.float32))
 

@@ -154,6 +154,7 @@ SAFE_CALLS: dict[str, dict[str, Any]] = {
     "mask": {},
     "max_active_rows": {"options": KernelOptions(max_active_rows=6)},
     "num_items on the device": {"num_items": gpu},
+    "num_items, a number": {"num_items": 5.0},
     "sum": {"reduction": "sum"},
     "per token": {"reduction": "none"},
     "importance ratio": {"target_ids": ids, "old_logprobs": lambda: gpu(N), "is_clip": 2.0},
@@ -172,7 +173,7 @@ SAFE_CALLS: dict[str, dict[str, Any]] = {
 }
 UNSAFE_CALLS: dict[str, dict[str, Any]] = {
     "validate": {"options": KernelOptions(validate=True)},
-    "num_items of the host": {"num_items": 5.0},
+    "num_items in a tensor of the host": {"num_items": torch.tensor(5.0)},
     "statistics of turns without weights": {"return_stats": True, "turn_ids": ids},
 }
 
