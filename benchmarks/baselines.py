@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.ours import AUTO, Prediction, Variant, predict, refusal
 from benchmarks.problem import BETA, IGNORED_LABEL, Problem
 from benchmarks.shapes import Case
-from hero_kernels import KernelOptions, fused_linear_divergence
+from hero_kernels import fused_linear_divergence
 
 Loss = Callable[[Problem], Tensor]
 
@@ -40,31 +41,48 @@ class Contestant:
     """The loss for a case on a device type ("cpu", "cuda"); raises `Unavailable`."""
 
 
-def hero(case: Case, device: str) -> Loss:
-    """Teacher and student share the head."""
-    options = KernelOptions(max_active_rows=case.active_tokens)
-    return lambda problem: _hero(problem, None, options)
+@dataclass(frozen=True)
+class Ours:
+    """The loss of this package, computed in one way."""
 
+    variant: Variant = AUTO
+    own_head: bool = False
+    """Not to tell that both heads hold the same values: as with another teacher."""
 
-def hero_own_head(case: Case, device: str) -> Loss:
-    """The same, not told that both heads hold the same values: as with another teacher."""
-    options = KernelOptions(max_active_rows=case.active_tokens)
-    return lambda problem: _hero(problem, problem.teacher_weight, options)
+    def __call__(self, case: Case, device: str) -> Loss:
+        reason = refusal(
+            self.variant,
+            (case.active_tokens, case.hidden, case.vocab),
+            getattr(torch, case.dtype),
+            device,
+            divergence=case.divergence,
+            own_head=self.own_head,
+            trainable_head=case.trainable_head,
+        )
+        if reason:
+            raise Unavailable(reason)
+        options = self.variant.options(max_active_rows=case.active_tokens)
 
+        def loss(problem: Problem) -> Tensor:
+            value = fused_linear_divergence(
+                problem.student_hidden,
+                problem.weight,
+                problem.teacher_hidden,
+                problem.teacher_weight if self.own_head else None,
+                divergence=problem.divergence,
+                beta=BETA,
+                token_weights=problem.active,
+                impl=self.variant.impl,
+                options=options,
+            )
+            assert isinstance(value, Tensor)
+            return value
 
-def _hero(problem: Problem, teacher_weight: Tensor | None, options: KernelOptions) -> Tensor:
-    loss = fused_linear_divergence(
-        problem.student_hidden,
-        problem.weight,
-        problem.teacher_hidden,
-        teacher_weight,
-        divergence=problem.divergence,
-        beta=BETA,
-        token_weights=problem.active,
-        options=options,
-    )
-    assert isinstance(loss, Tensor)
-    return loss
+        return loss
+
+    def prediction(self, case: Case, device: str) -> Prediction:
+        """What the planner expects, for a case that this way can serve."""
+        return predict(self.variant, case, device, self.own_head)
 
 
 def dense_loss(
@@ -202,8 +220,14 @@ def _imported(name: str) -> Any:
 
 
 CONTESTANTS = {
-    "hero": Contestant("hero_kernels, shared head", hero),
-    "hero-own-head": Contestant("hero_kernels, teacher with its own head", hero_own_head),
+    "hero": Contestant("hero_kernels, shared head", Ours()),
+    "hero-own-head": Contestant("hero_kernels, teacher with its own head", Ours(own_head=True)),
+    "hero-triton": Contestant(
+        "hero_kernels, Triton row kernel", Ours(Variant("triton", "chunked"))
+    ),
+    "hero-cuda": Contestant("hero_kernels, CUDA row kernel", Ours(Variant("cuda", "chunked"))),
+    "hero-fused": Contestant("hero_kernels, fused design", Ours(Variant(design="fused"))),
+    "hero-sliced": Contestant("hero_kernels, sliced design", Ours(Variant(design="sliced"))),
     "eager": Contestant("torch, whole logits", eager),
     "eager-widened": Contestant("torch, whole logits, inputs cast to fp32", eager_widened),
     "compiled": Contestant("torch.compile, whole logits", compiled),
@@ -213,7 +237,11 @@ CONTESTANTS = {
     "liger-chunked-compiled": Contestant("Liger chunked JSD, compiled", liger_chunked_compiled),
     "trl-chunked": Contestant("TRL chunked divergence", trl_chunked),
 }
-OURS = ("hero", "hero-own-head")
+OURS = tuple(name for name, entry in CONTESTANTS.items() if isinstance(entry.make, Ours))
+ALWAYS = ("hero", "hero-own-head")
+"""Those of ours that serve every case on every machine."""
+ON_REQUEST = tuple(name for name in OURS if name not in ALWAYS)
+"""Ways that "hero" could have taken, to compare them; entered by --contestants only."""
 SLOW_TO_START = ("compiled", "auto-chunked", "liger-chunked-compiled")
 """Compiled for every shape, which takes longer than all the rest: they run in the plain cases only,
 and on CPU only with --full."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import machine, measure, report
-from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, takes_part
+from benchmarks.baselines import CONTESTANTS, ON_REQUEST, SLOW_TO_START, takes_part
 from benchmarks.shapes import Case, case_sets
 
 
@@ -22,7 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--cases", choices=case_sets(), help="a set of cases; default: by device and --full"
     )
-    group.addoption("--contestants", help=f"comma-separated, default all: {', '.join(CONTESTANTS)}")
+    group.addoption(
+        "--contestants",
+        help=f"comma-separated; default all but {', '.join(ON_REQUEST)}: {', '.join(CONTESTANTS)}",
+    )
     group.addoption("--results", type=Path, help="JSON file to write, after every case")
     group.addoption("--seconds", type=float, default=20.0, help="for the rounds of a case")
     group.addoption(
@@ -42,7 +45,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     default = ("gpu" if device_type() == "cuda" else "cpu") + "-full" * config.getoption("full")
     quick = device_type() == "cpu" and not config.getoption("full")
-    names = (config.getoption("contestants") or ",".join(CONTESTANTS)).split(",")
+    entered = [name for name in CONTESTANTS if name not in ON_REQUEST]
+    names = (config.getoption("contestants") or ",".join(entered)).split(",")
     if unknown := [name for name in names if name not in CONTESTANTS]:
         raise pytest.UsageError(
             f"--contestants: no {', '.join(unknown)}; expected some of {', '.join(CONTESTANTS)}"

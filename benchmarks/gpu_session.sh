@@ -3,16 +3,37 @@
 #
 #     bash benchmarks/gpu_session.sh [--dry-run]
 #
-# build, correctness against fp64, compute-sanitizer, ceilings of the machine, benchmarks. Logs and
-# JSON go to $OUT (default benchmarks/results). Each stage has a time limit of its own, and a stage
-# that fails does not keep the others from running; the exit status is 1 if any did.
+# The most valuable comes first: build, every implementation and design against fp64, ceilings of
+# the machine, the planner's constants, the table of benchmarks, ways of computing compared, the
+# tests that need a GPU, compute-sanitizer, a sweep over the number of tokens, compiled contestants,
+# ncu. Each stage has a time limit of its own and the session one for all, so that what overruns
+# takes time from the last stages only. A stage that fails does not keep the others from running;
+# the exit status is 1 if any did.
+#
+# Logs and JSON go to $OUT (default benchmarks/results), eight files:
+#     session.log      what was printed, ncu's sections included
+#     check.json       errors and limits of the checks
+#     ceilings.json    bandwidth and products of the machine
+#     sm_90.json       constants of the planner (named after the machine), for hero_kernels/costs/
+#     benchmark.json, comparison.json, sweep.json, compiled.json
+#                      for `python -m benchmarks.report`
 #
 #     OUT      folder for logs and results
 #     PYTHON   interpreter with torch (default python3)
 #     WHEELS   folder of wheels to put on the path first, for a machine without a package index
 #
-# --dry-run needs no GPU: it takes tiny shapes and the CPU's implementation, and prints the commands
-# of the stages that need one.
+# Wheels for the packages that are compared (Python 3.12 there; by their METADATA and imports):
+#     liger_kernel 0.8.5               imports torch and triton only
+#     trl 1.16.0                       imports transformers, accelerate, pandas, pyarrow, psutil,
+#                                      jinja2, pyyaml, rich, peft (if installed), and datasets
+#     datasets 5.2.0, dill 0.4.1, multiprocess 0.70.19
+#                                      what trl needs and torch's usual companions lack; they import
+#                                      pandas, pyarrow, fsspec, xxhash, httpx, huggingface_hub
+# 3 MB in all. Without them those contestants are skipped, with the reason. The benchmarks
+# themselves need pytest and pytest-benchmark; pytest-xdist makes the tests faster.
+#
+# --dry-run needs no GPU: it takes tiny shapes and the CPU's implementations, and prints the
+# commands of the stages that need one.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -35,40 +56,70 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 # Contestants of very different appetites share one allocator.
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
+session_seconds=530
 failed=()
 
-# stage NAME SECONDS COMMAND...: run it, log it, remember whether it failed.
-stage() {
+say() { echo "$*" | tee -a "$log"; }
+
+# run NAME SECONDS COMMAND...: run it within its limit and the session's, log it, set $problem.
+run() {
     local name="$1" limit="$2" started=$SECONDS status
+    local left=$((session_seconds - SECONDS))
     shift 2
-    echo "== $name (at most $limit s): $*" | tee -a "$log"
-    timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$log"
-    status=${PIPESTATUS[0]}
-    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
-        failed+=("$name: over its limit of $limit s")
-    elif [ "$status" -ne 0 ]; then
-        failed+=("$name: exit status $status")
+    [ "$limit" -gt "$left" ] && limit=$left
+    if [ "$limit" -lt 5 ]; then
+        problem="$name: not run, no time is left"
+        say "== $problem"
+        return
     fi
-    echo "== $name: status $status after $((SECONDS - started)) s" | tee -a "$log"
+    say "== $name (at most $limit s): $*"
+    timeout --kill-after=3 "$limit" "$@" 2>&1 | tee -a "$log"
+    status=${PIPESTATUS[0]}
+    problem=
+    if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
+        problem="$name: over its limit of $limit s"
+    elif [ "$status" -ne 0 ]; then
+        problem="$name: exit status $status"
+    fi
+    say "== $name: status $status after $((SECONDS - started)) s, $SECONDS s in all"
+}
+
+# stage NAME SECONDS COMMAND...: run it, remember whether it failed.
+stage() {
+    run "$@"
+    [ -n "$problem" ] && failed+=("$problem")
 }
 
 # gpu_stage: the same, but only shown in a dry run.
 gpu_stage() {
     if $dry_run; then
-        echo "== $1, not in a dry run: ${*:3}" | tee -a "$log"
+        say "== $1 (at most $2 s), not in a dry run: ${*:3}"
     else
         stage "$@"
     fi
 }
 
+# optional_gpu_stage: the same, and its failure is none of the session's.
+optional_gpu_stage() {
+    if $dry_run; then
+        say "== $1 (at most $2 s), not in a dry run: ${*:3}"
+    else
+        run "$@"
+        [ -n "$problem" ] && say "OPTIONAL $problem"
+    fi
+}
+
+compared=hero-triton,hero-cuda,hero-fused,hero-sliced
 if $dry_run; then
-    size=tiny cases=dry-run seconds=0 contestants=hero,eager more=(--skip-memory)
-    ceilings=(--dry-run)
+    export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
+    size=smallest table=dry-run comparison=dry-run sweep=dry-run-sweep seconds=0
+    contestants=hero,eager more=(--skip-memory) quick=(--quick) tiny=(--dry-run)
 else
-    size=full cases=gpu seconds=4 more=() ceilings=()
+    size=full table=gpu comparison=comparison sweep=sweep seconds=2
     contestants=hero,hero-own-head,eager,liger-fused,liger-chunked,trl-chunked
+    more=() quick=() tiny=()
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        echo "No CUDA device: run this on a GPU machine, or with --dry-run." | tee -a "$log" >&2
+        say "No CUDA device: run this on a GPU machine, or with --dry-run." >&2
         exit 1
     fi
     nvidia-smi 2>&1 | tee -a "$log"
@@ -76,29 +127,50 @@ fi
 if [ -n "${WHEELS:-}" ]; then
     site="$(mktemp -d)"
     export PYTHONPATH="$PYTHONPATH:$site"
-    stage wheels 30 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
+    stage wheels 20 "$python" -m pip install --quiet --no-index --no-deps --no-compile \
         --target "$site" "$WHEELS"/*.whl
 fi
 
-# Only our kernel is instrumented; torch's own would take the whole session.
-sanitizer=(compute-sanitizer --kernel-name kns=_divergence_rows_kernel --error-exitcode 1)
-check=("$python" -m benchmarks.gpu_check)
+jobs=() # most of the time of the tests goes into compiling kernels
+"$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
+check=("$python" -m benchmarks.gpu_check --quiet)
+benchmark=("$python" -m pytest benchmarks -p no:cacheprovider --benchmark-quiet "${more[@]}")
+# Only our kernels are instrumented; torch's own would take the whole session. The first name is
+# that of the Triton row kernel, and part of that in CUDA.
+sanitizer=(compute-sanitizer --error-exitcode 1 --print-limit 20)
+ours=()
+for kernel in _divergence_rows_kernel _logprob_rows_kernel _logprob_gradient_kernel \
+    statistics_kernel divergence_kernel dual_gemm_kernel _merge_kernel; do
+    sanitizer+=(--kernel-name "kns=$kernel")
+    ours+=("$kernel")
+done
+ours_regex="regex:$(IFS='|' && echo "${ours[*]}")"
 
-gpu_stage build 45 env HERO_BUILD_CPP=1 "$python" setup.py build_ext --inplace
-stage check 100 "${check[@]}" --size "$size" --out "$out/check.json"
-gpu_stage memcheck 50 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "${sanitizer[@]}" --tool memcheck "${check[@]}" --size tiny
-gpu_stage racecheck 50 "${sanitizer[@]}" --tool racecheck "${check[@]}" --size tiny
-stage ceilings 20 "$python" -m benchmarks.yardsticks --out "$out/ceilings.json" "${ceilings[@]}"
-benchmark=("$python" -m pytest benchmarks -p no:cacheprovider --cases "$cases")
-stage benchmarks 180 "${benchmark[@]}" --contestants "$contestants" --seconds "$seconds" \
-    --results "$out/benchmark.json" "${more[@]}"
-# Compiling takes longer than all the rest: one case.
-gpu_stage compiled 60 "${benchmark[@]}" -k qwen3-4b_8192_bfloat16_jsd_100_trained --seconds 4 \
+gpu_stage build 45 env HERO_BUILD_CPP=1 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
+stage check 90 "${check[@]}" --parallel --size "$size" --out "$out/check.json"
+stage ceilings 10 "$python" -m benchmarks.yardsticks --out "$out/ceilings.json" "${tiny[@]}"
+stage calibrate 35 "$python" -m benchmarks.calibrate --out "$out" "${quick[@]}"
+stage benchmarks 105 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
+    --contestants "$contestants" --results "$out/benchmark.json"
+stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds" \
+    --contestants "hero,$compared" --results "$out/comparison.json"
+gpu_stage tests 75 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
+    -k '(triton or cuda or gpu) and not (interpreter or compile or emulator)'
+gpu_stage memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "${sanitizer[@]}" --tool memcheck "${check[@]}" --size smallest
+gpu_stage racecheck 30 "${sanitizer[@]}" --tool racecheck "${check[@]}" --size smallest
+stage sweep 45 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
+    --contestants hero,eager --results "$out/sweep.json"
+# In what time is left. Compiling takes longer than all the rest: one case.
+optional_gpu_stage ncu 20 ncu --set basic --profile-from-start off --kernel-name "$ours_regex" \
+    --filter-mode per-launch-config --launch-count 1 --clock-control none \
+    "$python" -m benchmarks.profiled qwen3-0.6b_2048_bfloat16_jsd_100_trained "$compared"
+optional_gpu_stage compiled 90 "${benchmark[@]}" --cases gpu --seconds 2 \
+    -k qwen3-4b_8192_bfloat16_jsd_100_trained \
     --contestants hero,compiled,auto-chunked,liger-chunked-compiled --results "$out/compiled.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED %s\n' "${failed[@]}" | tee -a "$log"
     exit 1
 fi
-echo "All stages passed; results in $out" | tee -a "$log"
+say "All stages passed; results in $out"

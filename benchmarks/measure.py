@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import memory
-from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, Unavailable
+from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, Ours, Unavailable
 from benchmarks.problem import FAR, NEAR, Problem, make_problem, relative_error, truth
 from benchmarks.shapes import Case
 from benchmarks.yardsticks import YARDSTICKS, Step, timed
@@ -64,6 +64,14 @@ class Result:
     """Relative, against fp64, for distributions far apart."""
     gradient_errors: list[float] = field(default_factory=list)
     """Relative, of dX and (trainable head) dW, for distributions near as in self-distillation."""
+    failed: bool = False
+    """Skipped for an error or a wrong loss, not because it is unavailable here."""
+    plan: str | None = None
+    """Of ours: what the planner took, for example "chunked, triton, 2560 rows"."""
+    predicted_seconds: float | None = None
+    """Of ours: by the planner, with the constants of hero_kernels/costs/."""
+    predicted_bytes: int | None = None
+    """Of ours: by the planner, to set beside `extra_bytes`."""
 
     @property
     def median(self) -> float:
@@ -86,12 +94,14 @@ def measure(case: Case, names: Sequence[str], device: str, limits: Limits) -> di
     for name, result in results.items():
         try:
             step = _prepare(name, case, problem, limits, result)
-        except (Unavailable, Excluded) as reason:
+        except Unavailable as reason:
             result.skipped = str(reason)
+        except Excluded as reason:
+            result.skipped, result.failed = str(reason), True
         except torch.OutOfMemoryError:
-            result.skipped = "out of memory"
+            result.skipped, result.failed = "out of memory", True
         except Exception as error:  # of another package, say: the others are still to be measured
-            result.skipped = f"{type(error).__name__}: {error}"
+            result.skipped, result.failed = f"{type(error).__name__}: {error}", True
         else:
             if not result.seconds:
                 steps[name] = step
@@ -109,6 +119,10 @@ def _prepare(name: str, case: Case, problem: Problem, limits: Limits, result: Re
     """Check, warm up, measure the memory; if the contestant is slow, fill in its time."""
     device = problem.weight.device.type
     expected = check(name, case, device, result)
+    make = CONTESTANTS[name].make
+    if isinstance(make, Ours):
+        foreseen = make.prediction(case, device)
+        result.plan, result.predicted_seconds, result.predicted_bytes = foreseen
     if expected > limits.call_seconds:
         raise Excluded(
             f"a call would take about {expected:.0f} s, more than the limit of "

@@ -1,9 +1,10 @@
 """From the JSON of a session to Markdown tables and a plot.
 
-    python -m benchmarks.report RESULTS.json                    prints the tables
-    python -m benchmarks.report RESULTS.json --plot FILE.png    and draws them
-    python -m benchmarks.report --update docs/benchmarks.md     fills in the tables of a document
-    python -m benchmarks.report --check docs/benchmarks.md      says whether they are up to date
+    python -m benchmarks.report RESULTS.json                  prints the tables
+    python -m benchmarks.report RESULTS.json --plot docs/images/NAME.png
+                                                              and draws them
+    python -m benchmarks.report --update docs/benchmarks.md   fills in the tables of a document
+    python -m benchmarks.report --check docs/benchmarks.md    says whether they are up to date
 
 In a document a table stands between the lines `<!-- results: PATH -->` and `<!-- end -->`, with the
 path of the JSON file from the root of the repository.
@@ -14,27 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import OURS
 from benchmarks.measure import Result, from_json, speedup
+from benchmarks.ours import gradient_bytes
 from benchmarks.shapes import Case
 from benchmarks.yardsticks import YARDSTICKS
 
 ROOT = Path(__file__).resolve().parents[1]
 DIVERGENCES = {"jsd": "JSD", "forward_kl": "forward KL", "reverse_kl": "reverse KL"}
-COLUMNS = (
-    "",
-    "time, ms",
-    "hero_kernels is faster",
-    "times library GEMMs",
-    "times own GEMMs",
+HEADER = ("", "time, ms", "hero_kernels is faster", "times library GEMMs", "times own GEMMs")
+ERRORS = ("error of the loss", "error of dX", "error of dW")
+MEMORY, PREDICTED_TIME, PREDICTED_MEMORY = (
     "extra memory, MiB",
-    "error of the loss",
-    "error of dX",
-    "error of dW",
+    "predicted, ms",
+    "predicted, MiB",
 )
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -45,6 +44,9 @@ def render(session: Mapping[str, Any]) -> str:
     for entry in session["cases"]:
         case, results = from_json(entry)
         parts.append(f"**{title(case)}**\n\n{table(results)}")
+    cases = [from_json(entry) for entry in session["cases"]]
+    if is_sweep([case for case, _ in cases]) and all("hero" in results for _, results in cases):
+        parts.append(sweep(session))
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,9 +64,20 @@ def title(case: Case) -> str:
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """One row for each that was measured, then the reasons of the others."""
-    rows = [COLUMNS, ("---",) + ("---:",) * (len(COLUMNS) - 1)]
-    rows += [_row(results, name) for name, result in results.items() if not result.skipped]
+    """One row for each that was measured, then the reasons of the others.
+
+    What the planner predicts stands beside what was measured, where a file holds predictions.
+    """
+    predicted = any(result.predicted_seconds for result in results.values())
+    columns = [*HEADER, MEMORY, *ERRORS]
+    if predicted:
+        columns[2:2] = [PREDICTED_TIME]
+        columns.insert(columns.index(MEMORY) + 1, PREDICTED_MEMORY)
+    rows = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
+    for name, result in results.items():
+        if not result.skipped:
+            cells = _row(results, name)
+            rows.append([cells[column] for column in columns])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     for result in results.values():
         if result.skipped:
@@ -73,19 +86,60 @@ def table(results: Mapping[str, Result]) -> str:
     return "\n".join(lines)
 
 
-def _row(results: Mapping[str, Result], name: str) -> tuple[str, ...]:
+def _row(results: Mapping[str, Result], name: str) -> dict[str, str]:
+    """The cells of one contestant by column."""
     result = results[name]
     errors = [result.loss_error, *result.gradient_errors, None, None][:3]
     faster = "hero" in results and not results["hero"].skipped and name not in OURS
-    return (
+    cells = (
         result.title,
         f"{1e3 * result.median:.1f}" + " (one call)" * (len(result.seconds) == 1),
         f"{speedup(results, 'hero', name):.2f}x" if faster and name not in YARDSTICKS else "",
         f"{speedup(results, 'library-gemms', name):.2f}",
         f"{speedup(results, 'own-gemms', name):.2f}" if name in OURS else "",
-        "" if result.extra_bytes is None else f"{result.extra_bytes / 2**20:.0f}",
-        *("" if error is None else f"{100 * error:.2g} %" for error in errors),
     )
+    seconds = result.predicted_seconds
+    return {
+        **dict(zip(HEADER, cells, strict=True)),
+        PREDICTED_TIME: "" if seconds is None else f"{1e3 * seconds:.1f}",
+        MEMORY: _mebibytes(result.extra_bytes),
+        PREDICTED_MEMORY: _mebibytes(result.predicted_bytes),
+        **{
+            column: "" if error is None else f"{100 * error:.2g} %"
+            for column, error in zip(ERRORS, errors, strict=True)
+        },
+    }
+
+
+def _mebibytes(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.0f}"
+
+
+def is_sweep(cases: Sequence[Case]) -> bool:
+    """Whether the cases differ in their number of tokens, and in nothing else."""
+    return len(cases) > 1 and len({replace(case, tokens=1) for case in cases}) == 1
+
+
+def sweep(session: Mapping[str, Any]) -> str:
+    """Microseconds a token, and memory beyond the gradients, of "hero" by number of tokens.
+
+    Linear time and flat memory are columns of equal numbers.
+    """
+    lines = [
+        "| tokens | time, us a token | library GEMMs, us a token | memory beyond gradients, MiB |",
+        "|---:|---:|---:|---:|",
+    ]
+    for entry in session["cases"]:
+        case, results = from_json(entry)
+        hero = results["hero"]
+        if hero.skipped:
+            lines.append(f"| {case.tokens} | {hero.skipped.splitlines()[0]} | | |")
+            continue
+        times = [1e6 * r.median / case.active_tokens for r in (hero, results["library-gemms"])]
+        beyond = None if hero.extra_bytes is None else hero.extra_bytes - gradient_bytes(case)
+        cells = (str(case.tokens), *(f"{time:.2f}" for time in times), _mebibytes(beyond))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _machine(machine: Mapping[str, Any]) -> str:
@@ -100,40 +154,16 @@ def _machine(machine: Mapping[str, Any]) -> str:
 
 
 def plot(session: Mapping[str, Any], path: Path) -> None:
-    """Times as bars, a panel for each case.
+    """Time and memory as bars, a row of panels for each case; see plots.py.
 
     Raises:
         SystemExit: matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from benchmarks import plots
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib.") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    entries = [from_json(entry) for entry in session["cases"]]
-    figure, axes = pyplot.subplots(
-        len(entries), 1, figsize=(9, 2.6 * len(entries)), squeeze=False, layout="constrained"
-    )
-    for axis, (case, results) in zip(axes[:, 0], entries, strict=True):
-        shown = [(name, result) for name, result in results.items() if not result.skipped]
-        colours = [
-            "tab:red" if name in OURS else "lightgrey" if name in YARDSTICKS else "tab:blue"
-            for name, _ in shown
-        ]
-        bars = axis.barh(
-            [result.title for _, result in shown],
-            [1e3 * result.median for _, result in shown],
-            color=colours,
-        )
-        axis.bar_label(bars, fmt="%.0f", padding=3)
-        axis.margins(x=0.1)
-        axis.invert_yaxis()
-        axis.set_title(title(case), fontsize=9, loc="left")
-        axis.set_xlabel("ms, forward and backward", fontsize=8)
-        axis.tick_params(labelsize=8)
-    figure.savefig(path, dpi=150)
+    plots.draw([from_json(entry) for entry in session["cases"]], title, path)
 
 
 def updated(document: str) -> str:

@@ -27,6 +27,8 @@ MODELS = {
     )
 }
 TOKENS = (1024, 2048, 4096, 8192, 16384, 32768)
+SWEEP = (*TOKENS, 65536, 131072)
+"""Of one model: whether time is linear, and memory flat, in the number of tokens."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def case_sets() -> dict[str, list[Case]]:
     qwen = ("qwen3-0.6b", "qwen3-4b", "qwen3-8b")
     return {
         "dry-run": [Case("tiny", 64, "float32")],
+        "dry-run-sweep": [Case("tiny", tokens) for tokens in (64, 128, 256)],
         "cpu": _small(512),
         "cpu-full": [
             *_small(2048),
@@ -98,6 +101,11 @@ def case_sets() -> dict[str, list[Case]]:
             *(Case(model, 8192, divergence="forward_kl") for model in qwen),
             Case("qwen3-4b", 8192, trainable_head=False),
         ],
+        "comparison": [
+            Case(model, 8192, divergence=divergence)
+            for model, divergence in product(qwen, ("jsd", "forward_kl"))
+        ],
+        "sweep": [Case("qwen3-4b", tokens) for tokens in SWEEP],
         "gpu-full": [
             Case(model, tokens, dtype, divergence, share)
             for model, tokens, dtype, divergence, share in product(

@@ -59,7 +59,10 @@ def own_gemms(problem: Problem) -> Step:
     h_s, h_t, weight, rows, _ = _operands(problem)
     trained = problem.weight.requires_grad
     plan = Plan("auto", rows, "float32", 0, True, trained, False, False)
-    sizes, types, groups, held, sum_type, _ = layout(*h_s.shape, h_s.dtype, h_s.device, True, plan)
+    num_rows, hidden = h_s.shape
+    sizes, types, groups, held, sum_type, _ = layout(
+        num_rows, hidden, h_s.dtype, h_s.device, True, plan
+    )
     student = buffer(h_s, rows, len(weight), types.student)
     teacher = buffer(h_s, rows, len(weight), types.student)
     grads = buffer(h_s, held, len(weight), types.gradient).zero_() if held else student

@@ -10,8 +10,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +21,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import measure, memory, report  # noqa: E402
-from benchmarks.baselines import CONTESTANTS, Unavailable  # noqa: E402
+from benchmarks import check_problems, correctness, measure, memory, profiled, report  # noqa: E402
+from benchmarks.baselines import CONTESTANTS, OURS, Ours, Unavailable  # noqa: E402
+from benchmarks.ours import Variant, gradient_bytes, planned, refusal  # noqa: E402
 from benchmarks.problem import FAR, make_problem, relative_error, truth  # noqa: E402
 from benchmarks.shapes import MODELS, Case, case_sets  # noqa: E402
 from benchmarks.yardsticks import YARDSTICKS  # noqa: E402
+from hero_kernels import fused_linear_divergence  # noqa: E402
+from hero_kernels.machines import Machine, Products  # noqa: E402
 
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 MACHINE = {
@@ -36,6 +41,15 @@ MACHINE = {
     "date": "2026-01-02",
     "commit": "abc1234",
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny shapes on a busy machine: threads would wait for each other, many times longer."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def every_case() -> list[Case]:
@@ -64,7 +78,9 @@ def test_share_of_actions_is_spread_over_turns() -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("share", [1.0, 0.2])
-@pytest.mark.parametrize("name", ["hero", "hero-own-head", "eager", "liger-chunked", "trl-chunked"])
+@pytest.mark.parametrize(
+    "name", ["hero", "hero-own-head", "hero-sliced", "eager", "liger-chunked", "trl-chunked"]
+)
 def test_contestants_compute_the_same_loss(name: str, share: float, divergence: str) -> None:
     case = Case("tiny", 40, "float32", divergence, share)
     problem = make_problem(case, "cpu", FAR)
@@ -97,6 +113,47 @@ def test_a_contestant_that_computes_something_else_is_excluded(
     assert {len(results[name].seconds) for name in timed} == {measure.MIN_ROUNDS}
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("hero-triton", "runs on cuda"), ("hero-cuda", "runs on cuda"), ("hero-fused", "fused")],
+)
+def test_a_way_that_cannot_serve_is_unavailable_with_its_reason(name: str, reason: str) -> None:
+    case = Case("tiny", 32, "float32")
+    with pytest.raises(Unavailable, match=reason):
+        CONTESTANTS[name].make(case, "cpu")
+    limits = measure.Limits(rounds_seconds=0, call_seconds=30, memory=False)
+    result = measure.measure(case, [name], "cpu", limits)[name]
+    assert result.skipped
+    assert not result.failed  # a benchmark of it is skipped, not failed
+
+
+def test_an_unknown_design_is_refused_in_words() -> None:
+    reason = refusal(Variant(design="folded"), (8, 4, 16), torch.float32, "cpu")
+    assert reason is not None and "got 'folded'" in reason
+
+
+def test_prediction_is_the_planners() -> None:
+    case = Case("tiny", 64)
+    limits = measure.Limits(rounds_seconds=0, call_seconds=30, memory=False)
+    results = measure.measure(case, ["hero", "hero-sliced", "eager"], "cpu", limits)
+    chosen = planned(Variant(), (64, 32, 512), torch.bfloat16, "cpu", max_active_rows=64)
+    hero = results["hero"]
+    assert hero.predicted_seconds == chosen.seconds
+    # In bf16: dX is [64, 32], dW is [512, 32].
+    assert gradient_bytes(case) == 2 * (64 * 32 + 512 * 32)
+    assert hero.predicted_bytes == chosen.bytes + gradient_bytes(case)
+    assert (hero.plan or "").startswith("chunked, ")
+    assert (results["hero-sliced"].plan or "").startswith("sliced, ")
+    assert results["eager"].predicted_seconds is None
+
+
+def test_every_way_of_ours_is_a_contestant_of_ours() -> None:
+    assert {"hero", "hero-own-head", "hero-cuda", "hero-fused", "hero-sliced"} <= set(OURS)
+    made = {CONTESTANTS[name].make for name in OURS}
+    assert all(isinstance(make, Ours) for make in made)
+    assert len(made) == len(OURS)
+
+
 def test_a_contestant_over_the_limit_is_named_with_its_time() -> None:
     limits = measure.Limits(rounds_seconds=0, call_seconds=0, memory=False)
     results = measure.measure(Case("tiny", 32, "float32"), ["eager"], "cpu", limits)
@@ -123,6 +180,13 @@ def session() -> dict[str, object]:
     return {"machine": MACHINE, "cases": [measure.as_json(Case("tiny", 64), results)]}
 
 
+def predicted_session() -> dict[str, object]:
+    changed = json.loads(json.dumps(session()))
+    hero = changed["cases"][0]["results"]["hero"]
+    hero |= {"plan": "chunked", "predicted_seconds": 1.5, "predicted_bytes": 3 * 2**20}
+    return changed
+
+
 def test_report_renders_medians_ratios_and_reasons() -> None:
     text = report.render(json.loads(json.dumps(session())))
     assert "Abacus 3000, 2 threads, AVX2 (row kernel: avx2); torch 2.13.0" in text
@@ -131,6 +195,47 @@ def test_report_renders_medians_ratios_and_reasons() -> None:
     assert "| theirs | 4000.0 | 3.00x | 4.00 |  | 50 | 10 % | 30 % |  |" in text
     assert "| ours | 2000.0 |  | 2.00 | 2.00 | 1 | 0.1 % | 1 % | 2 % |" in text
     assert "Not measured: absent (trl cannot be imported)." in text
+
+
+def test_report_shows_predictions_where_a_file_has_them() -> None:
+    text = report.render(predicted_session())
+    header = text.split("\n\n")[2].splitlines()[0]
+    assert "| time, ms | predicted, ms |" in header
+    assert "| extra memory, MiB | predicted, MiB |" in header
+    # Predicted 1.5 s and 3 MiB, measured 2 s and 1 MiB; the others have no prediction.
+    assert "| ours | 2000.0 | 1500.0 |  | 2.00 | 2.00 | 1 | 3 |" in text
+    assert "| theirs | 4000.0 |  | 3.00x |" in text
+
+
+def test_files_without_predictions_load_and_keep_their_columns() -> None:
+    old = json.loads(json.dumps(session()))
+    for result in old["cases"][0]["results"].values():
+        for name in ("failed", "plan", "predicted_seconds", "predicted_bytes"):
+            del result[name]
+    assert "predicted" not in report.render(old)
+    assert report.render(old) == report.render(session())
+
+
+def test_sweep_is_summed_up_by_token() -> None:
+    gradients = 2 * 512 * 32  # bytes of dW
+    cases = [
+        measure.as_json(
+            Case("tiny", tokens),
+            {
+                "hero": measure.Result(
+                    "ours", None, [1e-5 * tokens], gradients + 2**21 + 64 * tokens
+                ),
+                "library-gemms": measure.Result("products", None, [5e-6 * tokens]),
+                "own-gemms": measure.Result("own products", None, [5e-6 * tokens]),
+            },
+        )
+        for tokens in (64, 4096)
+    ]
+    text = report.render({"machine": MACHINE, "cases": cases})
+    # 10 us a token, of which 5 in products; 2 MiB beside dX and dW, at both lengths.
+    assert "| 64 | 10.00 | 5.00 | 2 |" in text
+    assert "| 4096 | 10.00 | 5.00 | 2 |" in text
+    assert "us a token" not in report.render(session())
 
 
 def test_results_survive_json() -> None:
@@ -165,6 +270,39 @@ def test_tables_of_the_documentation_are_those_of_the_committed_results() -> Non
     assert report.updated(document) == document
 
 
+def all_checks(group: str) -> list[check_problems.Check]:
+    subjects = {name: check_problems.SUBJECTS[name] for name in ("torch", "sliced")}
+    refused: dict[str, set[str]] = {name: set() for name in subjects}
+    size = check_problems.SIZES["smallest"]
+    return list(correctness.CHECKS[group](size, "cpu", subjects, refused))
+
+
+def test_checks_fail_for_a_loss_that_is_a_hundredth_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(*tensors: torch.Tensor, **settings: object) -> torch.Tensor:
+        return 1.01 * fused_linear_divergence(*tensors, **settings)  # type: ignore[operator]
+
+    assert all(check.passed for check in all_checks("operation"))
+    monkeypatch.setattr(correctness, "fused_linear_divergence", off)
+    checks = all_checks("operation")
+    assert len(checks) == 2 * 18 * 3  # subjects, problems; loss, dX and dW
+    assert not any(check.passed for check in checks)
+
+
+def test_checks_cut_a_call_into_unequal_pieces() -> None:
+    inputs = check_problems.make_inputs(67, 45, 1025, "cpu", 0.1)
+    for variant in (Variant("torch", "chunked"), Variant("torch", "sliced")):
+        cut = check_problems.pieces(variant, inputs, 67)
+        chosen = planned(variant, (67, 45, 1025), torch.float32, "cpu", **cut)
+        total = 67 if variant.design == "chunked" else 1025
+        assert chosen.size < total and total % chosen.size
+
+
+def test_profiled_calls_what_is_available(capsys: pytest.CaptureFixture[str]) -> None:
+    called = profiled.profile(Case("tiny", 32, "float32"), ["hero", "hero-cuda"], "cpu")
+    assert called == ["hero"]
+    assert "hero-cuda is unavailable: impl='cuda' cannot serve" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
 def test_gpu_session_dry_run(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -176,13 +314,49 @@ def test_gpu_session_dry_run(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    checks = json.loads((tmp_path / "check.json").read_text())["checks"]
-    assert len(checks) > 100
-    assert all(check["passed"] for check in checks)
+    check = json.loads((tmp_path / "check.json").read_text())
+    assert check["subjects"] == ["cpu", "torch", "sliced"]
+    assert {entry["subject"] for entry in check["checks"]} == set(check["subjects"])
+    assert len(check["checks"]) > 200
+    assert all(entry["passed"] for entry in check["checks"])
     cases = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
     assert [set(case["results"]) for case in cases] == [{"hero", "eager", *YARDSTICKS}]
+    [compared] = json.loads((tmp_path / "comparison.json").read_text())["cases"]
+    assert {"hero", "hero-triton", "hero-cuda", "hero-fused"} <= set(compared["results"])
+    assert compared["results"]["hero-sliced"]["seconds"]
+    sweep = json.loads((tmp_path / "sweep.json").read_text())["cases"]
+    assert [case["case"]["tokens"] for case in sweep] == [64, 128, 256]
     assert set(json.loads((tmp_path / "ceilings.json").read_text())) >= {"copy_gb_per_s"}
-    assert "compute-sanitizer" in (tmp_path / "session.log").read_text()
+    [costs] = tmp_path.glob("cpu*.json")
+    check_costs(json.loads(costs.read_text()))
+    # With compiled.json, which a dry run leaves out, as many as the GPU machine gives back.
+    assert len(list(tmp_path.iterdir())) == 7
+    check_time_limits((tmp_path / "session.log").read_text())
+
+
+def check_costs(values: dict[str, Any]) -> None:
+    """A file of calibrate --quick is one that `machines.load` reads, marked as not measured."""
+    products = {dtype: Products(**rates) for dtype, rates in values.pop("products").items()}
+    costs = Machine(name="dry-run", products=products, **values)
+    assert not costs.measured
+    assert {"torch"} <= set(costs.rows)
+    rates = [rate for kernel in costs.rows.values() for rate in kernel.values()]
+    rates += [costs.bandwidth, costs.fresh]
+    for product in products.values():
+        rates += [product.logits, product.hidden, product.weight]
+    assert all(rate > 0 for rate in rates)
+    # Python and dispatch of a chunk, not the scheduling of a busy machine.
+    assert 1e-6 < costs.chunk_seconds < 3e-3
+
+
+def check_time_limits(log: str) -> None:
+    """A command on the GPU machine may take ten minutes; what must run fits in nine together."""
+    limits = {name: int(limit) for name, limit in re.findall(r"== (\S+) \(at most (\d+) s\)", log)}
+    assert list(limits)[:3] == ["build", "check", "ceilings"]  # the most valuable first
+    assert {"memcheck", "racecheck", "tests", "sweep", "comparison", "ncu"} <= set(limits)
+    optional = limits.pop("ncu") + limits.pop("compiled")
+    assert optional < 120
+    assert sum(limits.values()) < 540
 
 
 def test_gpu_session_goes_on_after_a_failing_stage(tmp_path: Path) -> None:
@@ -201,7 +375,6 @@ def test_gpu_session_goes_on_after_a_failing_stage(tmp_path: Path) -> None:
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
     assert failed == [
-        "FAILED check: exit status 3",
-        "FAILED ceilings: exit status 3",
-        "FAILED benchmarks: exit status 3",
+        f"FAILED {stage}: exit status 3"
+        for stage in ("check", "ceilings", "calibrate", "benchmarks", "comparison", "sweep")
     ]

@@ -1,0 +1,147 @@
+"""What gpu_check.py checks, and the random problems it is checked on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.ours import Variant
+from benchmarks.problem import relative_error
+from hero_kernels.options import Storage
+from hero_kernels.workspace import workspace
+
+LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-5}
+"""Relative error of loss and gradients, by Euclidean norms."""
+ROW_LIMIT = 2e-4
+"""The same for a row kernel alone, given two logits in fp32 whose difference is rounded."""
+FUSED_LIMITS = (1e-3, 4e-3, 4e-3)
+"""Of loss, dX and dW in the fused design with a shared head: it stores the delta in fp16, which
+keeps gradients within 0.3 % before their own rounding (hero_kernels/fused.py)."""
+PLAIN_FACTOR = 2.0
+"""Where plain torch in fp32 loses precision too: so many times its error on top."""
+LOSS_SCALE = {torch.bfloat16: 1.0, torch.float16: 4096.0, torch.float32: 1.0}
+"""Gradients are taken of so many times the loss: those of fp16 would be below its range."""
+
+
+class Check(NamedTuple):
+    """One comparison."""
+
+    subject: str
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.error <= self.limit  # False for NaN
+
+
+class Size(NamedTuple):
+    """How large the checks are."""
+
+    rows: int
+    shapes: tuple[tuple[int, int], ...]
+    """Hidden size and vocabulary, odd ones among them."""
+    large: tuple[int, int, int]
+    """Rows, hidden size and vocabulary of the last check, in full size more than 2^31 logits."""
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        return [(self.rows, *shape) for shape in self.shapes]
+
+
+SIZES = {
+    "smallest": Size(67, ((45, 1025),), (64, 24, 257)),
+    "tiny": Size(161, ((72, 123), (45, 1025)), (64, 24, 1025)),
+    "full": Size(
+        300,
+        ((72, 123), (577, 32769), (576, 49152), (1024, 151936)),
+        (16384, 64, 151936),
+    ),
+}
+
+SUBJECTS = {
+    "triton": Variant("triton", "chunked"),
+    "cuda": Variant("cuda", "chunked"),
+    "cpu": Variant("cpu", "chunked"),
+    "torch": Variant("torch", "chunked"),
+    "fused": Variant(design="fused"),
+    "sliced": Variant(design="sliced"),
+    "sliced-torch": Variant("torch", "sliced"),
+}
+"""What can be checked, by name."""
+CHECKED = {"cuda": ("triton", "cuda", "fused", "sliced"), "cpu": ("cpu", "torch", "sliced")}
+"""What is checked if nothing is said, by device."""
+
+
+class Inputs(NamedTuple):
+    """Tensors of one call; the student's require grad."""
+
+    student_hidden: Tensor
+    weight: Tensor
+    teacher_hidden: Tensor
+    teacher_weight: Tensor | None
+
+    @property
+    def trainable(self) -> tuple[Tensor, Tensor]:
+        return self.student_hidden, self.weight
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """A copy of another type."""
+        h_s, weight, h_t = (tensor.detach().to(dtype, copy=True) for tensor in self[:3])
+        own = None if self.teacher_weight is None else self.teacher_weight.to(dtype)
+        return Inputs(h_s.requires_grad_(), weight.requires_grad_(), h_t, own)
+
+
+def make_inputs(
+    rows: int, hidden: int, vocab: int, device: str, distance: float, own_head: bool = False
+) -> Inputs:
+    """Logits of standard deviation 3; student and teacher differ by `distance` of it."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device)
+
+    scale = 3.0 / hidden**0.5
+    h_t, weight = normal(rows, hidden), scale * normal(vocab, hidden)
+    own = weight + distance * scale * normal(vocab, hidden) if own_head else None
+    return Inputs(h_t + distance * normal(rows, hidden), weight, h_t, own)
+
+
+def poison(device: str, num_bytes: int) -> None:
+    """Leave NaN in memory that the next allocations are likely to get."""
+    for size in (num_bytes, num_bytes // 16, 1 << 20):
+        torch.full((max(size // 4, 1),), torch.nan, device=device)
+
+
+def loss_and_gradients(
+    function: Callable[..., Any], inputs: Inputs, scale: float = 1.0, **settings: Any
+) -> tuple[Tensor, ...]:
+    """Loss, and dX and dW of `scale` times the loss."""
+    output = function(*inputs, **settings)
+    loss = getattr(output, "loss", output)
+    return loss.detach(), *torch.autograd.grad(scale * loss, inputs.trainable)
+
+
+def allowed(dtype: torch.dtype, plain: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """The limit of each tensor, given plain torch in fp32 on the same inputs, and fp64."""
+    errors = map(relative_error, plain, truth)
+    return [LIMIT[dtype] + PLAIN_FACTOR * error for error in errors]
+
+
+def pieces(variant: Variant, inputs: Inputs, num_active: int) -> dict[str, Any]:
+    """Options that cut a call into several unequal pieces, and bound its rows, or do not."""
+    vocab, hidden = inputs.weight.shape
+    bound = {"max_active_rows": num_active + 3} if torch.rand(()) < 0.5 else {}
+    if variant.design != "sliced":
+        return {"chunk_size": max(1, num_active // 3 + 1) | 1, **bound}
+    space = workspace(
+        len(inputs.student_hidden),
+        hidden,
+        dtype=inputs.weight.dtype,
+        device=inputs.weight.device,
+        storage=Storage.FLOAT32,
+        shared_head=inputs.teacher_weight is None,
+    )
+    return {"memory_budget": space.bytes(max(vocab // 3, 128)), **bound}
