@@ -319,7 +319,8 @@ def layout(
         chunks = iter(sizes)
         held = max((sum(islice(chunks, group)) for group in groups), default=0)
     wide = torch.promote_types(dtype, torch.float32)
-    weight_sum = types.gradient if len(groups) <= 1 else wide
+    # fp16 has not the range for a sum of scaled rows.
+    weight_sum = gradient_dtype(types.gradient) if len(groups) <= 1 else wide
     return Layout(sizes, types, groups, held, weight_sum, in_place)
 
 
