@@ -77,7 +77,8 @@ class Gradients(NamedTuple):
 
 
 class LogitChunk(NamedTuple):
-    """What a row kernel is given: rows `rows` of the call, R of them."""
+    """What a row kernel is given: rows `rows` of the call, R of them. V may exceed the vocabulary:
+    what is beyond is padding."""
 
     rows: slice
     student: Tensor  # [R, V] raw logits, or raw_s - raw_t for a shared head
@@ -160,20 +161,18 @@ def run_chunks(
         len(hidden), hidden.shape[1], hidden.dtype, hidden.device, shared, plan
     )
     longest = max(sizes, default=0)
-    # The fused design's stores want rows that start at multiples of 16 elements.
-    width = vocab_size if logit_kernel is None else -(-vocab_size // 16) * 16
-
-    def chunk_buffer(rows: int, dtype: torch.dtype) -> Tensor:
-        return buffer(hidden, rows, width, dtype)[:, :vocab_size]
-
-    teacher_logits = None if teacher is None else chunk_buffer(longest, wide)
+    # Kernels on CUDA want rows of multiples of 16 columns for wide loads and stores. What is beyond
+    # the vocabulary is padding to them; a shard's next columns are another rank's.
+    pads = hidden.is_cuda and not plan.group
+    width = -(-vocab_size // 16) * 16 if pads or logit_kernel is not None else vocab_size
+    teacher_logits = None if teacher is None else buffer(hidden, longest, width, wide)
     # The gradient takes the student's place, chunk by chunk; or it is held for several chunks; or
     # both: then logits of 16 bits stand in the buffer of the held gradient.
-    grads = chunk_buffer(held, types.gradient) if held else None
+    grads = buffer(hidden, held, width, types.gradient) if held else None
     if in_place and grads is not None:
         logits = grads.view(types.student)
     else:
-        logits = chunk_buffer(longest, types.student)
+        logits = buffer(hidden, longest, width, types.student)
         grads = logits if in_place and plan.need_grad else grads
     narrow = gradient_dtype(hidden.dtype)
     d_hidden = hidden.new_zeros(hidden.shape, dtype=wide if plan.group else narrow)
@@ -182,7 +181,7 @@ def run_chunks(
     d_bias = weight.new_zeros(len(weight), dtype=wide)
     stats = hidden.new_empty(hidden.shape[0], num_stats, dtype=wide)
     student_bias, teacher_bias = (
-        None if side is None or side.bias is None else side.bias[:vocab_size].to(wide)
+        None if side is None or side.bias is None else _padded(side.bias[:vocab_size], width, wide)
         for side in (student, teacher)
     )
 
@@ -204,7 +203,7 @@ def run_chunks(
             )
             h_s = cleared(hidden[rows], active[rows])
             h_t = None if teacher is None else cleared(teacher.hidden[rows], active[rows])
-            grad = chunk.grad
+            grad = None if chunk.grad is None else chunk.grad[:, :vocab_size]
             chunk = _with_logits(chunk, student, teacher, h_s, h_t, head, types, logit_kernel)
             stats[rows] = row_kernel(chunk)
             if grad is not None and plan.need_hidden:
@@ -219,7 +218,7 @@ def run_chunks(
             rows = slice(first, start)
             gemm.weight_gradient_into(
                 d_weight[:vocab_size],
-                grads[: start - first],
+                grads[: start - first, :vocab_size],
                 cleared(hidden[rows], active[rows]),
                 accumulate=first > 0,
             )
@@ -243,24 +242,33 @@ def _with_logits(
     logit_kernel: LogitKernel | None,
 ) -> LogitChunk:
     """The chunk with its logits computed."""
+    student_logits = chunk.student[:, : len(head)]
     if teacher is None or h_t is None or chunk.teacher is None:
-        gemm.logits_into(head, (chunk.student, h_s))
+        gemm.logits_into(head, (student_logits, h_s))
         return chunk
+    teacher_logits = chunk.teacher[:, : len(head)]
     shared = teacher.weight is student.weight
     teacher_head = head if shared else teacher.weight[: len(head)]
     if logit_kernel is not None:
-        statistics = logit_kernel(
-            chunk,
-            Head(h_s, head, chunk.student_bias),
-            Head(h_t, teacher_head, chunk.teacher_bias),
+        sides = (
+            Head(h, weight, None if bias is None else bias[: len(head)])
+            for h, weight, bias in (
+                (h_s, head, chunk.student_bias),
+                (h_t, teacher_head, chunk.teacher_bias),
+            )
         )
-        return chunk._replace(statistics=statistics)
+        real = chunk._replace(student=student_logits, teacher=teacher_logits)
+        return chunk._replace(statistics=logit_kernel(real, *sides))
     if shared:
-        absolute = _delta_into(chunk.student, chunk.teacher, h_s, h_t, head, types)
+        absolute = _delta_into(student_logits, teacher_logits, h_s, h_t, head, types)
         return chunk._replace(absolute_rows=absolute)
-    gemm.logits_into(teacher_head, (chunk.teacher, h_t))
-    gemm.logits_into(head, (chunk.student, h_s))
+    gemm.logits_into(teacher_head, (teacher_logits, h_t))
+    gemm.logits_into(head, (student_logits, h_s))
     return chunk
+
+
+def _padded(bias: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.pad(bias.to(dtype), (0, width - len(bias)))
 
 
 def buffer(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -329,18 +337,19 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def power_of_two_scale(row_scales: Tensor, dtype: torch.dtype) -> Tensor:
+def power_of_two_scale(row_scales: Tensor, dtype: torch.dtype, slope: float = 1.0) -> Tensor:
     """[] factor for the rows of an fp16 gradient tile, so that small probabilities do not vanish;
     else 1.
 
     Args:
         row_scales: [N, ...] what the rows of the tile are multiplied by.
         dtype: of the hidden states.
+        slope: bound of what else multiplies the tile.
     """
     one = row_scales.new_ones(())
     if dtype != torch.float16 or row_scales.numel() == 0:
         return one
-    peak = row_scales.abs().max()
+    peak = row_scales.abs().max() * max(slope, 1.0)
     factor = torch.exp2(8.0 - torch.ceil(torch.log2(peak)))
     return torch.where(torch.isfinite(factor), factor, one)
 

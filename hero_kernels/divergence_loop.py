@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks, fused, rows
+from hero_kernels import backends, checks, fused, gemm, rows
 from hero_kernels.chunked import (
     Gradients,
     Head,
@@ -110,6 +110,7 @@ def run(
         weight_grad: [V, H] that the sliced design adds the head's gradient to.
     """
     num_rows = len(student.hidden)
+    student, teacher = _with_rows(student, teacher, plan)
     delta = teacher is not None and teacher.weight is student.weight
     kept, overflow = active_rows(row_tensors.weights, plan.max_active_rows)
     if kept is not None:
@@ -118,7 +119,9 @@ def run(
         teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[kept])
         saved = None if saved is None else saved[kept]
     active = row_tensors.weights != 0
-    scale = power_of_two_scale(row_tensors.weights, student.hidden.dtype)
+    # Unclipped importance ratios have no bound; fp16 leaves them a factor of 255.
+    slope = max(objective.is_clip, 1.0) * objective.logit_scale / objective.temperature
+    scale = power_of_two_scale(row_tensors.weights, student.hidden.dtype, slope)
     scaled = row_tensors._replace(weights=row_tensors.weights * scale)
 
     is_half = student.hidden.dtype == torch.float16
@@ -144,6 +147,21 @@ def run(
     if grads.hidden is not None:
         grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
     return Result(spread(losses, kept, num_rows), spread(stats, kept, num_rows), grads, saved)
+
+
+def _with_rows(student: Head, teacher: Head | None, plan: Plan) -> tuple[Head, Head | None]:
+    """Heads with adjacent columns where the kernels need them, copied once for all chunks; a shared
+    head stays shared."""
+    weight = student.weight
+    own_products = weight.device.type == "cpu" and gemm.takes_16_bit(weight.device, weight.dtype)
+    if not own_products and plan.design != Design.FUSED:
+        return student, teacher
+    shared = teacher is not None and teacher.weight is weight
+    student = student._replace(weight=gemm.rows_of(weight))
+    if teacher is not None:
+        weight = student.weight if shared else gemm.rows_of(teacher.weight)
+        teacher = teacher._replace(weight=weight)
+    return student, teacher
 
 
 def _run_chunks(

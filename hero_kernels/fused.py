@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, phases
+from hero_kernels import backends, gemm, phases
 from hero_kernels.chunked import Head, LogitChunk, difference_operand
 from hero_kernels.options import Divergence, Objective, Support
 from hero_kernels.vocab_parallel import finished, phase_arguments, row_scales
@@ -79,9 +79,9 @@ def logits_into(
     common["vocab_size"] = objective.vocab_size
     if teacher.weight is not student.weight:
         return dual_gemm.pair_logits(
-            student.hidden,
+            gemm.rows_of(student.hidden),
             student.weight,
-            teacher.hidden,
+            gemm.rows_of(teacher.hidden),
             teacher.weight,
             student_out,
             teacher_out,
@@ -89,8 +89,8 @@ def logits_into(
         )
     operand, absolute_rows = difference_operand(student.hidden, teacher.hidden)
     return dual_gemm.dual_logits(
-        teacher.hidden,
-        operand,
+        gemm.rows_of(teacher.hidden),
+        gemm.rows_of(operand),
         student.weight,
         teacher_out,
         student_out,

@@ -44,7 +44,8 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
         return
     if takes_16_bit(weight.device, weight.dtype):
         cpu_gemm.logits_into(
-            _rows(weight), *((out, _rows(hidden.to(weight.dtype))) for out, hidden in wide_results)
+            rows_of(weight),
+            *((out, rows_of(hidden.to(weight.dtype))) for out, hidden in wide_results),
         )
         return
     widened = [(out, hidden.to(out.dtype)) for out, hidden in wide_results]
@@ -55,10 +56,13 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad [R, V] · weight [V, H], summed in fp32 or wider; [R, H] in the type of `grad`."""
+    """grad [R, V] · weight [V, H], summed in fp32 or wider; [R, H], fp32 or of `grad`'s type."""
     if grad.dtype == weight.dtype:
         if grad.device.type == "cpu" and takes_16_bit(grad.device, grad.dtype):
-            return cpu_gemm.hidden_gradient(_rows(grad), _rows(weight))
+            return cpu_gemm.hidden_gradient(rows_of(grad), rows_of(weight))
+        if grad.is_cuda and grad.itemsize == 2:
+            # With a 16-bit result the library may also sum parts of the vocabulary in 16 bits.
+            return torch.mm(grad, weight, out_dtype=torch.float32)
         return torch.mm(grad, weight)
     total = grad.new_zeros(grad.shape[0], weight.shape[1])
     add_hidden_gradient(total, grad, weight)
@@ -77,7 +81,7 @@ def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
     elif total.is_cuda:
         torch.addmm(total, grad, weight, out_dtype=total.dtype, out=total)
     elif takes_16_bit(grad.device, grad.dtype):
-        cpu_gemm.add_hidden_gradient(total, _rows(grad), _rows(weight))
+        cpu_gemm.add_hidden_gradient(total, rows_of(grad), rows_of(weight))
     else:
         total += torch.mm(grad, weight)
 
@@ -97,7 +101,7 @@ def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate
         and grad.element_size() == 2
         and takes_16_bit(grad.device, grad.dtype)
     ):
-        cpu_gemm.weight_gradient_into(total, _rows(grad), _rows(hidden), accumulate)
+        cpu_gemm.weight_gradient_into(total, rows_of(grad), rows_of(hidden), accumulate)
     elif total.dtype == grad.dtype:
         if accumulate:
             total.addmm_(grad.t(), hidden)
@@ -108,13 +112,13 @@ def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate
             torch.addmm(total, grad.t(), hidden, out_dtype=total.dtype, out=total)
         else:
             torch.mm(grad.t(), hidden, out_dtype=total.dtype, out=total)
-    else:
-        product = torch.mm(grad.t(), hidden)
+    else:  # an fp16 product would be rounded before it is scaled back
+        product = torch.mm(grad.t().to(total.dtype), hidden.to(total.dtype))
         total.add_(product) if accumulate else total.copy_(product)
 
 
-def _rows(matrix: Tensor) -> Tensor:
-    """With adjacent columns."""
+def rows_of(matrix: Tensor) -> Tensor:
+    """The matrix with adjacent columns: itself, or a copy."""
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 

@@ -50,9 +50,10 @@ cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
 
 // How many clusters run at once; 0 if the device cannot place one.
 cudaError_t count_clusters(const void* kernel, int device, const hero::Plan& plan,
-                           cudaLaunchConfig_t* config, int* clusters) {
+                           const hero::Limits& limits, cudaLaunchConfig_t* config, int* clusters) {
+    // Always the most there is: another thread may launch the same kernel with another plan.
     if (cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes))
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block))
         return error;
     if (plan.cluster_size == 1) {
         int processors, blocks;
@@ -65,11 +66,15 @@ cudaError_t count_clusters(const void* kernel, int device, const hero::Plan& pla
         *clusters = blocks * processors;
         return cudaSuccess;
     }
+    cudaError_t error = cudaSuccess;
     if (plan.cluster_size > 8)
-        if (cudaError_t error =
-                cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1))
-            return error;
-    return cudaOccupancyMaxActiveClusters(clusters, kernel, config);
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (!error) error = cudaOccupancyMaxActiveClusters(clusters, kernel, config);
+    if (error) {  // a device that takes smaller clusters only: the caller halves them
+        cudaGetLastError();
+        *clusters = 0;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace
@@ -112,7 +117,7 @@ int hero_cuda_divergence_rows(const RowsProblem* problem, int device, void* stre
         config.attrs = &attribute;
         config.numAttrs = plan.cluster_size > 1;
         int clusters = 0;
-        if (cudaError_t error = count_clusters(kernel, device, plan, &config, &clusters))
+        if (cudaError_t error = count_clusters(kernel, device, plan, limits, &config, &clusters))
             return error;
         if (clusters == 0) {
             // A partition of a GPU may be too small for a large cluster.

@@ -33,6 +33,7 @@ HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher, 
     Target target;
     if (!problem.target_ids) return target;
     target.id = problem.target_ids[row];
+    if (target.id >= problem.vocab_size) target.id = -1;  // unchecked on the device: no read there
     if (target.id < 0) return target;
     float slope;
     transform<delta>(problem, absolute, inner_factor(problem), static_cast<int>(target.id),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from problems import DIVERGENCES, make_problem, relative_error, run, truth
 from torch import Tensor
 
-from hero_kernels import KernelOptions
+from hero_kernels import KernelOptions, fused_linear_divergence, reference
 from hero_kernels.chunked import difference_operand
 
 DISTANCES = [1.0, 0.3, 0.1, 0.03, 0.01, 3e-3]
@@ -149,3 +150,24 @@ def test_difference_operand_loses_nothing(distance: float, dtype: torch.dtype) -
     naive = (h_s - h_t).double() @ weight.t()
     if distance == 2.0 and dtype == torch.bfloat16:
         assert relative_error(naive, exact) > 3e-4
+
+
+@pytest.mark.parametrize("design", ["chunked", "sliced"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_fp16_rows_of_one_sign_do_not_overflow(divergence: str, design: str) -> None:
+    """dW sums the scaled rows of all tokens: more than fp16 holds, before it is scaled back."""
+    torch.manual_seed(0)
+    h_s, h_t = ((0.3 * torch.randn(512, 160) + mean).half() for mean in (3.0, -3.0))
+    weight = (0.3 * torch.randn(200, 160)).half()
+    options = KernelOptions(storage="mixed", design=design)
+
+    def gradients(function: Any, dtype: torch.dtype, **settings: Any) -> tuple[Tensor, ...]:
+        states, head = (tensor.to(dtype).requires_grad_() for tensor in (h_s, weight))
+        settings |= {"divergence": divergence, "reduction": "sum"}  # a mean would be subnormal
+        output = function(states, head, h_t.to(dtype), **settings)
+        return torch.autograd.grad(getattr(output, "loss", output), (states, head))
+
+    ours = gradients(fused_linear_divergence, torch.float16, options=options)
+    truth = gradients(reference.fused_linear_divergence, torch.float64)
+    for gradient, exact in zip(ours, truth, strict=True):
+        assert relative_error(gradient, exact) < 5e-3
