@@ -1,7 +1,7 @@
 """From the JSON of a session to Markdown tables and a plot.
 
     python -m benchmarks.report RESULTS.json                  prints the tables
-    python -m benchmarks.report RESULTS.json --plot docs/images/NAME.png
+    python -m benchmarks.report RESULTS.json --plot docs/images/NAME.png [--only CASE,CASE]
                                                               and draws them
     python -m benchmarks.report --update docs/benchmarks.md   fills in the tables of a document
     python -m benchmarks.report --check docs/benchmarks.md    says whether they are up to date
@@ -186,6 +186,7 @@ def main() -> None:
     )
     parser.add_argument("results", nargs="*", type=Path, help="JSON files")
     parser.add_argument("--plot", type=Path, help="image file to draw the first of them into")
+    parser.add_argument("--only", help="comma-separated ids of the cases to draw; default all")
     parser.add_argument("--update", type=Path, help="document whose tables to fill in")
     parser.add_argument("--check", type=Path, help="document whose tables to compare")
     options = parser.parse_args()
@@ -195,7 +196,12 @@ def main() -> None:
     if options.plot:
         if not sessions:
             parser.error("--plot needs a JSON file of results.")
-        plot(sessions[0], options.plot)
+        wanted = options.only.split(",") if options.only else None
+        cases = [c for c in sessions[0]["cases"] if wanted is None or c["id"] in wanted]
+        if not cases:
+            known = ", ".join(c["id"] for c in sessions[0]["cases"])
+            parser.error(f"--only {options.only} names no case; expected some of {known}.")
+        plot({**sessions[0], "cases": cases}, options.plot)
     if options.update:
         options.update.write_text(updated(options.update.read_text()))
     if options.check and updated(options.check.read_text()) != options.check.read_text():
