@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero_kernels import rows
+from hero_kernels import checks, rows
 from hero_kernels.chunked import Head, Plan, gradient_dtype
 from hero_kernels.divergence_loop import Result, RowTensors, run
 from hero_kernels.options import Design, Objective
@@ -173,6 +173,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.recomputes = inputs[_PER_ROW] or ctx.is_sliced
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[_STUDENT]]
     ctx.settings = inputs[_TENSORS.stop : _SAVED]
+    # The parameter itself: hooks on saved tensors (checkpointing, offloading) give back a copy.
+    ctx.parameter = inputs[1] if ctx.recomputes and inputs[_ACCUMULATE] else None
     *grads, saved = output[2:]
     ctx.save_for_backward(*((*inputs[_TENSORS], saved) if ctx.recomputes else grads))
 
@@ -182,6 +184,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     constants = (None,) * (_SAVED + 1 - _STUDENT.stop)
     if upstream is None:
         return (None, None, None, *constants)
+    checks.first_order("fused_linear_divergence")
     grads: Sequence[Tensor | None]
     if ctx.recomputes:
         *tensors, saved = ctx.saved_tensors
@@ -192,7 +195,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
         saved = saved if ctx.is_sliced else None
         if arguments[_ACCUMULATE] and needed[1]:
             # Outside of the op, which must not write to what it is given.
-            into = weight_gradient(tensors[1])
+            into = weight_gradient(ctx.parameter)
             grads = _run(*arguments[: _PLAN.stop], saved=saved, weight_grad=into).gradients
         else:
             grads = linear_divergence(*arguments, saved)[2:5]

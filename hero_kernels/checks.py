@@ -34,7 +34,8 @@ def choice(name: str, value: Any, kind: type[Choice]) -> Choice:
 def positive(name: str, value: float | None, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if value is None or not math.isfinite(value) or value <= 0:
+    # Comparisons alone, which torch.compile traces for a number that varies; false for NaN too.
+    if value is None or not 0 < value < math.inf:
         remedy = ", or None to switch it off" if optional else ""
         raise ValueError(f"{name} must be a finite number above 0{remedy}; got {value}.")
 
@@ -70,13 +71,37 @@ def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
 
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Under torch.autocast, both in its type, as a linear layer would take them."""
+    """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            return hidden.to(dtype), weight.to(dtype)
+            return _autocast_to(dtype, hidden), _autocast_to(dtype, weight)
     return hidden, weight
+
+
+def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    is_eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if is_eligible else tensor
+
+
+def first_order(function: str) -> None:
+    """In a backward pass: gradients are constants there, second ones would be wrong."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{function} has no second-order gradients, which create_graph=True asks for: leave it "
+            "out, or compute the loss by hero_kernels.reference, which is differentiable twice."
+        )
+
+
+def can_be_saved(name: str, value: Tensor | None) -> None:
+    """Autograd keeps no tensor made under torch.inference_mode for a backward pass."""
+    if value is not None and not torch.compiler.is_compiling() and value.is_inference():
+        raise ValueError(
+            f"{name} was made under torch.inference_mode, but reduction='none' and "
+            "design='sliced' keep it for the backward pass: compute it under torch.no_grad() "
+            f"instead, or pass {name}.clone()."
+        )
 
 
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

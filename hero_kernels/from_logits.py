@@ -141,6 +141,18 @@ def _check_overwritable(logits: Tensor, matrix: Tensor) -> None:
             "grad: pass the "
             "output of an operation, or leave inplace_gradient=False."
         )
+    base = logits._base
+    if base is not None and base.is_leaf and base.requires_grad:
+        raise ValueError(
+            "inplace_gradient=True would overwrite student_logits, which is a view of a leaf that "
+            "requires grad: pass the output of an operation, or leave inplace_gradient=False."
+        )
+    if len(matrix) > 1 and matrix.stride(0) < matrix.shape[1]:
+        raise ValueError(
+            "inplace_gradient=True needs student_logits whose rows lie apart in memory; got shape "
+            f"{list(logits.shape)} with strides {logits.stride()}: call .contiguous(), or leave "
+            "inplace_gradient=False."
+        )
     if matrix.data_ptr() != logits.data_ptr():
         raise ValueError(
             f"inplace_gradient=True needs student_logits that can be viewed as [N, V]; got strides "
@@ -183,6 +195,7 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        checks.first_order("divergence_from_logits")
         grad = (ctx.grad * upstream[0][:, None]).to(ctx.grad.dtype)
         return (grad, *(None,) * ctx.num_constants)
 
@@ -252,6 +265,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+    checks.first_order("divergence_from_logits")
     (grad,) = ctx.saved_tensors
     return ((grad * upstream[0][:, None]).to(grad.dtype), *(None,) * ctx.num_constants)
 

@@ -176,33 +176,37 @@ def fused_linear_divergence(
     ]
     plan = Plan(
         impl=impl,
-        chunk_size=options.chunk_size or 0,
+        chunk_size=planner.constant(options.chunk_size or 0),
         storage=str(options.storage),
-        max_active_rows=options.max_active_rows or 0,
+        max_active_rows=planner.constant(options.max_active_rows or 0),
         need_hidden=wants_grad[0],
         need_weight=wants_grad[1],
         need_bias=wants_grad[2],
         with_stats=return_stats,
         design=str(options.design),
-        memory_budget=options.memory_budget or 0,
+        memory_budget=planner.constant(options.memory_budget or 0),
         group=vocab_parallel.group_name(options.process_group),
         accumulate_weight_grad=options.accumulate_weight_grad,
     )
     teacher_size = 0 if teacher_weight is None else teacher_weight.shape[1]
     design, chunk_size = planner.decide(
-        planner.row_bound(hidden, options),
-        max(hidden.shape[1], teacher_size),
-        len(student_weight),
+        planner.constant(planner.row_bound(hidden, options)),
+        planner.constant(max(hidden.shape[1], teacher_size)),
+        planner.constant(len(student_weight)),
         str(hidden.device),
         hidden.dtype,
         teacher_weight is None,
         str(divergence),
         objective.support,
-        objective.pointwise_clip > 0,
+        pointwise_clip is not None,
         *plan,
     )
     plan = plan._replace(design=design, chunk_size=chunk_size)
     if per_row or design == Design.SLICED:  # gradients are formed in the backward pass
+        if any(wants_grad):
+            checks.can_be_saved("teacher_hidden", teacher_hidden)
+            checks.can_be_saved("teacher_weight", teacher_weight)
+            checks.can_be_saved("teacher_bias", teacher_bias)
         plan = plan._replace(need_hidden=False, need_weight=False, need_bias=False)
     loss, stats, *_ = linear_divergence(
         hidden,

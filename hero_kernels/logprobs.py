@@ -66,6 +66,7 @@ def linear_logprobs(
     checks.per_token("target_ids", target_ids, hidden, integer=True)
     checks.per_token("token_mask", token_mask, hidden)
     checks.positive("temperature", temperature)
+    checks.positive("logit_scale", logit_scale)
     checks.positive("softcap", softcap, optional=True)
     vocab = checks.vocabulary(weight.shape[0], None, vocab_size)
     rows = hidden.reshape(-1, hidden.shape[-1])

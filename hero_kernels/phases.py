@@ -88,7 +88,7 @@ def row_statistics(
         out[:, TOP_T] = z_t.argmax(-1) + first_column
         out[:, TOP_S] = z_s.argmax(-1) + first_column
         apart = max_s - max_t
-        needed = (apart.abs() > _NEARBY_MAXIMA) & (apart.abs() < LOG_RATIO_LIMIT)
+        needed = (apart.abs() > _NEARBY_MAXIMA) & (max_t > MASKED) & (max_s > MASKED)
         out[:, SHIFT] = shift = apart.where(needed, 0.0)
 
         x = _clamped(logits.gap - shift[:, None])

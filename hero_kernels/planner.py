@@ -13,6 +13,7 @@ has been measured, and taken elsewhere only if named.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -258,9 +259,17 @@ def _product_seconds(
     return seconds
 
 
+def constant(size: int) -> int:
+    """`size`, which `torch.compile` compiles anew for where it would be a symbol: `decide` takes
+    none."""
+    return operator.index(size)
+
+
 def row_bound(hidden: torch.Tensor, options: KernelOptions) -> int:
     """Rows that a call may compute; under `torch.compile` a nominal number, so that the plan does
-    not tie compiled code to one batch size."""
+    not tie compiled code to one batch size. What fits a budget depends on the rows there are: with
+    one each number of rows is compiled for (`constant`).
+    """
     if torch.compiler.is_compiling() and not options.memory_budget:
         return options.max_active_rows or _NOMINAL_ROWS
     return min(len(hidden), options.max_active_rows or len(hidden))

@@ -249,7 +249,9 @@ def log_probs(
         growth = (logp_t.exp() * torch.expm1(gap)).sum(-1, keepdim=True)  # sum p_t exp(gap) - 1
         near = growth.abs() < 0.5  # False for overflow (inf, or nan from 0·inf) too
         log_ratio = gap - growth.where(near, 0.0).log1p()
-        return LogProbs(logp_s, logp_t, log_ratio.where(near, _log_ratio(logp_s, logp_t)), slope)
+        return LogProbs(
+            logp_s, logp_t, log_ratio.where(near, masked_log_ratio(logp_s, logp_t)), slope
+        )
 
     z_s = scaled(student, student_bias)
     if softcap:
@@ -262,10 +264,10 @@ def log_probs(
     if softcap:
         z_t = softcap * torch.tanh(z_t / softcap)
     logp_t = torch.log_softmax(z_t * inv_temperature, -1)
-    return LogProbs(logp_s, logp_t, _log_ratio(logp_s, logp_t), slope)
+    return LogProbs(logp_s, logp_t, masked_log_ratio(logp_s, logp_t), slope)
 
 
-def _log_ratio(logp_s: Tensor, logp_t: Tensor) -> Tensor:
+def masked_log_ratio(logp_s: Tensor, logp_t: Tensor) -> Tensor:
     """log p_s - log p_t; 0 in columns masked for both, +-1e4 where one side alone is masked."""
     both = (logp_s == -torch.inf) & (logp_t == -torch.inf)
     return (logp_s - logp_t).masked_fill(both, 0.0).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hero_kernels.options import Objective, Support, TopKSource
-from hero_kernels.rows import LogProbs, RowObjective, dense_divergence, map_rows
+from hero_kernels.rows import LogProbs, RowObjective, dense_divergence, map_rows, masked_log_ratio
 
 _SERVER_ROUNDING = 1e-7
 """Log-probabilities from a server are rounded: the tail's mass is known no better than this."""
@@ -82,7 +82,7 @@ def _topk(probs: LogProbs, _: slice, *, objective: Objective) -> tuple[Tensor, T
     rest_s = probs.student.scatter(1, ids, -torch.inf)
     tail_s = rest_s.logsumexp(-1, keepdim=True)
     tail_t = probs.teacher.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    tail_gap = (tail_s - tail_t).where(tail_s > -torch.inf, 0.0)  # an empty tail holds no mass
+    tail_gap = masked_log_ratio(tail_s, tail_t)  # 0 for an empty tail, which holds no mass
     value, d_buckets = dense_divergence(
         torch.cat([kept_s, tail_s], 1),
         torch.cat([kept_t, tail_t], 1),
@@ -99,12 +99,17 @@ def _topk_of_server(
     ids, kept_t = teacher_topk[0][rows], teacher_topk[1][rows].to(probs.student.dtype)
     kept_s = probs.student.gather(1, ids)
     if not objective.top_k_tail:
-        return _renormalised(probs.student, ids, kept_s, kept_t, kept_s - kept_t, objective)
+        gap = masked_log_ratio(kept_s, kept_t)
+        return _renormalised(probs.student, ids, kept_s, kept_t, gap, objective)
     rest_s = probs.student.scatter(1, ids, -torch.inf)
     tail_s = rest_s.logsumexp(-1, keepdim=True)
-    tail_t = (-torch.expm1(kept_t.logsumexp(-1, keepdim=True))).clamp(min=_SERVER_ROUNDING).log()
+    rest_t = -torch.expm1(kept_t.logsumexp(-1, keepdim=True))
+    tail_t = rest_t.clamp(min=_SERVER_ROUNDING).log()
     bucket_s, bucket_t = torch.cat([kept_s, tail_s], 1), torch.cat([kept_t, tail_t], 1)
-    gap = (bucket_s - bucket_t).where(bucket_s > -torch.inf, 0.0)
+    # An empty tail of the student is one of the teacher too, up to the server's rounding.
+    tail_gap = masked_log_ratio(tail_s, tail_t)
+    tail_gap = tail_gap.where((tail_s > -torch.inf) | (rest_t > _SERVER_ROUNDING), 0.0)
+    gap = torch.cat([masked_log_ratio(kept_s, kept_t), tail_gap], 1)
     value, d_buckets = dense_divergence(
         bucket_s, bucket_t, gap, objective.divergence, objective.beta
     )
@@ -116,7 +121,8 @@ def _renormalised(
 ) -> tuple[Tensor, Tensor]:
     """Divergence between the two distributions restricted to the kept tokens."""
     mass_s, mass_t = kept_s.logsumexp(-1, keepdim=True), kept_t.logsumexp(-1, keepdim=True)
-    gap = (gap - (mass_s - mass_t)).where(kept_s > -torch.inf, 0.0)
+    both_masked = (kept_s == -torch.inf) & (kept_t == -torch.inf)
+    gap = (gap - (mass_s - mass_t)).masked_fill(both_masked, 0.0)
     value, d_kept = dense_divergence(
         kept_s - mass_s, kept_t - mass_t, gap, objective.divergence, objective.beta
     )

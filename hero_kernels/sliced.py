@@ -273,8 +273,12 @@ def _gradients(
 
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor, scale: Tensor | None) -> None:
     """total [C, H] += gradᵀ · hidden / scale."""
-    one_sum = total.dtype.itemsize >= 4 or (total.is_cuda and total.dtype == grad.dtype)
-    if one_sum and scale is None:
+    # What a product can add to without rounding its sum on the way, and is laid out for it.
+    if total.dtype == grad.dtype:
+        one_sum = total.is_cuda or total.dtype.itemsize >= 4
+    else:
+        one_sum = total.dtype == torch.float32 and grad.dtype.itemsize == 2
+    if one_sum and total.stride(-1) == 1 and scale is None:
         gemm.weight_gradient_into(total, grad, hidden, accumulate=True)
         return
     product = total.new_empty(total.shape, dtype=torch.promote_types(grad.dtype, torch.float32))

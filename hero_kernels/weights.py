@@ -1,7 +1,6 @@
 """From token and turn weights to the coefficient of each row, and from rows back to the result.
 
-Sums over turns and trajectories are taken in fp64: their order differs from run to run on CUDA, and
-fp64 keeps that beneath what the fp32 result can show.
+Sums over turns and trajectories are taken in fp64, and in the same order from run to run.
 """
 
 from __future__ import annotations
@@ -48,6 +47,11 @@ class Weighting(NamedTuple):
         checks.per_token("turn_ids", turn_ids, hidden, integer=True)
         checks.per_token("trajectory_ids", trajectory_ids, hidden, integer=True)
         checks.grouping(turn_ids, turn_weights, trajectory_ids, aggregation)
+        if isinstance(num_items, Tensor) and num_items.numel() != 1:
+            raise ValueError(
+                f"num_items is {list(num_items.shape)}; expected a number or a tensor of one "
+                "element, the divisor of the mean: sum it first."
+            )
         if checks.values_readable(hidden, validate):
             checks.finite("token_weights", token_weights)
             checks.finite("turn_weights", turn_weights)
@@ -57,9 +61,9 @@ class Weighting(NamedTuple):
             checks.below("trajectory_ids", trajectory_ids, num_rows)
         return cls(
             _flat(token_weights),
-            _flat(turn_ids),
+            _flat_ids(turn_ids),
             turn_weights,
-            _flat(trajectory_ids),
+            _flat_ids(trajectory_ids),
             aggregation,
             checks.choice("reduction", reduction, Reduction),
             num_items,
@@ -98,7 +102,7 @@ class Weighting(NamedTuple):
         if self.reduction == Reduction.MEAN:
             total = result.sum()
             if isinstance(self.num_items, Tensor):
-                total = self.num_items.to(like.device, torch.float64)
+                total = self.num_items.to(like.device, torch.float64).reshape(())
             elif self.num_items is not None:  # filled on the device: a copy would wait for it
                 total = total.new_full((), float(self.num_items), dtype=torch.float64)
             result = _divide(result, total)
@@ -171,9 +175,18 @@ def _flat(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().reshape(-1)
 
 
+def _flat_ids(ids: Tensor | None) -> Tensor | None:
+    """In int64: as an index uint8 would be a mask, and torch takes no int16."""
+    return None if ids is None else ids.detach().reshape(-1).long()
+
+
 def _group_sum(values: Tensor, ids: Tensor, num_groups: int) -> Tensor:
-    """[num_groups] sums of values [N] by id."""
-    return values.new_zeros(num_groups).index_add(0, ids, values)
+    """[num_groups] sums of values [N] by id.
+
+    By `index_put`, which sorts the ids on CUDA; `index_add` would add atomically there, in an order
+    that differs from run to run.
+    """
+    return values.new_zeros(num_groups).index_put((ids,), values, accumulate=True)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

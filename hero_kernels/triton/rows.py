@@ -32,7 +32,7 @@ from hero_kernels.triton.device import (
     log_mixture,
     probabilities,
 )
-from hero_kernels.triton.logits import load_logits
+from hero_kernels.triton.logits import MASKED, load_logits
 
 NUM_STATS = tl.constexpr(8)
 JSD = tl.constexpr(0)
@@ -121,8 +121,8 @@ def _divergence_rows_kernel(
     z_t, z_s, _, _ = load_logits(
         source, lanes, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
     )
-    shift = tl.max(z_s, 0) - tl.max(z_t, 0)
-    shift = tl.where(tl.abs(shift) < LOG_RATIO_LIMIT, shift, 0.0)
+    first_t, first_s = tl.max(z_t, 0), tl.max(z_s, 0)
+    shift = tl.where((first_t > MASKED) & (first_s > MASKED), first_s - first_t, 0.0)
 
     # Sweep 1, each lane with its own running maximum: of exp(z - max) and exp(max - z) one is 1.
     max_t = tl.full((BLOCK_V,), float("-inf"), tl.float32)

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hero_kernels import phases
-from hero_kernels.triton.device import LOG_RATIO_LIMIT, exp, log_1_plus, quadratic_remainder
+from hero_kernels.triton.device import exp, log_1_plus, quadratic_remainder
+from hero_kernels.triton.logits import MASKED
 
 MAX_T = tl.constexpr(phases.MAX_T)
 SUM_T = tl.constexpr(phases.SUM_T)
@@ -41,8 +42,7 @@ _MERGE_ROWS, _MERGE_PARTS = 8, 64
 @triton.jit
 def choose_shift(max_t, max_s):
     """Reference of the log ratio; 0 for nearby distributions, and where one side is masked."""
-    distance = tl.abs(max_s - max_t)
-    apart = (distance > _ALIGNED) & (distance < LOG_RATIO_LIMIT)
+    apart = (tl.abs(max_s - max_t) > _ALIGNED) & (max_t > MASKED) & (max_s > MASKED)
     return tl.where(apart, max_s - max_t, 0.0)
 
 

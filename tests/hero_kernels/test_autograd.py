@@ -320,3 +320,75 @@ def test_inductor_equals_eager(case: str, tmp_path: Path, monkeypatch: pytest.Mo
     expected = torch.autograd.grad(eager, [hidden, weight])
     for ours, theirs in zip(torch.autograd.grad(compiled, [hidden, weight]), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_with_what_varies() -> None:
+    """What varies from call to call, sizes included, breaks no whole graph. Oracle: eager."""
+
+    def loss(hidden: Tensor, weight: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+        return fused_linear_divergence(hidden, weight, teacher, **settings)
+
+    def budget(rows: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+        return (rows, 6, 13), {"options": KernelOptions(memory_budget=2**30)}
+
+    def bound(rows: int) -> tuple[tuple[int, int, int], dict[str, Any]]:
+        return (9, 6, 13), {"options": KernelOptions(max_active_rows=rows)}
+
+    plain: dict[str, Any] = {}
+    varied: dict[str, list[tuple[tuple[int, int, int], dict[str, Any]]]] = {
+        "temperature": [((9, 6, 13), {"temperature": t}) for t in (1.0, 0.7, 0.5)],
+        "clip": [((9, 6, 13), {"pointwise_clip": c}) for c in (0.1, 0.2, 0.3)],
+        "sizes": [((9, size, 2 * size), plain) for size in (6, 8, 10)],
+        "rows": [((rows, 6, 13), plain) for rows in (9, 12, 7)],
+        "rows within a budget": [budget(rows) for rows in (9, 12, 7)],
+        "bound": [bound(rows) for rows in (9, 12, 15)],
+    }
+    for name, calls in varied.items():
+        torch.compiler.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="eager")
+        for (rows, hidden, vocab), settings in calls:
+            inputs = [torch.randn(size, hidden) for size in (rows, vocab, rows)]
+            assert torch.equal(compiled(*inputs, **settings), loss(*inputs, **settings)), name
+
+
+@pytest.mark.parametrize("case", ["scalar", "per_row", "sliced", "logits", "inplace"])
+def test_second_order_is_refused(case: str) -> None:
+    problem = make_problem(4, 5, 40)
+    if case in ("logits", "inplace"):
+        logits = problem.student_hidden @ problem.student_weight.t()
+        teacher = torch.randn(4, 40)
+        loss = divergence_from_logits(logits, teacher, inplace_gradient=case == "inplace")
+        assert isinstance(loss, Tensor)
+    else:
+        design = "sliced" if case == "sliced" else "auto"
+        reduction = "none" if case == "per_row" else "mean"
+        loss = loss_of(problem, reduction=reduction, options=KernelOptions(design=design)).sum()
+    with pytest.raises(RuntimeError, match=r"no second-order gradients.*create_graph=True"):
+        torch.autograd.grad(loss, problem.student_hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "hooks"])
+def test_checkpoint(reentrant: bool) -> None:
+    """The check for second orders sees no grad mode in a checkpoint's backward pass."""
+    problem = make_problem(4, 5, 40)
+    leaves = [problem.student_hidden, problem.student_weight]
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return fused_linear_divergence(hidden, weight, problem.teacher_hidden)
+
+    loss(*leaves).backward()
+    expected = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    torch.utils.checkpoint.checkpoint(loss, *leaves, use_reentrant=reentrant).backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+def test_autocast_leaves_fp64_alone(impl: str) -> None:
+    """As a linear layer does; only "torch" takes fp64."""
+    problem = make_problem(8, 16, 60, dtype=torch.float64)
+    expected = loss_of(problem)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(problem)
+    assert loss.dtype == torch.float64 and torch.equal(loss, expected)

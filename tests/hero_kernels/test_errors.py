@@ -142,6 +142,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "trajectory mean": ({"loss_aggregation": "trajectory"}, "needs trajectory_ids"),
     "aggregation": ({"loss_aggregation": "batch"}, "'token', 'turn', 'trajectory'; got 'batch'"),
     "reduction": ({"reduction": "avg"}, "'mean', 'sum', 'none'; got 'avg'"),
+    "num_items": ({"num_items": torch.ones(2)}, r"num_items is \[2\]; expected.*one element"),
+    "temperature nan": ({"temperature": float("nan")}, "temperature must be a finite.*got nan"),
     "impl": ({"impl": "cublas"}, "Unknown impl 'cublas'.*'auto', 'torch', 'cpu', 'cuda', 'triton'"),
     "impl device": ({"impl": "triton"}, "impl='triton' cannot serve.*runs on cuda"),
     "impl dtype": (
@@ -225,6 +227,8 @@ def test_other_functions() -> None:
         ValueError, match="target_ids of tokens with weight must lie between 0 and 19"
     ):
         linear_logprobs(hidden, weight, LONG + V)
+    with pytest.raises(ValueError, match=r"logit_scale must be a finite .*got 0\.0"):
+        linear_logprobs(hidden, weight, LONG, logit_scale=0.0)
     with pytest.raises(ValueError, match="same leading shape"):
         divergence_from_logits(torch.randn(3, V), torch.randn(4, V))
     with pytest.raises(ValueError, match="pass vocab_size"):

@@ -189,3 +189,17 @@ def test_opcheck() -> None:
         _logits_divergence,
         (student.requires_grad_(), teacher, *rows, *objective, "torch", True, True),
     )
+
+
+def test_inplace_gradient_refuses_shared_memory() -> None:
+    """Rows that overlap would overwrite each other; views of a parameter, the parameter."""
+    student, teacher = logits("cpu")
+    leaf = student[0, :1].clone().requires_grad_()
+    expanded = (leaf * 1.0).expand(5, 60)
+    with pytest.raises(ValueError, match=r"rows lie apart.*strides \(0, 1\).*\.contiguous\(\)"):
+        divergence_from_logits(expanded, teacher[0], inplace_gradient=True)
+    parameter = student.clone().requires_grad_()
+    for view in (parameter[1:], parameter.view(15, 60), parameter[1:][:1]):
+        with pytest.raises(ValueError, match=r"is a view of a leaf.*inplace_gradient=False"):
+            divergence_from_logits(view, torch.zeros(view.shape), inplace_gradient=True)
+    assert torch.equal(parameter.detach(), student)

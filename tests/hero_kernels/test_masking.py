@@ -146,3 +146,23 @@ def test_logprobs_of_masked_rows_are_zero() -> None:
     (logprobs.sum() + entropy.sum()).backward()
     assert hidden.grad is not None and weight.grad is not None
     assert hidden.grad[~MASK.bool()].eq(0).all() and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
+    """As an index uint8 would be a mask. Oracle: the same ids in int64."""
+    problem = make_problem(9, 5, 40)
+    turns, trajectories = torch.arange(9) // 2, torch.arange(9) // 5
+    losses = [
+        fused_linear_divergence(
+            *problem.positional(),
+            turn_ids=turns.to(kind),
+            turn_weights=torch.rand(5, generator=torch.Generator().manual_seed(0)),
+            trajectory_ids=trajectories.to(kind),
+            loss_aggregation="trajectory",
+            return_stats=True,
+        )
+        for kind in (torch.int64, dtype)
+    ]
+    assert torch.equal(losses[0].loss, losses[1].loss)
+    assert torch.equal(losses[0].per_turn, losses[1].per_turn)

@@ -269,3 +269,18 @@ def test_who_has_phases() -> None:
         backends.phases_of("cpu", request._replace(dtype=torch.float32))
     with pytest.raises(ValueError, match="triton: it runs on cuda, the tensors are on cpu"):
         backends.phases_of("triton", request)
+
+
+@DIVERGENCES
+@DELTA
+@pytest.mark.parametrize("constant", [2e4, -2e4])
+def test_far_maxima(divergence: int, delta: bool, constant: float) -> None:
+    """A softmax ignores a constant, however large; the numbers are exact in fp32."""
+    case = make_case(divergence, delta)
+    case.student = (case.student * 256).round() / 256
+    case.teacher = (case.teacher * 256).round() / 256
+    true_stats, true_grad = case.truth()
+    case.student += constant
+    stats, grad = case.run(in_phases(CUTS["ragged"]))
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=5e-3, atol=0)
+    assert relative_error(grad, true_grad) < 5e-3

@@ -450,3 +450,61 @@ def test_explain() -> None:
     assert "sum of dW" not in text
     frozen = explain(64, 8, 300, trainable_head=False, impl="torch", options=options)
     assert "head GEMMs: 7 (4 forward, 3 backward: 2 for logits, dX)" in frozen
+
+
+@pytest.mark.parametrize("kept", ["checkpoint", "save_on_cpu"])
+@pytest.mark.parametrize("main", [False, True], ids=["grad", "main_grad"])
+def test_accumulates_under_saved_tensor_hooks(kept: str, main: bool) -> None:
+    """They hand the backward pass a copy of the weight. Oracle: the call without them."""
+    problem = make_problem(10, 6, 300)
+    weight = problem.student_weight
+    expected = torch.autograd.grad(loss_of(problem, sliced(problem)), weight)[0]
+    if main:
+        weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    options = sliced(problem, accumulate_weight_grad=True)
+    if kept == "checkpoint":
+        loss = torch.utils.checkpoint.checkpoint(loss_of, problem, options, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            loss = loss_of(problem, options)
+    loss.backward()
+    got = weight.main_grad if main else weight.grad  # type: ignore[attr-defined]
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("main", ["transposed", "fp64"])
+def test_accumulates_into_any_main_grad(dtype: torch.dtype, main: str) -> None:
+    problem = make_problem(10, 6, 300).to("cpu", dtype)
+    weight = problem.student_weight
+    options = sliced(problem, dtype=dtype)
+    expected = torch.autograd.grad(loss_of(problem, options), weight)[0]
+    total = torch.zeros(300, 6, dtype=torch.float64 if main == "fp64" else torch.float32)
+    if main == "transposed":
+        total = total.t().contiguous().t()
+    weight.main_grad = total  # type: ignore[attr-defined]
+    options = sliced(problem, dtype=dtype, accumulate_weight_grad=True)
+    loss_of(problem, options).backward()
+    assert relative_error(total, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("design", ["sliced", "chunked"])
+def test_teacher_of_inference_mode(design: str) -> None:
+    problem = make_problem(6, 5, 300, shared=False)
+    expected = loss_of(problem, KernelOptions())
+    with torch.inference_mode():
+        problem.teacher_hidden = problem.teacher_hidden * 1
+    torch.testing.assert_close(loss_of(problem, KernelOptions(design="chunked")), expected)
+    reduction = "none" if design == "chunked" else "mean"
+    with pytest.raises(
+        ValueError, match=r"teacher_hidden was made .*no_grad.*teacher_hidden\.clone"
+    ):
+        loss_of(problem, KernelOptions(design=design), reduction=reduction)
+    problem.teacher_hidden = problem.teacher_hidden.clone()
+    loss_of(problem, KernelOptions(design=design), reduction=reduction).sum().backward()
+    with torch.inference_mode():
+        problem.teacher_weight = problem.teacher_weight * 1
+    with pytest.raises(ValueError, match=r"teacher_weight was made under torch\.inference_mode"):
+        loss_of(problem, KernelOptions(design=design), reduction=reduction)
+    with torch.no_grad():
+        loss_of(problem, KernelOptions(design=design), reduction=reduction)

@@ -181,3 +181,57 @@ def test_pointwise_clip_agrees_with_reference(divergence: str, clip: float) -> N
     )
     plain, _ = run(problem, "torch", "cpu", torch.float32, divergence=divergence)
     assert clipped.loss < plain.loss
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("source", ["student", "teacher", "union"])
+def test_tail_that_only_the_student_masks(divergence: str, source: str) -> None:
+    """With k = V - 1 and a token that the student excludes: the full divergence again."""
+    problem = make_problem(9, 6, 40, shared=False, bias=True)
+    with torch.no_grad():
+        problem.student_bias[7] = -torch.inf
+        problem.teacher_weight[7] = 0.0
+        problem.teacher_bias[7] = -9.0  # the teacher's least, and the tail of either source
+    full, exact = run(problem, "torch", "cpu", torch.float32, divergence=divergence)
+    chosen: dict[str, Any] = {"support": "topk", "top_k": 39, "top_k_source": source}
+    topk, student = run(problem, "torch", "cpu", torch.float32, divergence=divergence, **chosen)
+    torch.testing.assert_close(topk.per_token, full.per_token, rtol=1e-4, atol=1e-7)
+    for name, value in exact.gradients().items():
+        assert relative_error(student.gradients()[name], value) < 1e-4, name
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", [True, False], ids=["tail", "renormalised"])
+@pytest.mark.parametrize("known", [39, 40])
+def test_server_and_a_token_that_only_the_student_masks(
+    divergence: str, tail: bool, known: int
+) -> None:
+    """Kept by the server. Oracle: the full divergence; a server that knows less keeps its tail."""
+    problem = make_problem(9, 6, 40, bias=False)
+    topk = from_server(problem, known)
+    bias = torch.zeros(40)
+    bias[topk[0][0, 0]] = -torch.inf
+    loss = fused_linear_divergence(
+        problem.student_hidden,
+        problem.student_weight,
+        student_bias=bias,
+        support="topk",
+        top_k_tail=tail,
+        teacher_topk=topk,
+        divergence=divergence,
+        reduction="none",
+    )
+    if tail or known == 40:
+        full = fused_linear_divergence(
+            problem.student_hidden,
+            problem.student_weight,
+            problem.teacher_hidden,
+            problem.student_weight.detach().clone(),
+            student_bias=bias,
+            divergence=divergence,
+            reduction="none",
+        )
+        torch.testing.assert_close(loss, full, rtol=1e-3, atol=1e-4)
+    assert loss.isfinite().all() and (loss >= 0).all()
+    gradient = torch.autograd.grad(loss.sum(), problem.student_hidden)[0]
+    assert gradient.isfinite().all()

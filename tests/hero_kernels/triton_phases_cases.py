@@ -305,3 +305,18 @@ def test_errors_name_what_was_got_and_expected() -> None:
         )
     with pytest.raises(ValueError, match=r"parts must be \[P, R, 12\]"):
         merge_statistics(tensor)
+
+
+@DIVERGENCES
+@DELTA
+@pytest.mark.parametrize("constant", [2e4, -2e4])
+def test_far_maxima(divergence: int, delta: bool, constant: float) -> None:
+    """A softmax ignores a constant, however large; the numbers are exact in fp32."""
+    case = make_case(divergence, delta, rows=2, vocab=300)
+    case.student = (case.student * 256).round() / 256
+    case.teacher = (case.teacher * 256).round() / 256
+    true_stats, true_grad = case.truth()
+    case.student += constant
+    stats, grad = case.run(phased_rows)
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=5e-3, atol=0)
+    assert relative_error(grad, true_grad) < 5e-3

@@ -208,3 +208,18 @@ def test_more_than_2_31_logits(divergence: int) -> None:
     torch.testing.assert_close(stats[-2:, 0].double().cpu(), true_stats[:, 0], rtol=1e-5, atol=0)
     assert relative_error(student[-2:].cpu(), true_grad) < 4e-3
     assert not stats[:-2].any() and not student[:-2].any()
+
+
+@DIVERGENCES
+@DELTA
+@pytest.mark.parametrize("constant", [2e4, -2e4])
+def test_far_maxima(divergence: int, delta: bool, constant: float) -> None:
+    """A softmax ignores a constant, however large; the numbers are exact in fp32."""
+    case = make_case(divergence, delta, rows=2, vocab=300)
+    case.student = (case.student * 256).round() / 256
+    case.teacher = (case.teacher * 256).round() / 256
+    true_stats, true_grad = case.truth()
+    case.student += constant
+    stats, grad = case.run(divergence_rows)
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=5e-3, atol=0)
+    assert relative_error(grad, true_grad) < 5e-3
