@@ -37,8 +37,7 @@ HERO_DEVICE Values no_values() {
 
 // The constant that aligns two maxima; 0 where one side is masked or there are no columns.
 HERO_DEVICE float alignment(float max_teacher, float max_student) {
-    const float shift = max_student - max_teacher;
-    return magnitude(shift) < LOG_RATIO_LIMIT ? shift : 0.0f;
+    return max_teacher > MASKED && max_student > MASKED ? max_student - max_teacher : 0.0f;
 }
 
 HERO_DEVICE float warp_max(float value) {
