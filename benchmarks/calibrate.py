@@ -21,8 +21,9 @@ from torch import Tensor
 from benchmarks import machine
 from benchmarks.yardsticks import median_time, timed
 from hero_kernels import KernelOptions, backends, cpu_gemm, fused, fused_linear_divergence, gemm
-from hero_kernels.chunked import Head, LogitChunk, buffer, buffer_types
+from hero_kernels.chunked import Head, LogitChunk
 from hero_kernels.divergence_loop import RowTensors
+from hero_kernels.layout import buffer, buffer_types
 from hero_kernels.machines import CUDA_COSTS, FOLDER
 from hero_kernels.options import Divergence, Objective
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.shapes import Case
 from hero_kernels import KernelOptions, planner
-from hero_kernels.chunked import Plan
+from hero_kernels.layout import Plan
 
 
 class Variant(NamedTuple):

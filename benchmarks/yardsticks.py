@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.problem import Problem
 from hero_kernels import backends, gemm
-from hero_kernels.chunked import Plan, buffer, chunk_sizes, layout
+from hero_kernels.layout import Plan, buffer, chunk_sizes, layout
 
 Step = Callable[[], object]
 

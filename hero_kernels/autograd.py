@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from hero_kernels import checks, rows
-from hero_kernels.chunked import Head, Plan, gradient_dtype
+from hero_kernels.chunked import Head
 from hero_kernels.divergence_loop import Result, RowTensors, run
+from hero_kernels.layout import Plan, gradient_dtype
 from hero_kernels.options import Design, Objective
 from hero_kernels.workspace import SAVED
 

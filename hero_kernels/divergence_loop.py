@@ -13,13 +13,12 @@ from hero_kernels.chunked import (
     Gradients,
     Head,
     LogitChunk,
-    Plan,
     active_rows,
-    gradient_dtype,
     power_of_two_scale,
     run_chunks,
     spread,
 )
+from hero_kernels.layout import Plan, gradient_dtype
 from hero_kernels.options import Design, Objective, Support
 from hero_kernels.rows_sparse import sparse_rows
 from hero_kernels.sliced import HeadSlices, run_slices

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hero_kernels import backends, planner
-from hero_kernels.chunked import Plan, layout
+from hero_kernels.layout import Plan, layout
 from hero_kernels.machines import machine_of
 from hero_kernels.options import Design, KernelOptions
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from hero_kernels import checks, planner, vocab_parallel
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.chunked import Plan
 from hero_kernels.divergence_loop import RowTensors
+from hero_kernels.layout import Plan
 from hero_kernels.options import Design, DivergenceOutput, KernelOptions, Reduction
 from hero_kernels.weights import Weighting
 

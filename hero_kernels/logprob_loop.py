@@ -18,12 +18,12 @@ from hero_kernels.chunked import (
     Gradients,
     Head,
     LogitChunk,
-    Plan,
     active_rows,
     power_of_two_scale,
     run_chunks,
     spread,
 )
+from hero_kernels.layout import Plan
 from hero_kernels.logprob_rows import LOGPROB_STATS
 
 

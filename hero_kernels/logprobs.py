@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hero_kernels import backends, checks
-from hero_kernels.chunked import Head, Plan, gradient_dtype
+from hero_kernels.chunked import Head
+from hero_kernels.layout import Plan, gradient_dtype
 from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from hero_kernels.logprob_rows import ENTROPY, LOGPROB, LOGPROB_STATS
 from hero_kernels.options import KernelOptions

@@ -62,7 +62,7 @@ class LossAggregation(StrEnum):
 
 
 class Storage(StrEnum):
-    """How a chunk of logits is held when the inputs are 16-bit; see `chunked.buffer_types`."""
+    """How a chunk of logits is held when the inputs are 16-bit; see `layout.buffer_types`."""
 
     FLOAT32 = "float32"  # logits in fp32: gradients within 0.3 % of fp64 for any divergence
     # Shared head: teacher fp32, delta 16-bit. In bf16 gradients are off by up to 2 % where the KL

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hero_kernels import backends, fused
-from hero_kernels.chunked import Plan, layout
+from hero_kernels.layout import Plan, layout
 from hero_kernels.machines import Machine, machine_of
 from hero_kernels.options import Design, KernelOptions, Support
 from hero_kernels.workspace import slice_width, workspace

@@ -26,16 +26,8 @@ import torch
 from torch import Tensor
 
 from hero_kernels import gemm, phases
-from hero_kernels.chunked import (
-    Gradients,
-    Head,
-    Plan,
-    buffer,
-    buffer_types,
-    cleared,
-    delta_operand,
-    gradient_dtype,
-)
+from hero_kernels.chunked import Gradients, Head, cleared, delta_operand
+from hero_kernels.layout import Plan, buffer, buffer_types, gradient_dtype
 from hero_kernels.options import Objective
 from hero_kernels.vocab_parallel import (
     Shards,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from hero_kernels import phases
-from hero_kernels.chunked import buffer_types
+from hero_kernels.layout import buffer_types
 
 SAVED = phases.NUM_STATISTICS + phases.NUM_VALUES
 """Numbers of each row that the forward pass keeps for the backward pass."""
@@ -20,7 +20,7 @@ _ALIGNMENT = 128
 _DEFAULT_MIN_WIDTH = 1024
 """Without a budget of the user's slices get no narrower: the products would be inefficient."""
 _CPU_SPACING = 127
-"""Columns by which `chunked.buffer` spaces the rows of a buffer on CPU, at most."""
+"""Columns by which `layout.buffer` spaces the rows of a buffer on CPU, at most."""
 
 
 class Workspace(NamedTuple):

@@ -19,9 +19,10 @@ from hero_kernels import (
     linear_logprobs,
 )
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.chunked import Head, Plan
+from hero_kernels.chunked import Head
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.divergence_loop import run as run_loop
+from hero_kernels.layout import Plan
 from hero_kernels.options import Objective
 
 PLAIN = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 13, "full", 0, "student", True)

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hero_kernels import KernelOptions, backends, divergence_loop, fused_linear_divergence
-from hero_kernels.chunked import Gradients, Head, Plan
+from hero_kernels.chunked import Gradients, Head
 from hero_kernels.divergence_loop import RowTensors
+from hero_kernels.layout import Plan
 from hero_kernels.options import Objective
 
 N, H, V = 12, 8, 32

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS
-from hero_kernels.chunked import Head, Plan
+from hero_kernels.chunked import Head
+from hero_kernels.layout import Plan
 from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from hero_kernels.reference import entropy, scaled_logits
 

@@ -7,9 +7,10 @@ import torch
 from problems import ProductCounter, make_problem, run
 
 from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs
-from hero_kernels.chunked import Head, Plan, active_rows
+from hero_kernels.chunked import Head, active_rows
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.divergence_loop import run as run_loop
+from hero_kernels.layout import Plan
 from hero_kernels.options import Objective
 
 MASK = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0])

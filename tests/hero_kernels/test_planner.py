@@ -18,7 +18,7 @@ from hero_kernels import (
     machines,
     planner,
 )
-from hero_kernels.chunked import Plan
+from hero_kernels.layout import Plan
 from hero_kernels.machines import Machine, Products
 
 MACHINE = Machine(

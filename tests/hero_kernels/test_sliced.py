@@ -20,9 +20,10 @@ from torch import Tensor
 
 from hero_kernels import KernelOptions, explain, fused_linear_divergence, phases
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.chunked import Gradients, Head, Plan
+from hero_kernels.chunked import Gradients, Head
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.divergence_loop import run as run_loop
+from hero_kernels.layout import Plan
 from hero_kernels.options import Objective
 from hero_kernels.sliced import HeadSlices, run_slices
 from hero_kernels.workspace import DEFAULT_BUDGET, slice_width, workspace

@@ -16,8 +16,9 @@ from torch import Tensor
 from triton_phases_tools import DEVICE
 
 from hero_kernels import reference
-from hero_kernels.chunked import Head, Plan
+from hero_kernels.chunked import Head
 from hero_kernels.divergence_loop import RowTensors, run
+from hero_kernels.layout import Plan
 from hero_kernels.options import Divergence, Objective
 
 DIVERGENCES = pytest.mark.parametrize("divergence", list(Divergence), ids=str)
