@@ -303,7 +303,7 @@ def whole_heads_only(function: str, options: KernelOptions) -> None:
     """The function sees whole rows of whole heads."""
     got = {
         "process_group": options.process_group,
-        f"design={str(options.design)!r}": options.design not in (Design.AUTO, Design.CHUNKED),
+        "design='sliced'": options.design == Design.SLICED,
         "memory_budget": options.memory_budget,
     }
     if named := [name for name, value in got.items() if value]:

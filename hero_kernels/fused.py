@@ -23,6 +23,7 @@ from torch import Tensor
 from hero_kernels import backends, gemm, phases
 from hero_kernels.chunked import Head, LogitChunk, difference_operand
 from hero_kernels.options import Divergence, Objective, Support
+from hero_kernels.scaled_logits import Scaling
 from hero_kernels.vocab_parallel import finished, phase_arguments, row_scales
 
 if TYPE_CHECKING:
@@ -151,3 +152,40 @@ def divergence_from_statistics(
             student, teacher, chunk.grad, statistics, values, scales, **kind, **common
         )
     return stats
+
+
+def logprob_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    scaling: Scaling,
+    target_ids: Tensor,
+    vocab_size: int,
+    with_entropy: bool,
+) -> Tensor:
+    """[R, 4] as `logprob_rows.logprob_rows` returns them, without logits in memory.
+
+    Args:
+        hidden: [R, H] bf16 or fp16.
+        weight: [V, H] of the same type.
+        scaling: its `student_bias` [V] fp32 or None.
+        target_ids: [R] int64, -1 for none.
+        vocab_size: V.
+        with_entropy: fill the entropies.
+    """
+    from hero_kernels.triton import dual_gemm
+
+    sums = dual_gemm.linear_statistics(
+        hidden, weight, scaling=scaling, target_ids=target_ids, vocab_size=vocab_size
+    )
+    log_mass = sums[:, phases.SUM_T].log()
+    target = sums[:, phases.TARGET_T] - sums[:, phases.MAX_T] - log_mass
+    entropy = log_mass - sums[:, phases.ENERGY] / sums[:, phases.SUM_T]
+    return torch.stack(
+        [
+            target.where(target_ids >= 0, 0.0),
+            entropy if with_entropy else torch.zeros_like(entropy),
+            sums[:, phases.MAX_T],
+            log_mass,
+        ],
+        1,
+    )

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks
+from hero_kernels import backends, checks, fused
 from hero_kernels.chunked import Head
 from hero_kernels.layout import Plan, gradient_dtype
 from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from hero_kernels.logprob_rows import ENTROPY, LOGPROB, LOGPROB_STATS
-from hero_kernels.options import KernelOptions
+from hero_kernels.options import Design, KernelOptions, Support
 
 
 def linear_logprobs(
@@ -52,7 +52,8 @@ def linear_logprobs(
         return_entropy: return the entropy of each distribution too, with gradient.
         impl: "auto", or "torch" (any device, and fp64), "cpu" (C++), "triton" (CUDA), which then
             has to serve: see `supports(impl, function="linear_logprobs")`.
-        options: how it is computed.
+        options: how it is computed. With `design="fused"` (CUDA, 16 bits) the forward pass writes
+            no logits at all: a GEMM kernel sums up its rows itself (fused.py).
 
     Returns:
         Log-probabilities [...] in fp32 (fp64 for fp64), or these and the entropies [...], in nats.
@@ -75,6 +76,14 @@ def linear_logprobs(
     mask = torch.ones_like(targets, dtype=torch.bool)
     if token_mask is not None:
         mask = token_mask.detach().reshape(-1) != 0
+    if options.design == Design.FUSED:
+        request = backends.Request(
+            hidden.device, hidden.dtype, Support.FULL, False, backends.Function.LOGPROBS
+        )
+        if reason := fused.refusal(impl, request, vocab):
+            raise ValueError(
+                f"design='fused' cannot serve this call: {reason}. Leave design 'auto'."
+            )
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
     logprobs, entropy, _ = _linear_logprobs(
@@ -92,6 +101,7 @@ def linear_logprobs(
         options.chunk_size or backends.chunk_rows(hidden.device, vocab),
         str(options.storage),
         options.max_active_rows or 0,
+        options.design == Design.FUSED,
     )
     shape = hidden.shape[:-1]
     return (
@@ -117,13 +127,15 @@ def _linear_logprobs(
     chunk_size: int,
     storage: str,
     max_active_rows: int,
+    fused_forward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [N], entropies [N] (0 without `with_entropy`), and [N, 4] for backward."""
+    plan = Plan(impl, chunk_size, storage, max_active_rows, False, False, False, with_entropy)
     stats = forward(
         Head(hidden, weight, bias),
         Tokens(target_ids, mask),
         Transform(temperature, softcap, logit_scale, vocab_size),
-        Plan(impl, chunk_size, storage, max_active_rows, False, False, False, with_entropy),
+        plan._replace(design=Design.FUSED) if fused_forward else plan,
     )
     return stats[:, LOGPROB].clone(), stats[:, ENTROPY].clone(), stats
 
@@ -185,7 +197,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*inputs[:5], output[2])
-    ctx.settings = (*inputs[5:9], *inputs[10:])
+    ctx.settings = (*inputs[5:9], *inputs[10:14])
     ctx.num_constants = len(inputs) - 3
 
 

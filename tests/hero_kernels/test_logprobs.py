@@ -248,7 +248,7 @@ def test_opcheck() -> None:
     settings = (0.7, 0.0, 1.0, 50)
     loop = ("torch", 4, "float32", 0)
     torch.library.opcheck(
-        _linear_logprobs, (hidden, weight, bias, ids, mask, *settings, True, *loop)
+        _linear_logprobs, (hidden, weight, bias, ids, mask, *settings, True, *loop, False)
     )
     upstream, stats = torch.randn(13, 2), torch.randn(13, 4)
     frozen = (hidden.detach(), weight.detach(), bias.detach())

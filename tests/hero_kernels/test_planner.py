@@ -135,6 +135,8 @@ def test_what_is_refused_says_why() -> None:
     with pytest.raises(ValueError, match="design='sliced' has support='full'"):
         explain(4, 4, 4, support="topk", options=KernelOptions(design="sliced"))
     hidden, head, ids = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2])
-    for options in (KernelOptions(memory_budget=1 << 20), KernelOptions(design="fused")):
+    for options in (KernelOptions(memory_budget=1 << 20), KernelOptions(design="sliced")):
         with pytest.raises(ValueError, match="linear_logprobs has no"):
             linear_logprobs(hidden, head, ids, options=options)
+    with pytest.raises(ValueError, match="design='fused' cannot serve this call: it runs on cuda"):
+        linear_logprobs(hidden, head, ids, options=KernelOptions(design="fused"))

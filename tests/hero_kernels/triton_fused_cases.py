@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from triton_phases_tools import DEVICE
 
-from hero_kernels import reference
+from hero_kernels import logprob_loop, reference
 from hero_kernels.chunked import Head
 from hero_kernels.divergence_loop import RowTensors, run
 from hero_kernels.layout import Plan
@@ -152,3 +152,47 @@ def test_equal_hidden_states_give_exactly_zero(divergence: Divergence) -> None:
     inputs = Inputs(0.0, False, torch.bfloat16)
     losses, _, gradients = inputs.ours(divergence, with_ratio=False)
     assert losses.eq(0).all() and all(gradient.eq(0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_log_probabilities_without_logits(dtype: torch.dtype) -> None:
+    """The forward pass in one GEMM, and the usual backward pass from its numbers."""
+    inputs = Inputs(1.0, False, dtype)
+    h, weight, bias = (
+        tensor.double().requires_grad_() for tensor in (inputs.h_s, inputs.weight, inputs.bias)
+    )
+    logits = reference.scaled_logits(
+        h, weight, bias, temperature=1.3, softcap=25.0, vocab_size=VOCAB
+    )
+    logp = torch.log_softmax(logits, -1)
+    picked = logp.gather(1, inputs.targets[:, None])[:, 0]
+    entropy = -(logp.exp() * logp).sum(-1)
+    active = inputs.weights != 0
+    upstream = torch.stack([inputs.weights, 0.1 * inputs.weights], 1)
+    total = (upstream[:, 0] * picked + upstream[:, 1] * entropy).sum()
+    expected = torch.autograd.grad(total, (h, weight, bias))
+
+    states, head, of_head, targets, mask, weights = (
+        tensor.to(DEVICE, copy=True)
+        for tensor in (
+            inputs.h_s, inputs.weight, inputs.bias, inputs.targets, active, upstream.float(),
+        )
+    )  # fmt: skip
+    states[~mask] = torch.nan
+    plan = Plan("auto", 12, "float32", 0, True, True, True, True, "fused")
+    arguments = (Head(states, head, of_head), logprob_loop.Tokens(targets, mask))
+    transform = logprob_loop.Transform(1.3, 25.0, 1.0, VOCAB)
+    stats = logprob_loop.forward(*arguments, transform, plan)
+    torch.testing.assert_close(
+        stats[mask, :2].double().cpu(),
+        torch.stack([picked, entropy], 1)[active].detach(),
+        rtol=1e-5,
+        atol=2e-5,
+    )
+    assert stats[~mask].eq(0).all()
+    grads = logprob_loop.backward(
+        *arguments, stats, weights, transform, plan._replace(design="chunked")
+    )
+    for gradient, exact in zip(grads, expected, strict=True):
+        assert gradient is not None
+        assert relative_error(gradient.cpu(), exact) < 4e-3
