@@ -12,6 +12,7 @@ import torch
 from benchmarks import machine, measure, report
 from benchmarks.baselines import CONTESTANTS, ON_REQUEST, SLOW_TO_START, takes_part
 from benchmarks.shapes import Case, case_sets
+from hero_kernels import cpu_gemm
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,6 +33,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--call-limit", type=float, default=30.0, help="seconds; leave out what takes longer"
     )
     group.addoption("--skip-memory", action="store_true", help="do not measure peak memory")
+    group.addoption(
+        "--without-bf16-products",
+        action="store_true",
+        help="as a CPU without AMX: operands of this package's products are widened (no memory)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-bf16-products"):
+        cpu_gemm.kind = lambda: cpu_gemm.KINDS[0]  # type: ignore[assignment]
+        config.option.skip_memory = True  # measured in other processes, which know nothing of it
 
 
 def device_type() -> str:

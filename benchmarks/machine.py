@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hero_kernels import cpu
+from hero_kernels import cpu, cpu_gemm
 
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "transformers", "numpy")
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +25,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_instruction_set": torch.backends.cpu.get_cpu_capability(),
         "kernel_instruction_set": cpu.instruction_set() if cpu.available() is None else None,
+        "bf16_products": cpu_gemm.kind() if device == "cpu" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

@@ -148,9 +148,17 @@ def _machine(machine: Mapping[str, Any]) -> str:
     device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     return (
         f"{device}, {machine['threads']} threads, {machine['torch_instruction_set']}"
-        f"{f' (row kernel: {kernel})' if kernel else ''}; {versions}; "
+        f"{f' (row kernel: {kernel})' if kernel else ''}{_products(machine)}; {versions}; "
         f"{machine['date']}, commit {machine['commit']}."
     )
+
+
+def _products(machine: Mapping[str, Any]) -> str:
+    """How this package multiplied bf16 matrices on the CPU; older files do not say."""
+    kind = machine.get("bf16_products")
+    if kind is None:
+        return ""
+    return ", bf16 products " + ("by widening" if kind == "none" else f"by {kind}")
 
 
 def plot(session: Mapping[str, Any], path: Path) -> None:
