@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hero_kernels import checks
-from hero_kernels.options import Objective, StrEnum, Support
+from hero_kernels.options import Design, Objective, StrEnum, Support
 
 RowKernel = Callable[..., Tensor]
 """See `rows.divergence_rows`."""
@@ -139,17 +139,21 @@ def supports(
     support: str = "full",
     pointwise_clip: float | None = None,
     function: str = Function.DIVERGENCE,
+    design: str = Design.AUTO,
+    vocab_size: int = 1,
 ) -> str | None:
     """Whether an implementation can serve a call of `fused_linear_divergence`, or of
     `linear_logprobs`.
 
     Args:
-        impl: "torch", "cpu", "cuda" or "triton".
+        impl: "torch", "cpu", "cuda" or "triton"; "auto" for any, with a `design`.
         device: where the tensors are.
         dtype: of the student's hidden states and weight.
         support: as there.
         pointwise_clip: as there.
         function: "fused_linear_divergence" (and `divergence_from_logits`) or "linear_logprobs".
+        design: as in `KernelOptions`; "auto" and "chunked" ask of the row kernel alone.
+        vocab_size: V, of which the "fused" design has a largest.
 
     Returns:
         None if it can, else the reason why not.
@@ -159,7 +163,23 @@ def supports(
     """
     clips = pointwise_clip is not None
     asked = checks.choice("function", function, Function)
-    return refusal(impl, Request(torch.device(device), dtype, support, clips, asked))
+    request = Request(torch.device(device), dtype, support, clips, asked)
+    chosen = checks.choice("design", design, Design)
+    if chosen == Design.FUSED:
+        from hero_kernels import fused  # which imports this module
+
+        return fused.refusal(impl, request, vocab_size)
+    if chosen == Design.SLICED:
+        if asked == Function.LOGPROBS:
+            return "linear_logprobs has no design='sliced'"
+        if Support(support) != Support.FULL or clips:
+            return "design='sliced' has support='full' without pointwise_clip only"
+        try:
+            phases_of(impl, request)
+        except ValueError as error:
+            return str(error)
+        return None
+    return refusal(impl, request)
 
 
 def refusal(impl: str, request: Request) -> str | None:

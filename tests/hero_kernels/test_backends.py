@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hero_kernels import explain, linear_logprobs, supports
+from hero_kernels import backends, explain, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS, Implementation, Request, choose, chunk_rows
 from hero_kernels.gemm import takes_16_bit
 from hero_kernels.layout import chunk_sizes
@@ -54,6 +54,33 @@ def test_every_function_has_a_table_of_its_own(monkeypatch: pytest.MonkeyPatch) 
         ValueError, match=r"impl='own' cannot serve .* no kernels for linear_logprobs"
     ):
         linear_logprobs(hidden, weight, torch.zeros(3).long(), impl="own")
+
+
+def test_reasons_of_designs() -> None:
+    fused = {"design": "fused", "dtype": torch.bfloat16}
+    assert supports("triton", **fused) == "it runs on cuda, the tensors are on cpu"
+    assert "not those of impl='cpu'" in str(supports("cpu", **fused))
+    assert "support='full'" in str(supports("auto", **fused, support="topk"))
+    assert supports("torch", design="sliced") is None
+    assert "it sees whole rows only" in str(supports("cpu", design="sliced"))
+    assert "support='full'" in str(supports("torch", design="sliced", support="sampled"))
+    assert "sliced" in str(supports("torch", design="sliced", function="linear_logprobs"))
+    with pytest.raises(ValueError, match=r"design must be one of .*; got 'rows'"):
+        supports("torch", design="rows")
+
+
+def test_reasons_of_designs_by_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if there were a device."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(backends, "refusal", lambda *_: None)
+    asked = {"design": "fused", "device": "cuda", "dtype": torch.bfloat16}
+    assert "8.0 or newer, got 7.5" in str(supports("triton", **asked))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert supports("triton", **asked) is None
+    assert "bfloat16 or float16" in str(supports("triton", **asked | {"dtype": torch.float32}))
+    assert "2^24" in str(supports("triton", **asked, vocab_size=1 << 24))
 
 
 def test_auto_takes_the_special_one_where_it_serves() -> None:
