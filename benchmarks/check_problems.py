@@ -17,9 +17,9 @@ LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-5}
 """Relative error of loss and gradients, by Euclidean norms."""
 ROW_LIMIT = 2e-4
 """The same for a row kernel alone, given two logits in fp32 whose difference is rounded."""
-FUSED_LIMITS = (1e-3, 4e-3, 4e-3)
-"""Of loss, dX and dW in the fused design with a shared head: it stores the delta in fp16, which
-keeps gradients within 0.3 % before their own rounding (hero_kernels/fused.py)."""
+FUSED_LIMITS = (1e-3, 3e-3, 3e-3)
+"""Of loss, dX and dW in the fused design with a shared head: the gradients' gate of 0.3 %; the loss
+has the rounding of an fp16 delta (hero_kernels/fused.py)."""
 PLAIN_FACTOR = 2.0
 """Where plain torch in fp32 loses precision too: so many times its error on top."""
 LOSS_SCALE = {torch.bfloat16: 1.0, torch.float16: 4096.0, torch.float32: 1.0}

@@ -305,11 +305,10 @@ def test_what_the_page_says_of_the_numerics() -> None:
 def test_numerics_small_and_new() -> None:
     """The program itself, at a size that takes no time: the order of the three columns stands.
 
-    Where h_s - h_t is rounded to the type that products take, it is off by up to 2^-12 of its norm,
-    and the value, which is of second order in it, by twice that.
+    Where h_s - h_t is rounded to the type that products take, a little is lost: about 1e-6 here.
     """
     rounds = takes_16_bit(torch.device("cpu"), torch.bfloat16)
-    value_bound = 2 * 2.0**-12 if rounds else 1e-6
+    value_bound = 5e-6 if rounds else 1e-6
     rows = numerics.measure((32, 32, 512), (0.15, 5e-4))
     for row in rows:
         error = row["gradient_error"]
