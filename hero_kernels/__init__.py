@@ -3,6 +3,7 @@
 `reference` is the definition, `explain` says what a call would do.
 """
 
+from hero_kernels.aggregation import token_coefficients
 from hero_kernels.backends import supports
 from hero_kernels.explain import explain
 from hero_kernels.from_logits import divergence_from_logits
@@ -23,4 +24,5 @@ __all__ = [
     "fused_linear_divergence",
     "linear_logprobs",
     "supports",
+    "token_coefficients",
 ]

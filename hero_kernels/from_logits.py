@@ -12,7 +12,7 @@ from hero_kernels.chunked import LogitChunk
 from hero_kernels.divergence_loop import RowTensors, divergence_of_chunk, row_losses
 from hero_kernels.options import DivergenceOutput, Objective, Reduction
 from hero_kernels.rows import STATS
-from hero_kernels.weights import Weighting
+from hero_kernels.aggregation import Weighting
 
 
 def divergence_from_logits(

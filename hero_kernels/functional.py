@@ -10,7 +10,7 @@ from hero_kernels.autograd import linear_divergence
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.layout import Plan
 from hero_kernels.options import Design, DivergenceOutput, KernelOptions, Reduction
-from hero_kernels.weights import Weighting
+from hero_kernels.aggregation import Weighting
 
 
 def fused_linear_divergence(

@@ -192,3 +192,40 @@ def _group_sum(values: Tensor, ids: Tensor, num_groups: int) -> Tensor:
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
     nonzero = denominator != 0
     return torch.where(nonzero, numerator / denominator.where(nonzero, 1.0), 0.0)
+
+
+def token_coefficients(
+    token_weights: Tensor,
+    *,
+    turn_ids: Tensor | None = None,
+    turn_weights: Tensor | None = None,
+    trajectory_ids: Tensor | None = None,
+    loss_aggregation: str = "token",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """What each token is multiplied by in the aggregated loss of a whole batch.
+
+    A loop that splits a batch into micro-batches computes these once for the batch and passes each
+    part as `token_weights` with `reduction="sum"`: the parts then add up to the loss of the whole,
+    also where a turn or a trajectory is cut.
+
+    Args:
+        token_weights: [N] weight of each token, 0 to mask it; bool or floating point.
+        turn_ids: [N] 0-based turn of each token, negative for none.
+        turn_weights: [K] weight of each turn.
+        trajectory_ids: [N] 0-based trajectory of each token, negative for none.
+        loss_aggregation: "token", "turn" or "trajectory", as for `fused_linear_divergence`.
+        num_items: replaces the divisor of the mean.
+
+    Returns:
+        [N] fp32 (fp64 for fp64 weights). They sum to 1, or to 0 if no token has weight.
+
+    Raises:
+        ValueError: shapes that do not match, or ids that are missing for the aggregation.
+    """
+    rows = token_weights.reshape(-1, 1)
+    weighting = Weighting.checked(
+        rows, token_weights.reshape(-1), turn_ids, turn_weights, trajectory_ids, loss_aggregation,
+        "mean", num_items, validate=False,
+    )  # fmt: skip
+    return weighting.coefficients(len(rows), token_weights)
