@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -129,18 +128,35 @@ class Call:
     """0 for all rows."""
     tile_columns: int
     """0 for whole rows."""
+    vocab_size: int
+    """Real tokens of the whole vocabulary."""
     max_active_rows: int = 0
     """0 for no bound."""
     need_hidden: bool = False
     need_weight: bool = False
     need_bias: bool = False
     with_stats: bool = False
+    per_row: bool = False
+    """Whether each row's loss is wanted, and not their sum."""
     group: str = ""
     """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
 
     @property
     def need_grad(self) -> bool:
         return self.need_hidden or self.need_weight or self.need_bias
+
+    def with_needs(self, needed: tuple[bool, bool, bool]) -> Call:
+        """The call of a backward pass: these gradients of hidden states, weight and bias, the sum
+        of the losses, no statistics."""
+        hidden, weight, bias = needed
+        return replace(
+            self,
+            need_hidden=hidden,
+            need_weight=weight,
+            need_bias=bias,
+            with_stats=False,
+            per_row=False,
+        )
 
     @property
     def keeps_logits(self) -> bool:

@@ -1,0 +1,315 @@
+"""The loop over tiles of logits: products of the library around the kernels that work on rows.
+
+For each tile of rows: the logits of teacher and student (for a shared head delta = (h_s - h_t)·Wᵀ),
+what row kernels make of them, then the products with the head and the hidden states.
+
+Where the logits of a row fit one tile they are made once, and their gradient takes their place: 4
+head GEMMs, 3 for a frozen head, 2 for evaluation, one less without a teacher's head. Where columns
+are split too (`tile_columns` < V) the logits are made again each time they are gone through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hero_kernels import gemm
+from hero_kernels.memory import Buffers, Layout
+from hero_kernels.types import Call, Gradients, Head, Tile, gradient_dtype
+from hero_kernels.vocab_parallel import Shards
+
+LogitMaker = Callable[[Tile, Head, Head, int], Tile]
+"""Fills the logits of a tile from the rows of both heads, biases as in the tile; see
+triton/fused.py. The number is that of the row tile."""
+
+
+class Work(Protocol):
+    """What is to be computed of the rows of row tile `i`."""
+
+    num_stats: int
+
+    def of_rows(self, tiles: Tiles, i: int) -> Tensor:
+        """[R, num_stats]. With whole rows it may fill the gradient too."""
+        ...
+
+    def gradient(self, tile: Tile, i: int) -> None:
+        """Fill `tile.grad`, unless `of_rows` has done it."""
+        ...
+
+
+class Sides(NamedTuple):
+    """Both heads of a call, N rows; the head is this rank's shard of it."""
+
+    student: Head
+    teacher: Head | None  # with the student's own weight tensor the head counts as shared
+    active: Tensor  # [N] bool; other rows count as zeros, whatever they hold
+    first_column: int  # place of the head's first column in the whole vocabulary
+    columns: int  # real columns
+
+    @property
+    def shared(self) -> bool:
+        return self.teacher is not None and self.teacher.weight is self.student.weight
+
+
+class Tiles:
+    """The logits of some rows, column tile by column tile.
+
+    Each iteration makes them anew, in the same buffers; if one tile holds all columns it is made
+    once and kept.
+    """
+
+    def __init__(
+        self, sides: Sides, rows: slice, place: int, buffers: Buffers, plan: Layout
+    ) -> None:
+        self.sides, self.buffers, self.plan = sides, buffers, plan
+        size = rows.stop - rows.start
+        self.of_grad = slice(place, place + size)
+        self.of_student = self.of_grad if buffers.shifts_student else slice(0, size)
+        self.hidden = self.operand = cleared(sides.student.hidden[rows], sides.active[rows])
+        self.teacher_hidden: Tensor | None = None
+        self.absolute_rows: Tensor | None = None
+        self.maker: LogitMaker | None = None
+        self.index = 0
+        self.kept: Tile | None = None
+        if sides.teacher is not None:
+            self.teacher_hidden = cleared(sides.teacher.hidden[rows], sides.active[rows])
+
+    def with_products(self) -> Tiles:
+        """Prepare the operand of delta, for products of the library."""
+        if self.sides.shared and self.teacher_hidden is not None:
+            if self.plan.student == self.plan.gradient:
+                # At most one rounding, to the type that the product takes.
+                difference = self.hidden.to(self.plan.wide) - self.teacher_hidden
+                self.operand = difference
+            else:
+                self.operand, self.absolute_rows = gemm.difference_operand(
+                    self.hidden, self.teacher_hidden
+                )
+        return self
+
+    def __iter__(self) -> Iterator[Tile]:
+        if self.kept is not None:
+            yield self.kept
+            return
+        width, total = self.plan.columns, self.sides.columns
+        for start in range(0, max(total, 1), max(width, 1)):
+            tile = self._made(slice(start, min(start + width, total)))
+            if width >= total:
+                self.kept = tile
+            yield tile
+
+    def _made(self, columns: slice) -> Tile:
+        student, teacher, _, first_column, _ = self.sides
+        real, buffers = columns.stop - columns.start, self.buffers
+        # On CUDA the padding that makes rows a multiple of 16 columns is part of the tile.
+        used = slice(0, -(-real // 16) * 16 if buffers.student.is_cuda else real)
+        size = self.of_grad.stop - self.of_grad.start
+        tile = Tile(
+            buffers.student[self.of_student, used],
+            None if buffers.teacher is None else buffers.teacher[:size, used],
+            None if buffers.grad is None else buffers.grad[self.of_grad, used],
+            self.sides.shared,
+            None if student.bias is None else _padded(student.bias[columns], used.stop, self.plan),
+            None
+            if teacher is None or teacher.bias is None
+            else _padded(teacher.bias[columns], used.stop, self.plan),
+            self.absolute_rows,
+            first_column + columns.start,
+            real,
+        )
+        if real == 0:
+            return tile
+        head, logits = student.weight[columns], tile.student[:, :real]
+        if teacher is None or tile.teacher is None or self.teacher_hidden is None:
+            gemm.logits_into(head, (logits, self.hidden))
+            return tile
+        of_teacher = tile.teacher[:, :real], self.teacher_hidden
+        other = head if self.sides.shared else teacher.weight[columns]
+        if self.maker is not None:
+            ours = Head(self.hidden, head, tile.student_bias)
+            theirs = Head(self.teacher_hidden, other, tile.teacher_bias)
+            return self.maker(tile, ours, theirs, self.index)
+        if self.sides.shared:
+            gemm.logits_into(head, of_teacher, (logits, self.operand))
+        else:
+            gemm.logits_into(other, of_teacher)
+            gemm.logits_into(head, (logits, self.operand))
+        return tile
+
+
+class Sums:
+    """The gradients of the student's tensors, added up tile by tile."""
+
+    def __init__(self, sides: Sides, call: Call, plan: Layout, shards: Shards) -> None:
+        hidden, weight, bias = sides.student
+        self.sides, self.call, self.plan, self.shards = sides, call, plan, shards
+        # One product forms dX of a whole row; else it is a sum of many, which is not rounded.
+        self.one_product = plan.columns >= sides.columns and shards.size == 1
+        self.narrow = gradient_dtype(hidden.dtype)
+        dtype = self.narrow if self.one_product else plan.wide
+        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if call.need_hidden else None
+        self.weight = self.bias = None
+        if call.need_weight:
+            self.weight = weight.new_empty(weight.shape, dtype=plan.weight_sum)
+            self.weight[sides.columns if len(hidden) else 0 :] = 0
+        if call.need_bias and bias is not None:
+            self.bias = bias.new_zeros(bias.shape, dtype=plan.wide)
+
+    def add(self, tile: Tile, rows: slice, hidden: Tensor) -> None:
+        """What a tile's gradient adds: to dX, db and, where columns are split, to dW."""
+        assert tile.grad is not None
+        grad = tile.grad[:, : tile.num_real]
+        start = tile.first_column - self.sides.first_column
+        columns = slice(start, start + tile.num_real)
+        if grad.numel() == 0:
+            return
+        if self.hidden is not None:
+            head = self.sides.student.weight[columns]
+            if self.one_product:
+                self.hidden[rows] = gemm.hidden_gradient(grad, head)
+            else:
+                gemm.add_hidden_gradient(self.hidden[rows], grad, head)
+        if self.bias is not None:
+            self.bias[columns] += grad.sum(0, dtype=self.plan.wide)
+        if self.weight is not None and self.plan.columns < self.sides.columns:
+            gemm.weight_gradient_into(self.weight[columns], grad, hidden, rows.start > 0)
+
+    def add_whole_rows(self, grad: Tensor, rows: slice) -> None:
+        """What the gradients of whole rows add to dW: one product for all that are held."""
+        if self.weight is not None and grad.numel():
+            hidden = cleared(self.sides.student.hidden[rows], self.sides.active[rows])
+            into = self.weight[: self.sides.columns]
+            gemm.weight_gradient_into(into, grad, hidden, rows.start > 0)
+
+    def gradients(self) -> Gradients:
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if hidden is not None and not self.one_product:
+            hidden = self.shards.add_up(hidden).to(self.narrow)
+        if weight is not None:
+            weight = weight.to(gradient_dtype(self.sides.student.weight.dtype))
+        if bias is not None and self.sides.student.bias is not None:
+            bias = bias.to(gradient_dtype(self.sides.student.bias.dtype))
+        return Gradients(hidden, weight, bias)
+
+
+def walk(
+    sides: Sides,
+    work: Work,
+    call: Call,
+    plan: Layout,
+    shards: Shards,
+    maker: LogitMaker | None = None,
+) -> tuple[Tensor, Gradients]:
+    """Go through all tiles.
+
+    Args:
+        sides: N rows.
+        work: what to compute.
+        call: which gradients.
+        plan: tiles and types.
+        shards: the ranks that have the other columns.
+        maker: makes the logits; None for products of the library.
+
+    Returns:
+        Statistics [N, num_stats], and the gradients of what `work` differentiates.
+    """
+    hidden = sides.student.hidden
+    buffers = Buffers(hidden, plan, call.need_grad, sides.teacher is not None)
+    sums = Sums(sides, call, plan, shards)
+    stats = hidden.new_empty(len(hidden), work.num_stats, dtype=plan.wide)
+    whole_rows = plan.columns >= sides.columns
+    start, i = 0, 0
+    sizes = iter(plan.sizes)
+    for group in plan.groups:
+        first = start
+        for size in islice(sizes, group):
+            rows = slice(start, start + size)
+            tiles = Tiles(sides, rows, start - first if plan.held else 0, buffers, plan)
+            if maker is None:
+                tiles.with_products()
+            else:
+                tiles.maker, tiles.index = maker, i
+            stats[rows] = work.of_rows(tiles, i)
+            if call.need_grad:
+                for tile in tiles:
+                    work.gradient(tile, i)
+                    sums.add(tile, rows, tiles.hidden)
+            start, i = start + size, i + 1
+        if call.need_grad and whole_rows and buffers.grad is not None:
+            grad = buffers.grad[: start - first, : sides.columns]
+            sums.add_whole_rows(grad, slice(first, start))
+    return stats, sums.gradients()
+
+
+def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the rows to compute (None for all), and whether there are more than `bound` (None
+    if known).
+
+    On CUDA the number of active rows is not known to the host: there a bound gives the size of the
+    result, and the count is compared on the device.
+
+    Args:
+        row_weights: [N]; 0 masks a row.
+        bound: 0 for none.
+
+    Raises:
+        ValueError: more rows are active than `bound`, on CPU.
+    """
+    active = row_weights != 0
+    if not row_weights.is_cuda:
+        kept = active.nonzero()[:, 0]
+        if bound and len(kept) > bound:
+            raise ValueError(
+                f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: "
+                "raise the bound or leave it None."
+            )
+        return (None if len(kept) == len(active) else kept), None
+    if not bound or bound >= len(active):
+        return None, None
+    first = torch.argsort(active, descending=True, stable=True)[:bound]
+    return first.sort().values, active.sum() > bound
+
+
+def spread(values: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
+    """[num_rows, ...] with `values` at the rows `kept` and 0 elsewhere."""
+    if kept is None:
+        return values
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, kept, values)
+
+
+def power_of_two_scale(row_scales: Tensor, slope: float = 1.0) -> Tensor:
+    """[] factor for the rows of an fp16 gradient tile, so that small probabilities do not vanish.
+
+    Args:
+        row_scales: [N, ...] what the rows of the tile are multiplied by.
+        slope: bound of what else multiplies the tile.
+    """
+    if row_scales.numel() == 0:
+        return row_scales.new_ones(())
+    peak = row_scales.abs().max() * max(slope, 1.0)
+    factor = torch.exp2(8.0 - torch.ceil(torch.log2(peak)))
+    return torch.where(torch.isfinite(factor), factor, 1.0)
+
+
+def cleared(hidden: Tensor, active: Tensor) -> Tensor:
+    """Masked rows as zeros: 0·NaN would spoil the sums. On CPU masked rows were dropped earlier."""
+    return hidden.masked_fill(~active[:, None], 0) if hidden.is_cuda else hidden
+
+
+def with_adjacent_columns(sides: Sides) -> Sides:
+    """Heads as kernels of our own need them, copied once for all tiles; a shared head stays so."""
+    student, teacher = sides.student, sides.teacher
+    weight = gemm.rows_of(student.weight)
+    if teacher is not None:
+        other = weight if sides.shared else gemm.rows_of(teacher.weight)
+        teacher = teacher._replace(weight=other)
+    return sides._replace(student=student._replace(weight=weight), teacher=teacher)
+
+
+def _padded(bias: Tensor, width: int, plan: Layout) -> Tensor:
+    bias = bias.to(plan.wide)
+    return torch.nn.functional.pad(bias, (0, width - len(bias))) if width > len(bias) else bias
