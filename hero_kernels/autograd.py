@@ -12,17 +12,16 @@ gradient is right; split rows get their statistics and values back as `saved`.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
+from hero_kernels.call import decoded_call, decoded_objective, encoded
 from hero_kernels.constants import NUM_STATS
 from hero_kernels.divergence import divergence
 from hero_kernels.memory import SAVED
-from hero_kernels.objective import Objective
-from hero_kernels.types import Call, Head, RowTensors, gradient_dtype
+from hero_kernels.types import Head, RowTensors, gradient_dtype
 
 
 class Inputs(NamedTuple):
@@ -46,46 +45,7 @@ class Inputs(NamedTuple):
     softcap: float  # 0 for none
     logit_scale: float
     is_clip: float  # 0 for none
-    call: str  # `encoded`
-
-
-def encoded(objective: Objective, call: Call) -> str:
-    """What is no tensor and no number that may vary, as one string; `torch.compile` can trace it."""
-    return (
-        f"{objective.divergence}|{objective.support}|{objective.top_k or 0}|"
-        f"{objective.top_k_source}|{int(objective.top_k_tail)}|{call.impl}|{call.tile_rows}|"
-        f"{call.tile_columns}|{call.vocab_size}|{call.max_active_rows}|{int(call.need_hidden)}|"
-        f"{int(call.need_weight)}|{int(call.need_bias)}|{int(call.with_stats)}|"
-        f"{int(call.per_row)}|{call.group}"
-    )
-
-
-@lru_cache(maxsize=256)
-def decoded_call(text: str) -> Call:
-    """The call that `encoded` was given."""
-    *fields, group = text.split("|", 15)
-    impl, *numbers = fields[5:]
-    rows, columns, vocab_size, bound, *flags = map(int, numbers)
-    return Call(impl, rows, columns, vocab_size, bound, *map(bool, flags), group=group)
-
-
-@lru_cache(maxsize=256)
-def decoded_objective(text: str, *numbers: float) -> Objective:
-    """The objective that `encoded` was given; numbers as the op has them."""
-    divergence_name, support, top_k, source, tail = text.split("|", 5)[:5]
-    beta, temperature, softcap, logit_scale, is_clip = numbers
-    return Objective(
-        divergence_name,
-        beta,
-        temperature,
-        softcap or None,
-        logit_scale,
-        is_clip or None,
-        support,
-        int(top_k) or None,
-        source,
-        bool(int(tail)),
-    )
+    call: str  # as `call.encoded` returns it
 
 
 def _schema() -> str:
@@ -118,11 +78,11 @@ def linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     result = divergence(
         student, teacher, RowTensors(*inputs[6:12]), objective, call, inputs.saved
     )
-    saved = None if call.keeps_logits else result.saved
-    d_hidden, d_weight, d_bias, saved = (
+    saved = result.saved if call.tile_columns else None
+    d_hidden, d_weight, d_bias, saved = [
         student.hidden.new_empty(0) if tensor is None else tensor
         for tensor in (*result.gradients, saved)
-    )
+    ]
     loss = result.losses if call.per_row else result.losses.sum()
     return loss, result.stats, d_hidden, d_weight, d_bias, saved
 
@@ -142,9 +102,9 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         else inputs.student_hidden.new_empty(0)
         for tensor, need in zip(inputs[:3], needed, strict=True)
     )
-    saved = stats.new_empty(num_rows, SAVED)
-    if call.keeps_logits:
-        saved = inputs.student_hidden.new_empty(0)
+    saved = inputs.student_hidden.new_empty(0)
+    if call.tile_columns:
+        saved = stats.new_empty(num_rows, SAVED)
     return loss, stats, hidden, weight, bias, saved
 
 
@@ -155,9 +115,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     call = decoded_call(given.call)
     ctx.call, ctx.numbers = given.call, given[13:18]
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given[:3]]
-    ctx.recomputes = call.per_row or not call.keeps_logits
+    ctx.recomputes = call.per_row or call.tile_columns > 0
     if ctx.recomputes:
-        saved = None if call.keeps_logits else output[5]
+        saved = output[5] if call.tile_columns else None
         ctx.save_for_backward(*given[:12], saved)
     else:
         ctx.save_for_backward(*output[2:5])
@@ -171,7 +131,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     first_order("fused_linear_divergence")
     if ctx.recomputes:
         call = decoded_call(ctx.call).with_needs(needed)
-        text = encoded(decoded_objective(ctx.call, *ctx.numbers), call)
+        text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
         inputs = Inputs(*ctx.saved_tensors, *ctx.numbers, text)
         # A masked row stays masked, whatever gradient arrives for it.
         weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)

@@ -180,19 +180,20 @@ def per_token(
         no_grad_wanted(name, value, name)
 
 
-def vocabulary(sizes: list[int], vocab_size: int | None) -> int:
-    """The number of real tokens of one or two heads; heads of different length need it said."""
+def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    """The number of real tokens of two heads, or of one twice; different lengths need it said."""
     if vocab_size is None:
-        if sizes[-1] != sizes[0]:
+        if teacher != student:
             raise ValueError(
-                f"The student has {sizes[0]} tokens and the teacher {sizes[1]}. If one of them is "
+                f"The student has {student} tokens and the teacher {teacher}. If one of them is "
                 "padded and the tokenizers are the same, pass vocab_size, the number of tokens "
                 "that are real; otherwise the two cannot be compared."
             )
-        return sizes[0]
-    if not 1 <= vocab_size <= min(sizes):
+        return student
+    if not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(
-            f"vocab_size must be between 1 and {min(sizes)}, the smaller head; got {vocab_size}."
+            f"vocab_size must be between 1 and {min(student, teacher)}, the smaller head; got "
+            f"{vocab_size}."
         )
     return vocab_size
 

@@ -22,19 +22,17 @@ from torch import Tensor
 from hero_kernels import backends, gemm
 from hero_kernels import constants as c
 from hero_kernels import rows as torch_rows
+from hero_kernels.call import Call
 from hero_kernels.memory import SAVED, Layout, Shape, layout
 from hero_kernels.objective import Objective
 from hero_kernels.tiles import (
     LogitMaker,
     Sides,
     Tiles,
-    active_rows,
-    power_of_two_scale,
-    spread,
     walk,
     with_adjacent_columns,
 )
-from hero_kernels.types import Call, Gradients, Head, Result, RowTensors, Tile
+from hero_kernels.types import Gradients, Head, Result, RowTensors, Tile
 from hero_kernels.vocab_parallel import Shards
 
 
@@ -76,7 +74,8 @@ def divergence(
     if call.group:
         shards = Shards.named(call.group)
         place = shards.place(len(student.weight), call.vocab_size)
-    sides = Sides(student, teacher, active, *place)
+    shared = teacher is not None and teacher.weight is student.weight
+    sides = Sides(student, teacher, active, *place, shared)
     with torch.autocast(student.hidden.device.type, enabled=False):
         stats, grads, sums = _walked(sides, scaled, objective, call, shards, saved)
     if overflow is not None:
@@ -102,20 +101,20 @@ def _walked(
     saved: Tensor | None,
 ) -> tuple[Tensor, Gradients, Tensor | None]:
     """Statistics [N, 8], gradients, and [N, 16] sums of split rows."""
-    shared, hidden = sides.shared, sides.student.hidden
+    hidden = sides.student.hidden
     on_cpu = hidden.device.type == "cpu"
     implementation = backends.IMPLEMENTATIONS[call.impl]
     if implementation.makes_logits or (on_cpu and gemm.takes_16_bit(hidden.device, hidden.dtype)):
         sides = with_adjacent_columns(sides)
-    plan = _layout(sides, call, shared, implementation.delta_dtype)
+    plan = _layout(sides, call, implementation.delta_dtype)
     kernels = backends.row_kernels(call.impl)
     parts = _cut(rows, plan)
-    if call.keeps_logits and shards.size == 1:
+    if not call.tile_columns and shards.size == 1:
         work = WholeRows(kernels, parts, objective, call.with_stats)
         maker: LogitMaker | None = None
         if implementation.makes_logits:
 
-            def maker(tile: Tile, ours: Head, theirs: Head, i: int) -> Tile:
+            def maker(i: int, tile: Tile, ours: Head, theirs: Head) -> Tile:
                 made: Tile = kernels.logits_into(tile, ours, theirs, parts[i], objective)
                 return made
 
@@ -127,14 +126,14 @@ def _walked(
     return stats, grads, split.sums().masked_fill(~active, 0.0)
 
 
-def _layout(sides: Sides, call: Call, shared: bool, delta_dtype: torch.dtype | None) -> Layout:
+def _layout(sides: Sides, call: Call, delta_dtype: torch.dtype | None) -> Layout:
     hidden = sides.student.hidden
     sizes = [hidden.shape[1]]
     if sides.teacher is not None:
         sizes.append(sides.teacher.hidden.shape[1])
     shape = Shape(
-        len(hidden), max(sizes), sides.columns, hidden.dtype, str(hidden.device), shared,
-        call.need_weight, call.need_grad, delta_dtype,
+        len(hidden), max(sizes), sides.columns, hidden.dtype, str(hidden.device),
+        sides.shared, call.need_weight, call.need_grad, delta_dtype,
     )  # fmt: skip
     return layout(shape, call.tile_rows, call.tile_columns)
 
@@ -143,11 +142,59 @@ def _cut(rows: RowTensors, plan: Layout) -> list[RowTensors]:
     """The tensors of the rows of each row tile."""
     if len(plan.sizes) <= 1:
         return [rows]
-    cut = (
-        [None] * len(plan.sizes) if tensor is None else tensor.split(plan.sizes)
-        for tensor in rows
-    )
+    none = [None] * len(plan.sizes)
+    cut = [none if tensor is None else tensor.split(plan.sizes) for tensor in rows]
     return [RowTensors(*tensors) for tensors in zip(*cut, strict=True)]
+
+
+def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor | None]:
+    """Indices of the rows to compute (None for all), and whether there are more than `bound` (None
+    if known).
+
+    On CUDA the number of active rows is not known to the host: there a bound gives the size of the
+    result, and the count is compared on the device.
+
+    Args:
+        row_weights: [N]; 0 masks a row.
+        bound: 0 for none.
+
+    Raises:
+        ValueError: more rows are active than `bound`, on CPU.
+    """
+    active = row_weights != 0
+    if not row_weights.is_cuda:
+        kept = active.nonzero()[:, 0]
+        if bound and len(kept) > bound:
+            raise ValueError(
+                f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: "
+                "raise the bound or leave it None."
+            )
+        return (None if len(kept) == len(active) else kept), None
+    if not bound or bound >= len(active):
+        return None, None
+    first = torch.argsort(active, descending=True, stable=True)[:bound]
+    return first.sort().values, active.sum() > bound
+
+
+def spread(values: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
+    """[num_rows, ...] with `values` at the rows `kept` and 0 elsewhere."""
+    if kept is None:
+        return values
+    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, kept, values)
+
+
+def power_of_two_scale(row_scales: Tensor, slope: float = 1.0) -> Tensor:
+    """[] factor for the rows of an fp16 gradient tile, so that small probabilities do not vanish.
+
+    Args:
+        row_scales: [N, ...] what the rows of the tile are multiplied by.
+        slope: bound of what else multiplies the tile.
+    """
+    if row_scales.numel() == 0:
+        return row_scales.new_ones(())
+    peak = row_scales.abs().max() * max(slope, 1.0)
+    factor = torch.exp2(8.0 - torch.ceil(torch.log2(peak)))
+    return torch.where(torch.isfinite(factor), factor, 1.0)
 
 
 class WholeRows:

@@ -11,10 +11,11 @@ from typing_extensions import Unpack
 from hero_kernels import backends, checks
 from hero_kernels import constants as c
 from hero_kernels.aggregation import Weighting
-from hero_kernels.autograd import decoded_call, decoded_objective, encoded, first_order
-from hero_kernels.functional import numbers, weighted_rows
+from hero_kernels.autograd import first_order
+from hero_kernels.call import Call, decoded_call, decoded_objective, encoded, numbers_of
+from hero_kernels.functional import weighted_rows
 from hero_kernels.objective import DivergenceOutput, ObjectiveKwargs
-from hero_kernels.types import Call, RowTensors, Tile, gradient_dtype
+from hero_kernels.types import RowTensors, Tile, gradient_dtype
 
 
 def divergence_from_logits(
@@ -55,7 +56,7 @@ def divergence_from_logits(
     """
     what, temperatures = checks.objective("divergence_from_logits", objective)
     _check_logits(student_logits, teacher_logits)
-    vocab = checks.vocabulary([student_logits.shape[-1], teacher_logits.shape[-1]], vocab_size)
+    vocab = checks.vocabulary(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
     checks.objective_with(what, vocab, target_ids, old_logprobs)
     weighting, rows = weighted_rows(
         ("student_logits", student_logits),
@@ -73,7 +74,7 @@ def divergence_from_logits(
     name = backends.choose(impl, request)
     call = Call(name, 0, 0, vocab, need_hidden=need_grad, with_stats=return_stats)
     losses, stats, _ = _logits_divergence(
-        student, teacher, *rows[:4], *numbers(what), encoded(what, call)
+        student, teacher, *rows[:4], *numbers_of(what), encoded(what, call.text)
     )
     shape = student_logits.shape[:-1]
     loss = losses.reshape(shape) if reduction == "none" else losses.sum()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +10,12 @@ from typing_extensions import Unpack
 
 from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
-from hero_kernels.autograd import encoded, linear_divergence
-from hero_kernels.objective import DivergenceOutput, KernelOptions, Objective, ObjectiveKwargs
-from hero_kernels.types import Call, Head, RowTensors
+from hero_kernels.autograd import linear_divergence
+from hero_kernels.call import encoded, numbers_of
+from hero_kernels.objective import DivergenceOutput, KernelOptions, ObjectiveKwargs
+from hero_kernels.types import RowTensors
+
+_DEFAULTS = KernelOptions()
 
 
 def fused_linear_divergence(
@@ -101,7 +103,7 @@ def fused_linear_divergence(
         ValueError: arguments that do not match, exclude each other or cannot be served.
         TypeError: something that is not a tensor where one is needed, an unknown keyword.
     """
-    options = options or KernelOptions()
+    options = options or _DEFAULTS
     what, temperatures = checks.objective("fused_linear_divergence", objective)
     student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
     checks.head("student_", student_hidden, student_weight, student_bias)
@@ -116,7 +118,7 @@ def fused_linear_divergence(
         _check_topk(teacher_topk, own_teacher, student_hidden)
     ranks = 1 if options.process_group is None else vocab_parallel.group_size(options.process_group)
     heads = (student_weight,) if teacher_weight is None else (student_weight, teacher_weight)
-    vocab = checks.vocabulary([len(head) * ranks for head in heads], vocab_size)
+    vocab = checks.vocabulary(len(heads[0]) * ranks, len(heads[-1]) * ranks, vocab_size)
     checks.objective_with(what, vocab, target_ids, old_logprobs, teacher_topk)
     weighting, rows = weighted_rows(
         ("student_hidden", student_hidden),
@@ -128,37 +130,71 @@ def fused_linear_divergence(
         vocab,
         options.validate,
     )  # fmt: skip
+    if ranks > 1 or options.tile_columns:
+        checks.split(options, what, heads)
     if ranks > 1:
         vocab_parallel.check_shards(
             options.process_group, student_hidden, heads, vocab, options.validate
         )
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    student = Head(hidden, student_weight, student_bias)
-    call = _call(student, heads, teacher_hidden, what, vocab, options, impl, ranks)
-    call = replace(call, with_stats=return_stats, per_row=reduction == "none")
-    if call.per_row or not call.keeps_logits:  # gradients are formed in the backward pass
-        if call.need_grad:
-            checks.savable(
-                "reduction='none'" if call.per_row else "a split vocabulary",
-                {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight},
-            )
-        call = replace(call, need_hidden=False, need_weight=False, need_bias=False)
+    facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what.support)
+    text, in_backward = planning.plan(
+        facts._replace(
+            impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
+            with_stats=return_stats, per_row=reduction == "none", sharded=ranks > 1,
+            group="" if ranks == 1 else vocab_parallel.group_name(options.process_group),
+        )
+    )  # fmt: skip
+    if in_backward:
+        named = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        checks.savable("reduction='none' or a split vocabulary", named)
     loss, stats, *_ = linear_divergence(
-        *student,
+        hidden,
+        student_weight,
+        student_bias,
         None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         *rows,
         None,
-        *numbers(what),
-        encoded(what, call),
+        *numbers_of(what),
+        encoded(what, text),
     )
     shape = student_hidden.shape[:-1]
-    loss = loss.reshape(shape) if call.per_row else loss
+    loss = loss.reshape(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
     return weighting.output(
         loss, stats, rows.weights, shape, target_ids is not None, teacher_topk is None
+    )
+
+
+def _facts(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    heads: tuple[Tensor, ...],
+    vocab: int,
+    options: KernelOptions,
+    support: str,
+) -> planning.Facts:
+    """What decides how a call is carried out, as far as tensors and options say it."""
+    hidden, weight, bias = student
+    with_grad = torch.is_grad_enabled()
+    rows = min(len(hidden), options.max_active_rows or len(hidden)) if options.memory_budget else 0
+    return planning.Facts(
+        str(hidden.device),
+        hidden.dtype,
+        str(support),
+        rows,
+        max(heads[0].shape[1], heads[-1].shape[1]),
+        len(weight),
+        vocab,
+        with_grad and hidden.requires_grad,
+        with_grad and weight.requires_grad,
+        with_grad and bias is not None and bias.requires_grad,
+        options.tile_rows or 0,
+        options.tile_columns or 0,
+        options.memory_budget or 0,
+        options.max_active_rows or 0,
     )
 
 
@@ -180,52 +216,6 @@ def _same_memory(a: Any, b: Any) -> bool:
         return False
     alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return alike and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() != 0
-
-
-def _call(
-    student: Head,
-    heads: tuple[Tensor, ...],
-    teacher_hidden: Tensor | None,
-    what: Objective,
-    vocab: int,
-    options: KernelOptions,
-    impl: str,
-    ranks: int,
-) -> Call:
-    """Which implementation and tile, and which gradients are wanted."""
-    hidden, weight, _ = student
-    if ranks > 1 or options.tile_columns:
-        checks.split(options, what, heads)
-    needs = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in student
-    ]
-    shared = teacher_hidden is not None and len(heads) == 1
-    decide = planning.decide_once if torch.compiler.is_compiling() else planning.decide
-    chosen = decide(
-        impl,
-        str(hidden.device),
-        hidden.dtype,
-        str(what.support),
-        planning.row_bound(hidden, options) if options.memory_budget else 0,
-        planning.constant(max(head.shape[1] for head in heads)),
-        planning.constant(len(weight)),
-        shared,
-        needs[1],
-        any(needs),
-        planning.constant(options.tile_rows or 0),
-        planning.constant(options.tile_columns or 0),
-        planning.constant(options.memory_budget or 0),
-        ranks > 1,
-    )
-    group = vocab_parallel.group_name(options.process_group) if ranks > 1 else ""
-    bound = planning.constant(options.max_active_rows or 0)
-    return Call(*chosen, planning.constant(vocab), bound, *needs, group=group)
-
-
-def numbers(what: Objective) -> tuple[float, float, float, float, float]:
-    """The numbers of an objective as the ops take them, 0 for None."""
-    return what.beta, what.temperature, what.softcap or 0.0, what.logit_scale, what.is_clip or 0.0
 
 
 def weighted_rows(

@@ -8,29 +8,22 @@ logits, or their gradient, would save one of them at the price of N·V numbers.
 
 from __future__ import annotations
 
+import operator
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks, gemm, planning
-from hero_kernels.autograd import decoded_call, decoded_objective, encoded, first_order
+from hero_kernels import backends, checks, gemm
+from hero_kernels.autograd import first_order
+from hero_kernels.call import Call, decoded_call, decoded_objective, encoded, numbers_of
 from hero_kernels.constants import ENTROPY, LOGPROB, NUM_LOGPROB_STATS
-from hero_kernels.functional import numbers
-from hero_kernels.memory import Layout, Shape, layout
+from hero_kernels.divergence import active_rows, power_of_two_scale, spread
+from hero_kernels.memory import Layout, Shape, default_rows, layout
 from hero_kernels.objective import KernelOptions, Objective
-from hero_kernels.tiles import (
-    Sides,
-    Tiles,
-    active_rows,
-    cleared,
-    power_of_two_scale,
-    spread,
-    walk,
-    with_adjacent_columns,
-)
-from hero_kernels.types import Call, Gradients, Head, Tile, gradient_dtype
+from hero_kernels.tiles import Sides, Tiles, cleared, walk, with_adjacent_columns
+from hero_kernels.types import Gradients, Head, Tile, gradient_dtype
 from hero_kernels.vocab_parallel import Shards
 
 
@@ -98,39 +91,27 @@ def linear_logprobs(
     checks.per_token("target_ids", target_ids, "hidden", hidden, integer=True)
     if token_mask is not None:
         checks.per_token("token_mask", token_mask, "hidden", hidden)
-    vocab = checks.vocabulary([weight.shape[0]], vocab_size)
+    vocab = checks.vocabulary(len(weight), len(weight), vocab_size)
     targets = target_ids.reshape(-1).long()
     mask = torch.ones_like(targets, dtype=torch.bool)
     if token_mask is not None:
         mask = token_mask.detach().reshape(-1) != 0
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
-    name, tile_rows = _implementation(impl, hidden, vocab, options)
+    device, vocab = str(hidden.device), operator.index(vocab)
+    request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
     call = Call(
-        name, tile_rows, 0, planning.constant(vocab), options.max_active_rows or 0,
-        with_stats=return_entropy,
+        backends.choose(impl, request), options.tile_rows or default_rows(device, vocab), 0, vocab,
+        options.max_active_rows or 0, with_stats=return_entropy,
     )  # fmt: skip
     logprobs, entropy, _ = _linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, *numbers(what),
-        encoded(what, call),
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, *numbers_of(what),
+        encoded(what, call.text),
     )  # fmt: skip
     shape = hidden.shape[:-1]
     if not return_entropy:
         return logprobs.reshape(shape)
     return logprobs.reshape(shape), entropy.reshape(shape)
-
-
-def _implementation(
-    impl: str, hidden: Tensor, vocab: int, options: KernelOptions
-) -> tuple[str, int]:
-    """Its name, and the rows of a tile."""
-    device = str(hidden.device)
-    request = backends.Request(
-        device, hidden.dtype, function="linear_logprobs", vocab_size=planning.constant(vocab)
-    )
-    name = backends.choose(impl, request)
-    rows = options.tile_rows or planning.default_rows(device, planning.constant(vocab))
-    return name, rows
 
 
 @torch.library.custom_op("hero_kernels::linear_logprobs", mutates_args=())
@@ -314,7 +295,7 @@ def _gradients(
 
 def _prepared(head: Head, active: Tensor, call: Call) -> tuple[Sides, Layout]:
     hidden, weight, _ = head
-    sides = Sides(head, None, active, 0, call.vocab_size)
+    sides = Sides(head, None, active, 0, call.vocab_size, shared=False)
     if hidden.device.type == "cpu" and gemm.takes_16_bit(hidden.device, hidden.dtype):
         sides = with_adjacent_columns(sides)
     shape = Shape(
@@ -356,7 +337,7 @@ def _backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor, _: Any) -> tuple[
     first_order("linear_logprobs")
     needed = ctx.needs_input_grad[:3]
     call = decoded_call(ctx.call).with_needs(needed)
-    text = encoded(decoded_objective(ctx.call, *ctx.numbers), call)
+    text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
     upstream = torch.stack([d_logprobs, d_entropy], 1)
     grads = _linear_logprobs_backward(*ctx.saved_tensors, upstream, *ctx.numbers, text)
     wanted = [

@@ -1,4 +1,4 @@
-"""How a call is cut into tiles, what buffers it holds, and the largest tile that fits a budget."""
+"""How a call is cut into tiles, in which types it holds them, and the largest tile for a budget."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from hero_kernels import constants, cpu, gemm, rows
+from hero_kernels import constants, gemm, rows
 from hero_kernels.types import gradient_dtype
 
 SAVED = constants.NUM_STATISTICS + constants.NUM_VALUES
@@ -186,40 +185,3 @@ def tile_for(shape: Shape, budget: int, may_split: bool, in_torch: bool) -> tupl
         f"memory_budget={budget} bytes is too small for {shape.num_rows} rows of "
         f"{shape.vocab_size} logits: the least is {least}. Raise it, or pass fewer rows at a time."
     )
-
-
-def buffer(like: Tensor, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An empty [num_rows, columns] on the device of `like`.
-
-    On CPU rows of the same place in every page would compete for the same lines of the cache, so
-    they are spaced a little further apart; and fresh memory is taken in huge pages.
-    """
-    if like.device.type != "cpu":
-        return like.new_empty(num_rows, columns, dtype=dtype)
-    spaced = like.new_empty(num_rows, -(-columns // 64) * 64 + 64, dtype=dtype)
-    return cpu.advise_huge_pages(spaced)[:, :columns]
-
-
-class Buffers:
-    """The matrices in which a call's tiles live, one after the other.
-
-    Three ways to hold the gradient, after `Layout`: it overwrites the student's logits (types of
-    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a product
-    for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each is
-    overwritten where it stands.
-    """
-
-    def __init__(self, like: Tensor, plan: Layout, need_grad: bool, has_teacher: bool) -> None:
-        longest = max(plan.sizes, default=0)
-        # Kernels on CUDA want rows of multiples of 16 columns for wide loads and stores.
-        width = -(-plan.columns // 16) * 16 if like.is_cuda else plan.columns
-        self.teacher = buffer(like, longest, width, plan.wide) if has_teacher else None
-        self.grad = buffer(like, plan.held, width, plan.gradient) if plan.held else None
-        if plan.in_place and self.grad is not None:
-            self.student = self.grad.view(plan.student)
-        else:
-            self.student = buffer(like, longest, width, plan.student)
-            if plan.in_place and need_grad:
-                self.grad = self.student
-        self.shifts_student = plan.in_place and plan.held > 0
-        """Whether the student's logits stand at their place among those held."""

@@ -8,76 +8,123 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
 from hero_kernels import backends
+from hero_kernels.call import Call
 from hero_kernels.memory import Shape, default_rows, layout, tile_for, workspace
 from hero_kernels.objective import KernelOptions
 
-_NOMINAL_ROWS = 8192
+
+class Facts(NamedTuple):
+    """What decides how a call is carried out; numbers are 0 where the caller leaves them open."""
+
+    device: str
+    dtype: torch.dtype
+    """Of the student's hidden states and weight."""
+    support: str
+    num_rows: int
+    """Rows that the call may compute; read only with a budget."""
+    hidden_size: int
+    """H, the larger one where teacher and student differ."""
+    columns: int
+    """Of the head, or of this rank's shard."""
+    vocab_size: int
+    """Real tokens of the whole vocabulary."""
+    need_hidden: bool
+    need_weight: bool
+    need_bias: bool
+    tile_rows: int
+    tile_columns: int
+    memory_budget: int
+    max_active_rows: int
+    impl: str = "auto"
+    shared: bool = True
+    """Whether teacher and student have one head."""
+    with_stats: bool = False
+    per_row: bool = False
+    sharded: bool = False
+    group: str = ""
+
+    @property
+    def need_grad(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
 
 
-@lru_cache(maxsize=1024)
-def decide(
-    impl: str,
-    device: str,
-    dtype: torch.dtype,
-    support: str,
-    num_rows: int,
-    hidden_size: int,
-    vocab_size: int,
-    shared_head: bool,
-    need_weight: bool,
-    need_grad: bool,
-    tile_rows: int,
-    tile_columns: int,
-    memory_budget: int,
-    sharded: bool,
-) -> tuple[str, int, int]:
-    """Implementation, rows and columns of a tile (0 for all). Numbers are 0 where left open.
+def plan(facts: Facts) -> tuple[str, bool]:
+    """`Call.text`, and whether tensors are kept to form gradients in the backward pass.
 
     Raises:
         ValueError: the implementation named cannot serve, or no tile fits the budget.
     """
-    if tile_columns >= vocab_size:
-        tile_columns = 0
+    if torch.compiler.is_compiling():
+        # For constants, at compile time: a number that would be a symbol is compiled for anew.
+        constants = [operator.index(v) if type(v) is not bool and isinstance(v, int) else v for v in facts]
+        return _plan_once(*constants)
+    return _plan(facts)
 
-    def request(split: bool) -> backends.Request:
-        return backends.Request(device, dtype, support, split, vocab_size=vocab_size)
 
-    name = backends.choose(impl, request(split=bool(tile_columns) or sharded))
-    if not memory_budget:
-        if tile_columns:
-            return name, tile_rows, tile_columns
-        return name, tile_rows or default_rows(device, vocab_size), 0
-    may_split = support == "full" and not sharded
-    if may_split and impl != "auto":
-        may_split = backends.refusal(impl, request(split=True)) is None
-    shape = Shape(
-        num_rows, hidden_size, vocab_size, dtype, device, shared_head, need_weight, need_grad,
-        backends.IMPLEMENTATIONS[name].delta_dtype,
+@lru_cache(maxsize=1024)
+def _plan(facts: Facts) -> tuple[str, bool]:
+    name, rows, columns = decide(facts)
+    in_backward = facts.per_row or columns > 0
+    needs = (facts.need_hidden, facts.need_weight, facts.need_bias)
+    call = Call(
+        name, rows, columns, facts.vocab_size, facts.max_active_rows,
+        *((False,) * 3 if in_backward else needs), facts.with_stats, facts.per_row, facts.group,
     )  # fmt: skip
-    rows, columns = tile_for(shape, memory_budget, may_split, in_torch=name == "torch")
+    return call.text, in_backward and facts.need_grad
+
+
+@torch.compiler.assume_constant_result
+def _plan_once(*facts: Any) -> tuple[str, bool]:
+    return _plan(Facts(*facts))
+
+
+def decide(facts: Facts) -> tuple[str, int, int]:
+    """Implementation, rows and columns of a tile (0 for all).
+
+    Raises:
+        ValueError: the implementation named cannot serve, or no tile fits the budget.
+    """
+    tile_columns = facts.tile_columns if facts.tile_columns < facts.columns else 0
+    name = backends.choose(facts.impl, _request(facts, split=bool(tile_columns) or facts.sharded))
+    if not facts.memory_budget:
+        if tile_columns:
+            return name, facts.tile_rows, tile_columns
+        return name, facts.tile_rows or default_rows(facts.device, facts.columns), 0
+    may_split = facts.support == "full" and not facts.sharded
+    if may_split and facts.impl != "auto":
+        may_split = backends.refusal(facts.impl, _request(facts, split=True)) is None
+    rows, columns = tile_for(
+        shape_of(facts, name), facts.memory_budget, may_split, in_torch=name == "torch"
+    )
     if columns:
-        name = backends.choose(impl, request(split=True))
+        name = backends.choose(facts.impl, _request(facts, split=True))
     return name, rows, columns
 
 
-decide_once = torch.compiler.assume_constant_result(decide.__wrapped__)
-"""`decide` as `torch.compile` takes it: for constants, at compile time."""
+def _request(facts: Facts, split: bool) -> backends.Request:
+    return backends.Request(
+        facts.device, facts.dtype, facts.support, split, vocab_size=facts.columns
+    )
 
 
-def constant(size: int) -> int:
-    """`size`, which `torch.compile` compiles anew for where it would be a symbol: `decide` takes
-    none."""
-    return operator.index(size)
-
-
-def row_bound(hidden: torch.Tensor, options: KernelOptions) -> int:
-    """Rows that a call may compute. What fits a budget depends on the rows there are: under
-    `torch.compile` a call with a budget is compiled anew for each number of rows."""
-    return constant(min(len(hidden), options.max_active_rows or len(hidden)))
+def shape_of(facts: Facts, impl: str) -> Shape:
+    """What memory.py asks of a call."""
+    return Shape(
+        facts.num_rows,
+        facts.hidden_size,
+        facts.columns,
+        facts.dtype,
+        facts.device,
+        facts.shared,
+        facts.need_weight,
+        facts.need_grad,
+        backends.IMPLEMENTATIONS[impl].delta_dtype,
+    )
 
 
 def explain(
@@ -122,14 +169,13 @@ def explain(
             "explain describes the work of one process: pass the shard's vocab_size and leave "
             "options.process_group None."
         )
-    where = str(torch.device(device))
-    need_grad = trainable_trunk or trainable_head
-    name, rows, columns = decide(
-        impl, where, dtype, support, num_rows, hidden_size, vocab_size, shared_head,
-        trainable_head, need_grad, options.tile_rows or 0, options.tile_columns or 0,
-        options.memory_budget or 0, False,
+    facts = Facts(
+        str(torch.device(device)), dtype, support, num_rows, hidden_size, vocab_size, vocab_size,
+        trainable_trunk, trainable_head, False, options.tile_rows or 0, options.tile_columns or 0,
+        options.memory_budget or 0, 0, impl, shared_head,
     )  # fmt: skip
-    request = backends.Request(where, dtype, support, bool(columns), vocab_size=vocab_size)
+    name, rows, columns = decide(facts)
+    request = _request(facts, bool(columns))
     lines = [f"implementation: {name}"]
     for other, entry in backends.IMPLEMENTATIONS.items():
         if other != name:
@@ -137,19 +183,16 @@ def explain(
             if reason is None:
                 reason = f"{name} was preferred" if entry.in_auto else "only if named: not measured"
             lines.append(f"  not {other}: {reason}")
-    shape = Shape(
-        num_rows, hidden_size, vocab_size, dtype, where, shared_head, trainable_head, need_grad,
-        backends.IMPLEMENTATIONS[name].delta_dtype,
-    )  # fmt: skip
-    plan = layout(shape, rows, columns)
-    whole = max(plan.sizes, default=0)
+    shape = shape_of(facts, name)
+    found = layout(shape, rows, columns)
+    whole = max(found.sizes, default=0)
     products = (6 if columns else 2) + trainable_trunk + trainable_head
     asked = options.memory_budget or options.tile_rows or options.tile_columns
     lines.append(
-        f"tile: {whole} of {num_rows} rows x {plan.columns} of {vocab_size} columns "
-        f"({'as asked for' if asked else 'default'}); teacher logits {_name(plan.wide)}, "
-        f"{'delta' if shared_head else 'student logits'} {_name(plan.student)}, gradient "
-        f"{_name(plan.gradient)}"
+        f"tile: {whole} of {num_rows} rows x {found.columns} of {vocab_size} columns "
+        f"({'as asked for' if asked else 'default'}); teacher logits {_name(found.wide)}, "
+        f"{'delta' if shared_head else 'student logits'} {_name(found.student)}, gradient "
+        f"{_name(found.gradient)}"
     )
     where_formed = "backward" if columns else "forward"
     lines.append(

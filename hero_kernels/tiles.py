@@ -11,20 +11,22 @@ are split too (`tile_columns` < V) the logits are made again each time they are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from hero_kernels import gemm
-from hero_kernels.memory import Buffers, Layout
-from hero_kernels.types import Call, Gradients, Head, Tile, gradient_dtype
+from hero_kernels import cpu, gemm
+from hero_kernels.call import Call
+from hero_kernels.memory import Layout
+from hero_kernels.types import Gradients, Head, Tile, gradient_dtype
 from hero_kernels.vocab_parallel import Shards
 
-LogitMaker = Callable[[Tile, Head, Head, int], Tile]
-"""Fills the logits of a tile from the rows of both heads, biases as in the tile; see
-triton/fused.py. The number is that of the row tile."""
+LogitMaker = Callable[[int, Tile, Head, Head], Tile]
+"""Fills the logits of a tile of row tile `i` from the rows of both heads, biases as in the tile; see
+triton/fused.py."""
 
 
 class Work(Protocol):
@@ -45,14 +47,11 @@ class Sides(NamedTuple):
     """Both heads of a call, N rows; the head is this rank's shard of it."""
 
     student: Head
-    teacher: Head | None  # with the student's own weight tensor the head counts as shared
+    teacher: Head | None
     active: Tensor  # [N] bool; other rows count as zeros, whatever they hold
     first_column: int  # place of the head's first column in the whole vocabulary
     columns: int  # real columns
-
-    @property
-    def shared(self) -> bool:
-        return self.teacher is not None and self.teacher.weight is self.student.weight
+    shared: bool  # whether both heads are one
 
 
 class Tiles:
@@ -63,33 +62,33 @@ class Tiles:
     """
 
     def __init__(
-        self, sides: Sides, rows: slice, place: int, buffers: Buffers, plan: Layout
+        self,
+        sides: Sides,
+        rows: slice,
+        place: int,
+        buffers: Buffers,
+        plan: Layout,
+        maker: Callable[[Tile, Head, Head], Tile] | None,
     ) -> None:
-        self.sides, self.buffers, self.plan = sides, buffers, plan
+        self.sides, self.buffers, self.plan, self.maker = sides, buffers, plan, maker
         size = rows.stop - rows.start
         self.of_grad = slice(place, place + size)
         self.of_student = self.of_grad if buffers.shifts_student else slice(0, size)
         self.hidden = self.operand = cleared(sides.student.hidden[rows], sides.active[rows])
         self.teacher_hidden: Tensor | None = None
         self.absolute_rows: Tensor | None = None
-        self.maker: LogitMaker | None = None
-        self.index = 0
         self.kept: Tile | None = None
-        if sides.teacher is not None:
-            self.teacher_hidden = cleared(sides.teacher.hidden[rows], sides.active[rows])
-
-    def with_products(self) -> Tiles:
-        """Prepare the operand of delta, for products of the library."""
-        if self.sides.shared and self.teacher_hidden is not None:
-            if self.plan.student == self.plan.gradient:
+        if sides.teacher is None:
+            return
+        self.teacher_hidden = cleared(sides.teacher.hidden[rows], sides.active[rows])
+        if sides.shared and maker is None:
+            if plan.student == plan.gradient:
                 # At most one rounding, to the type that the product takes.
-                difference = self.hidden.to(self.plan.wide) - self.teacher_hidden
-                self.operand = difference
+                self.operand = self.hidden.to(plan.wide) - self.teacher_hidden
             else:
                 self.operand, self.absolute_rows = gemm.difference_operand(
                     self.hidden, self.teacher_hidden
                 )
-        return self
 
     def __iter__(self) -> Iterator[Tile]:
         if self.kept is not None:
@@ -103,7 +102,7 @@ class Tiles:
             yield tile
 
     def _made(self, columns: slice) -> Tile:
-        student, teacher, _, first_column, _ = self.sides
+        student, teacher, _, first_column, _, shared = self.sides
         real, buffers = columns.stop - columns.start, self.buffers
         # On CUDA the padding that makes rows a multiple of 16 columns is part of the tile.
         used = slice(0, -(-real // 16) * 16 if buffers.student.is_cuda else real)
@@ -112,7 +111,7 @@ class Tiles:
             buffers.student[self.of_student, used],
             None if buffers.teacher is None else buffers.teacher[:size, used],
             None if buffers.grad is None else buffers.grad[self.of_grad, used],
-            self.sides.shared,
+            shared,
             None if student.bias is None else _padded(student.bias[columns], used.stop, self.plan),
             None
             if teacher is None or teacher.bias is None
@@ -128,17 +127,54 @@ class Tiles:
             gemm.logits_into(head, (logits, self.hidden))
             return tile
         of_teacher = tile.teacher[:, :real], self.teacher_hidden
-        other = head if self.sides.shared else teacher.weight[columns]
+        other = head if shared else teacher.weight[columns]
         if self.maker is not None:
             ours = Head(self.hidden, head, tile.student_bias)
             theirs = Head(self.teacher_hidden, other, tile.teacher_bias)
-            return self.maker(tile, ours, theirs, self.index)
-        if self.sides.shared:
+            return self.maker(tile, ours, theirs)
+        if shared:
             gemm.logits_into(head, of_teacher, (logits, self.operand))
         else:
             gemm.logits_into(other, of_teacher)
             gemm.logits_into(head, (logits, self.operand))
         return tile
+
+
+def buffer(like: Tensor, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """An empty [num_rows, columns] on the device of `like`.
+
+    On CPU rows of the same place in every page would compete for the same lines of the cache, so
+    they are spaced a little further apart; and fresh memory is taken in huge pages.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(num_rows, columns, dtype=dtype)
+    spaced = like.new_empty(num_rows, -(-columns // 64) * 64 + 64, dtype=dtype)
+    return cpu.advise_huge_pages(spaced)[:, :columns]
+
+
+class Buffers:
+    """The matrices in which a call's tiles live, one after the other.
+
+    Three ways to hold the gradient, after `Layout`: it overwrites the student's logits (types of
+    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a product
+    for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each is
+    overwritten where it stands.
+    """
+
+    def __init__(self, like: Tensor, plan: Layout, need_grad: bool, has_teacher: bool) -> None:
+        longest = max(plan.sizes, default=0)
+        # Kernels on CUDA want rows of multiples of 16 columns for wide loads and stores.
+        width = -(-plan.columns // 16) * 16 if like.is_cuda else plan.columns
+        self.teacher = buffer(like, longest, width, plan.wide) if has_teacher else None
+        self.grad = buffer(like, plan.held, width, plan.gradient) if plan.held else None
+        if plan.in_place and self.grad is not None:
+            self.student = self.grad.view(plan.student)
+        else:
+            self.student = buffer(like, longest, width, plan.student)
+            if plan.in_place and need_grad:
+                self.grad = self.student
+        self.shifts_student = plan.in_place and plan.held > 0
+        """Whether the student's logits stand at their place among those held."""
 
 
 class Sums:
@@ -217,8 +253,8 @@ def walk(
     Returns:
         Statistics [N, num_stats], and the gradients of what `work` differentiates.
     """
-    hidden = sides.student.hidden
-    buffers = Buffers(hidden, plan, call.need_grad, sides.teacher is not None)
+    hidden, need_grad = sides.student.hidden, call.need_grad
+    buffers = Buffers(hidden, plan, need_grad, sides.teacher is not None)
     sums = Sums(sides, call, plan, shards)
     stats = hidden.new_empty(len(hidden), work.num_stats, dtype=plan.wide)
     whole_rows = plan.columns >= sides.columns
@@ -228,71 +264,19 @@ def walk(
         first = start
         for size in islice(sizes, group):
             rows = slice(start, start + size)
-            tiles = Tiles(sides, rows, start - first if plan.held else 0, buffers, plan)
-            if maker is None:
-                tiles.with_products()
-            else:
-                tiles.maker, tiles.index = maker, i
+            place = start - first if plan.held else 0
+            made = None if maker is None else partial(maker, i)
+            tiles = Tiles(sides, rows, place, buffers, plan, made)
             stats[rows] = work.of_rows(tiles, i)
-            if call.need_grad:
+            if need_grad:
                 for tile in tiles:
                     work.gradient(tile, i)
                     sums.add(tile, rows, tiles.hidden)
             start, i = start + size, i + 1
-        if call.need_grad and whole_rows and buffers.grad is not None:
+        if need_grad and whole_rows and buffers.grad is not None:
             grad = buffers.grad[: start - first, : sides.columns]
             sums.add_whole_rows(grad, slice(first, start))
     return stats, sums.gradients()
-
-
-def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor | None]:
-    """Indices of the rows to compute (None for all), and whether there are more than `bound` (None
-    if known).
-
-    On CUDA the number of active rows is not known to the host: there a bound gives the size of the
-    result, and the count is compared on the device.
-
-    Args:
-        row_weights: [N]; 0 masks a row.
-        bound: 0 for none.
-
-    Raises:
-        ValueError: more rows are active than `bound`, on CPU.
-    """
-    active = row_weights != 0
-    if not row_weights.is_cuda:
-        kept = active.nonzero()[:, 0]
-        if bound and len(kept) > bound:
-            raise ValueError(
-                f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: "
-                "raise the bound or leave it None."
-            )
-        return (None if len(kept) == len(active) else kept), None
-    if not bound or bound >= len(active):
-        return None, None
-    first = torch.argsort(active, descending=True, stable=True)[:bound]
-    return first.sort().values, active.sum() > bound
-
-
-def spread(values: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:
-    """[num_rows, ...] with `values` at the rows `kept` and 0 elsewhere."""
-    if kept is None:
-        return values
-    return values.new_zeros(num_rows, *values.shape[1:]).index_copy_(0, kept, values)
-
-
-def power_of_two_scale(row_scales: Tensor, slope: float = 1.0) -> Tensor:
-    """[] factor for the rows of an fp16 gradient tile, so that small probabilities do not vanish.
-
-    Args:
-        row_scales: [N, ...] what the rows of the tile are multiplied by.
-        slope: bound of what else multiplies the tile.
-    """
-    if row_scales.numel() == 0:
-        return row_scales.new_ones(())
-    peak = row_scales.abs().max() * max(slope, 1.0)
-    factor = torch.exp2(8.0 - torch.ceil(torch.log2(peak)))
-    return torch.where(torch.isfinite(factor), factor, 1.0)
 
 
 def cleared(hidden: Tensor, active: Tensor) -> Tensor:

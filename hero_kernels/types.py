@@ -1,8 +1,7 @@
-"""The nouns of the loop: heads, rows, tiles, gradients, and how a call is carried out."""
+"""The nouns of the loop: heads, rows, tiles, gradients."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -116,52 +115,6 @@ class RowKernels(Protocol):
         """Fill `tile.grad` with row_scale [R] · d(divergence) / d(raw student logit); 0 in padding
         and in rows of scale 0. `values` [R, 4] are those of all columns."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """How a call is carried out, and what is asked of it beside the loss."""
-
-    impl: str
-    """Name of the implementation, not "auto"."""
-    tile_rows: int
-    """0 for all rows."""
-    tile_columns: int
-    """0 for whole rows."""
-    vocab_size: int
-    """Real tokens of the whole vocabulary."""
-    max_active_rows: int = 0
-    """0 for no bound."""
-    need_hidden: bool = False
-    need_weight: bool = False
-    need_bias: bool = False
-    with_stats: bool = False
-    per_row: bool = False
-    """Whether each row's loss is wanted, and not their sum."""
-    group: str = ""
-    """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
-
-    @property
-    def need_grad(self) -> bool:
-        return self.need_hidden or self.need_weight or self.need_bias
-
-    def with_needs(self, needed: tuple[bool, bool, bool]) -> Call:
-        """The call of a backward pass: these gradients of hidden states, weight and bias, the sum
-        of the losses, no statistics."""
-        hidden, weight, bias = needed
-        return replace(
-            self,
-            need_hidden=hidden,
-            need_weight=weight,
-            need_bias=bias,
-            with_stats=False,
-            per_row=False,
-        )
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether a row's logits are made once: they fit one tile."""
-        return not self.tile_columns
 
 
 def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
