@@ -31,10 +31,6 @@ class Call:
     group: str = ""
     """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
 
-    @property
-    def need_grad(self) -> bool:
-        return self.need_hidden or self.need_weight or self.need_bias
-
     def with_needs(self, needed: tuple[bool, bool, bool]) -> Call:
         """The call of a backward pass: these gradients of hidden states, weight and bias, the sum
         of the losses, no statistics."""
@@ -47,11 +43,6 @@ class Call:
             with_stats=False,
             per_row=False,
         )
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether a row's logits are made once: they fit one tile."""
-        return not self.tile_columns
 
     @property
     def text(self) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hero_kernels import constants, gemm, rows
-from hero_kernels.types import gradient_dtype
+from hero_kernels.types import GRADIENT_DTYPE
 
 SAVED = constants.NUM_STATISTICS + constants.NUM_VALUES
 """Numbers of each row that split rows keep from the forward pass for the backward pass."""
@@ -36,10 +36,15 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     device: str
     shared_head: bool
+    need_hidden: bool
     need_weight: bool
-    need_grad: bool
+    need_bias: bool
     delta_dtype: torch.dtype | None = None
     """Of the student's logits, if a maker of logits has its own (impl="triton_fused")."""
+
+    @property
+    def need_grad(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
 
     @property
     def on_cpu(self) -> bool:
@@ -73,6 +78,7 @@ class Layout(NamedTuple):
     """Whether the gradient takes the place of the student's logits."""
     wide: torch.dtype
     """fp32, or fp64: of teacher logits, statistics and sums."""
+    need_grad: bool
 
 
 @lru_cache(maxsize=256)
@@ -103,10 +109,11 @@ def layout(shape: Shape, tile_rows: int, tile_columns: int) -> Layout:
         held = max((sum(islice(tiles, group)) for group in groups), default=0)
     # fp16 has not the range for a sum of scaled rows.
     products = len(sizes) if tile_columns else len(groups)
-    weight_sum = gradient_dtype(gradient) if products <= 1 else shape.wide
+    weight_sum = GRADIENT_DTYPE[gradient] if products <= 1 else shape.wide
     return Layout(
-        sizes, columns, groups, held, student, gradient, weight_sum, in_place, shape.wide
-    )
+        sizes, columns, groups, held, student, gradient, weight_sum, in_place, shape.wide,
+        shape.need_grad,
+    )  # fmt: skip
 
 
 def _equal_parts(total: int, largest: int) -> tuple[int, ...]:
