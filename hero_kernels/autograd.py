@@ -1,13 +1,13 @@
 """The custom op around the loop over tiles, its fake and its gradient.
 
-To autograd and to `torch.compile` the loop is one opaque operation of 13 tensors, five numbers in one
-list and one string, everything else that a call is. (Each argument of a custom op costs about 8 us
-a call; numbers stay numbers because torch.compile cannot turn a symbol into text.)
+To autograd and to `torch.compile` the loop is one opaque operation of 13 tensors, five numbers in
+one list and one string, everything else that a call is. (Each argument of a custom op costs about 8
+us a call; numbers stay numbers because torch.compile cannot turn a symbol into text.)
 
-Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them, out
-of place, by the one upstream number. For a loss per row, and where columns are split, the backward
-pass runs the loop again with the row weights multiplied by the upstream gradient, so any upstream
-gradient is right; split rows get their statistics and values back as `saved`.
+Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them,
+out of place, by the one upstream number. For a loss per row, and where columns are split, the
+backward pass runs the loop again with the row weights multiplied by the upstream gradient, so any
+upstream gradient is right; split rows get their statistics and values back as `saved`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
 
 def _schema() -> str:
-    kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
+    kinds: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
     kinds[Sequence[float]] = "float[]"
     hints = get_type_hints(Inputs)
     arguments = ", ".join(f"{kinds[hints[name]]} {name}" for name in Inputs._fields)
@@ -92,7 +92,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     needed = call.need_hidden, call.need_weight, call.need_bias
     hidden, weight, bias = (
         tensor.new_empty(tensor.shape, dtype=GRADIENT_DTYPE[tensor.dtype])
-        if need
+        if need and tensor is not None
         else inputs.student_hidden.new_empty(0)
         for tensor, need in zip(inputs[:3], needed, strict=True)
     )
@@ -126,7 +126,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     if ctx.recomputes:
         call = decoded_call(ctx.call).with_needs(needed)
         text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
-        inputs = Inputs(*ctx.saved_tensors, ctx.numbers, text)
+        inputs = Inputs._make((*ctx.saved_tensors, ctx.numbers, text))
         # A masked row stays masked, whatever gradient arrives for it.
         weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)
         grads = linear_divergence(*inputs._replace(row_weights=weights))[2:5]

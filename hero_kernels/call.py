@@ -86,7 +86,10 @@ def decoded_call(text: str) -> Call:
     """The call in what `encoded` returned."""
     impl, *numbers, group = text.split("|", 15)[5:]
     rows, columns, vocab_size, bound, *flags = map(int, numbers)
-    return Call(impl, rows, columns, vocab_size, bound, *map(bool, flags), group=group)
+    hidden, weight, bias, with_stats, per_row = map(bool, flags)
+    return Call(
+        impl, rows, columns, vocab_size, bound, hidden, weight, bias, with_stats, per_row, group
+    )
 
 
 @lru_cache(maxsize=256)

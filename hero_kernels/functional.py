@@ -62,8 +62,8 @@ def fused_linear_divergence(
         teacher_bias: [V], only with `teacher_weight`.
         teacher_topk: (ids [..., k], log-probabilities [..., k] at this temperature) of a teacher
             behind a server, in place of `teacher_hidden`; needs `support="topk"`.
-        token_weights: [...] weight of each token, 0 to mask it; a bool mask will do. The mean divides
-            by the sum of the weights: signed weights (advantages) need `num_items` or "sum".
+        token_weights: [...] weight of each token, 0 to mask it; a bool mask will do. The mean
+            divides by the sum of the weights: signed ones (advantages) need `num_items` or "sum".
         turn_ids: [...] turn of each token, negative for none. Numbered through the whole batch.
         turn_weights: [K] weight of each turn; ids are then less than K.
         trajectory_ids: [...] trajectory of each token, negative for none.

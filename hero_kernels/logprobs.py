@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens straight from hidden states and head, with gradient.
 
-The forward pass is one head GEMM and one sweep over the logits, and keeps four numbers for each row.
-The backward pass forms the logits again, turns each into its gradient with those numbers (one sweep,
-no sum over the row), and multiplies: three GEMMs, or two where the head is frozen. Keeping the
-logits, or their gradient, would save one of them at the price of N·V numbers.
+The forward pass is one head GEMM and one sweep over the logits, and keeps four numbers for each
+row. The backward pass forms the logits again, turns each into its gradient with those numbers (one
+sweep, no sum over the row), and multiplies: three GEMMs, or two where the head is frozen. Keeping
+the logits, or their gradient, would save one of them at the price of N·V numbers.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def linear_logprobs(
     """log softmax(cap((h·Wᵀ + bias) · logit_scale) / temperature)[target] without whole logits in
     memory.
 
-    Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens whose
-    upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products of
-    the backward pass.
+    Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens
+    whose upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products
+    of the backward pass.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.

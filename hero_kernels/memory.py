@@ -67,8 +67,8 @@ class Layout(NamedTuple):
     held: int
     """Rows of the gradient's buffer; 0 where the gradient takes the place of the logits."""
     student: torch.dtype
-    """Of the student's logits. Never 16-bit but for a delta: the difference to the teacher's counts.
-    Teacher logits are always fp32 (fp64)."""
+    """Of the student's logits. Never 16-bit but for a delta: the difference to the teacher's
+    counts. Teacher logits are always fp32 (fp64)."""
     gradient: torch.dtype
     """Of the logits' gradient: 16-bit, the type of the products' operands, where such a product has
     wide results (`gemm.takes_16_bit`), else fp32."""
@@ -86,9 +86,9 @@ def layout(shape: Shape, tile_rows: int, tile_columns: int) -> Layout:
     """The layout of a call; 0 means all rows, or all columns.
 
     A sum over row tiles is kept in fp32: 4·V·H bytes that every product for dW reads and writes.
-    Where the gradients of all rows are held instead, 2·N·V bytes in 16 bits, one product sums in its
-    registers. Up to twice as many rows as H that takes no more memory than the sum; on CPU, where
-    traffic costs more than memory, twice that is allowed. Split rows hold nothing.
+    Where the gradients of all rows are held instead, 2·N·V bytes in 16 bits, one product sums in
+    its registers. Up to twice as many rows as H that takes no more memory than the sum; on CPU,
+    where traffic costs more than memory, twice that is allowed. Split rows hold nothing.
     """
     sizes = _equal_parts(shape.num_rows, tile_rows or max(1, shape.num_rows))
     longest = max(sizes, default=0)

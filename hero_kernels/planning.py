@@ -1,7 +1,7 @@
 """Which implementation and which tile a call takes, and `explain`, which says so in words.
 
-The rule: the implementation that the caller names, else the most special one that can serve; of
-tiles the largest that fits `memory_budget`, without a budget the device's usual number of whole rows.
+The rule: the implementation that the caller names, else the most special one that can serve; the
+largest tile that fits `memory_budget`, or without one the device's usual number of whole rows.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def plan(objective: Objective, facts: Facts) -> Plan:
 
 
 def traced_plan(objective: Objective, facts: Facts) -> Plan:
-    """`plan` for `torch.compile`: facts are made constants, so that a size that would be a symbol is
-    compiled for anew; the objective's numbers stay as they are."""
+    """`plan` for `torch.compile`: facts are made constants, so that a size that would be a symbol
+    is compiled for anew; the objective's numbers stay as they are."""
     constants = [operator.index(fact) if type(fact) is int else fact for fact in facts]
     text, in_backward = _constant_call_of(*constants)
     return Plan(encoded(objective, text), numbers_of(objective), in_backward)

@@ -25,8 +25,8 @@ from hero_kernels.types import GRADIENT_DTYPE, Gradients, Head, Tile
 from hero_kernels.vocab_parallel import Shards
 
 LogitMaker = Callable[[int, Tile, Head, Head], Tile]
-"""Fills the logits of a tile of row tile `i` from the rows of both heads, biases as in the tile; see
-triton/fused.py."""
+"""Fills the logits of a tile of row tile `i` from the rows of both heads, biases as in the tile;
+see triton/fused.py."""
 
 
 class Work(Protocol):
@@ -156,9 +156,9 @@ class Buffers:
     """The matrices in which a call's tiles live, one after the other.
 
     Three ways to hold the gradient, after `Layout`: it overwrites the student's logits (types of
-    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a product
-    for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each is
-    overwritten where it stands.
+    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a
+    product for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each
+    is overwritten where it stands.
     """
 
     def __init__(self, like: Tensor, plan: Layout, need_grad: bool, has_teacher: bool) -> None:
