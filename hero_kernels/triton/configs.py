@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch
+
 
 class RowConfig(NamedTuple):
     """How one row is walked through."""
@@ -97,31 +99,31 @@ GEMMS = {
 }
 """By compute capability times 10, as `ROWS`."""
 
-
 LOGPROBS = dict.fromkeys((80, 90, 100), RowConfig(block_v=1024, num_warps=4))
 """For the log-probability kernels, which hold few registers; as `ROWS`."""
 
 
-def row_config(capability: tuple[int, int], table: dict[int, RowConfig] | None = None) -> RowConfig:
-    """The entry of `table`, `ROWS` if None, for a device.
+_INTERPRETED = RowConfig(block_v=128, num_warps=4)
+"""For tensors on the CPU, which only Triton's interpreter takes: several blocks in a short row."""
+
+
+def row_config(device: torch.device, table: dict[int, RowConfig]) -> RowConfig:
+    """The entry of `table` for a device.
 
     Raises:
         ValueError: the device is older than all entries.
     """
-    table = ROWS if table is None else table
-    return table[_newest(table, capability, "row kernel")]
+    if device.type == "cpu":
+        return _INTERPRETED
+    return table[newest(table, torch.cuda.get_device_capability(device), "row kernel")]
 
 
-def gemm_entry(capability: tuple[int, int]) -> GemmEntry:
-    """The entry of `GEMMS` for a device.
+def newest(table: Collection[int], capability: tuple[int, int], name: str) -> int:
+    """The newest key of `table` that is not newer than a device.
 
     Raises:
-        ValueError: the device is older than all entries.
+        ValueError: the device is older than all of them.
     """
-    return GEMMS[_newest(GEMMS, capability, "GEMM")]
-
-
-def _newest(table: Collection[int], capability: tuple[int, int], name: str) -> int:
     arch = 10 * capability[0] + capability[1]
     known = [entry for entry in table if entry <= arch]
     if not known:
