@@ -29,8 +29,10 @@ class Weighting(NamedTuple):
     def check(self, reference_name: str, reference: Tensor, validate: bool) -> None:
         """Raise ValueError for tensors in the callers' shapes that do not fit `reference` [..., H],
         or settings that exclude each other."""
-        choice("loss_aggregation", self.loss_aggregation, LossAggregation)
-        choice("reduction", self.reduction, Reduction)
+        if self.loss_aggregation not in LossAggregation._value2member_map_:
+            choice("loss_aggregation", self.loss_aggregation, LossAggregation)
+        if self.reduction not in Reduction._value2member_map_:
+            choice("reduction", self.reduction, Reduction)
         named = zip(self._fields[:4], self[:4], strict=True)
         for name, tensor in named:
             if isinstance(tensor, Tensor) and name != "turn_weights":
@@ -46,7 +48,7 @@ class Weighting(NamedTuple):
         readable = checks.values_readable(reference, validate)
         if self.num_items is not None:
             self._check_num_items(readable)
-        if readable:
+        if readable and not (self.token_weights is None and self.turn_ids is None):
             self._check_values()
 
     def _check_turn_weights(self, value: Tensor) -> None:
@@ -287,5 +289,4 @@ def _group_sum(values: Tensor, ids: Tensor) -> Tensor:
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    nonzero = denominator != 0
-    return torch.where(nonzero, numerator / denominator.where(nonzero, 1.0), 0.0)
+    return torch.where(denominator != 0, numerator / denominator, 0.0)

@@ -1,17 +1,18 @@
 """The custom op around the loop over tiles, its fake and its gradient.
 
-To autograd and to `torch.compile` the loop is one opaque operation of 13 tensors, 5 numbers and one
-string: everything else that a call is, encoded. (Each argument of a custom op costs about 10 us a
-call; numbers stay numbers so that torch.compile may carry them as symbols.)
+To autograd and to `torch.compile` the loop is one opaque operation of 13 tensors, five numbers in
+one list and one string, everything else that a call is. (Each argument of a custom op costs about 8
+us a call; numbers stay numbers because torch.compile cannot turn a symbol into text.)
 
-Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them, out
-of place, by the one upstream number. For a loss per row, and where columns are split, the backward
-pass runs the loop again with the row weights multiplied by the upstream gradient, so any upstream
-gradient is right; split rows get their statistics and values back as `saved`.
+Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them,
+out of place, by the one upstream number. For a loss per row, and where columns are split, the
+backward pass runs the loop again with the row weights multiplied by the upstream gradient, so any
+upstream gradient is right; split rows get their statistics and values back as `saved`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -21,7 +22,7 @@ from hero_kernels.call import decoded_call, decoded_objective, encoded
 from hero_kernels.constants import NUM_STATS
 from hero_kernels.divergence import divergence
 from hero_kernels.memory import SAVED
-from hero_kernels.types import Head, RowTensors, gradient_dtype
+from hero_kernels.types import GRADIENT_DTYPE, Head, RowTensors
 
 
 class Inputs(NamedTuple):
@@ -40,30 +41,25 @@ class Inputs(NamedTuple):
     teacher_ids: Tensor | None
     teacher_logprobs: Tensor | None
     saved: Tensor | None  # [N, 16] of an earlier call
-    beta: float
-    temperature: float
-    softcap: float  # 0 for none
-    logit_scale: float
-    is_clip: float  # 0 for none
+    numbers: Sequence[float]  # as `call.numbers_of` returns them
     call: str  # as `call.encoded` returns it
 
 
 def _schema() -> str:
-    kinds = {Tensor: "Tensor", Tensor | None: "Tensor?", float: "float", str: "str"}
+    kinds: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
+    kinds[Sequence[float]] = "float[]"
     hints = get_type_hints(Inputs)
     arguments = ", ".join(f"{kinds[hints[name]]} {name}" for name in Inputs._fields)
     return f"({arguments}) -> ({', '.join(['Tensor'] * 6)})"
 
 
-@torch.library.custom_op(
-    "hero_kernels::linear_divergence", mutates_args=(), schema=_schema()
-)
+@torch.library.custom_op("hero_kernels::linear_divergence", mutates_args=(), schema=_schema())
 def linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics and gradients; arguments as in `Inputs`.
 
     Returns:
         loss ([N] if per row, else []), stats [N, 8], the gradients of the student's hidden states,
-        weight and bias, of type `gradient_dtype`, empty where not asked for; and what split rows
+        weight and bias, of type `GRADIENT_DTYPE`, empty where not asked for; and what split rows
         want back as `saved`, [N, 16], else empty.
     """
     inputs = Inputs(*arguments)
@@ -74,10 +70,8 @@ def linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
         teacher = student._replace(hidden=inputs.teacher_hidden)
         if inputs.teacher_weight is not None:
             teacher = Head(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias)
-    objective = decoded_objective(inputs.call, *inputs[13:18])
-    result = divergence(
-        student, teacher, RowTensors(*inputs[6:12]), objective, call, inputs.saved
-    )
+    objective = decoded_objective(inputs.call, *inputs.numbers)
+    result = divergence(student, teacher, RowTensors(*inputs[6:12]), objective, call, inputs.saved)
     saved = result.saved if call.tile_columns else None
     d_hidden, d_weight, d_bias, saved = [
         student.hidden.new_empty(0) if tensor is None else tensor
@@ -97,8 +91,8 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     stats = inputs.student_hidden.new_empty(num_rows, NUM_STATS, dtype=wide)
     needed = call.need_hidden, call.need_weight, call.need_bias
     hidden, weight, bias = (
-        tensor.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype))
-        if need
+        tensor.new_empty(tensor.shape, dtype=GRADIENT_DTYPE[tensor.dtype])
+        if need and tensor is not None
         else inputs.student_hidden.new_empty(0)
         for tensor, need in zip(inputs[:3], needed, strict=True)
     )
@@ -113,7 +107,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     given = Inputs(*inputs)
     call = decoded_call(given.call)
-    ctx.call, ctx.numbers = given.call, given[13:18]
+    ctx.call, ctx.numbers = given.call, given.numbers
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given[:3]]
     ctx.recomputes = call.per_row or call.tile_columns > 0
     if ctx.recomputes:
@@ -132,7 +126,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None
     if ctx.recomputes:
         call = decoded_call(ctx.call).with_needs(needed)
         text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
-        inputs = Inputs(*ctx.saved_tensors, *ctx.numbers, text)
+        inputs = Inputs._make((*ctx.saved_tensors, ctx.numbers, text))
         # A masked row stays masked, whatever gradient arrives for it.
         weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)
         grads = linear_divergence(*inputs._replace(row_weights=weights))[2:5]

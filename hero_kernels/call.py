@@ -31,10 +31,6 @@ class Call:
     group: str = ""
     """Name of the process group over whose ranks the vocabulary is sharded; "" for none."""
 
-    @property
-    def need_grad(self) -> bool:
-        return self.need_hidden or self.need_weight or self.need_bias
-
     def with_needs(self, needed: tuple[bool, bool, bool]) -> Call:
         """The call of a backward pass: these gradients of hidden states, weight and bias, the sum
         of the losses, no statistics."""
@@ -47,11 +43,6 @@ class Call:
             with_stats=False,
             per_row=False,
         )
-
-    @property
-    def keeps_logits(self) -> bool:
-        """Whether a row's logits are made once: they fit one tile."""
-        return not self.tile_columns
 
     @property
     def text(self) -> str:
@@ -95,7 +86,10 @@ def decoded_call(text: str) -> Call:
     """The call in what `encoded` returned."""
     impl, *numbers, group = text.split("|", 15)[5:]
     rows, columns, vocab_size, bound, *flags = map(int, numbers)
-    return Call(impl, rows, columns, vocab_size, bound, *map(bool, flags), group=group)
+    hidden, weight, bias, with_stats, per_row = map(bool, flags)
+    return Call(
+        impl, rows, columns, vocab_size, bound, hidden, weight, bias, with_stats, per_row, group
+    )
 
 
 @lru_cache(maxsize=256)

@@ -47,9 +47,9 @@ def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
 
 def is_tensor(name: str, value: Any, dims: str) -> None:
     """A plain dense tensor with data; `dims` says its shape in the message."""
-    if type(value) is Tensor or type(value) is torch.nn.Parameter:
-        if value.layout == torch.strided and value.device.type != "meta":
-            return
+    is_plain = type(value) is Tensor or type(value) is torch.nn.Parameter
+    if is_plain and value.layout == torch.strided and value.device.type != "meta":
+        return
     if isinstance(value, torch.nn.Module):
         raise TypeError(
             f"{name} must be a tensor {dims}, got the module {type(value).__name__}: pass its "
@@ -302,6 +302,6 @@ def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
     mass = logprobs.double().exp().sum(-1)
     if mass.numel() and float(mass.max()) > 1.0 + 1e-3:
         raise ValueError(
-            f"teacher_topk[1] holds a mass of {float(mass.max()):.4f} in one row, more than 1: pass "
-            "log-probabilities over the whole vocabulary, at this temperature."
+            f"teacher_topk[1] holds a mass of {float(mass.max()):.4f} in one row, more than 1: "
+            "pass log-probabilities over the whole vocabulary, at this temperature."
         )

@@ -1,7 +1,7 @@
 """The numbers that several kernels share: columns of their results, codes, and thresholds.
 
-torch takes them from here, Triton too (as `tl.constexpr`); csrc/constants.h repeats them for C++ and
-CUDA, and a test holds the two together.
+torch takes them from here, Triton too (as `tl.constexpr`); csrc/constants.h repeats them for C++
+and CUDA, and a test holds the two together.
 
 Glossary. A row is the logits of one token, a column one token of the vocabulary; `_t` is the
 teacher's side, `_s` the student's. z are scaled logits, p = exp(log-softmax z), and
@@ -21,8 +21,9 @@ JSD, FORWARD_KL, REVERSE_KL = DIVERGENCE_CODES.values()
 
 NUM_STATS = 8
 DIVERGENCE, RATIO, LOGPROB_S, LOGPROB_T, ENTROPY_S, ENTROPY_T, TOP1 = range(7)
-"""Columns of what whole rows return, [R, 8]: the divergence without weight and ratio, the importance
-ratio, log p(target) of both sides, both entropies, top-1 agreement. The last one is reserved."""
+"""Columns of what whole rows return, [R, 8]: the divergence without weight and ratio, the
+importance ratio, log p(target) of both sides, both entropies, top-1 agreement. The last one is
+reserved."""
 
 NUM_STATISTICS = 12
 (
@@ -48,8 +49,8 @@ entropies. Values of tiles add up."""
 
 NUM_LOGPROB_STATS = 4
 LOGPROB, ENTROPY, MAXIMUM, LOG_MASS = range(NUM_LOGPROB_STATS)
-"""Columns of what `linear_logprobs` keeps of each row, [R, 4]: log p(target), entropy, the largest z,
-log sum exp(z - MAXIMUM)."""
+"""Columns of what `linear_logprobs` keeps of each row, [R, 4]: log p(target), entropy, the largest
+z, log sum exp(z - MAXIMUM)."""
 
 MASKED = -1e30
 """Stands for a logit of -inf: finite, so that the difference of two is 0."""

@@ -96,13 +96,17 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[library().hero_instruction_set()]
 
 
+_HUGE = 1 << 20
+"""Elements of a buffer below which pages of the usual size do."""
+
+
 def advise_huge_pages(tensor: Tensor) -> Tensor:
     """Ask for huge pages under a fresh CPU tensor, if the library is there; returns the tensor.
 
     A fresh buffer costs a page fault for each page that is touched first; the values are the same.
     """
     library, _ = _load()
-    if library is not None and tensor.device.type == "cpu":
+    if library is not None and tensor.numel() >= _HUGE:
         library.hero_advise_huge_pages(
             ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
         )

@@ -14,6 +14,7 @@ precision where teacher and student are close: hence two passes before the gradi
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -55,14 +56,13 @@ def divergence(
         call: how.
         saved: `Result.saved` of an earlier call for the same rows, whatever their weights were.
     """
-    num_rows = len(student.hidden)
+    num_rows, on_cpu = student.hidden.shape[0], student.hidden.device.type == "cpu"
     kept, overflow = active_rows(rows.weights, call.max_active_rows)
     if kept is not None:
         rows = rows.take(kept)
         student = student._replace(hidden=student.hidden[kept])
         teacher = None if teacher is None else teacher._replace(hidden=teacher.hidden[kept])
         saved = None if saved is None else saved[kept]
-    active = rows.weights != 0
     scaled, scale = rows, None
     if student.hidden.dtype == torch.float16:
         # Unclipped importance ratios have no bound; fp16 leaves them a factor of 255.
@@ -73,14 +73,18 @@ def divergence(
     shards, place = Shards(), (0, call.vocab_size)
     if call.group:
         shards = Shards.named(call.group)
-        place = shards.place(len(student.weight), call.vocab_size)
+        place = shards.place(student.weight.shape[0], call.vocab_size)
     shared = teacher is not None and teacher.weight is student.weight
+    # On CPU all rows that are left are active.
+    active = None if on_cpu else rows.weights != 0
     sides = Sides(student, teacher, active, *place, shared)
-    with torch.autocast(student.hidden.device.type, enabled=False):
+    with without_autocast(student.hidden.device.type):
         stats, grads, sums = _walked(sides, scaled, objective, call, shards, saved)
     if overflow is not None:
         stats = stats.masked_fill(overflow, torch.nan)
-    stats = stats.masked_fill(~active[:, None], 0.0)
+    if active is not None:
+        stats = stats.masked_fill(~active[:, None], 0.0)
+        sums = None if sums is None else sums.masked_fill(~active[:, None], 0.0)
     losses = rows.weights * stats[:, c.RATIO] * stats[:, c.DIVERGENCE]
     if scale is not None:
         grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))
@@ -122,8 +126,7 @@ def _walked(
         return stats, grads, None
     split = SplitRows(kernels, parts, objective, call.with_stats, shards, saved, plan)
     stats, grads = walk(sides, split, call, plan, shards)
-    active = sides.active[:, None]
-    return stats, grads, split.sums().masked_fill(~active, 0.0)
+    return stats, grads, split.sums()
 
 
 def _layout(sides: Sides, call: Call, delta_dtype: torch.dtype | None) -> Layout:
@@ -133,7 +136,8 @@ def _layout(sides: Sides, call: Call, delta_dtype: torch.dtype | None) -> Layout
         sizes.append(sides.teacher.hidden.shape[1])
     shape = Shape(
         len(hidden), max(sizes), sides.columns, hidden.dtype, str(hidden.device),
-        sides.shared, call.need_weight, call.need_grad, delta_dtype,
+        sides.shared, call.need_hidden, call.need_weight,
+        call.need_bias, delta_dtype,
     )  # fmt: skip
     return layout(shape, call.tile_rows, call.tile_columns)
 
@@ -174,6 +178,13 @@ def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor 
         return None, None
     first = torch.argsort(active, descending=True, stable=True)[:bound]
     return first.sort().values, active.sum() > bound
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """Products take the types that they are given."""
+    if not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def spread(values: Tensor, kept: Tensor | None, num_rows: int) -> Tensor:

@@ -1,9 +1,9 @@
 """The formulas of the row kernels, in torch; C++, CUDA and Triton compute the same.
 
-With x = log p_s - log p_t, which for a shared head comes from (h_s - h_t)·Wᵀ without a difference of
-large numbers, and phi(u) = exp(u) - 1 - u, every divergence is a sum of non-negative terms p·phi(u).
-So the divergence of nearby distributions keeps its relative precision, cannot be negative, and is
-exactly 0 for equal logits:
+With x = log p_s - log p_t, which for a shared head comes from (h_s - h_t)·Wᵀ without a difference
+of large numbers, and phi(u) = exp(u) - 1 - u, every divergence is a sum of non-negative terms
+p·phi(u). So the divergence of nearby distributions keeps its relative precision, cannot be
+negative, and is exactly 0 for equal logits:
 
     forward KL   sum p_t phi(x)                                d/dz = p_t expm1(x) = p_s - p_t
     reverse KL   sum p_s phi(-x)                               d/dz = p_s (x - KL)
@@ -63,7 +63,7 @@ def divergence_slope(
 def dense_divergence(
     logp_s: Tensor, logp_t: Tensor, log_ratio: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [R] of log-probabilities [R, C] of all outcomes, and its gradient [R, C] by z_s."""
+    """Divergence [R] of log-probabilities [R, C], and its gradient [R, C] by z_s."""
     p_s, p_t = logp_s.exp(), logp_t.exp()
     value, centre = divergence_sums(p_s, p_t, log_ratio, objective)
     return value, divergence_slope(p_s, p_t, log_ratio, centre, objective)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from hero_kernels.autograd import first_order
 from hero_kernels.call import Call, decoded_call, decoded_objective, encoded, numbers_of
 from hero_kernels.functional import weighted_rows
 from hero_kernels.objective import DivergenceOutput, ObjectiveKwargs
-from hero_kernels.types import RowTensors, Tile, gradient_dtype
+from hero_kernels.types import GRADIENT_DTYPE, RowTensors, Tile
 
 
 def divergence_from_logits(
@@ -74,7 +75,7 @@ def divergence_from_logits(
     name = backends.choose(impl, request)
     call = Call(name, 0, 0, vocab, need_hidden=need_grad, with_stats=return_stats)
     losses, stats, _ = _logits_divergence(
-        student, teacher, *rows[:4], *numbers_of(what), encoded(what, call.text)
+        student, teacher, *rows[:4], numbers_of(what), encoded(what, call.text)
     )
     shape = student_logits.shape[:-1]
     loss = losses.reshape(shape) if reduction == "none" else losses.sum()
@@ -121,20 +122,16 @@ def _logits_divergence(
     target_ids: Tensor | None,
     old_logprobs: Tensor | None,
     temperatures: Tensor | None,
-    beta: float,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    is_clip: float,
+    numbers: Sequence[float],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Losses [N], stats [N, 8], gradient of each row's loss [N, V] (empty if not needed)."""
     how = decoded_call(call)
-    what = decoded_objective(call, beta, temperature, softcap, logit_scale, is_clip)
+    what = decoded_objective(call, *numbers)
     rows = RowTensors(row_weights, target_ids, old_logprobs, temperatures)
     grad = None
     if how.need_hidden:
-        grad = torch.empty_like(student, dtype=gradient_dtype(student.dtype))
+        grad = torch.empty_like(student, dtype=GRADIENT_DTYPE[student.dtype])
     tile = Tile(student, teacher, grad, num_real=how.vocab_size)
     stats = backends.row_kernels(how.impl).divergence_rows(tile, rows, what, how.with_stats)
     stats = stats.masked_fill((row_weights == 0)[:, None], 0.0)
@@ -149,7 +146,7 @@ def _(student: Tensor, *constants: Any) -> tuple[Tensor, Tensor, Tensor]:
     stats = student.new_empty(len(student), c.NUM_STATS, dtype=wide)
     if not decoded_call(constants[-1]).need_hidden:
         return losses, stats, student.new_empty(0)
-    return losses, stats, torch.empty_like(student, dtype=gradient_dtype(student.dtype))
+    return losses, stats, torch.empty_like(student, dtype=GRADIENT_DTYPE[student.dtype])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

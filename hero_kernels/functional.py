@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.call import encoded, numbers_of
 from hero_kernels.objective import DivergenceOutput, KernelOptions, ObjectiveKwargs
 from hero_kernels.types import RowTensors
 
@@ -63,8 +62,8 @@ def fused_linear_divergence(
         teacher_bias: [V], only with `teacher_weight`.
         teacher_topk: (ids [..., k], log-probabilities [..., k] at this temperature) of a teacher
             behind a server, in place of `teacher_hidden`; needs `support="topk"`.
-        token_weights: [...] weight of each token, 0 to mask it; a bool mask will do. The mean divides
-            by the sum of the weights: signed weights (advantages) need `num_items` or "sum".
+        token_weights: [...] weight of each token, 0 to mask it; a bool mask will do. The mean
+            divides by the sum of the weights: signed ones (advantages) need `num_items` or "sum".
         turn_ids: [...] turn of each token, negative for none. Numbered through the whole batch.
         turn_weights: [K] weight of each turn; ids are then less than K.
         trajectory_ids: [...] trajectory of each token, negative for none.
@@ -118,7 +117,8 @@ def fused_linear_divergence(
         _check_topk(teacher_topk, own_teacher, student_hidden)
     ranks = 1 if options.process_group is None else vocab_parallel.group_size(options.process_group)
     heads = (student_weight,) if teacher_weight is None else (student_weight, teacher_weight)
-    vocab = checks.vocabulary(len(heads[0]) * ranks, len(heads[-1]) * ranks, vocab_size)
+    sizes = heads[0].shape[0] * ranks, heads[-1].shape[0] * ranks
+    vocab = checks.vocabulary(*sizes, vocab_size)
     checks.objective_with(what, vocab, target_ids, old_logprobs, teacher_topk)
     weighting, rows = weighted_rows(
         ("student_hidden", student_hidden),
@@ -138,13 +138,13 @@ def fused_linear_divergence(
         )
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what.support)
-    text, in_backward = planning.plan(
-        facts._replace(
-            impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
-            with_stats=return_stats, per_row=reduction == "none", sharded=ranks > 1,
-            group="" if ranks == 1 else vocab_parallel.group_name(options.process_group),
-        )
+    facts = facts._replace(
+        impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
+        with_stats=return_stats, per_row=reduction == "none", sharded=ranks > 1,
+        group="" if ranks == 1 else vocab_parallel.group_name(options.process_group),
     )  # fmt: skip
+    plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
+    text, numbers, in_backward = plan(what, facts)
     if in_backward:
         named = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
         checks.savable("reduction='none' or a split vocabulary", named)
@@ -157,8 +157,8 @@ def fused_linear_divergence(
         None if teacher_bias is None else teacher_bias.detach(),
         *rows,
         None,
-        *numbers_of(what),
-        encoded(what, text),
+        numbers,
+        text,
     )
     shape = student_hidden.shape[:-1]
     loss = loss.reshape(shape) if reduction == "none" else loss
@@ -186,7 +186,7 @@ def _facts(
         str(support),
         rows,
         max(heads[0].shape[1], heads[-1].shape[1]),
-        len(weight),
+        weight.shape[0],
         vocab,
         with_grad and hidden.requires_grad,
         with_grad and weight.requires_grad,

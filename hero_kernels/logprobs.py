@@ -1,14 +1,15 @@
 """Log-probabilities of given tokens straight from hidden states and head, with gradient.
 
-The forward pass is one head GEMM and one sweep over the logits, and keeps four numbers for each row.
-The backward pass forms the logits again, turns each into its gradient with those numbers (one sweep,
-no sum over the row), and multiplies: three GEMMs, or two where the head is frozen. Keeping the
-logits, or their gradient, would save one of them at the price of N·V numbers.
+The forward pass is one head GEMM and one sweep over the logits, and keeps four numbers for each
+row. The backward pass forms the logits again, turns each into its gradient with those numbers (one
+sweep, no sum over the row), and multiplies: three GEMMs, or two where the head is frozen. Keeping
+the logits, or their gradient, would save one of them at the price of N·V numbers.
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,11 +20,11 @@ from hero_kernels import backends, checks, gemm
 from hero_kernels.autograd import first_order
 from hero_kernels.call import Call, decoded_call, decoded_objective, encoded, numbers_of
 from hero_kernels.constants import ENTROPY, LOGPROB, NUM_LOGPROB_STATS
-from hero_kernels.divergence import active_rows, power_of_two_scale, spread
+from hero_kernels.divergence import active_rows, power_of_two_scale, spread, without_autocast
 from hero_kernels.memory import Layout, Shape, default_rows, layout
 from hero_kernels.objective import KernelOptions, Objective
 from hero_kernels.tiles import Sides, Tiles, cleared, walk, with_adjacent_columns
-from hero_kernels.types import Gradients, Head, Tile, gradient_dtype
+from hero_kernels.types import GRADIENT_DTYPE, Gradients, Head, Tile
 from hero_kernels.vocab_parallel import Shards
 
 
@@ -45,9 +46,9 @@ def linear_logprobs(
     """log softmax(cap((h·Wᵀ + bias) · logit_scale) / temperature)[target] without whole logits in
     memory.
 
-    Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens whose
-    upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products of
-    the backward pass.
+    Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens
+    whose upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products
+    of the backward pass.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.
@@ -105,7 +106,7 @@ def linear_logprobs(
         options.max_active_rows or 0, with_stats=return_entropy,
     )  # fmt: skip
     logprobs, entropy, _ = _linear_logprobs(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, *numbers_of(what),
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, numbers_of(what),
         encoded(what, call.text),
     )  # fmt: skip
     shape = hidden.shape[:-1]
@@ -121,16 +122,12 @@ def _linear_logprobs(
     bias: Tensor | None,
     target_ids: Tensor,
     mask: Tensor,
-    beta: float,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    is_clip: float,
+    numbers: Sequence[float],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities [N], entropies [N] (0 without `with_stats`), and [N, 4] for backward."""
     how = decoded_call(call)
-    what = decoded_objective(call, beta, temperature, softcap, logit_scale, is_clip)
+    what = decoded_objective(call, *numbers)
     stats = _forward(Head(hidden, weight, bias), target_ids, mask, what, how)
     return stats[:, LOGPROB].clone(), stats[:, ENTROPY].clone(), stats
 
@@ -144,21 +141,15 @@ def _linear_logprobs_backward(
     mask: Tensor,
     stats: Tensor,
     upstream: Tensor,
-    beta: float,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    is_clip: float,
+    numbers: Sequence[float],
     call: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (empty where not needed); `upstream` [N, 2]."""
     how = decoded_call(call)
-    what = decoded_objective(call, beta, temperature, softcap, logit_scale, is_clip)
+    what = decoded_objective(call, *numbers)
     live = mask & (upstream != 0).any(1)
     grads = _gradients(Head(hidden, weight, bias), target_ids, live, stats, upstream, what, how)
-    d_hidden, d_weight, d_bias = (
-        hidden.new_empty(0) if grad is None else grad for grad in grads
-    )
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return d_hidden, d_weight, d_bias
 
 
@@ -224,7 +215,7 @@ def _forward(
     ids = target_ids.where(mask, -1)
     sides, plan = _prepared(head, mask, call)
     kernels = backends.logprob_kernels(call.impl)
-    with torch.autocast(head.hidden.device.type, enabled=False):
+    with without_autocast(head.hidden.device.type):
         if backends.IMPLEMENTATIONS[call.impl].makes_logits:
             stats = _without_logits(kernels, sides, ids, plan, objective, call)
         else:
@@ -247,7 +238,7 @@ def _without_logits(
     start = 0
     for part in ids.split(plan.sizes):
         rows = slice(start, start + len(part))
-        states = gemm.rows_of(cleared(hidden[rows], sides.active[rows]))
+        states = gemm.rows_of(cleared(hidden, sides.active, rows))
         stats[rows] = kernels.logprob_rows(
             states, weight, bias, part, objective, call.vocab_size, call.with_stats
         )
@@ -283,7 +274,7 @@ def _gradients(
         name = "triton"  # the backward pass needs the logits in memory
     kernels = backends.logprob_kernels(name)
     ids = target_ids.where(live, -1)
-    with torch.autocast(head.hidden.device.type, enabled=False):
+    with without_autocast(head.hidden.device.type):
         work = _GradientWork(kernels, ids, plan, objective, stats, upstream)
         _, grads = walk(sides, work, call, plan, Shards())
     if scale is not None:
@@ -294,13 +285,14 @@ def _gradients(
 
 
 def _prepared(head: Head, active: Tensor, call: Call) -> tuple[Sides, Layout]:
-    hidden, weight, _ = head
-    sides = Sides(head, None, active, 0, call.vocab_size, shared=False)
-    if hidden.device.type == "cpu" and gemm.takes_16_bit(hidden.device, hidden.dtype):
+    hidden = head.hidden
+    on_cpu = hidden.device.type == "cpu"
+    sides = Sides(head, None, None if on_cpu else active, 0, call.vocab_size, shared=False)
+    if on_cpu and gemm.takes_16_bit(hidden.device, hidden.dtype):
         sides = with_adjacent_columns(sides)
     shape = Shape(
         len(hidden), hidden.shape[1], call.vocab_size, hidden.dtype, str(hidden.device), False,
-        call.need_weight, call.need_grad,
+        call.need_hidden, call.need_weight, call.need_bias,
     )  # fmt: skip
     return sides, layout(shape, call.tile_rows, 0)
 
@@ -318,7 +310,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = decoded_call(arguments[-1])
     needed = call.need_hidden, call.need_weight, call.need_bias
     hidden, weight, bias = (
-        tensor.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype))
+        tensor.new_empty(tensor.shape, dtype=GRADIENT_DTYPE[tensor.dtype])
         if need
         else arguments[0].new_empty(0)
         for tensor, need in zip(arguments[:3], needed, strict=True)
@@ -329,7 +321,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*inputs[:5], output[2])
-    ctx.numbers, ctx.call = inputs[5:10], inputs[10]
+    ctx.numbers, ctx.call = inputs[5], inputs[6]
     ctx.num_constants = len(inputs) - 3
 
 
@@ -339,7 +331,7 @@ def _backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor, _: Any) -> tuple[
     call = decoded_call(ctx.call).with_needs(needed)
     text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
     upstream = torch.stack([d_logprobs, d_entropy], 1)
-    grads = _linear_logprobs_backward(*ctx.saved_tensors, upstream, *ctx.numbers, text)
+    grads = _linear_logprobs_backward(*ctx.saved_tensors, upstream, ctx.numbers, text)
     wanted = [
         grad.to(tensor.dtype) if need else None
         for grad, tensor, need in zip(grads, ctx.saved_tensors[:3], needed, strict=True)

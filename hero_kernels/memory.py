@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from hero_kernels import constants, gemm, rows
-from hero_kernels.types import gradient_dtype
+from hero_kernels.types import GRADIENT_DTYPE
 
 SAVED = constants.NUM_STATISTICS + constants.NUM_VALUES
 """Numbers of each row that split rows keep from the forward pass for the backward pass."""
@@ -36,10 +36,15 @@ class Shape(NamedTuple):
     dtype: torch.dtype
     device: str
     shared_head: bool
+    need_hidden: bool
     need_weight: bool
-    need_grad: bool
+    need_bias: bool
     delta_dtype: torch.dtype | None = None
     """Of the student's logits, if a maker of logits has its own (impl="triton_fused")."""
+
+    @property
+    def need_grad(self) -> bool:
+        return self.need_hidden or self.need_weight or self.need_bias
 
     @property
     def on_cpu(self) -> bool:
@@ -62,8 +67,8 @@ class Layout(NamedTuple):
     held: int
     """Rows of the gradient's buffer; 0 where the gradient takes the place of the logits."""
     student: torch.dtype
-    """Of the student's logits. Never 16-bit but for a delta: the difference to the teacher's counts.
-    Teacher logits are always fp32 (fp64)."""
+    """Of the student's logits. Never 16-bit but for a delta: the difference to the teacher's
+    counts. Teacher logits are always fp32 (fp64)."""
     gradient: torch.dtype
     """Of the logits' gradient: 16-bit, the type of the products' operands, where such a product has
     wide results (`gemm.takes_16_bit`), else fp32."""
@@ -73,6 +78,7 @@ class Layout(NamedTuple):
     """Whether the gradient takes the place of the student's logits."""
     wide: torch.dtype
     """fp32, or fp64: of teacher logits, statistics and sums."""
+    need_grad: bool
 
 
 @lru_cache(maxsize=256)
@@ -80,9 +86,9 @@ def layout(shape: Shape, tile_rows: int, tile_columns: int) -> Layout:
     """The layout of a call; 0 means all rows, or all columns.
 
     A sum over row tiles is kept in fp32: 4·V·H bytes that every product for dW reads and writes.
-    Where the gradients of all rows are held instead, 2·N·V bytes in 16 bits, one product sums in its
-    registers. Up to twice as many rows as H that takes no more memory than the sum; on CPU, where
-    traffic costs more than memory, twice that is allowed. Split rows hold nothing.
+    Where the gradients of all rows are held instead, 2·N·V bytes in 16 bits, one product sums in
+    its registers. Up to twice as many rows as H that takes no more memory than the sum; on CPU,
+    where traffic costs more than memory, twice that is allowed. Split rows hold nothing.
     """
     sizes = _equal_parts(shape.num_rows, tile_rows or max(1, shape.num_rows))
     longest = max(sizes, default=0)
@@ -103,10 +109,11 @@ def layout(shape: Shape, tile_rows: int, tile_columns: int) -> Layout:
         held = max((sum(islice(tiles, group)) for group in groups), default=0)
     # fp16 has not the range for a sum of scaled rows.
     products = len(sizes) if tile_columns else len(groups)
-    weight_sum = gradient_dtype(gradient) if products <= 1 else shape.wide
+    weight_sum = GRADIENT_DTYPE[gradient] if products <= 1 else shape.wide
     return Layout(
-        sizes, columns, groups, held, student, gradient, weight_sum, in_place, shape.wide
-    )
+        sizes, columns, groups, held, student, gradient, weight_sum, in_place, shape.wide,
+        shape.need_grad,
+    )  # fmt: skip
 
 
 def _equal_parts(total: int, largest: int) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ class _Settings(nn.Module):
 
 
 class FusedLinearDivergence(_Settings):
-    """`fused_linear_divergence` with its settings fixed; the arguments mean what they mean there."""
+    """`fused_linear_divergence` with its settings fixed; arguments mean what they mean there."""
 
     def __init__(
         self,

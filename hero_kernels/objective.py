@@ -165,7 +165,7 @@ class KernelOptions:
     """Columns of the vocabulary held at once; None holds all. Fewer than all take less memory and
     twice the products (8 instead of 4), and gradients are formed in the backward pass."""
     memory_budget: int | None = None
-    """Bytes beyond inputs and gradients: the largest tile that fits is taken, of whole rows if any."""
+    """Bytes beyond inputs and gradients: the largest tile that fits, of whole rows if possible."""
     max_active_rows: int | None = None
     """Upper bound on the rows of non-zero weight.
 

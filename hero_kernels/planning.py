@@ -1,7 +1,7 @@
 """Which implementation and which tile a call takes, and `explain`, which says so in words.
 
-The rule: the implementation that the caller names, else the most special one that can serve; of
-tiles the largest that fits `memory_budget`, without a budget the device's usual number of whole rows.
+The rule: the implementation that the caller names, else the most special one that can serve; the
+largest tile that fits `memory_budget`, or without one the device's usual number of whole rows.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hero_kernels import backends
-from hero_kernels.call import Call
+from hero_kernels.call import Call, encoded, numbers_of
 from hero_kernels.memory import Shape, default_rows, layout, tile_for, workspace
-from hero_kernels.objective import KernelOptions
+from hero_kernels.objective import KernelOptions, Objective
 
 
 class Facts(NamedTuple):
@@ -48,26 +48,40 @@ class Facts(NamedTuple):
     sharded: bool = False
     group: str = ""
 
-    @property
-    def need_grad(self) -> bool:
-        return self.need_hidden or self.need_weight or self.need_bias
+
+class Plan(NamedTuple):
+    """What `fused_linear_divergence` hands to the op beside its tensors."""
+
+    text: str
+    """As `call.encoded` returns it."""
+    numbers: tuple[float, ...]
+    """As `call.numbers_of` returns them."""
+    in_backward: bool
+    """Whether tensors are kept to form gradients in the backward pass."""
 
 
-def plan(facts: Facts) -> tuple[str, bool]:
-    """`Call.text`, and whether tensors are kept to form gradients in the backward pass.
+@lru_cache(maxsize=1024)
+def plan(objective: Objective, facts: Facts) -> Plan:
+    """How a call is carried out.
 
     Raises:
         ValueError: the implementation named cannot serve, or no tile fits the budget.
     """
-    if torch.compiler.is_compiling():
-        # For constants, at compile time: a number that would be a symbol is compiled for anew.
-        constants = [operator.index(v) if type(v) is not bool and isinstance(v, int) else v for v in facts]
-        return _plan_once(*constants)
-    return _plan(facts)
+    text, in_backward = _call_of(*facts)
+    return Plan(encoded(objective, text), numbers_of(objective), in_backward)
 
 
-@lru_cache(maxsize=1024)
-def _plan(facts: Facts) -> tuple[str, bool]:
+def traced_plan(objective: Objective, facts: Facts) -> Plan:
+    """`plan` for `torch.compile`: facts are made constants, so that a size that would be a symbol
+    is compiled for anew; the objective's numbers stay as they are."""
+    constants = [operator.index(fact) if type(fact) is int else fact for fact in facts]
+    text, in_backward = _constant_call_of(*constants)
+    return Plan(encoded(objective, text), numbers_of(objective), in_backward)
+
+
+def _call_of(*values: Any) -> tuple[str, bool]:
+    """`Call.text`, and whether gradients are formed in the backward pass."""
+    facts = Facts(*values)
     name, rows, columns = decide(facts)
     in_backward = facts.per_row or columns > 0
     needs = (facts.need_hidden, facts.need_weight, facts.need_bias)
@@ -75,12 +89,10 @@ def _plan(facts: Facts) -> tuple[str, bool]:
         name, rows, columns, facts.vocab_size, facts.max_active_rows,
         *((False,) * 3 if in_backward else needs), facts.with_stats, facts.per_row, facts.group,
     )  # fmt: skip
-    return call.text, in_backward and facts.need_grad
+    return call.text, in_backward and any(needs)
 
 
-@torch.compiler.assume_constant_result
-def _plan_once(*facts: Any) -> tuple[str, bool]:
-    return _plan(Facts(*facts))
+_constant_call_of = torch.compiler.assume_constant_result(_call_of)
 
 
 def decide(facts: Facts) -> tuple[str, int, int]:
@@ -121,8 +133,9 @@ def shape_of(facts: Facts, impl: str) -> Shape:
         facts.dtype,
         facts.device,
         facts.shared,
+        facts.need_hidden,
         facts.need_weight,
-        facts.need_grad,
+        facts.need_bias,
         backends.IMPLEMENTATIONS[impl].delta_dtype,
     )
 

@@ -43,9 +43,7 @@ def available() -> None:
     """It always is."""
 
 
-def divergence_rows(
-    tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool
-) -> Tensor:
+def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
     """[R, 8]; see `RowKernels`."""
     result = tile.student.new_empty(len(tile.student), c.NUM_STATS, dtype=_wide(tile))
     for block in row_blocks(tile):

@@ -1,7 +1,7 @@
 """Divergences over part of the vocabulary: top-k with or without a tail, and the sampled token.
 
-The kept tokens, with the rest of the mass as one more outcome, are themselves a softmax: of the kept
-logits and of the logsumexp of the others. So the dense formulas apply to the outcomes, and the
+The kept tokens, with the rest of the mass as one more outcome, are themselves a softmax: of the
+kept logits and of the logsumexp of the others. So the dense formulas apply to the outcomes, and the
 tail's gradient is shared out among its tokens by their probability within the tail.
 """
 
@@ -22,7 +22,7 @@ _SERVER_ROUNDING = 1e-7
 
 
 class LogProbs(NamedTuple):
-    """Both distributions of a block of rows; without a teacher's logits its side is the student's."""
+    """Both distributions of a block; without a teacher's logits its side is the student's."""
 
     student: Tensor  # [B, C] log p_s
     teacher: Tensor  # [B, C] log p_t

@@ -21,12 +21,12 @@ from torch import Tensor
 from hero_kernels import cpu, gemm
 from hero_kernels.call import Call
 from hero_kernels.memory import Layout
-from hero_kernels.types import Gradients, Head, Tile, gradient_dtype
+from hero_kernels.types import GRADIENT_DTYPE, Gradients, Head, Tile
 from hero_kernels.vocab_parallel import Shards
 
 LogitMaker = Callable[[int, Tile, Head, Head], Tile]
-"""Fills the logits of a tile of row tile `i` from the rows of both heads, biases as in the tile; see
-triton/fused.py."""
+"""Fills the logits of a tile of row tile `i` from the rows of both heads, biases as in the tile;
+see triton/fused.py."""
 
 
 class Work(Protocol):
@@ -48,7 +48,7 @@ class Sides(NamedTuple):
 
     student: Head
     teacher: Head | None
-    active: Tensor  # [N] bool; other rows count as zeros, whatever they hold
+    active: Tensor | None  # [N] bool, None for all; other rows count as zeros, whatever they hold
     first_column: int  # place of the head's first column in the whole vocabulary
     columns: int  # real columns
     shared: bool  # whether both heads are one
@@ -74,13 +74,13 @@ class Tiles:
         size = rows.stop - rows.start
         self.of_grad = slice(place, place + size)
         self.of_student = self.of_grad if buffers.shifts_student else slice(0, size)
-        self.hidden = self.operand = cleared(sides.student.hidden[rows], sides.active[rows])
+        self.hidden = self.operand = cleared(sides.student.hidden, sides.active, rows)
         self.teacher_hidden: Tensor | None = None
         self.absolute_rows: Tensor | None = None
         self.kept: Tile | None = None
         if sides.teacher is None:
             return
-        self.teacher_hidden = cleared(sides.teacher.hidden[rows], sides.active[rows])
+        self.teacher_hidden = cleared(sides.teacher.hidden, sides.active, rows)
         if sides.shared and maker is None:
             if plan.student == plan.gradient:
                 # At most one rounding, to the type that the product takes.
@@ -156,9 +156,9 @@ class Buffers:
     """The matrices in which a call's tiles live, one after the other.
 
     Three ways to hold the gradient, after `Layout`: it overwrites the student's logits (types of
-    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a product
-    for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each is
-    overwritten where it stands.
+    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a
+    product for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each
+    is overwritten where it stands.
     """
 
     def __init__(self, like: Tensor, plan: Layout, need_grad: bool, has_teacher: bool) -> None:
@@ -185,13 +185,16 @@ class Sums:
         self.sides, self.call, self.plan, self.shards = sides, call, plan, shards
         # One product forms dX of a whole row; else it is a sum of many, which is not rounded.
         self.one_product = plan.columns >= sides.columns and shards.size == 1
-        self.narrow = gradient_dtype(hidden.dtype)
-        dtype = self.narrow if self.one_product else plan.wide
-        self.hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if call.need_hidden else None
-        self.weight = self.bias = None
+        self.narrow = GRADIENT_DTYPE[hidden.dtype]
+        self.hidden_parts: list[Tensor] = []
+        self.hidden = self.weight = self.bias = None
+        if call.need_hidden and not self.one_product:
+            self.hidden = hidden.new_zeros(hidden.shape, dtype=plan.wide)
         if call.need_weight:
             self.weight = weight.new_empty(weight.shape, dtype=plan.weight_sum)
-            self.weight[sides.columns if len(hidden) else 0 :] = 0
+            filled = sides.columns if plan.sizes else 0
+            if filled < weight.shape[0]:
+                self.weight[filled:] = 0
         if call.need_bias and bias is not None:
             self.bias = bias.new_zeros(bias.shape, dtype=plan.wide)
 
@@ -203,10 +206,10 @@ class Sums:
         columns = slice(start, start + tile.num_real)
         if grad.numel() == 0:
             return
-        if self.hidden is not None:
+        if self.call.need_hidden:
             head = self.sides.student.weight[columns]
-            if self.one_product:
-                self.hidden[rows] = gemm.hidden_gradient(grad, head)
+            if self.hidden is None:
+                self.hidden_parts.append(gemm.hidden_gradient(grad, head).to(self.narrow))
             else:
                 gemm.add_hidden_gradient(self.hidden[rows], grad, head)
         if self.bias is not None:
@@ -217,18 +220,22 @@ class Sums:
     def add_whole_rows(self, grad: Tensor, rows: slice) -> None:
         """What the gradients of whole rows add to dW: one product for all that are held."""
         if self.weight is not None and grad.numel():
-            hidden = cleared(self.sides.student.hidden[rows], self.sides.active[rows])
+            hidden = cleared(self.sides.student.hidden, self.sides.active, rows)
             into = self.weight[: self.sides.columns]
             gemm.weight_gradient_into(into, grad, hidden, rows.start > 0)
 
     def gradients(self) -> Gradients:
         hidden, weight, bias = self.hidden, self.weight, self.bias
-        if hidden is not None and not self.one_product:
+        if hidden is not None:
             hidden = self.shards.add_up(hidden).to(self.narrow)
+        elif self.call.need_hidden:
+            hidden = _joined(self.hidden_parts)
+            if hidden is None:
+                hidden = torch.zeros_like(self.sides.student.hidden, dtype=self.narrow)
         if weight is not None:
-            weight = weight.to(gradient_dtype(self.sides.student.weight.dtype))
+            weight = weight.to(GRADIENT_DTYPE[self.sides.student.weight.dtype])
         if bias is not None and self.sides.student.bias is not None:
-            bias = bias.to(gradient_dtype(self.sides.student.bias.dtype))
+            bias = bias.to(GRADIENT_DTYPE[self.sides.student.bias.dtype])
         return Gradients(hidden, weight, bias)
 
 
@@ -253,10 +260,10 @@ def walk(
     Returns:
         Statistics [N, num_stats], and the gradients of what `work` differentiates.
     """
-    hidden, need_grad = sides.student.hidden, call.need_grad
+    hidden, need_grad = sides.student.hidden, plan.need_grad
     buffers = Buffers(hidden, plan, need_grad, sides.teacher is not None)
     sums = Sums(sides, call, plan, shards)
-    stats = hidden.new_empty(len(hidden), work.num_stats, dtype=plan.wide)
+    stats: list[Tensor] = []
     whole_rows = plan.columns >= sides.columns
     start, i = 0, 0
     sizes = iter(plan.sizes)
@@ -267,7 +274,7 @@ def walk(
             place = start - first if plan.held else 0
             made = None if maker is None else partial(maker, i)
             tiles = Tiles(sides, rows, place, buffers, plan, made)
-            stats[rows] = work.of_rows(tiles, i)
+            stats.append(work.of_rows(tiles, i))
             if need_grad:
                 for tile in tiles:
                     work.gradient(tile, i)
@@ -276,12 +283,20 @@ def walk(
         if need_grad and whole_rows and buffers.grad is not None:
             grad = buffers.grad[: start - first, : sides.columns]
             sums.add_whole_rows(grad, slice(first, start))
-    return stats, sums.gradients()
+    found = _joined(stats)
+    if found is None:
+        found = hidden.new_zeros(0, work.num_stats, dtype=plan.wide)
+    return found, sums.gradients()
 
 
-def cleared(hidden: Tensor, active: Tensor) -> Tensor:
-    """Masked rows as zeros: 0·NaN would spoil the sums. On CPU masked rows were dropped earlier."""
-    return hidden.masked_fill(~active[:, None], 0) if hidden.is_cuda else hidden
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """All rows of some parts; None without any."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else None
+
+
+def cleared(hidden: Tensor, active: Tensor | None, rows: slice) -> Tensor:
+    """Some rows, masked ones as zeros: 0·NaN would spoil the sums."""
+    return hidden[rows] if active is None else hidden[rows].masked_fill(~active[rows, None], 0)
 
 
 def with_adjacent_columns(sides: Sides) -> Sides:

@@ -53,7 +53,7 @@ class Tile(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """With respect to the student's tensors, of type `gradient_dtype`; None where not asked for."""
+    """With respect to the student's tensors, of type `GRADIENT_DTYPE`; None where not asked for."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -66,7 +66,9 @@ class Result(NamedTuple):
     losses: Tensor  # [N] row weight · importance ratio · divergence
     stats: Tensor  # [N, 8] as row kernels write them; 0 for rows of zero weight
     gradients: Gradients
-    saved: Tensor | None  # [N, 16] statistics and values, for a backward pass that makes logits anew
+    saved: (
+        Tensor | None
+    )  # [N, 16] statistics and values, for a backward pass that makes logits anew
 
 
 class RowKernels(Protocol):
@@ -117,6 +119,10 @@ class RowKernels(Protocol):
         ...
 
 
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """dtype of gradients kept until backward; fp16 would overflow."""
-    return torch.float32 if dtype == torch.float16 else dtype
+GRADIENT_DTYPE = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.bfloat16,
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+}
+"""dtype of gradients kept until backward, by that of the tensor: fp16 would overflow."""

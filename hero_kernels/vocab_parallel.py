@@ -20,7 +20,7 @@ from hero_kernels import checks
 
 
 class Shards(NamedTuple):
-    """The ranks among which the vocabulary is cut, and this process' place; without a group, one."""
+    """The ranks that share the vocabulary, and this process' place; one rank without a group."""
 
     group: Any = None
     rank: int = 0
@@ -108,8 +108,9 @@ def check_shards(
     """Raise ValueError, on all ranks, unless all pass shards and rows of the same size and type.
 
     One small gather, on CUDA a synchronisation, for every combination of these that is new to this
-    rank; on CPU and with `validate` always. Elsewhere a combination seen before is not compared again:
-    a rank which alone departs from it is noticed by the collectives only, which fail or wait.
+    rank; on CPU and with `validate` always. Elsewhere a combination seen before is not compared
+    again: a rank which alone departs from it is noticed by the collectives only, which fail or
+    wait.
 
     Args:
         group: of size above 1.

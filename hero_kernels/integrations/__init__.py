@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from hero_kernels.objective import ObjectiveKwargs
 
-
-def named_divergence(beta: float) -> ObjectiveKwargs:
+def named_divergence(beta: float) -> dict[str, Any]:
     """The objective for what Liger and TRL call beta: 0 and 1 stand for the two KLs.
 
     Raises:

@@ -1,8 +1,8 @@
 """The call order of Liger-Kernel's `LigerFusedLinearJSD`.
 
 What differs from it: values are exact for nearby distributions when both heads are one tensor,
-frozen heads cost no GEMM, a second backward pass gives the same gradient, and a teacher with another
-vocabulary is refused.
+frozen heads cost no GEMM, a second backward pass gives the same gradient, and a teacher with
+another vocabulary is refused.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def generalized_jsd_loss(
     reduction: str = "batchmean",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
-    """`GKDTrainer.generalized_jsd_loss`: logits [B, L, V], labels [B, L] with -100 for masked tokens.
+    """`GKDTrainer.generalized_jsd_loss`: logits [B, L, V], labels [B, L], -100 for masked tokens.
 
     `reduction="batchmean"` divides by the number of unmasked tokens (without labels by B), or by
     `num_items_in_batch`; "sum" does not; "none" returns the divergence of each token [B, L], where
