@@ -1,4 +1,4 @@
-"""The kernels of `hero_kernels.triton.phases`: one program for each row, or piece of a row."""
+"""The sweeps over logits: one program for each row, or piece of a row."""
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # Arguments of @triton.jit functions are typed by Triton.
@@ -8,16 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hero_kernels import phases
+from hero_kernels import constants
 from hero_kernels.triton.device import (
-    LOG_RATIO_LIMIT,
-    clamp,
+    CLOSE,
+    bounded,
     exp,
     kl_term,
     log_mixture,
     probabilities,
 )
-from hero_kernels.triton.logits import load_logits
+from hero_kernels.triton.logits import inverse_temperature, load_logits
 from hero_kernels.triton.statistics import (
     ENERGY,
     GROWTH,
@@ -37,66 +37,68 @@ from hero_kernels.triton.statistics import (
     log_ratio_offset,
 )
 
-NUM_VALUES = tl.constexpr(4)
-CENTRE = tl.constexpr(phases.CENTRE)
-ENTROPY_S = tl.constexpr(phases.ENTROPY_S)
-ENTROPY_T = tl.constexpr(phases.ENTROPY_T)
-JSD = tl.constexpr(0)
-FORWARD_KL = tl.constexpr(1)
+NUM_VALUES = tl.constexpr(constants.NUM_VALUES)
+VALUE = tl.constexpr(constants.VALUE)
+CENTRE = tl.constexpr(constants.CENTRE)
+ENTROPY_S = tl.constexpr(constants.VALUE_ENTROPY_S)
+ENTROPY_T = tl.constexpr(constants.VALUE_ENTROPY_T)
+JSD = tl.constexpr(constants.JSD)
+FORWARD_KL = tl.constexpr(constants.FORWARD_KL)
 
 
 @triton.jit
 def statistics_kernel(
-    # tensors
+    # tensors; None where there is none, from the biases on
     student_ptr,
     teacher_ptr,
     student_bias_ptr,
     teacher_bias_ptr,
-    target_ids_ptr,
-    parts_ptr,
+    absolute_rows_ptr,
+    temperatures_ptr,
     # shapes
     rows,
     columns,
-    vocab_size,  # of these columns
+    num_real,
     piece,
-    first_column,
     # strides
     stride_sr,
     stride_tr,
     # scalars
     inv_temperature,
-    softcap,
+    softcap,  # or None
     logit_scale,
+    # of this kernel alone
+    target_ids_ptr,  # or None
+    parts_ptr,
+    first_column,
     # constexpr
     DELTA: tl.constexpr,
-    HAS_STUDENT_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # a chunk may hold more than 2^31 logits
+    row = tl.program_id(0).to(tl.int64)  # a tile may hold more than 2^31 logits
     part = tl.program_id(1)
+    absolute = 0.0
+    if absolute_rows_ptr is not None:
+        absolute = tl.load(absolute_rows_ptr + row).to(tl.float32)
     source = (
         student_ptr + row * stride_sr,
         teacher_ptr + row * stride_tr,
         student_bias_ptr,
         teacher_bias_ptr,
+        absolute_rows_ptr,
+        absolute,
         columns,
-        vocab_size,
+        num_real,
         logit_scale,
         softcap,
-        inv_temperature,
-        0.0,  # differences everywhere: the GEMM has subtracted
+        inverse_temperature(temperatures_ptr, row, inv_temperature),
     )
     lanes = tl.arange(0, BLOCK_V)
     begin = part * piece
     end = tl.minimum(begin + piece, columns)
 
     # From the first block, as x must be kept small before the maxima are known.
-    z_t, z_s, _, _ = load_logits(
-        source, begin + lanes, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
-    )
+    z_t, z_s, _, _ = load_logits(source, begin + lanes, DELTA)
     shift = choose_shift(tl.max(z_t, 0), tl.max(z_s, 0))
 
     # Each lane with its own running maximum: of exp(z - max) and exp(max - z) one is 1.
@@ -110,10 +112,8 @@ def statistics_kernel(
     top_s = tl.zeros((BLOCK_V,), tl.int32)
     for start in range(begin, end, BLOCK_V):
         offs_v = start + lanes
-        z_t, z_s, gap, _ = load_logits(
-            source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
-        )
-        x = clamp(gap - shift, LOG_RATIO_LIMIT)
+        z_t, z_s, gap, _ = load_logits(source, offs_v, DELTA)
+        x = bounded(gap - shift)
         higher_t = z_t > max_t
         higher_s = z_s > max_s
         fall_t = exp(-tl.abs(z_t - max_t))
@@ -139,15 +139,12 @@ def statistics_kernel(
     first_t = tl.min(tl.where(max_t == row_max_t, top_t, columns), 0)
     first_s = tl.min(tl.where(max_s == row_max_s, top_s, columns), 0)
     target_t, target_gap = 0.0, 0.0
-    if HAS_TARGETS:
+    if target_ids_ptr is not None:
         target = tl.load(target_ids_ptr + row) - first_column
-        is_here = (target >= begin) & (target < tl.minimum(end, vocab_size))
-        at = tl.where(is_here, target, 0).to(tl.int32)
-        z_t, _, gap, _ = load_logits(
-            source, at, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
-        )
+        is_here = (target >= begin) & (target < tl.minimum(end, num_real))
+        z_t, _, gap, _ = load_logits(source, tl.where(is_here, target, 0).to(tl.int32), DELTA)
         target_t = tl.where(is_here, z_t, 0.0)
-        target_gap = tl.where(is_here, gap, 0.0)
+        target_gap = tl.where(is_here, bounded(gap), 0.0)
 
     out_ptr = parts_ptr + (part.to(tl.int64) * rows + row) * NUM_STATISTICS
     tl.store(out_ptr + MAX_T, row_max_t)
@@ -166,55 +163,58 @@ def statistics_kernel(
 
 @triton.jit
 def divergence_kernel(
-    # tensors
+    # tensors; None where there is none, from the biases on
     student_ptr,
     teacher_ptr,
-    grad_ptr,
     student_bias_ptr,
     teacher_bias_ptr,
-    statistics_ptr,
-    values_ptr,
-    row_scale_ptr,
+    absolute_rows_ptr,
+    temperatures_ptr,
     # shapes
     rows,
     columns,
-    vocab_size,  # of these columns
+    num_real,
     piece,
     # strides
     stride_sr,
     stride_tr,
-    stride_gr,
     # scalars
-    beta,
     inv_temperature,
-    softcap,
+    softcap,  # or None
     logit_scale,
+    # of this kernel alone
+    statistics_ptr,
+    values_ptr,  # written if WITH_VALUES, else read
+    row_scale_ptr,
+    grad_ptr,  # None for no gradient
+    stride_gr,
+    beta,
+    other_beta,  # 1 - beta
     # constexpr
     DIVERGENCE: tl.constexpr,
     DELTA: tl.constexpr,
     WITH_VALUES: tl.constexpr,
-    WITH_GRAD: tl.constexpr,
-    HAS_STUDENT_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     WITH_STATS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    grad_ptr += row * stride_gr
     statistics_ptr += row * NUM_STATISTICS
+    absolute = 0.0
+    if absolute_rows_ptr is not None:
+        absolute = tl.load(absolute_rows_ptr + row).to(tl.float32)
     source = (
         student_ptr + row * stride_sr,
         teacher_ptr + row * stride_tr,
         student_bias_ptr,
         teacher_bias_ptr,
+        absolute_rows_ptr,
+        absolute,
         columns,
-        vocab_size,
+        num_real,
         logit_scale,
         softcap,
-        inv_temperature,
-        0.0,  # differences everywhere: the GEMM has subtracted
+        inverse_temperature(temperatures_ptr, row, inv_temperature),
     )
     lanes = tl.arange(0, BLOCK_V)
     begin = part * piece
@@ -229,10 +229,10 @@ def divergence_kernel(
     offset = log_ratio_offset(max_t, sum_t, max_s, sum_s, shift, growth)
     log_mass_t = tl.log(sum_t)
     log_mass_s = tl.log(sum_s)
-    centre, weight, scale = 0.0, 0.0, 0.0
-    if WITH_GRAD:
-        weight = tl.load(row_scale_ptr + row)
-        scale = weight * logit_scale * inv_temperature
+    if grad_ptr is not None:
+        row_scale = tl.load(row_scale_ptr + row)
+        scale = row_scale * logit_scale * source[10]
+        grad_ptr += row * stride_gr
         if DIVERGENCE == JSD:
             centre = tl.load(values_ptr + row * NUM_VALUES + CENTRE)
         else:  # of the reverse KL: its value, rounded as x is, so that one column alone gives 0
@@ -244,42 +244,44 @@ def divergence_kernel(
     entropy_t = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(begin, end, BLOCK_V):
         offs_v = start + lanes
-        z_t, z_s, gap, slope = load_logits(
-            source, offs_v, DELTA, HAS_STUDENT_BIAS, HAS_TEACHER_BIAS, HAS_SOFTCAP
-        )
+        z_t, z_s, gap, slope = load_logits(source, offs_v, DELTA)
         log_p = z_t - max_t - log_mass_t
         log_q = z_s - max_s - log_mass_s
-        p, q, difference, x = probabilities(log_p, log_q, gap - shift, offset)
+        x = bounded(gap - shift) - offset
+        p, q, difference = probabilities(log_p, log_q, x)
         if WITH_STATS:
             entropy_t -= p * log_p
-            entropy_s -= q * (log_p + x)
+            entropy_s -= q * tl.where(tl.abs(x) <= CLOSE, log_p + x, log_q)
         if DIVERGENCE == JSD:
-            from_teacher, from_student = log_mixture(x, beta)
-            gradient = (1.0 - beta) * q * (-from_student - centre)
+            from_teacher, from_student = log_mixture(x, beta, other_beta)
             if WITH_VALUES:
-                m = beta * p + (1.0 - beta) * q
+                m = beta * p + other_beta * q
                 term = kl_term(q, m, from_student)
                 student_part += term
-                divergence += beta * kl_term(p, m, from_teacher) + (1.0 - beta) * term
-        elif DIVERGENCE == FORWARD_KL:
-            divergence += kl_term(p, q, x)
-            gradient = difference
-        else:
-            divergence += kl_term(q, p, -x)
-            gradient = q * (x - centre)
-        if WITH_GRAD:
+                divergence += beta * kl_term(p, m, from_teacher) + other_beta * term
+        elif WITH_VALUES:
+            if DIVERGENCE == FORWARD_KL:
+                divergence += kl_term(p, q, x)
+            else:
+                divergence += kl_term(q, p, -x)
+        if grad_ptr is not None:
+            if DIVERGENCE == JSD:
+                gradient = -other_beta * q * (from_student + centre)
+            elif DIVERGENCE == FORWARD_KL:
+                gradient = difference
+            else:
+                gradient = q * (x - centre)
             gradient *= slope * scale
             # Neither a NaN of a row without weight, nor what a padding column computes.
-            gradient = tl.where(weight == 0.0, 0.0, gradient)
-            gradient = tl.where(offs_v < vocab_size, gradient, 0.0)
-            tl.store(
-                grad_ptr + offs_v, gradient.to(grad_ptr.dtype.element_ty), mask=offs_v < columns
-            )
+            gradient = tl.where(row_scale == 0.0, 0.0, gradient)
+            gradient = tl.where(offs_v < num_real, gradient, 0.0)
+            gradient = gradient.to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + offs_v, gradient, mask=offs_v < columns)
 
     if WITH_VALUES:
         value = tl.sum(divergence, 0)
         out_ptr = values_ptr + (part.to(tl.int64) * rows + row) * NUM_VALUES
-        tl.store(out_ptr, value)
+        tl.store(out_ptr + VALUE, value)
         if DIVERGENCE == JSD:
             tl.store(out_ptr + CENTRE, tl.sum(student_part, 0))
         elif DIVERGENCE == FORWARD_KL:

@@ -6,9 +6,9 @@ every tile of W that is loaded:
     z_t += h_t Wᵀ        delta += (h_s - h_t) Wᵀ
 
 For heads of their own the two products follow each other, for one side there is one. The epilogue
-stores raw logits, if wanted, and the tile's statistics of each row (`hero_kernels.phases`) as one
-part for `merge_statistics`. Statistics describe the logits as stored, rounded to their type, so
-that the sweeps that read them back agree with them.
+stores raw logits, if wanted, and the tile's statistics of each row as one part for
+`merge_statistics`. Statistics describe the logits as stored, rounded to their type, so that the
+sweeps that read them back agree with them.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hero_kernels.triton.device import LOG_RATIO_LIMIT, clamp, exp
+from hero_kernels.triton.device import bounded, exp
 from hero_kernels.triton.logits import MASKED, scale_logits
 from hero_kernels.triton.statistics import (
     NUM_STATISTICS,
@@ -31,11 +31,18 @@ from hero_kernels.triton.statistics import (
 SHARED_HEAD = tl.constexpr(0)
 OWN_HEADS = tl.constexpr(1)
 ONE_SIDE = tl.constexpr(2)
+GROUP_T = tl.constexpr(8)
+"""Tiles of rows that share tiles of W: modelled, the 8 · 2 hidden tiles and 132 / 8 head tiles of a
+wave are about as many bytes."""
+SLICES = tl.constexpr(4)
+"""Into how many parts of its columns the epilogue cuts a tile: its intermediate results would not
+fit into registers else."""
 
 
 @triton.jit
-def dual_gemm_kernel(
-    # tensors; the first four are tensor descriptors if DESCRIPTORS
+def fused_kernel(
+    # tensors; the first four are tensor descriptors if DESCRIPTORS, all but they and the last may
+    # be None
     student_hidden,
     student_weight,
     teacher_hidden,
@@ -46,11 +53,11 @@ def dual_gemm_kernel(
     teacher_bias_ptr,
     target_ids_ptr,
     absolute_rows_ptr,
+    temperatures_ptr,
     parts_ptr,
     # shapes
     rows,
     columns,
-    vocab_size,
     student_size,
     teacher_size,
     # strides
@@ -64,22 +71,14 @@ def dual_gemm_kernel(
     stride_pc,
     # scalars
     inv_temperature,
-    softcap,
+    softcap,  # or None
     logit_scale,
     # constexpr
     MODE: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    WRITE_LOGITS: tl.constexpr,
-    HAS_STUDENT_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_TARGETS: tl.constexpr,
-    HAS_ABSOLUTE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP_T: tl.constexpr,
-    SLICES: tl.constexpr,
 ):
     # Programs that run together form a block of tiles, so that h and W are read from the L2 cache.
     tiles_t = tl.cdiv(rows, BLOCK_T)
@@ -124,28 +123,31 @@ def dual_gemm_kernel(
             acc_s = tl.dot(h_s, tl.trans(w), acc_s)
 
     WIDTH: tl.constexpr = BLOCK_V // SLICES
-    # The epilogue goes slice by slice: its intermediate results would not fit into registers else.
     none = tl.zeros((BLOCK_T,), tl.float32)
     masked = tl.full((BLOCK_T,), MASKED, tl.float32)
     top = none + first_v
     part = (masked, none, masked, none, none, none, none, none, none, top, top, none)
     targets = tl.full((BLOCK_T,), -1, tl.int32)
-    if HAS_TARGETS:
+    if target_ids_ptr is not None:
         targets = tl.load(target_ids_ptr + offs_t, offs_t < rows, other=-1).to(tl.int32)
-        targets = tl.where(targets < vocab_size, targets, -1)
-    if HAS_ABSOLUTE:  # rows of the second operand that hold h_s
+    if temperatures_ptr is not None:
+        temperatures = tl.load(temperatures_ptr + offs_t, offs_t < rows, other=1.0)
+        inv_temperature = (1.0 / temperatures.to(tl.float32))[:, None]
+    scaling = (logit_scale, softcap, inv_temperature)
+    if absolute_rows_ptr is not None:  # rows of the second operand that hold h_s
         absolute = tl.load(absolute_rows_ptr + offs_t, offs_t < rows, other=0).to(tl.float32)
     local_t = tl.arange(0, BLOCK_T)[:, None]
-    teacher_out_ptr += first_t.to(tl.int64) * stride_to  # a chunk may hold more than 2^31 logits
-    student_out_ptr += first_t.to(tl.int64) * stride_so
+    if teacher_out_ptr is not None:
+        teacher_out_ptr += first_t.to(tl.int64) * stride_to  # may hold more than 2^31 logits
+        student_out_ptr += first_t.to(tl.int64) * stride_so
     for index in tl.static_range(SLICES):
         if first_v + index * WIDTH < columns:
             raw_t = _column_slice(acc_t, index, SLICES)
             raw_s = _column_slice(acc_s, index, SLICES)
-            if HAS_ABSOLUTE:
+            if absolute_rows_ptr is not None:
                 raw_s -= absolute[:, None] * raw_t
             offs_v = first_v + index * WIDTH + tl.arange(0, WIDTH)
-            if WRITE_LOGITS:
+            if teacher_out_ptr is not None:
                 inside = (offs_t < rows)[:, None] & (offs_v < columns)[None, :]
                 stored_t = raw_t.to(teacher_out_ptr.dtype.element_ty)
                 tl.store(teacher_out_ptr + local_t * stride_to + offs_v[None, :], stored_t, inside)
@@ -153,28 +155,18 @@ def dual_gemm_kernel(
                 stored_s = raw_s.to(student_out_ptr.dtype.element_ty)
                 tl.store(student_out_ptr + local_t * stride_so + offs_v[None, :], stored_s, inside)
                 raw_s = stored_s.to(tl.float32)
-            bias_s, bias_t = 0.0, 0.0
-            if HAS_STUDENT_BIAS:
+            bias_s, bias_t = student_bias_ptr, teacher_bias_ptr
+            if student_bias_ptr is not None:
                 bias_s = tl.load(student_bias_ptr + offs_v, offs_v < columns, other=0.0)[None, :]
-            if HAS_TEACHER_BIAS:
+            if teacher_bias_ptr is not None:
                 bias_t = tl.load(teacher_bias_ptr + offs_v, offs_v < columns, other=0.0)[None, :]
+            real = (offs_v < columns)[None, :]
             z_t, z_s, gap, _ = scale_logits(
-                raw_s,
-                raw_t,
-                bias_s,
-                bias_t,
-                (offs_v < vocab_size)[None, :],
-                logit_scale,
-                softcap,
-                inv_temperature,
-                MODE == SHARED_HEAD,
-                HAS_STUDENT_BIAS,
-                HAS_TEACHER_BIAS,
-                HAS_SOFTCAP,
+                raw_s, raw_t, bias_s, bias_t, real, scaling, MODE == SHARED_HEAD
             )
             part = merge_two(
                 part,
-                _statistics(z_t, z_s, gap, offs_v, targets, MODE, HAS_TARGETS),
+                _statistics(z_t, z_s, gap, offs_v, targets, MODE),
                 MODE == ONE_SIDE,
             )
     part_ptr = parts_ptr + tile_v.to(tl.int64) * stride_pp + offs_t
@@ -219,32 +211,29 @@ def _load_tile(
 
 
 @triton.jit
-def _statistics(z_t, z_s, gap, offs_v, targets, MODE: tl.constexpr, HAS_TARGETS: tl.constexpr):
-    """Statistics of a block [T, V], a tuple of [T] in the order of `hero_kernels.phases`."""
+def _statistics(z_t, z_s, gap, offs_v, targets, MODE: tl.constexpr):
+    """Statistics of a block [T, V], a tuple of [T] in the order of `constants`."""
     max_t = tl.max(z_t, 1)
     fall_t = z_t - max_t[:, None]
     e_t = exp(fall_t)
     sum_t = tl.sum(e_t, 1)
     top_t = _first(z_t == max_t[:, None], offs_v)
     none = tl.zeros_like(max_t)
-    target_t, target_gap = none, none
-    if HAS_TARGETS:
-        is_target = offs_v[None, :] == targets[:, None]
-        target_t = tl.sum(tl.where(is_target, z_t, 0.0), 1)
-        if MODE != ONE_SIDE:
-            target_gap = tl.sum(tl.where(is_target, gap, 0.0), 1)
+    is_target = offs_v[None, :] == targets[:, None]
+    target_t = tl.sum(tl.where(is_target, z_t, 0.0), 1)
     if MODE == ONE_SIDE:  # a student equal to the teacher
         energy = tl.sum(e_t * fall_t, 1)
         return (
             max_t, sum_t, max_t, sum_t, none, none, none,
-            target_t, target_gap, top_t, top_t, energy,
+            target_t, none, top_t, top_t, energy,
         )  # fmt: skip
     else:
         max_s = tl.max(z_s, 1)
         e_s = exp(z_s - max_s[:, None])
         top_s = _first(z_s == max_s[:, None], offs_v)
         shift = choose_shift(max_t, max_s)
-        x = clamp(gap - shift[:, None], LOG_RATIO_LIMIT)
+        x = bounded(gap - shift[:, None])
+        target_gap = tl.sum(tl.where(is_target, bounded(gap), 0.0), 1)
         rise = exp(max_s - max_t - shift)[:, None]  # e_s rise = exp(z_t - max_t + x)
         growth = tl.sum(growth_term(e_t, e_s * rise, x), 1)
         return (
