@@ -222,7 +222,7 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
             return ScaledLogits(z_s, z_s, torch.zeros_like(z_s), slope)
         z_t = scaled(tile.teacher, tile.teacher_bias)
         z_t = ((soft_cap(z_t, cap) if cap else z_t) * inverse).clamp_(min=c.MASKED)
-        return ScaledLogits(z_t, z_s, bounded(z_s - z_t), slope)
+        return ScaledLogits(z_t, z_s, z_s - z_t, slope)
 
     z_t = scaled(tile.teacher, tile.teacher_bias)
     gap = scaled(tile.student, None)
@@ -234,7 +234,7 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
     if cap:
         slope = slope * soft_cap_slope(z_t + gap, cap)
         gap, z_t = soft_cap_gap(gap, z_t, cap), soft_cap(z_t, cap)
-    gap = bounded(gap.mul_(inverse))
+    gap = gap.mul_(inverse)
     z_t = (z_t * inverse).clamp_(min=c.MASKED)
     return ScaledLogits(z_t, (z_t + gap).clamp_(min=c.MASKED), gap, slope)
 
