@@ -17,8 +17,8 @@ from hero_kernels.constants import DIVERGENCE_CODES, NUM_STATS
 from hero_kernels.objective import Objective
 from hero_kernels.types import RowTensors, Tile
 
-ABI_VERSION = 3
-"""Version of the C interface; csrc/rows_problem.h holds the same number."""
+ABI_VERSION = 4
+"""Version of the C interface; csrc/rows.h holds the same number."""
 
 OUT_OF_MEMORY = 1
 """A result of `hero_divergence_rows`; 0 is success."""
@@ -28,21 +28,19 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 class RowsProblem(ctypes.Structure):
-    """`RowsProblem` of csrc/rows_problem.h, field for field."""
+    """`RowsProblem` of csrc/rows.h, field for field."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad")),
-        *((name, ctypes.c_void_p) for name in ("student_bias", "teacher_bias", "target_ids")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("row_weights", "old_logprobs", "absolute_rows", "stats")
-        ),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "vocab_size")),
-        *((name, ctypes.c_int64) for name in ("student_stride", "teacher_stride", "grad_stride")),
-        *((name, ctypes.c_int32) for name in ("student_dtype", "teacher_dtype", "grad_dtype")),
-        *((name, ctypes.c_int32) for name in ("divergence", "delta", "with_stats", "num_threads")),
-        *((name, ctypes.c_float) for name in ("beta", "inv_temperature", "softcap")),
-        *((name, ctypes.c_float) for name in ("logit_scale", "is_clip")),
+    _fields_ = tuple(
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_void_p, "student teacher grad student_bias teacher_bias target_ids"),
+            (ctypes.c_void_p, "row_weights old_logprobs temperatures absolute_rows stats"),
+            (ctypes.c_int64, "rows columns vocab_size student_stride teacher_stride grad_stride"),
+            (ctypes.c_int32, "student_dtype teacher_dtype grad_dtype"),
+            (ctypes.c_int32, "divergence delta with_stats num_threads"),
+            (ctypes.c_float, "beta one_minus_beta inv_temperature softcap logit_scale is_clip"),
+        )
+        for name in names.split()
     )
 
 
@@ -152,12 +150,11 @@ def rows_problem(
 ) -> RowsProblem:
     """The C struct of a call whose result goes to `stats` [R, 8]; all tensors must outlive it."""
     student, teacher, grad = tile.student, tile.teacher, tile.grad
-    targets, old, absolute = rows.target_ids, rows.old_logprobs, tile.absolute_rows
+    targets, old, temperatures = rows.target_ids, rows.old_logprobs, rows.temperatures
+    absolute = tile.absolute_rows
     assert teacher is not None and teacher.shape == student.shape
     assert grad is None or grad.shape == student.shape
     assert tile.num_real <= student.shape[1] and len(rows.weights) == student.shape[0]
-    if rows.temperatures is not None:
-        raise NotImplementedError("temperatures of rows come with the next version of the struct")
     return RowsProblem(
         student.data_ptr(),
         teacher.data_ptr(),
@@ -167,6 +164,7 @@ def rows_problem(
         None if targets is None else targets.data_ptr(),
         rows.weights.data_ptr(),
         None if old is None else old.data_ptr(),
+        None if temperatures is None else temperatures.data_ptr(),
         None if absolute is None else absolute.data_ptr(),
         stats.data_ptr(),
         student.shape[0],
@@ -183,6 +181,7 @@ def rows_problem(
         with_stats,
         torch.get_num_threads(),
         objective.beta,
+        1.0 - objective.beta,
         1.0 / objective.temperature,
         objective.softcap or 0.0,
         objective.logit_scale,

@@ -18,7 +18,14 @@ import math
 import torch
 from torch import Tensor
 
-from hero_kernels.constants import CLOSE_LOG_RATIO, FORWARD_KL, LOG_RATIO_LIMIT, MASKED, REVERSE_KL
+from hero_kernels.constants import (
+    CLOSE_LOG_RATIO,
+    FORWARD_KL,
+    JSD,
+    LOG_RATIO_LIMIT,
+    MASKED,
+    REVERSE_KL,
+)
 from hero_kernels.objective import Objective
 
 _EXP_LIMIT = {torch.float32: 80.0, torch.float64: 700.0}
@@ -39,11 +46,16 @@ def divergence_sums(
     if objective.code == REVERSE_KL:
         value = weighted_phi(p_s, p_t, -log_ratio).sum(-1)
         return value, value
-    beta = objective.beta
-    log_m_t, log_m_s = log_mixture(log_ratio, beta)
-    mixture = beta * p_t + (1 - beta) * p_s
-    student_part = weighted_phi(p_s, mixture, log_m_s).sum(-1)
-    teacher_part = weighted_phi(p_t, mixture, log_m_t).sum(-1)
+    return _jsd_sums(p_s, p_t, log_mixture(log_ratio, objective.beta), objective.beta)
+
+
+def _jsd_sums(
+    p_s: Tensor, p_t: Tensor, log_m: tuple[Tensor, Tensor], beta: float
+) -> tuple[Tensor, Tensor]:
+    """The JSD's share and K's, from log(m / p_t) and log(m / p_s)."""
+    mixture = (beta * p_t).add_(p_s, alpha=1 - beta)
+    student_part = weighted_phi(p_s, mixture, log_m[1]).sum(-1)
+    teacher_part = weighted_phi(p_t, mixture, log_m[0]).sum(-1)
     return beta * teacher_part + (1 - beta) * student_part, student_part
 
 
@@ -61,10 +73,14 @@ def divergence_slope(
 
 
 def dense_divergence(
-    logp_s: Tensor, logp_t: Tensor, log_ratio: Tensor, objective: Objective
+    p_s: Tensor, p_t: Tensor, log_ratio: Tensor, objective: Objective
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [R] of log-probabilities [R, C], and its gradient [R, C] by z_s."""
-    p_s, p_t = logp_s.exp(), logp_t.exp()
+    """Divergence [R] of distributions [R, C] over all outcomes, and its gradient [R, C] by z_s."""
+    if objective.code == JSD:
+        log_m = log_mixture(log_ratio, objective.beta)
+        value, centre = _jsd_sums(p_s, p_t, log_m, objective.beta)
+        bracket = log_m[1].add_(centre[:, None])
+        return value, bracket.mul_(p_s).mul_(objective.beta - 1)
     value, centre = divergence_sums(p_s, p_t, log_ratio, objective)
     return value, divergence_slope(p_s, p_t, log_ratio, centre, objective)
 
@@ -73,7 +89,8 @@ def log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(m / p_t) and log(m / p_s), each with full relative precision near 0."""
     limit = _EXP_LIMIT[x.dtype]
     x = x.clamp(-limit, limit)
-    return torch.log1p((1 - beta) * torch.expm1(x)), torch.log1p(beta * torch.expm1(-x))
+    from_student = torch.expm1(-x).mul_(beta).log1p_()
+    return x.expm1_().mul_(1 - beta).log1p_(), from_student
 
 
 def weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
@@ -83,14 +100,15 @@ def weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
     series = torch.full_like(u, 1 / math.factorial(terms + 1))
     for k in range(terms, 1, -1):
         series = series.mul_(near).add_(1 / math.factorial(k))
-    return torch.where(u.abs() < _SERIES_LIMIT, p * near * near * series, (q - p) - p * u)
+    series.mul_(near).mul_(near).mul_(p)
+    return torch.where(u.abs() < _SERIES_LIMIT, series, (q - p).addcmul_(p, u, value=-1.0))
 
 
 def bounded(log_ratio: Tensor) -> Tensor:
-    """The log ratio with a bound where one side alone is masked; in fp32 everywhere, which no row
-    notices whose ratios stay below exp(1e4)."""
+    """The log ratio, overwritten, with a bound where one side alone is masked; in fp32 everywhere,
+    which no row notices whose ratios stay below exp(1e4)."""
     if log_ratio.dtype == torch.float32:
-        return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return log_ratio.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     masked = log_ratio.abs() > -MASKED / 2
     return log_ratio.where(~masked, log_ratio.sign() * LOG_RATIO_LIMIT)
 

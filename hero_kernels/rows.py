@@ -16,6 +16,7 @@ from torch import Tensor
 from hero_kernels import constants as c
 from hero_kernels.formulas import (
     bounded,
+    dense_divergence,
     divergence_slope,
     divergence_sums,
     soft_cap,
@@ -49,9 +50,21 @@ def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_sta
     for block in row_blocks(tile):
         logits = _scaled(tile, block, rows, objective)
         part = rows.take(block)
-        statistics = _statistics(logits, part.target_ids, first_column=0)
-        probs = _log_probs(logits, statistics)
-        values, slope = _values_and_slope(probs, part, objective, with_stats)
+        statistics, from_t, from_s = _statistics(logits, part.target_ids, first_column=0)
+        values = statistics.new_zeros(len(statistics), c.NUM_VALUES)
+        if objective.support == "full":
+            p_t, p_s = (
+                from_t.div_(statistics[:, c.SUM_T, None]),
+                from_s.div_(statistics[:, c.SUM_S, None]),
+            )
+            log_ratio = _log_ratio(logits, statistics)
+            values[:, c.VALUE], slope = dense_divergence(p_s, p_t, log_ratio, objective)
+        if objective.support != "full" or with_stats:
+            probs = _log_probs(logits, statistics)
+            if with_stats:
+                _add_entropies(values, probs)
+            if objective.support != "full":
+                values[:, c.VALUE], slope = restricted_divergence(probs, part, objective)
         result[block] = stats = finish_rows(statistics, values, part, objective, with_stats)
         if tile.grad is not None:
             _write_gradient(tile, block, slope, logits.slope, row_scales(part, stats))
@@ -64,7 +77,8 @@ def row_statistics(tile: Tile, rows: RowTensors, objective: Objective) -> Tensor
     result[:, c.MAX_T] = result[:, c.MAX_S] = c.MASKED
     for block in row_blocks(tile):
         logits = _scaled(tile, block, rows, objective)
-        result[block] = _statistics(logits, rows.take(block).target_ids, tile.first_column)
+        found, *_ = _statistics(logits, rows.take(block).target_ids, tile.first_column)
+        result[block] = found
     return result
 
 
@@ -203,11 +217,11 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
         z_s = scaled(tile.student, tile.student_bias)
         if cap:
             slope, z_s = slope * soft_cap_slope(z_s, cap), soft_cap(z_s, cap)
-        z_s = (z_s * inverse).clamp(min=c.MASKED)
+        z_s = (z_s * inverse).clamp_(min=c.MASKED)
         if tile.teacher is None:
             return ScaledLogits(z_s, z_s, torch.zeros_like(z_s), slope)
         z_t = scaled(tile.teacher, tile.teacher_bias)
-        z_t = ((soft_cap(z_t, cap) if cap else z_t) * inverse).clamp(min=c.MASKED)
+        z_t = ((soft_cap(z_t, cap) if cap else z_t) * inverse).clamp_(min=c.MASKED)
         return ScaledLogits(z_t, z_s, bounded(z_s - z_t), slope)
 
     z_t = scaled(tile.teacher, tile.teacher_bias)
@@ -216,17 +230,19 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
         raw_t = scaled(tile.teacher, None)
         gap = torch.addcmul(gap, raw_t, tile.absolute_rows[block, None].to(wide), value=-1.0)
     # A column masked for the teacher is masked for both, whatever the product made of its delta.
-    gap = gap.where(z_t >= c.MASKED, 0.0)
+    gap = gap.masked_fill(z_t < c.MASKED, 0.0)
     if cap:
         slope = slope * soft_cap_slope(z_t + gap, cap)
         gap, z_t = soft_cap_gap(gap, z_t, cap), soft_cap(z_t, cap)
-    gap = bounded(gap * inverse)
-    z_t = (z_t * inverse).clamp(min=c.MASKED)
-    return ScaledLogits(z_t, (z_t + gap).clamp(min=c.MASKED), gap, slope)
+    gap = bounded(gap.mul_(inverse))
+    z_t = (z_t * inverse).clamp_(min=c.MASKED)
+    return ScaledLogits(z_t, (z_t + gap).clamp_(min=c.MASKED), gap, slope)
 
 
-def _statistics(logits: ScaledLogits, target_ids: Tensor | None, first_column: int) -> Tensor:
-    """[B, 12] of a block."""
+def _statistics(
+    logits: ScaledLogits, target_ids: Tensor | None, first_column: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, 12] of a block, exp(z_t - MAX_T) and exp(z_s - MAX_S) [B, C]."""
     z_t, z_s, gap, _ = logits
     out = z_t.new_zeros(len(z_t), c.NUM_STATISTICS)
     max_t, top_t = z_t.max(-1)
@@ -241,22 +257,29 @@ def _statistics(logits: ScaledLogits, target_ids: Tensor | None, first_column: i
     from_t, from_s = (z_t - max_t[:, None]).exp_(), (z_s - max_s[:, None]).exp_()
     out[:, c.SUM_T], out[:, c.SUM_S] = from_t.sum(-1), from_s.sum(-1)
     # exp(z_t - max_t) expm1(x); far from 0 by way of z_s, where no factor overflows.
-    far = from_s.mul_((max_s - max_t - shift).exp()[:, None]).sub_(from_t)
-    close = torch.expm1(x.clamp(-c.CLOSE_LOG_RATIO, c.CLOSE_LOG_RATIO)).mul_(from_t)
-    out[:, c.GROWTH] = close.where(x.abs() <= c.CLOSE_LOG_RATIO, far).sum(-1)
+    far = from_s.mul((max_s - max_t - shift).exp()[:, None]).sub_(from_t)
+    is_close = x.abs() <= c.CLOSE_LOG_RATIO
+    close = x.clamp_(-c.CLOSE_LOG_RATIO, c.CLOSE_LOG_RATIO).expm1_().mul_(from_t)
+    out[:, c.GROWTH] = torch.where(is_close, close, far).sum(-1)
     if target_ids is not None:
         local = target_ids[:, None] - first_column
         inside = (local >= 0) & (local < z_t.shape[1])
         local = local.clamp(0, z_t.shape[1] - 1)
         for column, values in ((c.TARGET_T, z_t), (c.TARGET_GAP, gap)):
             out[:, column] = values.gather(1, local).where(inside, 0.0)[:, 0]
-    return out
+    return out, from_t, from_s
+
+
+def _log_ratio(logits: ScaledLogits, statistics: Tensor) -> Tensor:
+    """x of a block of rows, by the statistics [B, 12] of all columns."""
+    shifted = bounded(logits.gap - statistics[:, c.SHIFT, None])
+    return shifted.sub_(_log_offset(statistics)[:, None])
 
 
 def _log_probs(logits: ScaledLogits, statistics: Tensor) -> LogProbs:
     """Of a block of rows, by the statistics [B, 12] of all columns."""
     stats = statistics[:, :, None]
-    log_ratio = bounded(logits.gap - stats[:, c.SHIFT]).sub_(_log_offset(statistics)[:, None])
+    log_ratio = _log_ratio(logits, statistics)
     logp_t = (logits.teacher - stats[:, c.MAX_T]).sub_(stats[:, c.SUM_T].log())
     logp_s = (logits.student - stats[:, c.MAX_S]).sub_(stats[:, c.SUM_S].log())
     # Close to the teacher's, log p_s keeps delta's precision; beyond, its own sums are as accurate.
@@ -294,27 +317,13 @@ def _slope(probs: LogProbs, centre: Tensor, objective: Objective) -> Tensor:
     return divergence_slope(p_s, p_t, probs.log_ratio, centre, objective)
 
 
-def _values_and_slope(
-    probs: LogProbs, rows: RowTensors, objective: Objective, with_stats: bool
-) -> tuple[Tensor, Tensor]:
-    """[B, 4] and [B, V] of whole rows, for every support."""
-    if objective.support == "full":
-        values = _values(probs, objective, with_stats)
-        return values, _slope(probs, values[:, c.CENTRE], objective)
-    values = probs.student.new_zeros(len(probs.student), c.NUM_VALUES)
-    values[:, c.VALUE], slope = restricted_divergence(probs, rows, objective)
-    if with_stats:
-        _add_entropies(values, probs)
-    return values, slope
-
-
 def _write_gradient(
     tile: Tile, block: slice, slope: Tensor, of_raw: Tensor | float, row_scale: Tensor
 ) -> None:
     """Rows `block` of the gradient by raw logits: exactly 0 where the row's scale is 0."""
     assert tile.grad is not None
     scale = row_scale[:, None].to(slope.dtype)
-    grad = (slope * (of_raw * scale)).masked_fill_(scale == 0, 0.0)
+    grad = slope.mul_(of_raw * scale).masked_fill_(scale == 0, 0.0)
     tile.grad[block, : tile.num_real] = grad
     tile.grad[block, tile.num_real :] = 0
 

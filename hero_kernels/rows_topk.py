@@ -81,8 +81,8 @@ def _topk(probs: LogProbs, objective: Objective) -> tuple[Tensor, Tensor]:
     tail_t = probs.teacher.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
     tail_gap = masked_log_ratio(tail_s, tail_t)  # 0 for an empty tail, which holds no mass
     value, d_outcomes = dense_divergence(
-        torch.cat([kept_s, tail_s], 1),
-        torch.cat([kept_t, tail_t], 1),
+        torch.cat([kept_s, tail_s], 1).exp_(),
+        torch.cat([kept_t, tail_t], 1).exp_(),
         torch.cat([gap, tail_gap], 1),
         objective,
     )
@@ -105,8 +105,8 @@ def _topk_of_server(
     tail_gap = masked_log_ratio(tail_s, tail_t)
     tail_gap = tail_gap.where((tail_s > -torch.inf) | (rest_t > _SERVER_ROUNDING), 0.0)
     value, d_outcomes = dense_divergence(
-        torch.cat([kept_s, tail_s], 1),
-        torch.cat([kept_t, tail_t], 1),
+        torch.cat([kept_s, tail_s], 1).exp_(),
+        torch.cat([kept_t, tail_t], 1).exp_(),
         torch.cat([gap, tail_gap], 1),
         objective,
     )
@@ -120,7 +120,9 @@ def _renormalised(
     mass_s, mass_t = kept_s.logsumexp(-1, keepdim=True), kept_t.logsumexp(-1, keepdim=True)
     both_masked = (kept_s == -torch.inf) & (kept_t == -torch.inf)
     gap = (gap - (mass_s - mass_t)).masked_fill(both_masked, 0.0)
-    value, d_kept = dense_divergence(kept_s - mass_s, kept_t - mass_t, gap, objective)
+    value, d_kept = dense_divergence(
+        (kept_s - mass_s).exp_(), (kept_t - mass_t).exp_(), gap, objective
+    )
     return value, torch.zeros_like(logp_s).scatter_add_(1, ids, d_kept)
 
 

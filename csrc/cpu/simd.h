@@ -44,12 +44,6 @@ inline float sum_of(Floats value) {
     return total;
 }
 
-inline bool any_of(Ints mask) {
-    int32_t found = 0;
-    for (int i = 0; i < HERO_LANES; ++i) found |= mask[i];
-    return found != 0;
-}
-
 // The same for one float and for a vector of them, so that vector_math.h is written once.
 inline uint32_t as_words(float value) {
     uint32_t bits;

@@ -1,5 +1,5 @@
-// The platform of platform.h on a CPU: each thread of each block is a fibre, and a scheduler
-// (emulator.cpp) runs them in random order, switching at every call below.
+// What csrc/cuda/ptx.h offers, on a CPU and in its place: each thread of each block is a fibre, and a
+// scheduler (emulator.cpp) runs them in random order, switching at every call below.
 //
 // What is not promised is made to fail: memory that a copy is to fill holds NaN until it lands, at
 // a random later time and in random pieces; what is sent to another block arrives late and in any
@@ -7,19 +7,16 @@
 // memory order of plain stores, and fences.
 #pragma once
 
+#define HERO_PTX_H  // the real one stays out
+
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#include "../storage.h"
+#include "storage.h"
 
 #define HERO_DEVICE inline
 #define HERO_UNROLL
-#define HERO_SYNC(fault, statement)                      \
-    do {                                                 \
-        if (hero::planted_fault() != (fault)) statement; \
-    } while (0)
-#define HERO_CHOICE(fault, right, wrong) (hero::planted_fault() != (fault) ? (right) : (wrong))
 
 namespace hero {
 
@@ -27,14 +24,14 @@ using ::as_bits;
 using ::as_float;
 
 struct Barrier {
-    int32_t expected, pending;  // arrivals
-    int32_t bytes;              // announced by expect_copies and not yet landed
-    uint32_t phase;
+    int8_t expected, pending;  // arrivals
+    uint16_t phase;
+    int32_t bytes;  // announced by expect_copies and not yet landed
 };
+static_assert(sizeof(Barrier) == 8, "as large as the real one");
 
 constexpr int COPY_ARRIVALS = 1;
 
-int planted_fault();
 int thread_index();
 int block_index();
 int block_count();

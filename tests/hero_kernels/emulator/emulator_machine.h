@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "plan.h"
-#include "platform.h"
+#include "platform_emulated.h"
 
 namespace {
 
@@ -84,7 +84,6 @@ using Body = void (*)(const RowsProblem&, const hero::Plan&);
 
 struct Machine {
     std::mt19937 random;
-    int fault = hero::NO_FAULT;
     int block_count = 0;
     bool misaligned = false;
     const RowsProblem* problem;

@@ -4,25 +4,39 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-
-#include "flush_subnormals.h"
-#include "rows_problem.h"
-
-void hero_row_baseline(const RowsProblem&, int64_t, float*, int64_t);
 #ifdef HERO_X86
-void hero_row_avx2(const RowsProblem&, int64_t, float*, int64_t);
-void hero_row_avx512(const RowsProblem&, int64_t, float*, int64_t);
+#include <xmmintrin.h>
 #endif
+
+#include "row_kernel.h"
 
 namespace {
 
-HeroRowFunction row_function(int instruction_set) {
+enum InstructionSet { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
+
+RowFunction row_function(int instruction_set) {
 #ifdef HERO_X86
-    if (instruction_set == HERO_AVX512) return hero_row_avx512;
-    if (instruction_set == HERO_AVX2) return hero_row_avx2;
+    if (instruction_set == AVX512) return hero_row_avx512;
+    if (instruction_set == AVX2) return hero_row_avx2;
 #endif
-    return instruction_set == HERO_BASELINE ? hero_row_baseline : nullptr;
+    return instruction_set == BASELINE ? hero_row_baseline : nullptr;
 }
+
+// Results below 1e-38 become 0 on this thread while it lives: tails of peaked distributions are full
+// of them, they count for nothing, and x86 is slow at them.
+class FlushSubnormals {
+ public:
+#ifdef HERO_X86
+    FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
+    ~FlushSubnormals() { _mm_setcsr(saved_); }
+
+ private:
+    const unsigned saved_;
+#else
+    FlushSubnormals() {}
+    ~FlushSubnormals() {}
+#endif
+};
 
 }  // namespace
 
@@ -32,25 +46,17 @@ int hero_abi_version() {
     return HERO_ABI_VERSION;
 }
 
-int hero_has_threads() {
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-// The best HeroInstructionSet of this machine.
+// The best InstructionSet of this machine.
 int hero_instruction_set() {
 #ifdef HERO_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx2 && avx512) return HERO_AVX512;
-    if (avx2) return HERO_AVX2;
+    if (avx2 && avx512) return AVX512;
+    if (avx2) return AVX2;
 #endif
-    return HERO_BASELINE;
+    return BASELINE;
 }
 
 // Asks the system to back these bytes by huge pages, before they are first touched: a fresh buffer
@@ -67,11 +73,11 @@ void hero_advise_huge_pages(void* memory, int64_t bytes) {
 // Returns 0, 1 (out of memory) or 2 (unknown instruction set). A row is the work of one thread from
 // end to end, so the result does not depend on their number.
 int hero_divergence_rows(const RowsProblem* problem, int instruction_set) {
-    const HeroRowFunction run = row_function(instruction_set);
+    const RowFunction run = row_function(instruction_set);
     if (!run) return 2;
     // Whole vectors; and no multiple of 4096 bytes, where a load waits for stores to other arrays.
     const int64_t stride = (problem->columns + 15) / 16 * 16 + 272;
-    const size_t bytes = HERO_SCRATCH_ARRAYS * stride * sizeof(float);
+    const size_t bytes = SCRATCH_ARRAYS * stride * sizeof(float);
     int out_of_memory = 0;
 #pragma omp parallel num_threads(problem->num_threads) reduction(| : out_of_memory)
     {

@@ -4,7 +4,7 @@
 
 #include <string.h>
 
-#include "rows_problem.h"
+#include "../rows.h"
 
 namespace {
 
@@ -58,12 +58,12 @@ inline uint16_t float16_from_float(float value) {
 
 // Reads `count` elements of a row, starting at element `begin`, as fp32.
 inline void load(int32_t dtype, const void* row, int64_t begin, int64_t count, float* out) {
-    if (dtype == HERO_FLOAT32) {
+    if (dtype == hero::FLOAT32) {
         memcpy(out, static_cast<const float*>(row) + begin, count * sizeof(float));
         return;
     }
     const uint16_t* halves = static_cast<const uint16_t*>(row) + begin;
-    if (dtype == HERO_BFLOAT16) {
+    if (dtype == hero::BFLOAT16) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) out[i] = float_from_bfloat16(halves[i]);
     } else {
@@ -74,12 +74,12 @@ inline void load(int32_t dtype, const void* row, int64_t begin, int64_t count, f
 
 // Writes `count` fp32 values to a row, starting at element `begin`.
 inline void store(int32_t dtype, const float* values, int64_t begin, int64_t count, void* row) {
-    if (dtype == HERO_FLOAT32) {
+    if (dtype == hero::FLOAT32) {
         memcpy(static_cast<float*>(row) + begin, values, count * sizeof(float));
         return;
     }
     uint16_t* halves = static_cast<uint16_t*>(row) + begin;
-    if (dtype == HERO_BFLOAT16) {
+    if (dtype == hero::BFLOAT16) {
 #pragma omp simd
         for (int64_t i = 0; i < count; ++i) halves[i] = bfloat16_from_float(values[i]);
     } else {
@@ -90,7 +90,7 @@ inline void store(int32_t dtype, const float* values, int64_t begin, int64_t cou
 
 // Zeroes elements [begin, end) of a row; all storage types write zero as zero bits.
 inline void clear(int32_t dtype, int64_t begin, int64_t end, void* row) {
-    const int64_t size = dtype == HERO_FLOAT32 ? 4 : 2;
+    const int64_t size = dtype == hero::FLOAT32 ? 4 : 2;
     memset(static_cast<char*>(row) + begin * size, 0, (end - begin) * size);
 }
 

@@ -1,13 +1,27 @@
-// The platform of platform.h on NVIDIA GPUs, in PTX. From sm_90 on bulk copies and clusters; on
-// sm_80 a "cluster" is one block and copies are cp.async.
-#pragma once
+// What the row kernel asks of the machine, in PTX. From sm_90 on bulk copies and clusters; on sm_80 a
+// "cluster" is one block and copies are cp.async.
+//
+//   thread_index, block_index, block_count, shared_memory   where a thread is
+//   sync_warp, sync_threads, sync_cluster                   barriers
+//   shuffle_xor                                             exchange within a warp
+//   Barrier, init_barrier, fence_barriers                   mbarriers: arrivals and bytes ...
+//   arrive, wait, wait_cluster                              ... waited for by a phase's parity
+//   expect_copies, copy_async, finish_copies                copies into shared memory
+//   fence_copies                                            orders stores before such copies
+//   send_to, expect_sent                                    stores to another block's memory
+//   load_shared                                             loads what another thread has written
+//   exp2_approx, divide, highest, lowest                    fp32; a NaN gives a NaN
+//   bfloat16x2, float16x2, float_from_half                  conversions of storage
+//
+// Nothing else in this folder but divergence_rows.cu knows CUDA, so that a test can put an emulated
+// machine in this file's place (tests/hero_kernels/emulator/) and run the kernel on a CPU.
+#ifndef HERO_PTX_H
+#define HERO_PTX_H
 
 #include <stdint.h>
 
 #define HERO_DEVICE __device__ __forceinline__
 #define HERO_UNROLL _Pragma("unroll")
-#define HERO_SYNC(fault, statement) statement
-#define HERO_CHOICE(fault, right, wrong) (right)
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define HERO_BULK_COPIES 1
@@ -257,3 +271,5 @@ HERO_DEVICE float float_from_half(uint32_t half) {
 }
 
 }  // namespace hero
+
+#endif  // HERO_PTX_H

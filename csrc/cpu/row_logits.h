@@ -5,14 +5,15 @@
 
 #include <math.h>
 
-#include "rows_problem.h"
+#include "../rows.h"
 #include "storage.h"
 #include "vector_math.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 1024;   // columns that stay in the first-level cache
-constexpr float MASKED = -1e30f;  // a logit of -inf: finite, so that differences of two are 0
+using namespace hero;
+
+constexpr int64_t BLOCK = 1024;  // columns that stay in the first-level cache
 
 // The row in fp32. Each pass overwrites what no later pass needs.
 struct Row {
@@ -24,6 +25,7 @@ struct Row {
 
 struct Extremes {
     float teacher = -INFINITY, student = -INFINITY, log_ratio = -INFINITY;
+    int64_t teacher_block = 0, student_block = 0;  // first column of the block that has the maximum
 };
 
 // c tanh(z / c) in place for both logits; delta too, as a product of small factors instead of a
@@ -49,15 +51,15 @@ void soft_cap(float cap, bool delta, int64_t count, float* teacher, float* stude
 }
 
 // Whether a row is its own fp32 form already.
-bool is_plain(const RowsProblem& problem) {
-    return problem.teacher_dtype == HERO_FLOAT32 && problem.student_dtype == HERO_FLOAT32 &&
+bool is_plain(const RowsProblem& problem, float inv_temperature) {
+    return problem.teacher_dtype == FLOAT32 && problem.student_dtype == FLOAT32 &&
            !problem.teacher_bias && !problem.student_bias && problem.softcap <= 0 &&
-           problem.logit_scale * problem.inv_temperature == 1.0f;
+           problem.logit_scale * inv_temperature == 1.0f;
 }
 
 // Raw storage -> z_t, z_s and delta of one block; `student` receives z_s or delta, as stored.
-void transform(const RowsProblem& problem, int64_t begin, int64_t count, float* teacher,
-               float* student, float* slope) {
+void transform(const RowsProblem& problem, float inv_temperature, int64_t begin, int64_t count,
+               float* teacher, float* student, float* slope) {
     const bool delta = problem.delta;
     const float* teacher_bias = problem.teacher_bias ? problem.teacher_bias + begin : nullptr;
     const float* student_bias = problem.student_bias ? problem.student_bias + begin : nullptr;
@@ -76,21 +78,19 @@ void transform(const RowsProblem& problem, int64_t begin, int64_t count, float* 
     if (delta)  // a masked column is masked for both, whatever the GEMM made of its delta
         for (int64_t i = 0; i < count; ++i) student[i] = teacher[i] < MASKED ? 0.0f : student[i];
     const bool capped = problem.softcap > 0;
-    const float inner =
-        capped ? problem.logit_scale : problem.logit_scale * problem.inv_temperature;
+    const float inner = capped ? problem.logit_scale : problem.logit_scale * inv_temperature;
     if (inner != 1.0f)
         for (int64_t i = 0; i < count; ++i) teacher[i] *= inner, student[i] *= inner;
     if (!capped) return;
     soft_cap(problem.softcap, delta, count, teacher, student, slope);
-    const float outer = problem.inv_temperature;
-    for (int64_t i = 0; i < count; ++i) teacher[i] *= outer, student[i] *= outer;
+    for (int64_t i = 0; i < count; ++i) teacher[i] *= inv_temperature, student[i] *= inv_temperature;
 }
 
 // Pass 1: the row as fp32, and its extremes. `absolute`: with delta, this row's student holds raw_s.
-Extremes load_row(const RowsProblem& problem, const void* teacher_row, const void* student_row,
-                  bool absolute, const Row& row) {
+Extremes load_row(const RowsProblem& problem, float inv_temperature, const void* teacher_row,
+                  const void* student_row, bool absolute, const Row& row) {
     Extremes extremes;
-    const bool plain = is_plain(problem) && !absolute;
+    const bool plain = is_plain(problem, inv_temperature) && !absolute;
     const bool delta = problem.delta;
     for (int64_t begin = 0; begin < problem.vocab_size; begin += BLOCK) {
         const int64_t rest = problem.vocab_size - begin;
@@ -109,7 +109,7 @@ Extremes load_row(const RowsProblem& problem, const void* teacher_row, const voi
             load(problem.student_dtype, student_row, begin, count, stored);
             if (absolute)
                 for (int64_t i = 0; i < count; ++i) stored[i] -= teacher[i];
-            transform(problem, begin, count, teacher, stored, row.slope + begin);
+            transform(problem, inv_temperature, begin, count, teacher, stored, row.slope + begin);
         }
 
         float top_teacher = extremes.teacher, top_student = extremes.student,
@@ -128,7 +128,9 @@ Extremes load_row(const RowsProblem& problem, const void* teacher_row, const voi
             top_student = s > top_student ? s : top_student;
             top_ratio = x > top_ratio ? x : top_ratio;
         }
-        extremes = {top_teacher, top_student, top_ratio};
+        extremes = {top_teacher, top_student, top_ratio,
+                    top_teacher > extremes.teacher ? begin : extremes.teacher_block,
+                    top_student > extremes.student ? begin : extremes.student_block};
     }
     // The passes work on whole vectors: what is beyond the row has probability 0.
     for (int64_t i = problem.vocab_size; i % LANES; ++i) {
@@ -139,12 +141,13 @@ Extremes load_row(const RowsProblem& problem, const void* teacher_row, const voi
     return extremes;
 }
 
-// Whether the student's top token is the teacher's: reads the logits, so it comes before pass 2.
-bool same_top(const Row& row, const Extremes& extremes, int64_t size) {
-    for (int64_t i = 0; i < size; ++i)
-        if (row.teacher[i] == extremes.teacher || row.student[i] == extremes.student)
-            return row.teacher[i] == extremes.teacher && row.student[i] == extremes.student;
-    return false;
+// The first column that attains a maximum, which lies in this block; reads the logits, so it comes
+// before pass 2.
+int64_t first_of(const float* logits, float maximum, int64_t block, int64_t size) {
+    const int64_t end = size - block < BLOCK ? size : block + BLOCK;
+    for (int64_t i = block; i < end; ++i)
+        if (logits[i] == maximum) return i;
+    return block;
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
 // Runs the CUDA row kernel on a CPU, every thread a fibre, under a schedule drawn from a seed:
 //
-//     g++ -std=c++17 -O2 -fPIC -shared -DHERO_EMULATED csrc/cuda/emulator.cpp -o emulator.so
+//     g++ -std=c++17 -O2 -fPIC -shared -I csrc/cuda -I csrc/cpu emulator.cpp -o emulator.so
 //
-// For tests alone (tests/hero_kernels/test_cuda_emulator.py); what it can and cannot see is in
-// platform_emulated.h.
+// For test_cuda_emulator.py; what it can and cannot see is in platform_emulated.h.
 
 #include "emulator_machine.h"
 #include "row_kernel.h"
@@ -13,15 +12,15 @@ namespace {
 Body body_of(const RowsProblem& problem) {
     const bool delta = problem.delta;
     switch (problem.divergence) {
-        case HERO_FORWARD_KL:
-            return delta ? hero::divergence_rows<HERO_FORWARD_KL, true>
-                         : hero::divergence_rows<HERO_FORWARD_KL, false>;
-        case HERO_REVERSE_KL:
-            return delta ? hero::divergence_rows<HERO_REVERSE_KL, true>
-                         : hero::divergence_rows<HERO_REVERSE_KL, false>;
+        case hero::FORWARD_KL:
+            return delta ? hero::divergence_rows<hero::FORWARD_KL, true>
+                         : hero::divergence_rows<hero::FORWARD_KL, false>;
+        case hero::REVERSE_KL:
+            return delta ? hero::divergence_rows<hero::REVERSE_KL, true>
+                         : hero::divergence_rows<hero::REVERSE_KL, false>;
         default:
-            return delta ? hero::divergence_rows<HERO_JSD, true>
-                         : hero::divergence_rows<HERO_JSD, false>;
+            return delta ? hero::divergence_rows<hero::JSD, true>
+                         : hero::divergence_rows<hero::JSD, false>;
     }
 }
 
@@ -50,9 +49,6 @@ void start(Cluster& cluster, int first_block, const hero::Plan& plan) {
 
 namespace hero {
 
-int planted_fault() {
-    return machine->fault;
-}
 int thread_index() {
     return machine->current->index;
 }
@@ -98,7 +94,7 @@ uint32_t shuffle_xor(uint32_t value, int mask) {
 }
 
 void init_barrier(Barrier* barrier, int arrivals) {
-    *barrier = {arrivals, arrivals, 0, 0};
+    *barrier = {static_cast<int8_t>(arrivals), static_cast<int8_t>(arrivals), 0, 0};
     preempt();
 }
 
@@ -149,10 +145,6 @@ void copy_async(void* shared, const void* global, uint32_t bytes, Barrier* barri
 
 extern "C" {
 
-int hero_emulated_abi_version() {
-    return HERO_ABI_VERSION;
-}
-
 // The layout for a GPU with these limits.
 void hero_emulated_plan(const RowsProblem* problem, const hero::Limits* limits, hero::Plan* plan) {
     *plan = hero::choose_plan(*problem, *limits);
@@ -162,13 +154,12 @@ void hero_emulated_plan(const RowsProblem* problem, const hero::Limits* limits, 
 // tiles held at once, 0 for the whole slice. Returns 0, 1 (deadlock), 2 (a slice of too many
 // tiles), 3 (a misaligned address) or 4 (a store outside of the shared memory).
 int hero_emulated_divergence_rows(const RowsProblem* problem, int clusters, int cluster_size,
-                                  int warps, int stages, int fault, uint32_t seed) {
+                                  int warps, int stages, uint32_t seed) {
     const hero::Plan plan = hero::lay_out(*problem, cluster_size, warps, stages);
     if (plan.stages > hero::MAX_STAGES) return 2;
     Machine now;
     machine = &now;
     now.random.seed(seed);
-    now.fault = fault;
     now.block_count = clusters * cluster_size;
     now.problem = problem;
     now.plan = &plan;

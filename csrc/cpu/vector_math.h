@@ -39,21 +39,22 @@ inline T with_sign(T size, T sign) {
 // Polynomials are evaluated in pairs (Estrin): the loops are bound by the latency of dependent
 // operations.
 
-// (e^x - 1 - x) / x^2 for |x| <= 1: its Taylor series, sum of x^k / (k+2)!. Relative error below
-// 1e-7.
+// (e^x - 1 - x) / x^2 for |x| <= CLOSE_LOG_RATIO.
 template <class T>
 inline T quadratic_remainder(T x) {
+    using namespace hero;
     const T x2 = x * x;
     const T x4 = x2 * x2;
-    const T c01 = x * (1.0f / 6.0f) + 1.0f / 2.0f;
-    const T c23 = x * (1.0f / 120.0f) + 1.0f / 24.0f;
-    const T c45 = x * (1.0f / 5040.0f) + 1.0f / 720.0f;
-    const T c67 = x * (1.0f / 362880.0f) + 1.0f / 40320.0f;
-    const T c8 = x2 * (1.0f / 3628800.0f) + c67;
+    const T c01 = x * REMAINDER_1 + REMAINDER_0;
+    const T c23 = x * REMAINDER_3 + REMAINDER_2;
+    const T c45 = x * REMAINDER_5 + REMAINDER_4;
+    const T c67 = x * REMAINDER_7 + REMAINDER_6;
+    const T c8 = x2 * REMAINDER_8 + c67;
     return (c01 + x2 * c23) + x4 * (c45 + x2 * c8);
 }
 
-// e^x = power * (1 + rest), power a power of two, |rest| < 0.42. Valid for -87 <= x <= 88.
+// e^x = power * (1 + rest), power a power of two, |rest| < 0.42. Valid for -88 <= x <= 88; at the low
+// end power is 2^-127, whose bits are those of 0.
 template <class T>
 struct Exponential {
     T power, rest;
@@ -61,50 +62,55 @@ struct Exponential {
 
 template <class T>
 inline Exponential<T> split_exponential(T x) {
+    using namespace hero;
     // Adding 1.5 * 2^23 rounds x/ln 2 to an integer, which then sits in the low bits.
     const float magic = 12582912.0f;
-    const T shifted = x * 1.44269504f + magic;
+    const T shifted = x * LOG2_E + magic;
     const T n = shifted - magic;
-    // ln 2 in two parts: n times the first is exact.
-    const T r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const T r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
     // The remainder's series again; |r| <= 0.35 needs fewer terms.
     const T r2 = r * r;
-    const T c01 = r * (1.0f / 6.0f) + 1.0f / 2.0f;
-    const T c23 = r * (1.0f / 120.0f) + 1.0f / 24.0f;
-    const T c45 = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+    const T c01 = r * REMAINDER_1 + REMAINDER_0;
+    const T c23 = r * REMAINDER_3 + REMAINDER_2;
+    const T c45 = r * REMAINDER_5 + REMAINDER_4;
     const T series = c01 + r2 * (c23 + r2 * c45);
     return {from_words((as_words(shifted) << 23) + 0x3f800000u), r + r2 * series};
 }
 
-// e^x for x <= 88; exactly 0 below -87.
+// e^x and e^x - 1 for x <= 88, each accurate relative to itself; e^x is exactly 0 below -88.
+template <class T>
+struct BothExponentials {
+    T exponential, minus_1;
+};
+template <class T>
+inline BothExponentials<T> both_exponentials(T x) {
+    const Exponential<T> e = split_exponential(at_least(x, -88.0f));
+    const T fraction = e.power * e.rest;
+    return {e.power + fraction, (e.power - 1.0f) + fraction};
+}
 template <class T>
 inline T exponential(T x) {
-    const Exponential<T> e = split_exponential(at_least(x, -87.0f));
-    return choose(x < -87.0f, all<T>(0.0f), e.power + e.power * e.rest);
+    return both_exponentials(x).exponential;
 }
-
-// e^x - 1 for x <= 88.
 template <class T>
 inline T exponential_minus_1(T x) {
-    const Exponential<T> e = split_exponential(at_least(x, -87.0f));
-    return (e.power - 1.0f) + e.power * e.rest;
+    return both_exponentials(x).minus_1;
 }
 
-// log(1 + t) for -1 < t <= 0.
+// log(1 + t) for t > -1, given both t and 1 + t: near t = 0 the one is exact, near -1 the other.
 template <class T>
-inline T log_1_plus(T t) {
-    // 1 + t = 2^k * m with m in [sqrt(1/2), sqrt(2)); where k = 0 the fraction is t itself,
-    // unrounded.
-    const auto offset = as_words(1.0f + t) + (0x3f800000u - 0x3f3504f3u);
+inline T log_1_plus(T t, T one_plus_t) {
+    using namespace hero;
+    // 1 + t = 2^k * m with m in [sqrt(1/2), sqrt(2)); where k = 0 the fraction is t itself.
+    const auto offset = as_words(one_plus_t) + (0x3f800000u - 0x3f3504f3u);
     const auto k = (offset >> 23) - 127u;
     const T m = from_words((offset & 0x7fffffu) + 0x3f3504f3u);
     const T f = choose(k == 0u, t, m - 1.0f);
     // log(1 + f) = 2 artanh(s), s = f / (2 + f), |s| < 0.172.
     const T s = f / (2.0f + f);
     const T z = s * s;
-    const T series =
-        (1.0f / 3.0f + z * (1.0f / 5.0f)) + z * z * (1.0f / 7.0f + z * (1.0f / 9.0f));
-    return to_float(k) * 0.693147181f + (2.0f * s + 2.0f * s * z * series);
+    const T series = (ARTANH_0 + z * ARTANH_1) + z * z * (ARTANH_2 + z * ARTANH_3);
+    return to_float(k) * LN_2 + (2.0f * s + 2.0f * s * z * series);
 }
 
 }  // namespace
