@@ -1,12 +1,13 @@
 """Cases of the Triton row kernels against textbook formulas in fp64 (tile_cases.py).
 
-Run by test_triton_cases.py, in Triton's interpreter or on a GPU. Whole rows by `divergence_rows`, and
-column tiles by the four functions it is made of. In the interpreter blocks have 128 columns, so that
+Run by test_triton_cases.py, in Triton's interpreter or on a GPU. Whole rows by `divergence_rows`,
+and column tiles by the functions it is made of. In the interpreter blocks have 128 columns, so that
 rows of 300 have several.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -26,6 +27,7 @@ from tile_cases import (
 from torch import Tensor
 from triton_tools import DEVICE, mend_interpreter, to_device
 
+from hero_kernels import reference
 from hero_kernels.objective import Objective
 from hero_kernels.rows import finish_rows, row_scales
 from hero_kernels.triton import rows as kernels
@@ -106,8 +108,8 @@ def test_dtypes(kernel: RowKernel, divergence: str, delta: bool, dtype: torch.dt
 @DIVERGENCES
 @DELTA
 def test_everything_a_tile_may_have(kernel: RowKernel, divergence: str, delta: bool) -> None:
-    """Biases, scale, soft cap, temperatures, targets, a clipped ratio, padding with NaN, rows that are
-    not adjacent, and rows that hold raw logits among differences."""
+    """Biases, scale, soft cap, temperatures, targets, a clipped ratio, padding with NaN, rows that
+    are not adjacent, and rows that hold raw logits among differences."""
     case = make_case(divergence, delta, rows=8, vocab=300, scale=0.5, with_stats=True)
     case.student, case.teacher = case.student[::2], case.teacher[1::2]
     case.beta, case.softcap, case.logit_scale = 0.3, 9.0, 0.8
@@ -189,6 +191,16 @@ def test_far_maxima(divergence: str, delta: bool, constant: float) -> None:
     assert relative_error(grad, true_grad) < 5e-3
 
 
+def in_plain_torch(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, the student's entropies and gradients of textbook formulas in fp32."""
+    raw_s = (case.student + case.teacher if case.delta else case.student).requires_grad_()
+    log_s, log_t = raw_s.log_softmax(-1), case.teacher.log_softmax(-1)
+    objective = Objective(divergence=case.divergence, beta=case.beta)
+    values = reference.divergence(log_s, log_t, objective)
+    (grad,) = torch.autograd.grad(values.sum(), raw_s)
+    return values.detach(), reference.entropy(log_s).detach(), grad
+
+
 @pytest.mark.parametrize("beta", [1e-6, 1 - 1e-6, 1e-3, 1 - 1e-3])
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 20.0])
 def test_beta_near_its_ends(beta: float, scale: float) -> None:
@@ -196,28 +208,31 @@ def test_beta_near_its_ends(beta: float, scale: float) -> None:
     stats, grad = case.run(whole_rows)
     true_stats, true_grad = case.truth()
     torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
-    assert relative_error(grad, true_grad) < 1e-5
+    # At scale 20 the students are certain but for 1e-5, which is where fp32 ends.
+    plain = 0.0 if scale < 20 else relative_error(in_plain_torch(case)[2], true_grad)
+    assert relative_error(grad, true_grad) <= max(1e-5, plain)
 
 
 @DIVERGENCES
 @DELTA
-@pytest.mark.parametrize("rest", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("rest", [1e-2, 1e-4])
 def test_confident_students(divergence: str, delta: bool, rest: float) -> None:
-    """At least as exact as autograd through textbook formulas in fp32."""
+    """p = 1 - rest: at least as exact as plain torch in fp32."""
     case = make_case(divergence, delta, rows=8, vocab=300, scale=0.5, with_stats=True)
     logits = case.teacher + case.student if delta else case.student
-    others = logits[:, 1:].logsumexp(-1)
-    case.teacher[:, 0] = others + torch.tensor((1 - rest) / rest).log() - case.student[:, 0] * delta
+    certain = logits[:, 1:].logsumexp(-1) + math.log((1 - rest) / rest)
+    case.teacher[:, 0] = certain - (case.student[:, 0] if delta else 0.3)
     if not delta:
-        case.student[:, 0] = case.teacher[:, 0] + 0.3
+        case.student[:, 0] = certain
     stats, grad = case.run(whole_rows)
     true_stats, true_grad = case.truth()
-    plain_stats, plain_grad = case.truth(torch.float32)
+    values, entropies, plain_grad = in_plain_torch(case)
     assert relative_error(grad, true_grad) <= relative_error(plain_grad, true_grad) + 1e-6
-    for column, rounding in ((0, 0.0), (4, 2e-7)):  # an entropy as a sum of terms up to 1
+    # An entropy is a sum of terms up to 1, of which each may be rounded.
+    for column, plain, rounding in ((0, values, 0.0), (4, entropies, 2e-7)):
         truth = true_stats[:, column]
-        error, plain = ((value[:, column] - truth).norm() for value in (stats, plain_stats))
-        assert error <= plain + 1e-6 * truth.norm() + rounding
+        allowed = (plain - truth).norm() + 1e-6 * truth.norm() + rounding
+        assert (stats[:, column] - truth).norm() <= allowed
 
 
 @KERNELS
@@ -244,8 +259,8 @@ def test_masked_and_padding_columns(kernel: RowKernel, divergence: str, delta: b
 @DIVERGENCES
 @pytest.mark.parametrize("side", ["teacher", "student"])
 def test_columns_that_one_side_alone_masks(divergence: str, side: str) -> None:
-    """The oracle gives them exp(-150) on that side. Where the divergence is infinite, statistics are
-    not."""
+    """The oracle gives them exp(-150) on that side. Where the divergence is infinite, statistics
+    are not."""
     case = make_case(divergence, False, rows=3, vocab=300, with_stats=True)
     case.target_ids = torch.tensor([7, 110, 299])
     logits = getattr(case, side)
