@@ -67,11 +67,7 @@ class Result:
     failed: bool = False
     """Skipped for an error or a wrong loss, not because it is unavailable here."""
     plan: str | None = None
-    """Of ours: what the planner took, for example "chunked, triton, 2560 rows"."""
-    predicted_seconds: float | None = None
-    """Of ours: by the planner, with the constants of hero_kernels/costs/."""
-    predicted_bytes: int | None = None
-    """Of ours: by the planner, to set beside `extra_bytes`."""
+    """Of ours: implementation and tile, in the words of `hero_kernels.explain`."""
 
     @property
     def median(self) -> float:
@@ -121,8 +117,7 @@ def _prepare(name: str, case: Case, problem: Problem, limits: Limits, result: Re
     expected = check(name, case, device, result)
     make = CONTESTANTS[name].make
     if isinstance(make, Ours):
-        foreseen = make.prediction(case, device)
-        result.plan, result.predicted_seconds, result.predicted_bytes = foreseen
+        result.plan = make.plan(case, device)
     if expected > limits.call_seconds:
         raise Excluded(
             f"a call would take about {expected:.0f} s, more than the limit of "
@@ -149,14 +144,14 @@ def check(name: str, case: Case, device: str, result: Result) -> float:
     small = replace(case, tokens=min(case.tokens, CHECK_TOKENS))
     vocab = min(case.vocab, CHECK_VOCAB)
     loss_of = CONTESTANTS[name].make(case, device)
-    result.loss_error, _, _ = _compare(loss_of, make_problem(small, device, FAR, vocab))
+    result.loss_error, _, _ = compare(loss_of, make_problem(small, device, FAR, vocab))
     if not result.loss_error <= MAX_LOSS_ERROR[case.dtype]:
         raise Excluded(f"its loss is {100 * result.loss_error:.2g} % off that of fp64")
-    _, result.gradient_errors, seconds = _compare(loss_of, make_problem(small, device, NEAR, vocab))
+    _, result.gradient_errors, seconds = compare(loss_of, make_problem(small, device, NEAR, vocab))
     return seconds * case.active_tokens * case.vocab / (small.active_tokens * vocab)
 
 
-def _compare(
+def compare(
     loss_of: Callable[[Problem], Tensor], problem: Problem
 ) -> tuple[float, list[float], float]:
     """Errors of the loss and of the gradients against fp64, and the seconds of the call."""
