@@ -71,10 +71,15 @@ class Ours:
 
 
 def torch_loss(h_s: Tensor, weight: Tensor, h_t: Tensor, divergence: str) -> Tensor:
-    """Sum over rows, from whole logits: fp32 softmax, `kl_div`, autograd."""
+    """Sum over rows, from whole logits."""
     with torch.no_grad():
-        logp_t = F.log_softmax((h_t @ weight.t()).float(), -1)
-    logp_s = F.log_softmax((h_s @ weight.t()).float(), -1)
+        teacher = h_t @ weight.t()
+    return torch_divergence(h_s @ weight.t(), teacher, divergence)
+
+
+def torch_divergence(z_s: Tensor, z_t: Tensor, divergence: str) -> Tensor:
+    """Sum over rows of logits [N, V]: fp32 softmax, `kl_div`, autograd."""
+    logp_t, logp_s = F.log_softmax(z_t.float(), -1), F.log_softmax(z_s.float(), -1)
     if divergence == "forward_kl":
         return F.kl_div(logp_s, logp_t, reduction="sum", log_target=True)
     if divergence == "reverse_kl":

@@ -148,9 +148,7 @@ def with_gradients(
     return [*(values.detach() for values in kept), *torch.autograd.grad(total, inputs.trainable)]
 
 
-def logprob_checks(
-    size: Size, device: str, variant: Variant, refused: set[str]
-) -> Iterator[Check]:
+def logprob_checks(size: Size, device: str, variant: Variant, refused: set[str]) -> Iterator[Check]:
     """`linear_logprobs`: log-probabilities, entropies, and gradients of both."""
     if variant.splits:
         return

@@ -8,8 +8,8 @@ whole operation, `linear_logprobs`, exact behaviour, more than 2^31 logits. Ever
 error and its limit; the exit status says whether all were kept. What a subject refuses (a type,
 say) is printed with its reason, and one for which no check is made fails.
 
-Each subject has a process of its own, and all run at once but for the largest check, which fills the
-memory. --one-process is for tools that watch one process.
+Each subject has a process of its own, and all run at once, except in the largest check, which fills
+the memory. --one-process is for tools that watch one process.
 
 Without a GPU the same checks run what a CPU can. The seed is drawn anew for each run and printed,
 to repeat one that failed.
@@ -21,7 +21,7 @@ import argparse
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,25 +118,16 @@ def run_in_processes(
     deadline = time.monotonic() + seconds
     workers = {name: Worker() for name in report.checks}
 
-    def attempt(name: str, group: str, step: Callable[[Worker], Answer | None]) -> None:
-        if name not in workers:
-            return
-        try:
-            answer = step(workers[name])
-        except Broken as reason:
-            answer = [Check(f"{group}: {reason}", math.nan, 0.0)], set()
-            workers.pop(name).stop()
-        if answer:
-            report.add(name, answer)
-
     for group in groups:
-        at_once = [list(workers)] if group != ALONE else [[name] for name in workers]
-        for names in at_once:
+        for names in [[name] for name in workers] if group == ALONE else [list(workers)]:
             for name in names:
-                arguments = (name, group, size, device, seed)
-                attempt(name, group, lambda worker, given=arguments: worker.ask(run_group, *given))
+                workers[name].ask(run_group, name, group, size, device, seed)
             for name in names:
-                attempt(name, group, lambda worker: worker.answer(deadline))
+                try:
+                    report.add(name, workers[name].answer(deadline))
+                except Broken as reason:
+                    report.add(name, ([Check(f"{group}: {reason}", math.nan, 0.0)], set()))
+                    workers.pop(name).stop()
     for worker in workers.values():
         worker.stop()
 

@@ -20,11 +20,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.baselines import CONTESTANTS, SLOW_TO_START
+from benchmarks.machine import ROOT
 from benchmarks.problem import Problem, make_problem
 from benchmarks.shapes import Case
 from benchmarks.yardsticks import Step
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def step_of(name: str, case: Case, problem: Problem) -> Step:

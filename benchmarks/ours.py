@@ -133,9 +133,7 @@ SUBJECTS_OF = {
 if "tile_rows" not in KernelOptions.__dataclass_fields__:
     _Old: Any = KernelOptions
 
-    def KernelOptions(  # type: ignore[no-redef]  # noqa: N802
+    def KernelOptions(  # type: ignore[no-redef]
         tile_rows: int | None = None, tile_columns: int | None = None, **others: Any
     ) -> Any:
-        return _Old(
-            chunk_size=tile_rows, design="sliced" if tile_columns else "chunked", **others
-        )
+        return _Old(chunk_size=tile_rows, design="sliced" if tile_columns else "chunked", **others)

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks import memory
 from benchmarks.baselines import CONTESTANTS, Unavailable
+from benchmarks.machine import device_type
 from benchmarks.problem import make_problem
 from benchmarks.shapes import Case
 from benchmarks.yardsticks import synchronize
@@ -50,10 +51,10 @@ def main() -> None:
     parser.add_argument("case", type=Case.parse)
     parser.add_argument("contestants", help=f"comma-separated, of {', '.join(CONTESTANTS)}")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     names = options.contestants.split(",")
     if unknown := [name for name in names if name not in CONTESTANTS]:
-        parser.error(f"no {', '.join(unknown)}; expected some of {', '.join(CONTESTANTS)}")
+        parser.error(f"unknown {', '.join(unknown)}; expected some of {', '.join(CONTESTANTS)}")
     print(f"called: {', '.join(profile(options.case, names, device))}")
 
 

@@ -49,8 +49,9 @@ def entries_of(session: Mapping[str, Any]) -> Entries:
 
 def ending(machine: Mapping[str, Any], entries: Entries) -> list[str]:
     """What is said once all cases were measured."""
-    parts = [sweep(entries)] if is_sweep(entries) else []
-    parts += [summary(entries), not_measured(entries), busy(machine)]
+    parts = [sweep(entries) if is_sweep(entries) else "", summary(entries), not_measured(entries)]
+    if warning := busy(machine):
+        parts.append(_wrapped(warning))
     return [part for part in parts if part]
 
 
@@ -156,7 +157,8 @@ def summary(entries: Entries) -> str:
             continue
         times = [speedup(results, "hero", name) for _, results in met]
         pairs = [(results[name], results["hero"]) for _, results in met]
-        memory = [a.extra_bytes / b.extra_bytes for a, b in pairs if a.extra_bytes and b.extra_bytes]
+        sizes = [(a.extra_bytes, b.extra_bytes) for a, b in pairs]
+        memory = [theirs / ours for theirs, ours in sizes if theirs and ours]
         errors = [
             a.gradient_errors[0] / b.gradient_errors[0]
             for a, b in pairs
@@ -213,7 +215,8 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     if kernel:
         words.append(f" (row kernel: {kernel})")
     if products:
-        words.append(", bf16 products " + ("by widening" if products == "none" else f"by {products}"))
+        how = "widening" if products == "none" else products
+        words.append(f", bf16 products by {how}")
     words.append(f"; {versions}; {machine['date']}, commit {machine['commit']}.")
     return _wrapped("".join(words))
 

@@ -5,6 +5,7 @@ Each compiles its kernels while the others compile theirs.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 import traceback
@@ -18,7 +19,7 @@ class Broken(Exception):
 
 
 class Worker:
-    """Calls functions, one at a time, in a process of its own; arguments and answers are pickled."""
+    """Calls functions, one at a time, in a process of its own; what is passed is pickled."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -28,15 +29,9 @@ class Worker:
         theirs.close()
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Start a call.
-
-        Raises:
-            Broken: the process has ended.
-        """
-        try:
+        """Start a call; `answer` says what became of it, the end of the process included."""
+        with contextlib.suppress(OSError):
             self._connection.send((function, arguments))
-        except OSError as error:
-            raise Broken(f"its process has ended: {error}") from error
 
     def answer(self, deadline: float) -> Any:
         """What the call returned.
