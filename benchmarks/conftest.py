@@ -38,10 +38,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--skip-memory", action="store_true", help="do not measure peak memory")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.option.benchmark_quiet = True  # the tables of report.py stand for pytest-benchmark's
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test for each contestant of each case."""
     if "contestant" not in metafunc.fixturenames:

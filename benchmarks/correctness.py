@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import first_look
 from benchmarks.check_problems import (
-    FUSED_LIMITS,
     LIMIT,
     LOSS_SCALE,
     PLAIN_FACTOR,
@@ -24,6 +24,7 @@ from benchmarks.check_problems import (
     Inputs,
     Size,
     cut,
+    limits,
     loss_and_gradients,
     make_inputs,
     poison,
@@ -41,13 +42,6 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 BETA = 0.3
 TEMPERATURE = 1.3
 WHICH = ("loss", "dX", "dW")
-
-
-def limits(variant: Variant, dtype: torch.dtype, shared_head: bool) -> tuple[float, float, float]:
-    """Of loss, dX and dW."""
-    if variant.impl == "triton_fused" and shared_head:
-        return FUSED_LIMITS
-    return (LIMIT[dtype],) * 3
 
 
 def operation_checks(
@@ -236,9 +230,16 @@ def large_checks(size: Size, device: str, variant: Variant, refused: set[str]) -
 
 
 CHECKS = {
+    "launch": first_look.launch,
+    "right": first_look.right,
+    "one-call": first_look.one_call,
     "rows": row_checks,
     "operation": operation_checks,
     "logprobs": logprob_checks,
     "behaviour": behaviour_checks,
     "large": large_checks,
 }
+"""Groups of checks, the most valuable first."""
+FIRST_LOOK = ("launch", "right", "one-call")
+ALONE = ("one-call", "large")
+"""Groups that need the machine, or its memory, for themselves."""

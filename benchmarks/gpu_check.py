@@ -1,15 +1,16 @@
 """Correctness on a GPU, against fp64, with fresh random inputs and poisoned memory.
 
-    python -m benchmarks.gpu_check [--size smallest|tiny|full] [--subjects triton,cuda,...]
+    python -m benchmarks.gpu_check [--first-look] [--size smallest|full] [--subjects triton,...]
                                    [--one-process] [--seed N] [--out FILE]
 
-Every implementation passes all checks of `correctness.py` on its own: rows of given logits, the
-whole operation, `linear_logprobs`, exact behaviour, more than 2^31 logits. Every check prints its
-error and its limit; the exit status says whether all were kept. What a subject refuses (a type,
-say) is printed with its reason, and one for which no check is made fails.
+Every implementation passes all checks of `correctness.py` on its own: it launches, is right on
+three shapes, and one call is timed (--first-look ends here); then rows of given logits, the whole
+operation, `linear_logprobs`, exact behaviour, more than 2^31 logits. Every check prints its error
+and its limit; the exit status says whether all were kept. What a subject refuses (a type, say) is
+printed with its reason, and one for which no check is made fails.
 
-Each subject has a process of its own, and all run at once, except in the largest check, which fills
-the memory. --one-process is for tools that watch one process.
+Each subject has a process of its own, and all run at once, except where one is timed or fills the
+memory. --one-process is for tools that watch one process. The file is complete after each group.
 
 Without a GPU the same checks run what a CPU can. The seed is drawn anew for each run and printed,
 to repeat one that failed.
@@ -28,13 +29,10 @@ from typing import Any
 import torch
 
 from benchmarks.check_problems import SIZES, Check
-from benchmarks.correctness import CHECKS
-from benchmarks.machine import device_type, write_json
+from benchmarks.correctness import ALONE, CHECKS, FIRST_LOOK
+from benchmarks.machine import describe, device_type, write_json
 from benchmarks.ours import SUBJECTS, SUBJECTS_OF
 from benchmarks.workers import Broken, Worker
-
-ALONE = "large"
-"""The group of checks that leaves no memory for another process."""
 
 Answer = tuple[list[Check], set[str]]
 """Checks, and the reasons of what was refused."""
@@ -61,19 +59,15 @@ class Report:
     ) -> None:
         self.checks: dict[str, list[Check]] = {name: [] for name in names}
         self.refused: dict[str, set[str]] = {name: set() for name in names}
-        self._about = {"device": device, "seed": seed, "subjects": list(names)}
+        self._about = {"machine": describe(device), "seed": seed, "subjects": list(names)}
         self._quiet, self._out = quiet, out
 
     def add(self, subject: str, answer: Answer) -> None:
         self.refused[subject] |= answer[1]
         for check in answer[0]:
             self.checks[subject].append(check)
-            if not check.passed or not self._quiet:
-                print(
-                    f"{'ok  ' if check.passed else 'FAIL'} {check.error:8.1e} "
-                    f"(limit {check.limit:.1e})  {subject}: {check.name}",
-                    flush=True,
-                )
+            if not check.passed or check.limit is None or not self._quiet:
+                print(f"{subject:12} {check}", flush=True)
         if self._out:
             write_json(self._out, self.as_json())  # now: nothing that comes later must lose it
 
@@ -119,7 +113,7 @@ def run_in_processes(
     workers = {name: Worker() for name in report.checks}
 
     for group in groups:
-        for names in [[name] for name in workers] if group == ALONE else [list(workers)]:
+        for names in [[name] for name in workers] if group in ALONE else [list(workers)]:
             for name in names:
                 workers[name].ask(run_group, name, group, size, device, seed)
             for name in names:
@@ -148,6 +142,7 @@ def chosen(text: str | None, known: Sequence[str], default: Sequence[str], what:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare what this package computes with fp64.")
+    parser.add_argument("--first-look", action="store_true", help="the first three groups only")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--subjects", help=f"default: by device; of {', '.join(SUBJECTS)}")
     parser.add_argument("--groups", help=f"of checks; default: all of {', '.join(CHECKS)}")
@@ -159,7 +154,8 @@ def main() -> None:
     options = parser.parse_args()
     device = device_type()
     names = chosen(options.subjects, tuple(SUBJECTS), SUBJECTS_OF[device], "--subjects")
-    groups = chosen(options.groups, tuple(CHECKS), tuple(CHECKS), "--groups")
+    usual = FIRST_LOOK if options.first_look else tuple(CHECKS)
+    groups = chosen(options.groups, tuple(CHECKS), usual, "--groups")
     seed = secrets.randbits(31) if options.seed is None else options.seed
     print(f"{', '.join(names)} on {device}, seed {seed}")
 

@@ -5,7 +5,7 @@
 #
 # The most valuable comes first. Within the first minute it is known which kernels launch, which are
 # right on three shapes, and what one call takes. Then: build, the same for what was built, every
-# implementation against fp64, the machine's ceilings, the table of benchmarks, implementations
+# implementation against fp64, the table of benchmarks, implementations
 # compared, the tests that need a GPU, compute-sanitizer, a sweep over the number of tokens, ncu,
 # compiled contestants. Each stage has a time limit of its own and the session one for all, so that
 # what overruns takes time from the last stages only. A stage that fails does not keep the others
@@ -16,7 +16,6 @@
 #     session.log, session.json     what was printed, ncu's sections included; stages with status
 #     first.json, first-cuda.json   launch, errors and time of one call
 #     check.json                    errors and limits of the checks
-#     ceilings.json                 bandwidth and products of the machine
 #     benchmark.json, comparison.json, sweep.json, compiled.json
 #                                   for `python -m benchmarks.report`
 #
@@ -126,11 +125,11 @@ compared=hero-triton,hero-triton-fused,hero-cuda,hero-split
 if $dry_run; then
     export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
     size=smallest table=dry-run comparison=dry-run sweep=dry-run-sweep seconds=0
-    contestants=hero,eager more=(--skip-memory) tiny=(--dry-run) first=()
+    contestants=hero,eager more=(--skip-memory) first=()
 else
     size=full table=gpu comparison=comparison sweep=sweep seconds=2
     contestants=hero,hero-own-head,eager,chunked,liger-fused,liger-chunked,trl-chunked
-    more=() tiny=() first=(--subjects "triton,triton-split,triton-fused")
+    more=() first=(--subjects "triton,triton-split,triton-fused")
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         say "No CUDA device: run this on a GPU machine, or with --dry-run." >&2
         exit 1
@@ -146,7 +145,7 @@ fi
 
 jobs=() # most of the time of the tests goes into compiling kernels
 "$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
-look=("$python" -m benchmarks.first_look)
+look=("$python" -m benchmarks.gpu_check --first-look)
 check=("$python" -m benchmarks.gpu_check --quiet)
 benchmark=("$python" -m pytest benchmarks -p no:cacheprovider "${more[@]}")
 # Only our kernels are instrumented; torch's own would take the whole session.
@@ -161,12 +160,11 @@ stage first 60 "${look[@]}" "${first[@]}" --seconds 57 --out "$out/first.json"
 gpu_stage build 45 env HERO_BUILD_CPP=1 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
 gpu_stage first-cuda 20 "${look[@]}" --subjects cuda --seconds 18 --out "$out/first-cuda.json"
 stage check 80 "${check[@]}" --seconds 77 --size "$size" --out "$out/check.json"
-stage ceilings 20 "$python" -m benchmarks.yardsticks --out "$out/ceilings.json" "${tiny[@]}"
 stage benchmarks 100 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
     --contestants "$contestants" --results "$out/benchmark.json"
 stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds" \
     --contestants "hero,$compared" --results "$out/comparison.json"
-gpu_stage tests 60 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
+gpu_stage tests 70 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
     -k '(triton or cuda or gpu) and not (interpreter or compile or emulator)'
 gpu_stage memcheck 28 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
     "${sanitizer[@]}" --tool memcheck "${check[@]}" --one-process --size smallest
@@ -175,10 +173,10 @@ gpu_stage racecheck 28 "${sanitizer[@]}" --tool racecheck "${check[@]}" --one-pr
 stage sweep 40 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
     --contestants hero,eager --results "$out/sweep.json"
 # In what time is left. Compiling takes longer than all the rest: one case.
-optional_gpu_stage ncu 20 ncu --set basic --profile-from-start off \
+optional_gpu_stage ncu 30 ncu --set basic \
     --kernel-name "regex:$(IFS='|' && echo "${kernels[*]}")" --filter-mode per-launch-config \
     --launch-count 1 --clock-control none \
-    "$python" -m benchmarks.profiled qwen3-0.6b_2048_bfloat16_jsd_100_trained "$compared"
+    "${look[@]}" --groups one-call --one-process
 optional_gpu_stage compiled 90 "${benchmark[@]}" --cases gpu --seconds 2 \
     -k qwen3-4b_8192_bfloat16_jsd_100_trained \
     --contestants hero,compiled,auto-chunked,liger-compiled --results "$out/compiled.json"

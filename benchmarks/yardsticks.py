@@ -1,20 +1,13 @@
-"""What a time is compared with: the head's products alone, and the machine's ceilings.
-
-Run as a program, it measures the ceilings: `python -m benchmarks.yardsticks [--out FILE]`.
-"""
+"""What a time is compared with: the head's products alone."""
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import device_type, write_json
 from benchmarks.problem import Problem
 from hero_kernels import gemm
 
@@ -123,49 +116,3 @@ def timed(step: Step, device: str) -> float:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def median_time(step: Step, device: str, rounds: int) -> float:
-    """Seconds, after two warm-up calls."""
-    for _ in range(2):
-        step()
-    return statistics.median(timed(step, device) for _ in range(rounds))
-
-
-def ceilings(device: str, copy_bytes: int, size: int) -> dict[str, float]:
-    """Bandwidth of a copy (read plus written) in GB/s, and TFLOP/s of square products.
-
-    Args:
-        device: "cpu" or "cuda".
-        copy_bytes: several times the last cache.
-        size: rows and columns of the products.
-    """
-    source = torch.randint(256, (copy_bytes,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    rates = {
-        "copy_gb_per_s": 2e-9 * copy_bytes / median_time(lambda: target.copy_(source), device, 10)
-    }
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        seconds = median_time(lambda a=a, b=b: a @ b, device, 10)  # type: ignore[misc]
-        name = str(dtype).removeprefix("torch.")
-        rates[f"{name}_tflop_per_s"] = 2e-12 * size**3 / seconds
-    return rates
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the machine's ceilings.")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
-    options = parser.parse_args()
-    device = device_type()
-    copy_bytes, size = (1 << 32, 8192) if device == "cuda" else (1 << 28, 1024)
-    rates = ceilings(device, *((1 << 20, 64) if options.dry_run else (copy_bytes, size)))
-    for name, rate in rates.items():
-        print(f"{name:24} {rate:10.2f}")
-    if options.out:
-        write_json(options.out, rates)
-
-
-if __name__ == "__main__":
-    main()
