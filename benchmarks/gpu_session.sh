@@ -5,12 +5,11 @@
 #
 # The most valuable comes first. Within the first minute it is known which kernels launch, which are
 # right on three shapes, and what one call takes. Then: build, the same for what was built, every
-# implementation against fp64, the table of benchmarks, implementations
-# compared, the tests that need a GPU, compute-sanitizer, a sweep over the number of tokens, ncu,
-# compiled contestants. Each stage has a time limit of its own and the session one for all, so that
-# what overruns takes time from the last stages only. A stage that fails does not keep the others
-# from running; the exit status is 1 if any did. Every file is complete after each step of a stage,
-# and session.json after each stage.
+# implementation against fp64, the table of benchmarks, implementations compared, the tests that need
+# a GPU, compute-sanitizer, a sweep over the number of tokens, ncu, compiled contestants. Each stage
+# has a time limit of its own and the session one for all, so that what overruns takes time from the
+# last stages only. A stage that fails does not keep the others from running; the exit status is 1
+# if any did. Files are complete at any time, and session.json is written after every stage.
 #
 # Logs and JSON go to $OUT (default benchmarks/results/gpu):
 #     session.log, session.json     what was printed, ncu's sections included; stages with status
@@ -31,7 +30,7 @@
 #                                      what trl needs and torch's usual companions lack; they import
 #                                      pandas, pyarrow, fsspec, xxhash, httpx, huggingface_hub
 # 3 MB in all. Without them those contestants are skipped, with the reason. The benchmarks
-# themselves need pytest and pytest-benchmark; pytest-xdist makes the tests faster.
+# themselves need pytest; pytest-xdist makes the tests faster.
 #
 # --dry-run needs no GPU: it takes tiny shapes and the CPU's implementations, and prints the
 # commands of the stages that need one.

@@ -46,7 +46,8 @@ def draw(
         sizes = [(result.extra_bytes or 0) / 2**20 for result in results.values()]
         for axis, values in zip(panels, (times, sizes), strict=True):
             drawn = axis.barh(list(results), values, color=colours)
-            axis.bar_label(drawn, [f"{x:.3g}" if x else "" for x in values], padding=3, fontsize=8)
+            labels = [f"{x:,.0f}" if x >= 10 else f"{x:.2g}" if x else "" for x in values]
+            axis.bar_label(drawn, labels, padding=3, fontsize=8)
             axis.margins(x=0.15)
             axis.spines[["top", "right"]].set_visible(False)
             axis.tick_params(labelsize=8)
