@@ -25,6 +25,8 @@ from benchmarks.shapes import Case
 from benchmarks.yardsticks import multiplies_bfloat16, rows_at_once
 
 Loss = Callable[[Problem], Tensor]
+Make = Callable[[Case, str], Loss]
+"""Makes the loss for a case on a device type ("cpu", "cuda"); raises `Unavailable`."""
 
 PACKAGE_BETA = {"jsd": BETA, "forward_kl": 0.0, "reverse_kl": 1.0}
 """What Liger and TRL call the three divergences."""
@@ -32,16 +34,6 @@ PACKAGE_BETA = {"jsd": BETA, "forward_kl": 0.0, "reverse_kl": 1.0}
 
 class Unavailable(Exception):
     """Why a contestant cannot take part in a case."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One implementation of the loss."""
-
-    title: str
-    """For the legend of the tables."""
-    make: Callable[[Case, str], Loss]
-    """The loss for a case on a device type ("cpu", "cuda"); raises `Unavailable`."""
 
 
 @dataclass(frozen=True)
@@ -210,25 +202,20 @@ def _imported(name: str) -> Any:
         raise Unavailable(f"{package} cannot be imported: {error}") from error
 
 
-OURS = {
-    "hero": "hero_kernels, told that both heads are one",
-    "hero-own-head": "hero_kernels, told nothing of that, as for another teacher",
-    "hero-triton": "hero_kernels, the Triton row kernels",
-    "hero-triton-fused": "hero_kernels, the Triton product that returns statistics too",
-    "hero-cuda": "hero_kernels, the CUDA row kernel",
-    "hero-split": "hero_kernels, the vocabulary in tiles",
+OURS: dict[str, Make] = {name: Ours(variant) for name, variant in VARIANTS.items()}
+CONTESTANTS: dict[str, Make] = {
+    **OURS,
+    "eager": eager,
+    "eager-widened": eager_widened,
+    "chunked": chunked,
+    "compiled": compiled,
+    "auto-chunked": auto_chunked,
+    "liger-fused": liger_fused,
+    "liger-chunked": liger_chunked,
+    "liger-compiled": liger_compiled,
+    "trl-chunked": trl_chunked,
 }
-CONTESTANTS = {name: Contestant(title, Ours(VARIANTS[name])) for name, title in OURS.items()} | {
-    "eager": Contestant("torch, whole logits", eager),
-    "eager-widened": Contestant("torch, whole logits, inputs cast to fp32", eager_widened),
-    "chunked": Contestant("torch, some rows at once, checkpointed", chunked),
-    "compiled": Contestant("torch.compile, whole logits", compiled),
-    "auto-chunked": Contestant("torch.compile with the auto-chunker", auto_chunked),
-    "liger-fused": Contestant("Liger fused linear JSD", liger_fused),
-    "liger-chunked": Contestant("Liger chunked JSD", liger_chunked),
-    "liger-compiled": Contestant("Liger chunked JSD, compiled", liger_compiled),
-    "trl-chunked": Contestant("TRL chunked divergence", trl_chunked),
-}
+"""By the names that tables use; docs/benchmarks.md says what each is."""
 SLOW_TO_START = ("compiled", "auto-chunked", "liger-compiled")
 """Compiled for every shape, which takes longer than all the rest: they run in the plain cases only,
 and on CPU only with --full."""

@@ -71,7 +71,7 @@ class Session:
         self.machine = machine.describe(device_type())
         self._say(report.machine_line(self.machine))
         if warning := machine.busy(self.machine):
-            self._say(warning)
+            self._say(report.wrapped(warning))
 
     def results(self, case: Case) -> dict[str, measure.Result]:
         if case not in self._measured:

@@ -53,7 +53,6 @@ class Limits:
 class Result:
     """One contestant, or one yardstick, in one case."""
 
-    title: str
     skipped: str | None = None
     """Why it was not measured; the rest is then empty."""
     seconds: list[float] = field(default_factory=list)
@@ -85,7 +84,7 @@ def measure(case: Case, names: Sequence[str], device: str, limits: Limits) -> di
     """
     torch._dynamo.reset()  # compiled code of other shapes would count against its limit
     problem = make_problem(case, device)
-    results = {name: Result(CONTESTANTS[name].title) for name in names}
+    results = {name: Result() for name in names}
     steps: dict[str, Step] = {}
     for name, result in results.items():
         try:
@@ -102,8 +101,8 @@ def measure(case: Case, names: Sequence[str], device: str, limits: Limits) -> di
             if not result.seconds:
                 steps[name] = step
         _drop(problem)
-    for name, (title, make) in YARDSTICKS.items():
-        results[name] = Result(title)
+    for name, make in YARDSTICKS.items():
+        results[name] = Result()
         steps[name] = make(problem)
         steps[name]()
     for name, times in round_robin(steps, device, limits.rounds_seconds).items():
@@ -115,7 +114,7 @@ def _prepare(name: str, case: Case, problem: Problem, limits: Limits, result: Re
     """Check, warm up, measure the memory; if the contestant is slow, fill in its time."""
     device = problem.weight.device.type
     expected = check(name, case, device, result)
-    make = CONTESTANTS[name].make
+    make = CONTESTANTS[name]
     if isinstance(make, Ours):
         result.plan = make.plan(case, device)
     if expected > limits.call_seconds:
@@ -143,7 +142,7 @@ def check(name: str, case: Case, device: str, result: Result) -> float:
     """
     small = replace(case, tokens=min(case.tokens, CHECK_TOKENS))
     vocab = min(case.vocab, CHECK_VOCAB)
-    loss_of = CONTESTANTS[name].make(case, device)
+    loss_of = CONTESTANTS[name](case, device)
     result.loss_error, _, _ = compare(loss_of, make_problem(small, device, FAR, vocab))
     if not result.loss_error <= MAX_LOSS_ERROR[case.dtype]:
         raise Excluded(f"its loss is {100 * result.loss_error:.2g} % off that of fp64")

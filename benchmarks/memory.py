@@ -27,7 +27,7 @@ SECONDS = 900.0
 
 def step_of(name: str, case: Case, problem: Problem) -> Step:
     """Forward and backward of a contestant; gradients of the call before are dropped first."""
-    loss = CONTESTANTS[name].make(case, problem.weight.device.type)
+    loss = CONTESTANTS[name](case, problem.weight.device.type)
 
     def step() -> None:
         for tensor in problem.trainable:

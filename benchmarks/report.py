@@ -51,7 +51,7 @@ def ending(machine: Mapping[str, Any], entries: Entries) -> list[str]:
     """What is said once all cases were measured."""
     parts = [sweep(entries) if is_sweep(entries) else "", summary(entries), not_measured(entries)]
     if warning := busy(machine):
-        parts.append(_wrapped(warning))
+        parts.append(wrapped(warning))
     return [part for part in parts if part]
 
 
@@ -61,12 +61,12 @@ def case_table(case: Case, results: Mapping[str, Result]) -> str:
     lines = [f"**{title(case)}**", "", aligned([COLUMNS, *rows])]
     plans = [f"{name}: {result.plan}." for name, result in results.items() if result.plan]
     if plans:
-        lines += ["", *map(_wrapped, plans)]
+        lines += ["", *map(wrapped, plans)]
     for name in YARDSTICKS:
         times = results[name].seconds if name in results else []
         if times and max(times) > UNEVEN * statistics.median(times):
             spread = max(times) / statistics.median(times)
-            lines += ["", _wrapped(f"Uneven rounds: {name} once took {spread:.1f} x its median.")]
+            lines += ["", wrapped(f"Uneven rounds: {name} once took {spread:.1f} x its median.")]
     return "\n".join(lines)
 
 
@@ -175,7 +175,7 @@ def summary(entries: Entries) -> str:
     if len(rows) == 1:
         return ""
     text = "**What is ahead of what**\n\n" + aligned(rows)
-    return "\n".join([text, *([""] if behind else []), *map(_wrapped, behind)])
+    return "\n".join([text, *([""] if behind else []), *map(wrapped, behind)])
 
 
 def _span(values: Sequence[float]) -> str:
@@ -197,13 +197,14 @@ def not_measured(entries: Entries) -> str:
     if not cases:
         return ""
     lines = [
-        _wrapped(f"- {name} ({count} {'case' if count == 1 else 'cases'}): {reason}", "  ")
+        wrapped(f"- {name} ({count} {'case' if count == 1 else 'cases'}): {reason}", "  ")
         for (name, reason), count in cases.items()
     ]
     return "\n".join(["Not measured:", "", *lines])
 
 
-def _wrapped(text: str, indent: str = "") -> str:
+def wrapped(text: str, indent: str = "") -> str:
+    """In lines of at most 100 columns."""
     return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
 
 
@@ -218,7 +219,7 @@ def machine_line(machine: Mapping[str, Any]) -> str:
         how = "widening" if products == "none" else products
         words.append(f", bf16 products by {how}")
     words.append(f"; {versions}; {machine['date']}, commit {machine['commit']}.")
-    return _wrapped("".join(words))
+    return wrapped("".join(words))
 
 
 def plot(session: Mapping[str, Any], path: Path) -> None:

@@ -68,28 +68,11 @@ class Case:
 
     @property
     def id(self) -> str:
-        """For example `smollm2-135m_2048_bfloat16_jsd_100_trained`; `Case.parse` reads it."""
+        """For example `smollm2-135m_2048_bfloat16_jsd_100_trained`."""
         head = "trained" if self.trainable_head else "frozen"
         share = f"{100 * self.action_share:.0f}"
         divergence = self.divergence.replace("_", "-")
         return "_".join((self.model, str(self.tokens), self.dtype, divergence, share, head))
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        """The case with this `id`; raises ValueError for anything else."""
-        fields = text.split("_")
-        if len(fields) != 6 or fields[0] not in MODELS or fields[5] not in ("trained", "frozen"):
-            example = cls("smollm2-135m", 2048).id
-            raise ValueError(f"{text!r} is not a case: expected something like {example!r}.")
-        model, tokens, dtype, divergence, share, head = fields
-        return cls(
-            model,
-            int(tokens),
-            dtype,
-            divergence.replace("-", "_"),
-            int(share) / 100,
-            head == "trained",
-        )
 
 
 def case_sets() -> dict[str, list[Case]]:
