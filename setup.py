@@ -57,7 +57,7 @@ class BuildRowKernel(build_ext):
         kernel = "CUDA row kernel" if is_cuda else "C++ row kernel"
         try:
             if is_cuda:
-                self._compile_cuda(ext)
+                self._compile_cuda_if_older(ext)
             else:
                 self._compile_and_link(ext)
         except (BaseError, CCompilerError, OSError) as error:
@@ -66,11 +66,8 @@ class BuildRowKernel(build_ext):
                     f"{variable}=1, but the {kernel} cannot be built: {error}"
                 ) from error
             # A library of older sources must not stay in place of the one that failed.
-            for built in (
-                self.get_ext_fullpath(ext.name),
-                Path(ext.name.replace(".", "/") + ".abi3.so"),
-            ):
-                Path(built).unlink(missing_ok=True)
+            for built in self._places(ext):
+                built.unlink(missing_ok=True)
             consequence = (
                 "GPUs are served by Triton. Install nvcc"
                 if is_cuda
@@ -83,10 +80,25 @@ class BuildRowKernel(build_ext):
                 file=sys.stderr,
             )
 
-    def _compile_cuda(self, ext: Extension) -> None:
+    def _places(self, ext: Extension) -> list[Path]:
+        """Where this build puts the library, and where an editable install keeps it."""
+        paths = self.get_ext_fullpath(ext.name), ext.name.replace(".", "/") + ".abi3.so"
+        return [Path(path).absolute() for path in paths]
+
+    def _compile_cuda_if_older(self, ext: Extension) -> None:
+        """Minutes of nvcc only where a source is newer than every library built before."""
         nvcc = find_nvcc()
-        target = Path(self.get_ext_fullpath(ext.name))
+        target, kept = self._places(ext)
+        changed = max(os.path.getmtime(path) for path in (*ext.sources, *ext.depends, __file__))
         target.parent.mkdir(parents=True, exist_ok=True)
+        for built in (target, kept):
+            if built.exists() and built.stat().st_mtime >= changed:
+                if built != target:
+                    shutil.copy2(built, target)
+                return
+        self._compile_cuda(nvcc, target)
+
+    def _compile_cuda(self, nvcc: str, target: Path) -> None:
         command = [nvcc, "-shared", "-O3", "-std=c++17", "--cudart=static", "-Xcompiler=-fPIC"]
         command.append(f"--threads={min(len(CUDA_TARGETS), os.cpu_count() or 1)}")
         for name in cuda_targets(nvcc):
@@ -115,7 +127,7 @@ class BuildRowKernel(build_ext):
     def _compile(self, flags: list[str]) -> list[str]:
         x86 = [("HERO_X86", None)] if "avx2" in INSTRUCTION_SETS else []
         objects = self.compiler.compile(
-            ["csrc/divergence_rows.cpp", "csrc/logprob_rows.cpp"],
+            ["csrc/cpu/divergence_rows.cpp"],
             output_dir=self.build_temp,
             macros=x86,
             extra_postargs=flags,
@@ -123,12 +135,9 @@ class BuildRowKernel(build_ext):
         objects += self._compile_gemm(flags)
         for name, isa_flags in INSTRUCTION_SETS.items():
             objects += self.compiler.compile(
-                ["csrc/row_kernel.cpp", "csrc/logprob_kernel.cpp"],
+                ["csrc/cpu/row_kernel.cpp"],
                 output_dir=f"{self.build_temp}/{name}",
-                macros=[
-                    ("HERO_ROW_FUNCTION", f"hero_row_{name}"),
-                    ("HERO_LOGPROB_FUNCTION", f"hero_logprob_{name}"),
-                ],
+                macros=[("HERO_ROW_FUNCTION", f"hero_row_{name}")],
                 extra_postargs=[*flags, *isa_flags],
             )
         return objects
@@ -138,7 +147,7 @@ class BuildRowKernel(build_ext):
         for macros in (GEMM_MACROS, []):
             try:
                 return self.compiler.compile(
-                    ["csrc/bf16_gemm.cpp"],
+                    ["csrc/cpu/bf16_gemm.cpp"],
                     output_dir=self.build_temp,
                     macros=macros,
                     extra_postargs=flags,
@@ -181,17 +190,18 @@ def setting(variable: str) -> str:
 
 
 BUILD_CPP, BUILD_CUDA = setting("HERO_BUILD_CPP"), setting("HERO_BUILD_CUDA")
+SHARED = ["csrc/constants.h", "csrc/rows.h"]
 row_kernel = Extension(
     "hero_kernels._C",
-    sources=sorted(map(str, Path("csrc").glob("*.cpp"))),
-    depends=sorted(map(str, Path("csrc").glob("*.h"))),
+    sources=sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),
+    depends=[*SHARED, *sorted(map(str, Path("csrc/cpu").glob("*.h")))],
     py_limited_api=True,  # names the file _C.abi3.so: it holds no Python
     optional=BUILD_CPP != "1",
 )
 cuda_row_kernel = Extension(
     "hero_kernels._cuda",
     sources=[CUDA_SOURCE],
-    depends=["csrc/rows_problem.h", *sorted(map(str, Path("csrc/cuda").glob("*.h")))],
+    depends=[*SHARED, *sorted(map(str, Path("csrc/cuda").glob("*.h")))],
     py_limited_api=True,
     optional=BUILD_CUDA != "1",
 )

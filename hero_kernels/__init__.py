@@ -5,12 +5,12 @@
 
 from hero_kernels.aggregation import token_coefficients
 from hero_kernels.backends import supports
-from hero_kernels.explain import explain
 from hero_kernels.from_logits import divergence_from_logits
 from hero_kernels.functional import fused_linear_divergence
 from hero_kernels.logprobs import linear_logprobs
 from hero_kernels.modules import FusedLinearDivergence, LinearLogprobs
-from hero_kernels.options import DivergenceOutput, KernelOptions
+from hero_kernels.objective import DivergenceOutput, KernelOptions, Objective
+from hero_kernels.planning import explain
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ __all__ = [
     "FusedLinearDivergence",
     "KernelOptions",
     "LinearLogprobs",
+    "Objective",
     "divergence_from_logits",
     "explain",
     "fused_linear_divergence",

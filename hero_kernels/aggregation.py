@@ -10,95 +10,155 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import checks, rows
-from hero_kernels.options import DivergenceOutput, LossAggregation, Reduction
+from hero_kernels import checks
+from hero_kernels import constants as c
+from hero_kernels.objective import DivergenceOutput, LossAggregation, Reduction, choice
 
 
 class Weighting(NamedTuple):
-    """How much each of N rows counts.
+    """How much each of N rows counts; a row whose turn or trajectory id is negative, nothing."""
 
-    A row whose turn or trajectory id is negative belongs to none and has weight 0.
-    """
+    token_weights: Tensor | None = None  # [N]
+    turn_ids: Tensor | None = None  # [N]
+    turn_weights: Tensor | None = None  # [K]
+    trajectory_ids: Tensor | None = None  # [N]
+    loss_aggregation: str = "token"
+    reduction: str = "mean"
+    num_items: float | Tensor | None = None
 
-    token_weights: Tensor | None  # [N]
-    turn_ids: Tensor | None  # [N] 0-based
-    turn_weights: Tensor | None  # [K]
-    trajectory_ids: Tensor | None  # [N] 0-based
-    loss_aggregation: LossAggregation
-    reduction: Reduction
-    num_items: float | Tensor | None
-
-    @classmethod
-    def checked(
-        cls,
-        hidden: Tensor,
-        token_weights: Tensor | None,
-        turn_ids: Tensor | None,
-        turn_weights: Tensor | None,
-        trajectory_ids: Tensor | None,
-        loss_aggregation: str,
-        reduction: str,
-        num_items: float | Tensor | None,
-        validate: bool,
-    ) -> Weighting:
-        """Check and flatten the public functions' arguments of these names; `hidden` [..., H]."""
-        aggregation = checks.choice("loss_aggregation", loss_aggregation, LossAggregation)
-        checks.per_token("token_weights", token_weights, hidden)
-        checks.per_token("turn_ids", turn_ids, hidden, integer=True)
-        checks.per_token("trajectory_ids", trajectory_ids, hidden, integer=True)
-        checks.grouping(turn_ids, turn_weights, trajectory_ids, aggregation)
-        if isinstance(num_items, Tensor) and num_items.numel() != 1:
+    def check(self, reference_name: str, reference: Tensor, validate: bool) -> None:
+        """Raise ValueError for tensors in the callers' shapes that do not fit `reference` [..., H],
+        or settings that exclude each other."""
+        if self.loss_aggregation not in LossAggregation._value2member_map_:
+            choice("loss_aggregation", self.loss_aggregation, LossAggregation)
+        if self.reduction not in Reduction._value2member_map_:
+            choice("reduction", self.reduction, Reduction)
+        named = zip(self._fields[:4], self[:4], strict=True)
+        for name, tensor in named:
+            if isinstance(tensor, Tensor) and name != "turn_weights":
+                checks.per_token(name, tensor, reference_name, reference, name.endswith("_ids"))
+            elif tensor is not None:
+                self._check_turn_weights(tensor)
+        if self.loss_aggregation == LossAggregation.TURN and self.turn_ids is None:
+            raise ValueError("loss_aggregation='turn' needs turn_ids: the turn of each token.")
+        if self.loss_aggregation == LossAggregation.TRAJECTORY and self.trajectory_ids is None:
             raise ValueError(
-                f"num_items is {list(num_items.shape)}; expected a number or a tensor of one "
-                "element, the divisor of the mean: sum it first."
+                "loss_aggregation='trajectory' needs trajectory_ids: the trajectory of each token."
             )
-        if checks.values_readable(hidden, validate):
-            checks.finite("token_weights", token_weights)
-            checks.finite("turn_weights", turn_weights)
-            num_rows = hidden.shape[:-1].numel()
-            num_turns = num_rows if turn_weights is None else len(turn_weights)
-            checks.below("turn_ids", turn_ids, num_turns)
-            checks.below("trajectory_ids", trajectory_ids, num_rows)
-        return cls(
-            _flat(token_weights),
-            _flat_ids(turn_ids),
-            turn_weights,
-            _flat_ids(trajectory_ids),
-            aggregation,
-            checks.choice("reduction", reduction, Reduction),
-            num_items,
+        readable = checks.values_readable(reference, validate)
+        if self.num_items is not None:
+            self._check_num_items(readable)
+        if readable and not (self.token_weights is None and self.turn_ids is None):
+            self._check_values()
+
+    def _check_turn_weights(self, value: Tensor) -> None:
+        checks.is_tensor("turn_weights", value, "[K]")
+        if self.turn_ids is None:
+            raise ValueError("turn_weights needs turn_ids: the turn that each token belongs to.")
+        if value.dim() != 1:
+            raise ValueError(f"turn_weights is {list(value.shape)}; expected [K], one per turn.")
+        checks.same_device("turn_weights", value, "turn_ids", self.turn_ids)
+        checks.no_grad_wanted("turn_weights", value, "turn_weights")
+
+    def _check_num_items(self, readable: bool) -> None:
+        value = self.num_items
+        if self.reduction != Reduction.MEAN:
+            raise ValueError(
+                f"num_items is the divisor of a mean; got reduction={str(self.reduction)!r}: leave "
+                "num_items None and divide yourself, or use reduction='mean'."
+            )
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"num_items is {list(value.shape)}; expected a number or a tensor of one element, "
+                "the divisor of the mean: sum it first."
+            )
+        if isinstance(value, Tensor) and not (readable and value.device.type == "cpu"):
+            return
+        if not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
+            raise ValueError(
+                f"num_items must be a finite number, 0 or more (0 makes the loss 0); got {value}."
+            )
+
+    def _check_values(self) -> None:
+        checks.finite("token_weights", self.token_weights)
+        checks.finite("turn_weights", self.turn_weights)
+        divides = self.reduction == Reduction.MEAN and self.num_items is None
+        for name, weights in (
+            ("token_weights", self.token_weights),
+            ("turn_weights", self.turn_weights),
+        ):
+            if divides and weights is not None and weights.numel() and bool((weights < 0).any()):
+                raise ValueError(
+                    f"{name} has negative entries, and the mean divides by the sum of weights, "
+                    "which may be near 0. For advantages pass num_items (the divisor) or "
+                    "reduction='sum'."
+                )
+        if self.turn_weights is not None and self.turn_ids is not None and self.turn_ids.numel():
+            highest, size = int(self.turn_ids.max()), len(self.turn_weights)
+            if highest >= size:
+                raise ValueError(
+                    f"turn_ids must be less than {size}, the number of turn_weights (negative for "
+                    f"none); got {highest}."
+                )
+        if self.loss_aggregation == LossAggregation.TRAJECTORY:
+            self._check_turns_in_one_trajectory()
+
+    def _check_turns_in_one_trajectory(self) -> None:
+        turns, trajectories = self.turn_ids, self.trajectory_ids
+        if turns is None or trajectories is None:
+            return
+        turns, trajectories = turns.reshape(-1).long(), trajectories.reshape(-1).long()
+        counts = (turns >= 0) & (trajectories >= 0)
+        pairs = torch.stack([turns, trajectories], 1)[counts].unique(dim=0)
+        if len(pairs) > len(pairs[:, 0].unique()):
+            repeated = pairs[:, 0].mode().values
+            raise ValueError(
+                f"turn_ids has {int(repeated)} in more than one trajectory: number the turns "
+                "through the whole batch, not anew in each trajectory."
+            )
+
+    def flat(self) -> Weighting:
+        """With tensors in [N], ids in int64."""
+        tokens, turns, of_turns, trajectories = self[:4]
+        return self._replace(
+            token_weights=None if tokens is None else tokens.detach().reshape(-1),
+            turn_ids=None if turns is None else turns.detach().reshape(-1).long(),
+            turn_weights=None if of_turns is None else of_turns.detach(),
+            trajectory_ids=None
+            if trajectories is None
+            else trajectories.detach().reshape(-1).long(),
         )
 
     def coefficients(self, num_rows: int, like: Tensor) -> Tensor:
-        """c [N] with loss = sum c_i · ratio_i · divergence_i.
+        """c [N] with loss = sum c_i · ratio_i · divergence_i; of a `flat` weighting.
 
-        "token":      c_i = w_i·u_k                            / sum of w_i·u_k
-        "turn":       c_i = w_i·u_k / (sum of w in the turn)   / sum of u_k over turns that hold a
-        weight
-        "trajectory": the turn's c_i / (their sum in the trajectory) / number of trajectories that
-        hold one
+            token        c_i = w_i·u / (sum of w·u)
+            turn         c_i = w_i·u / (sum of w in the turn) / (sum of u over turns with weight)
+            trajectory   the turn's c_i / (their sum in the trajectory) / (trajectories with weight)
 
-        with w the token's weight and u the turn's. `num_items` replaces the last divisor of a mean;
-        a sum and `reduction="none"` have none. Divisions by 0 give 0. Without `turn_ids` a
+        with w the token's weight and u that of its turn. `num_items` replaces the last divisor of a
+        mean; a sum and `reduction="none"` have none. Divisions by 0 give 0. Without `turn_ids` a
         trajectory is one turn.
 
         Args:
             num_rows: N.
             like: tensor whose device the result is on; fp64 makes the result fp64, else it is fp32.
         """
-        weights = self._weights_within_turns(num_rows, like)
+        if self.token_weights is None:
+            weights = torch.ones(num_rows, dtype=torch.float64, device=like.device)
+        else:
+            weights = self.token_weights.to(torch.float64)
+        for ids in (self.turn_ids, self.trajectory_ids):
+            weights = weights if ids is None else weights * (ids >= 0)
         result = weights
         if self.turn_ids is not None:
-            turns = self.turn_ids.clamp(min=0)
             if self.turn_weights is not None:
+                turns = self.turn_ids.clamp(min=0)
                 result = result * self.turn_weights.to(torch.float64)[turns]
             if self.loss_aggregation != LossAggregation.TOKEN:
-                num_turns = num_rows if self.turn_weights is None else len(self.turn_weights)
-                result = _divide(result, _group_sum(weights, turns, num_turns)[turns])
+                result = _divide(result, _group_sum(weights, self.turn_ids))
         if self.loss_aggregation == LossAggregation.TRAJECTORY and self.trajectory_ids is not None:
-            trajectories = self.trajectory_ids.clamp(min=0)
-            result = result * (self.trajectory_ids >= 0)
-            result = _divide(result, _group_sum(result, trajectories, num_rows)[trajectories])
+            result = _divide(result, _group_sum(result, self.trajectory_ids))
         if self.reduction == Reduction.MEAN:
             total = result.sum()
             if isinstance(self.num_items, Tensor):
@@ -107,6 +167,34 @@ class Weighting(NamedTuple):
                 total = total.new_full((), float(self.num_items), dtype=torch.float64)
             result = _divide(result, total)
         return result.to(torch.promote_types(like.dtype, torch.float32))
+
+    def turn_means(self, values: Tensor, row_weights: Tensor) -> Tensor:
+        """[K] weighted mean of values [N] over the tokens of each turn that count, 0 without any.
+
+        Without `turn_weights` K has to be read from the ids: a synchronisation on CUDA.
+
+        Args:
+            values: of a token each.
+            row_weights: [N] what `coefficients` returned.
+        """
+        assert self.turn_ids is not None
+        num_turns = 0
+        if self.turn_weights is not None:
+            num_turns = len(self.turn_weights)
+        elif self.turn_ids.numel():
+            num_turns = int(self.turn_ids.max()) + 1
+        weights = torch.ones_like(values, dtype=torch.float64)
+        if self.token_weights is not None:
+            weights = self.token_weights.to(torch.float64)
+        weights = weights * ((row_weights != 0) & (self.turn_ids >= 0))
+        turns = self.turn_ids.clamp(min=0)
+
+        def of_turns(summand: Tensor) -> Tensor:
+            empty = summand.new_zeros(max(num_turns, 1))
+            return empty.index_put((turns,), summand, accumulate=True)
+
+        means = _divide(of_turns(values.double() * weights), of_turns(weights))
+        return means[:num_turns].to(values.dtype)
 
     def output(
         self,
@@ -120,78 +208,33 @@ class Weighting(NamedTuple):
         """The columns of `stats` [N, 8] by name, in the leading shape of the hidden states.
 
         Args:
-            loss: [N] or [].
-            stats: of the row kernel, 0 where `row_weights` are.
+            loss: in that shape, or [].
+            stats: of the row kernels, 0 where `row_weights` are.
             row_weights: [N] what `coefficients` returned.
             shape: leading shape of the hidden states.
             has_targets: whether `target_ids` were given.
             teacher_known: whether the teacher's logits are known.
         """
-
-        def column(index: int, wanted: bool = True) -> Tensor | None:
-            return stats[:, index].detach().reshape(shape) if wanted else None
-
+        columns = stats.detach().unbind(1)
         per_turn = None
         if self.turn_ids is not None:
-            per_turn = self._turn_means(stats[:, rows.LOSS].detach(), row_weights, self.turn_ids)
-        loss = loss.reshape(shape) if self.reduction == Reduction.NONE else loss
-        per_token = loss if self.reduction == Reduction.NONE else column(rows.LOSS)
-        student_entropy = column(rows.STUDENT_ENTROPY)
-        assert per_token is not None and student_entropy is not None
+            per_turn = self.turn_means(columns[c.DIVERGENCE], row_weights)
+
+        def column(index: int, wanted: bool = True) -> Tensor | None:
+            return columns[index].reshape(shape) if wanted else None
+
         return DivergenceOutput(
             loss=loss,
-            per_token=per_token,
+            per_token=loss
+            if self.reduction == Reduction.NONE
+            else columns[c.DIVERGENCE].reshape(shape),
             per_turn=per_turn,
-            student_logprobs=column(rows.STUDENT_LOGPROB, has_targets),
-            teacher_logprobs=column(rows.TEACHER_LOGPROB, has_targets and teacher_known),
-            student_entropy=student_entropy,
-            teacher_entropy=column(rows.TEACHER_ENTROPY, teacher_known),
-            top1_agreement=column(rows.TOP1, teacher_known),
+            student_logprobs=column(c.LOGPROB_S, has_targets),
+            teacher_logprobs=column(c.LOGPROB_T, has_targets and teacher_known),
+            student_entropy=columns[c.ENTROPY_S].reshape(shape),
+            teacher_entropy=column(c.ENTROPY_T, teacher_known),
+            top1_agreement=column(c.TOP1, teacher_known),
         )
-
-    def _weights_within_turns(self, num_rows: int, like: Tensor) -> Tensor:
-        weights = torch.ones(num_rows, dtype=torch.float64, device=like.device)
-        if self.token_weights is not None:
-            weights = self.token_weights.to(torch.float64)
-        return weights if self.turn_ids is None else weights * (self.turn_ids >= 0)
-
-    def _turn_means(self, values: Tensor, row_weights: Tensor, turn_ids: Tensor) -> Tensor:
-        """[K] weighted mean of values [N] over the tokens of each turn that count, 0 without any.
-
-        Without `turn_weights` K has to be read from the ids: a synchronisation on CUDA.
-        """
-        if self.turn_weights is not None:
-            num_turns = len(self.turn_weights)
-        else:
-            num_turns = int(turn_ids.max()) + 1 if turn_ids.numel() else 0
-        turns = turn_ids.clamp(min=0)
-        weights = self._weights_within_turns(len(values), values) * (row_weights != 0)
-        total = _group_sum(values.double() * weights, turns, max(num_turns, 1))
-        means = _divide(total, _group_sum(weights, turns, max(num_turns, 1)))
-        return means[:num_turns].to(values.dtype)
-
-
-def _flat(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.detach().reshape(-1)
-
-
-def _flat_ids(ids: Tensor | None) -> Tensor | None:
-    """In int64: as an index uint8 would be a mask, and torch takes no int16."""
-    return None if ids is None else ids.detach().reshape(-1).long()
-
-
-def _group_sum(values: Tensor, ids: Tensor, num_groups: int) -> Tensor:
-    """[num_groups] sums of values [N] by id.
-
-    By `index_put`, which sorts the ids on CUDA; `index_add` would add atomically there, in an order
-    that differs from run to run.
-    """
-    return values.new_zeros(num_groups).index_put((ids,), values, accumulate=True)
-
-
-def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    nonzero = denominator != 0
-    return torch.where(nonzero, numerator / denominator.where(nonzero, 1.0), 0.0)
 
 
 def token_coefficients(
@@ -211,9 +254,9 @@ def token_coefficients(
 
     Args:
         token_weights: [N] weight of each token, 0 to mask it; bool or floating point.
-        turn_ids: [N] 0-based turn of each token, negative for none.
-        turn_weights: [K] weight of each turn.
-        trajectory_ids: [N] 0-based trajectory of each token, negative for none.
+        turn_ids: [N] turn of each token, negative for none.
+        turn_weights: [K] weight of each turn; ids are then less than K.
+        trajectory_ids: [N] trajectory of each token, negative for none.
         loss_aggregation: "token", "turn" or "trajectory", as for `fused_linear_divergence`.
         num_items: replaces the divisor of the mean.
 
@@ -223,9 +266,27 @@ def token_coefficients(
     Raises:
         ValueError: shapes that do not match, or ids that are missing for the aggregation.
     """
-    rows = token_weights.reshape(-1, 1)
-    weighting = Weighting.checked(
-        rows, token_weights.reshape(-1), turn_ids, turn_weights, trajectory_ids, loss_aggregation,
-        "mean", num_items, validate=False,
-    )  # fmt: skip
-    return weighting.coefficients(len(rows), token_weights)
+    weighting = Weighting(
+        token_weights, turn_ids, turn_weights, trajectory_ids, loss_aggregation, "mean", num_items
+    )
+    weighting.check("token_weights", token_weights[..., None], validate=False)
+    return weighting.flat().coefficients(token_weights.numel(), token_weights)
+
+
+def _group_sum(values: Tensor, ids: Tensor) -> Tensor:
+    """[N] the sum of `values` [N] over the rows of the same id, at each row.
+
+    Ids may be any: they are ranked by sorting, which waits for no device, and rows of one id are
+    added in the order in which they stand.
+    """
+    order = ids.argsort(stable=True)
+    in_order = ids[order]
+    first = torch.ones_like(in_order, dtype=torch.bool)
+    first[1:] = in_order[1:] != in_order[:-1]
+    group = torch.empty_like(ids).index_put((order,), first.cumsum(0) - 1)
+    # By index_put, which sorts on CUDA; index_add would add atomically, in an order that varies.
+    return torch.zeros_like(values).index_put((group,), values, accumulate=True)[group]
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator != 0, numerator / denominator, 0.0)

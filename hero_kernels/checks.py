@@ -3,70 +3,79 @@
 from __future__ import annotations
 
 import math
-from enum import Enum
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hero_kernels.options import (
-    Design,
-    Divergence,
-    KernelOptions,
-    LossAggregation,
-    Objective,
-    Support,
-    TopKSource,
-)
+from hero_kernels.objective import KernelOptions, Objective
+from hero_kernels.types import RowTensors
 
-Choice = TypeVar("Choice", bound=Enum)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def choice(name: str, value: Any, kind: type[Choice]) -> Choice:
-    """`value` as a member of `kind`."""
-    try:
-        return kind(value)
-    except ValueError:
-        expected = ", ".join(repr(str(member.value)) for member in kind)
-        raise ValueError(f"{name} must be one of {expected}; got {value!r}.") from None
+@lru_cache(maxsize=256)
+def _objective(**settings: Any) -> Objective:
+    return Objective(**settings)
 
 
-def positive(name: str, value: float | None, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    # Comparisons alone, which torch.compile traces for a number that varies; false for NaN too.
-    if value is None or not 0 < value < math.inf:
-        remedy = ", or None to switch it off" if optional else ""
-        raise ValueError(f"{name} must be a finite number above 0{remedy}; got {value}.")
+def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
+    """The objective that keyword arguments describe, and the temperatures if they are a tensor.
+
+    Args:
+        function: public function, for the message about an unknown keyword.
+        settings: as `ObjectiveKwargs`.
+    """
+    temperatures = None
+    if unknown := settings.keys() - Objective.__dataclass_fields__.keys():
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}.")
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and name != "temperature":
+            raise TypeError(
+                f"{name} must be a number, got a tensor {list(value.shape)}: settings of the loss "
+                "get no gradient. Pass a number, and a learnable scale by way of the head's weight."
+            )
+    if isinstance(settings.get("temperature"), Tensor):
+        temperatures = settings["temperature"]
+        no_grad_wanted("temperature", temperatures, "the temperature")
+        settings = {**settings, "temperature": 1.0}
+    if torch.compiler.is_compiling():
+        return Objective(**settings), temperatures
+    return _objective(**settings), temperatures
 
 
 def is_tensor(name: str, value: Any, dims: str) -> None:
-    """A plain tensor; `dims` says its shape in the message."""
+    """A plain dense tensor with data; `dims` says its shape in the message."""
+    is_plain = type(value) is Tensor or type(value) is torch.nn.Parameter
+    if is_plain and value.layout == torch.strided and value.device.type != "meta":
+        return
     if isinstance(value, torch.nn.Module):
         raise TypeError(
             f"{name} must be a tensor {dims}, got the module {type(value).__name__}: pass its "
-            ".weight. If an "
-            "adapter (LoRA) sits on the head, pass base weight plus adapter as one tensor: the "
-            "base weight "
-            "alone would ignore the adapter."
+            ".weight. If an adapter (LoRA) sits on the head, pass base weight plus adapter as one "
+            "tensor: the base weight alone would ignore the adapter."
         )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {dims}, got {type(value).__name__}.")
     if hasattr(value, "full_tensor"):
         raise ValueError(
             f"{name} is a DTensor of placements {getattr(value, 'placements', '?')}; a whole "
-            f"tensor {dims} is "
-            "expected: gather the head once a step by hero_kernels.integrations.fsdp.whole_head, "
-            "which has the gradient that FSDP2 wants; without gradient .full_tensor() will do."
+            f"tensor {dims} is expected: gather the head once a step by "
+            "hero_kernels.integrations.fsdp.whole_head, which has the gradient that FSDP2 wants; "
+            "without gradient .full_tensor() will do."
         )
+    if value.layout != torch.strided:
+        raise ValueError(f"{name} is {value.layout}; expected a dense tensor {dims}: .to_dense().")
+    if value.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device, without data: load or move it first.")
 
 
 def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
     if value is not None and value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
-            "or compute "
-            "it under torch.no_grad()."
+            "or compute it under torch.no_grad()."
         )
 
 
@@ -85,256 +94,159 @@ def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to(dtype) if is_eligible else tensor
 
 
-def first_order(function: str) -> None:
-    """In a backward pass: gradients are constants there, second ones would be wrong."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{function} has no second-order gradients, which create_graph=True asks for: leave it "
-            "out, or compute the loss by hero_kernels.reference, which is differentiable twice."
-        )
-
-
-def can_be_saved(name: str, value: Tensor | None) -> None:
+def savable(reason: str, tensors: dict[str, Tensor | None]) -> None:
     """Autograd keeps no tensor made under torch.inference_mode for a backward pass."""
-    if value is not None and not torch.compiler.is_compiling() and value.is_inference():
-        raise ValueError(
-            f"{name} was made under torch.inference_mode, but reduction='none' and "
-            "design='sliced' keep it for the backward pass: compute it under torch.no_grad() "
-            f"instead, or pass {name}.clone()."
-        )
-
-
-def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Hidden states [..., H], weight [V, H] and bias [V] belong together."""
-    is_tensor(f"{side}_hidden", hidden, "[..., H]")
-    is_tensor(f"{side}_weight", weight, "[V, H]")
-    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"{side}_hidden {list(hidden.shape)} and {side}_weight {list(weight.shape)} do not "
-            "match: expected "
-            "[..., H] and [V, H] with the same H."
-        )
-    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
-        raise ValueError(
-            f"{side}_hidden is {hidden.dtype} and {side}_weight is {weight.dtype}: expected one "
-            "floating-point "
-            "type. Cast one of them, or call under torch.autocast, which casts both."
-        )
-    same_device(f"{side}_weight", weight, hidden)
-    if bias is not None:
-        is_tensor(f"{side}_bias", bias, "[V]")
-        same_device(f"{side}_bias", bias, hidden)
-        if tuple(bias.shape) != (weight.shape[0],):
+    for name, value in tensors.items():
+        if value is not None and not torch.compiler.is_compiling() and value.is_inference():
             raise ValueError(
-                f"{side}_bias is {list(bias.shape)}; expected [{weight.shape[0]}], one per token."
+                f"{name} was made under torch.inference_mode, but {reason} keeps it for the "
+                "backward pass: compute it under torch.no_grad() instead, or pass "
+                f"{name}.clone()."
             )
 
 
-def same_device(name: str, value: Tensor, reference: Tensor) -> None:
+def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states [..., H], weight [V, H] and bias [V] belong together.
+
+    Args:
+        side: what the arguments' names begin with, as the caller knows them: "student_", "".
+        hidden: states.
+        weight: of the head.
+        bias: of the head.
+    """
+    is_tensor(f"{side}hidden", hidden, "[..., H]")
+    is_tensor(f"{side}weight", weight, "[V, H]")
+    if (
+        hidden.dim() < 1
+        or weight.dim() != 2
+        or hidden.shape[-1] != weight.shape[1]
+        or 0 in weight.shape
+    ):
+        raise ValueError(
+            f"{side}hidden {list(hidden.shape)} and {side}weight {list(weight.shape)} do not "
+            "match: expected [..., H] and [V, H] with the same H, neither V nor H being 0."
+        )
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        raise ValueError(
+            f"{side}hidden is {hidden.dtype} and {side}weight is {weight.dtype}: expected one type "
+            "of float32, bfloat16, float16 and float64. Cast one of them, or call under "
+            "torch.autocast, which casts both."
+        )
+    same_device(f"{side}weight", weight, f"{side}hidden", hidden)
+    if bias is not None:
+        is_tensor(f"{side}bias", bias, "[V]")
+        same_device(f"{side}bias", bias, f"{side}hidden", hidden)
+        if tuple(bias.shape) != (weight.shape[0],) or bias.dtype not in DTYPES:
+            raise ValueError(
+                f"{side}bias is {list(bias.shape)} of {bias.dtype}; expected "
+                f"[{weight.shape[0]}], one floating-point number for each token."
+            )
+
+
+def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     if value.device != reference.device:
         raise ValueError(
-            f"{name} is on {value.device}, the student's hidden states on {reference.device}: move "
-            "it with "
+            f"{name} is on {value.device}, {reference_name} on {reference.device}: move it with "
             f".to({str(reference.device)!r})."
         )
 
 
-def per_token(name: str, value: Tensor | None, hidden: Tensor, integer: bool = False) -> None:
-    """`value` has the leading shape of `hidden` [..., H] or is that shape flattened."""
-    if value is None:
-        return
+def same_precision(student: Tensor, teacher: Tensor) -> None:
+    """A teacher with its own head may have another type, but not fp64 beside another."""
+    if (student.dtype == torch.float64) != (teacher.dtype == torch.float64):
+        raise ValueError(
+            f"student_hidden is {student.dtype} and teacher_hidden {teacher.dtype}: float64 goes "
+            "with float64 only. Cast the teacher's tensors to the student's type."
+        )
+
+
+def per_token(
+    name: str, value: Tensor, reference_name: str, reference: Tensor, integer: bool = False
+) -> None:
+    """`value` has the leading shape of `reference` [..., H] or is that shape flattened."""
     is_tensor(name, value, "[...]")
-    same_device(name, value, hidden)
-    leading = tuple(hidden.shape[:-1])
+    same_device(name, value, reference_name, reference)
+    leading = tuple(reference.shape[:-1])
     if tuple(value.shape) not in (leading, (math.prod(leading),)):
         raise ValueError(
             f"{name} is {list(value.shape)}; expected {list(leading)}, the leading shape of "
-            "student_hidden "
-            f"{list(hidden.shape)}: one entry per token."
+            f"{reference_name} {list(reference.shape)}: one entry per token."
         )
     if integer and (value.is_floating_point() or value.dtype == torch.bool):
         raise ValueError(f"{name} is {value.dtype}; expected int64 indices: use .long().")
     if not integer:
+        if value.is_complex() or (value.is_floating_point() and value.itemsize == 1):
+            raise ValueError(f"{name} is {value.dtype}; expected real numbers: use .float().")
         no_grad_wanted(name, value, name)
 
 
-def vocabulary(student: int, teacher: int | None, vocab_size: int | None) -> int:
-    """The number of real tokens; two heads of different length need it said."""
+def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
+    """The number of real tokens of two heads, or of one twice; different lengths need it said."""
     if vocab_size is None:
-        if teacher is not None and teacher != student:
+        if teacher != student:
             raise ValueError(
                 f"The student has {student} tokens and the teacher {teacher}. If one of them is "
-                "padded and the "
-                "tokenizers are the same, pass vocab_size, the number of tokens that are real; "
-                "otherwise "
-                "the two cannot be compared."
+                "padded and the tokenizers are the same, pass vocab_size, the number of tokens "
+                "that are real; otherwise the two cannot be compared."
             )
         return student
-    smaller = student if teacher is None else min(student, teacher)
-    if not 1 <= vocab_size <= smaller:
+    if not 1 <= vocab_size <= min(student, teacher):
         raise ValueError(
-            f"vocab_size must be between 1 and {smaller}, the smaller head; got {vocab_size}."
+            f"vocab_size must be between 1 and {min(student, teacher)}, the smaller head; got "
+            f"{vocab_size}."
         )
     return vocab_size
 
 
-def objective(
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    is_clip: float | None,
-    pointwise_clip: float | None,
+def objective_with(
+    objective: Objective,
     vocab_size: int,
-    support: str,
-    top_k: int | None,
-    top_k_source: str,
-    top_k_tail: bool,
-    has_teacher_topk: bool,
-    has_old_logprobs: bool,
-    has_targets: bool,
-) -> Objective:
-    """The settings as an `Objective`; ValueError for those that exclude or need each other."""
-    kind = choice("divergence", divergence, Divergence)
-    where = choice("support", support, Support)
-    positive("temperature", temperature)
-    positive("logit_scale", logit_scale)
-    for name, bound in (
-        ("softcap", softcap),
-        ("is_clip", is_clip),
-        ("pointwise_clip", pointwise_clip),
-    ):
-        positive(name, bound, optional=True)
-    if kind == Divergence.JSD and not 0.0 < beta < 1.0:
-        raise ValueError(
-            f"beta must lie between 0 and 1, got {beta}: at the ends the JSD is 0 for any student. "
-            "For what other "
-            "libraries call beta=0 and beta=1 use divergence='forward_kl' and 'reverse_kl'."
-        )
-    if has_old_logprobs and not has_targets:
+    target_ids: Tensor | None,
+    old_logprobs: Tensor | None,
+    teacher_topk: Any = None,
+) -> None:
+    """The settings go with the tensors that were given."""
+    if old_logprobs is not None and target_ids is None:
         raise ValueError(
             "old_logprobs needs target_ids: the tokens whose log-probabilities they are."
         )
-    if is_clip is not None and not has_old_logprobs:
+    if objective.is_clip is not None and old_logprobs is None:
         raise ValueError(
             "is_clip needs old_logprobs: there is no importance ratio to clip without them."
         )
-    if where == Support.SAMPLED and (not has_targets or kind != Divergence.REVERSE_KL):
-        raise ValueError(
-            "support='sampled' estimates the reverse KL from the sampled token: pass target_ids "
-            "and "
-            f"divergence='reverse_kl'; got divergence={divergence!r}, target_ids "
-            f"{'given' if has_targets else 'missing'}."
-        )
-    if where == Support.TOPK and not has_teacher_topk:
-        if top_k is None or not 1 <= top_k <= vocab_size:
+    if objective.support == "sampled" and target_ids is None:
+        raise ValueError("support='sampled' needs target_ids: the sampled tokens.")
+    if teacher_topk is not None:
+        if objective.support != "topk":
             raise ValueError(
-                f"support='topk' needs top_k between 1 and {vocab_size}, the vocabulary; got "
-                f"{top_k}."
+                f"teacher_topk needs support='topk'; got support={str(objective.support)!r}."
             )
-    elif top_k is not None:
+        if objective.top_k is not None:
+            raise ValueError(
+                f"top_k={objective.top_k} has no effect beside teacher_topk, whose tokens are the "
+                "support: leave it out."
+            )
+    elif objective.support == "topk" and not 1 <= (objective.top_k or 0) <= vocab_size:
         raise ValueError(
-            f"top_k={top_k} has no effect here: it belongs to support='topk' and a teacher whose "
-            "logits are known."
+            f"support='topk' needs top_k between 1 and {vocab_size}, the vocabulary; got "
+            f"{objective.top_k}."
         )
-    if has_teacher_topk and where != Support.TOPK:
-        raise ValueError(f"teacher_topk needs support='topk'; got support={support!r}.")
-    if pointwise_clip is not None and where != Support.FULL:
-        raise ValueError(f"pointwise_clip needs support='full'; got support={support!r}.")
-    return Objective(
-        divergence=kind.code,
-        beta=float(beta),
-        temperature=float(temperature),
-        softcap=float(softcap or 0.0),
-        logit_scale=float(logit_scale),
-        is_clip=float(is_clip or 0.0),
-        pointwise_clip=float(pointwise_clip or 0.0),
-        vocab_size=vocab_size,
-        support=where.value,
-        top_k=top_k or 0,
-        top_k_source=choice("top_k_source", top_k_source, TopKSource).value,
-        top_k_tail=top_k_tail,
-    )
 
 
-def pieces(
-    options: KernelOptions, objective: Objective, weight: Tensor, teacher_weight: Tensor | None
-) -> None:
-    """What sees the vocabulary in pieces can do what is asked for; heads [V, H] or shards."""
+def split(options: KernelOptions, objective: Objective, weights: tuple[Tensor, ...]) -> None:
+    """What sees the vocabulary in parts can do what is asked for; heads [V, H] or shards."""
     sharded = options.process_group is not None
-    if sharded or options.design == Design.SLICED:
-        asked = "options.process_group" if sharded else "options.design='sliced'"
-        remedy = (
-            "gather the head (torch.distributed.all_gather) and leave process_group None"
-            if sharded
-            else "use design='chunked'"
+    if objective.support != "full":
+        asked = "options.process_group" if sharded else "options.tile_columns"
+        raise ValueError(
+            f"{asked} needs support='full', got support={str(objective.support)!r}: leave it None; "
+            "a whole head can be gathered by torch.distributed.all_gather."
         )
-        if objective.support != Support.FULL:
-            raise ValueError(
-                f"{asked} needs support='full', got support={objective.support!r}: {remedy}."
-            )
-        if objective.pointwise_clip:
-            raise ValueError(
-                f"{asked} has no pointwise_clip, got {objective.pointwise_clip}: leave it None, or "
-                f"{remedy}."
-            )
-    if sharded and teacher_weight is not None and len(teacher_weight) != len(weight):
+    if sharded and len(weights) == 2 and len(weights[0]) != len(weights[1]):
         raise ValueError(
             f"With options.process_group both heads must be cut alike: student_weight has "
-            f"{len(weight)} tokens on this rank, teacher_weight {len(teacher_weight)}. Pad both "
+            f"{len(weights[0])} tokens on this rank, teacher_weight {len(weights[1])}. Pad both "
             "vocabularies to the same length before cutting; vocab_size says how much is real."
-        )
-    if options.accumulate_weight_grad and torch.compiler.is_compiling():
-        raise ValueError(
-            "accumulate_weight_grad writes to the weight's gradient in the backward pass, which "
-            "torch.compile cannot trace: leave it False, or call the loss outside of torch.compile."
-        )
-    if options.accumulate_weight_grad and weight.requires_grad and not weight.is_leaf:
-        raise ValueError(
-            "accumulate_weight_grad needs student_weight to be a parameter; got the result of an "
-            "operation (a cast by torch.autocast, an adapter, a gathered shard): pass the "
-            "parameter itself, or leave accumulate_weight_grad False."
-        )
-
-
-def whole_heads_only(function: str, options: KernelOptions) -> None:
-    """The function sees whole rows of whole heads."""
-    got = {
-        "process_group": options.process_group,
-        "design='sliced'": options.design == Design.SLICED,
-        "memory_budget": options.memory_budget,
-    }
-    if named := [name for name, value in got.items() if value]:
-        raise ValueError(
-            f"{function} has no {named[0]}: it is an option of fused_linear_divergence. Leave it "
-            "out; pass the whole head, and chunk_size for less memory."
-        )
-
-
-def grouping(
-    turn_ids: Tensor | None,
-    turn_weights: Tensor | None,
-    trajectory_ids: Tensor | None,
-    loss_aggregation: str,
-) -> None:
-    """Turns and trajectories are given where they are needed."""
-    if turn_weights is not None:
-        is_tensor("turn_weights", turn_weights, "[K]")
-        if turn_ids is None:
-            raise ValueError("turn_weights needs turn_ids: the turn that each token belongs to.")
-        if turn_weights.dim() != 1:
-            raise ValueError(
-                f"turn_weights is {list(turn_weights.shape)}; expected [K], one per turn."
-            )
-        same_device("turn_weights", turn_weights, turn_ids)
-        no_grad_wanted("turn_weights", turn_weights, "turn_weights")
-    if loss_aggregation == LossAggregation.TURN and turn_ids is None:
-        raise ValueError("loss_aggregation='turn' needs turn_ids: the turn of each token.")
-    if loss_aggregation == LossAggregation.TRAJECTORY and trajectory_ids is None:
-        raise ValueError(
-            "loss_aggregation='trajectory' needs trajectory_ids: the trajectory of each token."
         )
 
 
@@ -348,16 +260,7 @@ def finite(name: str, value: Tensor | None) -> None:
         bad = int((~torch.isfinite(value)).sum())
         raise ValueError(
             f"{name} has {bad} entries that are NaN or infinite of {value.numel()}; expected "
-            "finite numbers "
-            "(0 masks a token)."
-        )
-
-
-def below(name: str, ids: Tensor | None, size: int) -> None:
-    """Ids are dense: no more of them than there are weights, or else tokens."""
-    if ids is not None and ids.numel() and int(ids.max()) >= size:
-        raise ValueError(
-            f"{name} must be less than {size} (0-based; negative for none); got {int(ids.max())}."
+            "finite numbers (0 masks a token)."
         )
 
 
@@ -367,7 +270,38 @@ def targets(name: str, ids: Tensor, vocab_size: int, active: Tensor) -> None:
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
             f"{name} of tokens with weight must lie between 0 and {vocab_size - 1}; got values "
-            "from "
-            f"{int(ids.min())} to {int(ids.max())}. Give the other tokens weight 0 in "
-            "token_weights."
+            f"from {int(ids.min())} to {int(ids.max())}. Give the other tokens weight 0."
+        )
+
+
+def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
+    """Rows that are `active` [N] hold values that can be."""
+    if tensors.target_ids is not None:
+        targets("target_ids", tensors.target_ids, vocab_size, active)
+    if tensors.old_logprobs is not None:
+        finite("old_logprobs", tensors.old_logprobs[active])
+    if tensors.temperatures is not None and not bool((tensors.temperatures > 0).all()):
+        raise ValueError(
+            f"temperature must be above 0 for every token; got {float(tensors.temperatures.min())}."
+        )
+    if tensors.temperatures is not None:
+        finite("temperature", tensors.temperatures)
+    ids, logprobs = tensors.teacher_ids, tensors.teacher_logprobs
+    if ids is None or logprobs is None:
+        return
+    targets("teacher_topk[0]", ids, vocab_size, active)
+    ids, logprobs = ids[active], logprobs[active]
+    if bool(logprobs.isnan().any()) or bool((logprobs > 1e-3).any()):
+        raise ValueError(
+            "teacher_topk[1] holds NaN or numbers above 0, which are no log-probabilities: if they "
+            "are probabilities, pass their .log()."
+        )
+    in_order = ids.sort(-1).values
+    if bool((in_order[:, 1:] == in_order[:, :-1]).any()):
+        raise ValueError("teacher_topk[0] names a token twice in a row: pass each token once.")
+    mass = logprobs.double().exp().sum(-1)
+    if mass.numel() and float(mass.max()) > 1.0 + 1e-3:
+        raise ValueError(
+            f"teacher_topk[1] holds a mass of {float(mass.max()):.4f} in one row, more than 1: "
+            "pass log-probabilities over the whole vocabulary, at this temperature."
         )

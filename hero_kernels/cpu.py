@@ -1,4 +1,4 @@
-"""The row kernel in C++ (csrc/): loads the library, passes it pointers.
+"""The row kernel in C++ (csrc/cpu/): loads the library, passes it pointers.
 
 The library is plain C: it was compiled without torch or Python headers, so one build serves every
 version of both. `pip install` builds it where a C++ compiler exists (see setup.py).
@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hero_kernels.row_arguments import check_matrices, check_vectors
+from hero_kernels.constants import DIVERGENCE_CODES, NUM_STATS
+from hero_kernels.objective import Objective
+from hero_kernels.types import RowTensors, Tile
 
-ABI_VERSION = 3
-"""Version of the C interface; csrc/rows_problem.h holds the same number."""
+ABI_VERSION = 4
+"""Version of the C interface; csrc/rows.h holds the same number."""
 
-NUM_STATS = 8
 OUT_OF_MEMORY = 1
 """A result of `hero_divergence_rows`; 0 is success."""
 
@@ -27,29 +28,26 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 
 
 class RowsProblem(ctypes.Structure):
-    """`RowsProblem` of csrc/rows_problem.h, field for field."""
+    """`RowsProblem` of csrc/rows.h, field for field."""
 
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("student", "teacher", "grad")),
-        *((name, ctypes.c_void_p) for name in ("student_bias", "teacher_bias", "target_ids")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("row_weights", "old_logprobs", "absolute_rows", "stats")
-        ),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "vocab_size")),
-        *((name, ctypes.c_int64) for name in ("student_stride", "teacher_stride", "grad_stride")),
-        *((name, ctypes.c_int32) for name in ("student_dtype", "teacher_dtype", "grad_dtype")),
-        *((name, ctypes.c_int32) for name in ("divergence", "delta", "with_stats", "num_threads")),
-        *((name, ctypes.c_float) for name in ("beta", "inv_temperature", "softcap")),
-        *((name, ctypes.c_float) for name in ("logit_scale", "is_clip")),
+    _fields_ = tuple(
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_void_p, "student teacher grad student_bias teacher_bias target_ids"),
+            (ctypes.c_void_p, "row_weights old_logprobs temperatures absolute_rows stats"),
+            (ctypes.c_int64, "rows columns vocab_size student_stride teacher_stride grad_stride"),
+            (ctypes.c_int32, "student_dtype teacher_dtype grad_dtype"),
+            (ctypes.c_int32, "divergence delta with_stats num_threads"),
+            (ctypes.c_float, "beta one_minus_beta inv_temperature softcap logit_scale is_clip"),
+        )
+        for name in names.split()
     )
 
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason why there is none."""
-    folder = Path(__file__).parent
-    path = next(iter(sorted(folder.glob("_C*.so"))), None)
+    path = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
     if path is None:
         return (
             None,
@@ -65,7 +63,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
             f"the C++ row kernel {path.name} has interface version {version}, expected "
             f"{ABI_VERSION}: it was built from other sources, `pip install` again"
         )
-    library.hero_divergence_rows.argtypes = (ctypes.POINTER(RowsProblem), ctypes.c_int)
     return library, ""
 
 
@@ -74,37 +71,7 @@ def available() -> str | None:
     return _load()[1] or None
 
 
-def instruction_set() -> str:
-    """What the kernel runs on here: "baseline", "avx2" or "avx512".
-
-    Raises:
-        RuntimeError: the library is not available.
-    """
-    return INSTRUCTION_SETS[library().hero_instruction_set()]
-
-
-def has_threads() -> bool:
-    """Whether the library was compiled with OpenMP; without it rows run one after another.
-
-    Raises:
-        RuntimeError: the library is not available.
-    """
-    return bool(library().hero_has_threads())
-
-
-def advise_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for huge pages under a fresh CPU tensor, if the library is there; returns the tensor.
-
-    A fresh buffer costs a page fault for each page that is touched first; the values are the same.
-    """
-    library, _ = _load()
-    if library is not None and tensor.device.type == "cpu":
-        library.hero_advise_huge_pages(
-            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
-        )
-    return tensor
-
-
+@lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The loaded library.
 
@@ -117,211 +84,106 @@ def library() -> ctypes.CDLL:
     return library
 
 
-def divergence_rows(
-    student: Tensor,
-    teacher: Tensor,
-    grad: Tensor | None,
-    *,
-    delta: bool,
-    divergence: int,
-    beta: float,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    target_ids: Tensor | None,
-    row_weights: Tensor,
-    old_logprobs: Tensor | None,
-    is_clip: float,
-    vocab_size: int,
-    with_stats: bool,
-    absolute_rows: Tensor | None = None,
-) -> Tensor:
-    """Divergence, statistics and gradient of every row, in one parallel sweep.
-
-    A logit is `cap((raw + bias) * logit_scale) * inv_temperature`, `cap(z) = c * tanh(z / c)`. The
-    gradient includes `row_weights` and the importance ratio `min(exp(log p_s(y) - old_logprobs),
-    is_clip)`. Columns from `vocab_size` on are padding: ignored, with zero gradient. Logits of -inf
-    mask a column; where one side alone is masked, the log ratio counts as +-1e4. Rows of weight 0
-    get zero gradients, and zero statistics if these would not be finite. Bitwise equal for any
-    number of threads.
-
-    Args:
-        student: raw student logits z_s [R, V], or z_s - z_t with `delta`; fp32, bf16 or fp16.
-        teacher: raw teacher logits z_t [R, V]; fp32, bf16 or fp16.
-        grad: None, or [R, V] to overwrite with d(weighted loss) / d(raw student logit); may be
-            `student` or `teacher` itself.
-        delta: whether `student` holds the difference of the raw logits.
-        divergence: 0 generalised JSD, 1 forward KL, 2 reverse KL.
-        beta: share of the teacher in the JSD mixture, in (0, 1).
-        inv_temperature: 1 / T.
-        softcap: c of c * tanh(z / c); 0 for none.
-        logit_scale: factor before the soft-cap.
-        student_bias: [V] or None.
-        teacher_bias: [V] or None.
-        target_ids: sampled tokens [R] int64, -1 for none; or None.
-        row_weights: [R] fp32.
-        old_logprobs: log-probabilities at sampling time [R] fp32; None for no importance ratio.
-        is_clip: upper limit of the importance ratio; 0 for none.
-        vocab_size: number of real columns.
-        with_stats: fill columns 4 to 6.
-        absolute_rows: [R] bool; with `delta`, rows whose `student` holds z_s all the same.
-
-    Returns:
-        [R, 8] fp32: divergence (unweighted), importance ratio, log p_s(y), log p_t(y), student
-        entropy, teacher entropy, top-1 agreement, 0.
+@lru_cache(maxsize=1)
+def instruction_set() -> str:
+    """What the kernel runs on here: "baseline", "avx2" or "avx512".
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
+        RuntimeError: the library is not available.
+    """
+    return INSTRUCTION_SETS[library().hero_instruction_set()]
+
+
+_HUGE = 1 << 20
+"""Elements of a buffer below which pages of the usual size do."""
+
+
+def advise_huge_pages(tensor: Tensor) -> Tensor:
+    """Ask for huge pages under a fresh CPU tensor, if the library is there; returns the tensor.
+
+    A fresh buffer costs a page fault for each page that is touched first; the values are the same.
+    """
+    library, _ = _load()
+    if library is not None and tensor.numel() >= _HUGE:
+        library.hero_advise_huge_pages(
+            ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
+        )
+    return tensor
+
+
+def divergence_rows(
+    tile: Tile,
+    rows: RowTensors,
+    objective: Objective,
+    with_stats: bool,
+    instruction_set: str | None = None,
+) -> Tensor:
+    """Divergence, statistics and gradient of whole rows: `RowKernels.divergence_rows`.
+
+    Logits are fp32, bf16 or fp16; the vectors of `rows` and the biases are contiguous, in fp32.
+    Target ids lie within the real columns or are -1: the kernel reads memory by them. Bitwise the
+    same for any number of threads. `instruction_set` forces one that this machine has.
+
+    Raises:
         RuntimeError: the library is not available, or out of memory.
     """
-    return _divergence_rows(
-        student,
-        teacher,
-        grad,
-        delta,
-        divergence,
-        beta,
-        inv_temperature,
-        softcap,
-        logit_scale,
-        student_bias,
-        teacher_bias,
-        target_ids,
-        row_weights,
-        old_logprobs,
-        is_clip,
-        vocab_size,
-        with_stats,
-        absolute_rows,
-        instruction_set=-1,
-    )
-
-
-@torch.library.custom_op(
-    "hero_kernels::divergence_rows_", mutates_args=("grad",), device_types="cpu"
-)
-def _divergence_rows(
-    student: Tensor,
-    teacher: Tensor,
-    grad: Tensor | None,
-    delta: bool,
-    divergence: int,
-    beta: float,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    target_ids: Tensor | None,
-    row_weights: Tensor,
-    old_logprobs: Tensor | None,
-    is_clip: float,
-    vocab_size: int,
-    with_stats: bool,
-    absolute_rows: Tensor | None,
-    instruction_set: int,
-) -> Tensor:
-    """The op behind `divergence_rows`; `instruction_set` forces one (-1: the machine's best)."""
     kernels = library()
-    check_matrices(student, teacher, grad, vocab_size)
-    check_vectors(student, target_ids, row_weights, old_logprobs, absolute_rows, vocab_size)
-    rows, columns = student.shape
-    stats = torch.empty((rows, NUM_STATS), dtype=torch.float32)
-    # Biases are [V]: the copies cost nothing beside [R, V], and must outlive the call.
-    biases = [fp32_bias(student_bias, columns), fp32_bias(teacher_bias, columns)]
-    problem = rows_problem(
-        student,
-        teacher,
-        grad,
-        stats,
-        delta=delta,
-        divergence=divergence,
-        beta=beta,
-        inv_temperature=inv_temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        student_bias=biases[0],
-        teacher_bias=biases[1],
-        target_ids=target_ids,
-        row_weights=row_weights,
-        old_logprobs=old_logprobs,
-        is_clip=is_clip,
-        vocab_size=vocab_size,
-        with_stats=with_stats,
-        absolute_rows=absolute_rows,
+    stats = torch.empty((tile.student.shape[0], NUM_STATS), dtype=torch.float32)
+    problem = rows_problem(tile, rows, objective, with_stats, stats)
+    level = (
+        kernels.hero_instruction_set()
+        if instruction_set is None
+        else INSTRUCTION_SETS.index(instruction_set)
     )
-    problem.num_threads = torch.get_num_threads()
-    if instruction_set < 0:
-        instruction_set = kernels.hero_instruction_set()
-    status = kernels.hero_divergence_rows(ctypes.byref(problem), instruction_set)
+    status = kernels.hero_divergence_rows(ctypes.byref(problem), level)
     if status == OUT_OF_MEMORY:
-        raise RuntimeError(f"The C++ row kernel found no memory for rows of {columns} logits.")
-    if status:
         raise RuntimeError(
-            f"The C++ row kernel has no instruction set {instruction_set} on this platform."
+            f"The C++ row kernel found no memory for rows of {tile.student.shape[1]} logits."
         )
+    if status:
+        raise RuntimeError(f"The C++ row kernel was built without {instruction_set}.")
     return stats
 
 
-@_divergence_rows.register_fake
-def _(student: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-    return student.new_empty((student.shape[0], NUM_STATS), dtype=torch.float32)
-
-
 def rows_problem(
-    student: Tensor,
-    teacher: Tensor,
-    grad: Tensor | None,
-    stats: Tensor,
-    *,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    target_ids: Tensor | None,
-    row_weights: Tensor,
-    old_logprobs: Tensor | None,
-    absolute_rows: Tensor | None,
-    **scalars: float,
+    tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool, stats: Tensor
 ) -> RowsProblem:
-    """The arguments of `divergence_rows` and where its result goes [R, 8], as the C struct.
-
-    The tensors must outlive it; the biases are fp32 and contiguous (`fp32_bias`).
-    """
+    """The C struct of a call whose result goes to `stats` [R, 8]; all tensors must outlive it."""
+    student, teacher, grad = tile.student, tile.teacher, tile.grad
+    targets, old, temperatures = rows.target_ids, rows.old_logprobs, rows.temperatures
+    absolute = tile.absolute_rows
+    assert teacher is not None and teacher.shape == student.shape
+    assert grad is None or grad.shape == student.shape
+    assert tile.num_real <= student.shape[1] and len(rows.weights) == student.shape[0]
     return RowsProblem(
-        student=student.data_ptr(),
-        teacher=teacher.data_ptr(),
-        grad=pointer(grad),
-        student_bias=pointer(student_bias),
-        teacher_bias=pointer(teacher_bias),
-        target_ids=pointer(target_ids),
-        row_weights=row_weights.data_ptr(),
-        old_logprobs=pointer(old_logprobs),
-        absolute_rows=pointer(absolute_rows),
-        stats=stats.data_ptr(),
-        rows=student.shape[0],
-        columns=student.shape[1],
-        student_stride=student.stride(0),
-        teacher_stride=teacher.stride(0),
-        grad_stride=0 if grad is None else grad.stride(0),
-        student_dtype=DTYPES[student.dtype],
-        teacher_dtype=DTYPES[teacher.dtype],
-        grad_dtype=0 if grad is None else DTYPES[grad.dtype],
-        **scalars,
+        student.data_ptr(),
+        teacher.data_ptr(),
+        None if grad is None else grad.data_ptr(),
+        None if tile.student_bias is None else tile.student_bias.data_ptr(),
+        None if tile.teacher_bias is None else tile.teacher_bias.data_ptr(),
+        None if targets is None else targets.data_ptr(),
+        rows.weights.data_ptr(),
+        None if old is None else old.data_ptr(),
+        None if temperatures is None else temperatures.data_ptr(),
+        None if absolute is None else absolute.data_ptr(),
+        stats.data_ptr(),
+        student.shape[0],
+        student.shape[1],
+        tile.num_real,
+        student.stride(0),
+        teacher.stride(0),
+        0 if grad is None else grad.stride(0),
+        DTYPES[student.dtype],
+        DTYPES[teacher.dtype],
+        0 if grad is None else DTYPES[grad.dtype],
+        DIVERGENCE_CODES[objective.divergence],
+        tile.is_delta,
+        with_stats,
+        torch.get_num_threads(),
+        objective.beta,
+        1.0 - objective.beta,
+        1.0 / objective.temperature,
+        objective.softcap or 0.0,
+        objective.logit_scale,
+        objective.is_clip or 0.0,
     )
-
-
-def pointer(tensor: Tensor | None) -> int | None:
-    """Address of the first element; None for no tensor."""
-    return None if tensor is None else tensor.data_ptr()
-
-
-def fp32_bias(bias: Tensor | None, columns: int) -> Tensor | None:
-    """[columns] in fp32, contiguous; raises ValueError for another shape."""
-    if bias is None:
-        return None
-    if bias.shape != (columns,):
-        raise ValueError(
-            f"A bias must have shape [{columns}] like a row of logits, got {list(bias.shape)}."
-        )
-    return bias.to(torch.float32).contiguous()

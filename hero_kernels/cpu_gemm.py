@@ -1,4 +1,4 @@
-"""Products of bf16 matrices with fp32 results on CPU (csrc/bf16_gemm.cpp), by AMX or AVX-512.
+"""Products of bf16 matrices with fp32 results on CPU (csrc/cpu/bf16_gemm.cpp), by AMX or AVX-512.
 
 `gemm.py` takes them where the processor has the instructions; torch's own bf16 product would round
 logits and sums to bf16.
@@ -15,13 +15,13 @@ from torch import Tensor
 from hero_kernels import cpu
 
 KINDS = ("none", "avx512", "amx")
-"""`HeroGemmKind` of csrc/bf16_gemm.h."""
+"""`HeroGemmKind` of csrc/cpu/bf16_gemm.h."""
 _STORE = {torch.float32: 0, torch.bfloat16: 1}
 _ADD_FLOAT = 2
 
 
 class _Gemm(ctypes.Structure):
-    """`HeroGemm` of csrc/bf16_gemm.h, field for field."""
+    """`HeroGemm` of csrc/cpu/bf16_gemm.h, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("left", "right", "out")),
@@ -45,33 +45,53 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
     Args:
         weight: bf16.
         products: results, of one shape and stride, and bf16 left operands, of one shape.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+        RuntimeError: out of memory.
     """
     (out, hidden), *others = products
     second_out, second = others[0] if others else (None, None)
     if second is not None and second_out is not None:
-        assert second.shape == hidden.shape and second_out.stride() == out.stride()
+        if second.shape != hidden.shape or second_out.shape != out.shape:
+            raise ValueError(
+                f"Both products must have the same shapes; got {list(hidden.shape)} to "
+                f"{list(out.shape)} and {list(second.shape)} to {list(second_out.shape)}."
+            )
+        assert second_out.stride() == out.stride()
         if second.stride() != hidden.stride():  # the kernel has one stride for both
             hidden, second = hidden.contiguous(), second.contiguous()
-    problem = _problem(hidden, weight, out, depth=weight.shape[1])
-    _call("hero_gemm_logits", problem, cpu.pointer(second), cpu.pointer(second_out))
+    shape, depths = (hidden.shape[0], weight.shape[0]), (hidden.shape[1], weight.shape[1])
+    problem = _problem(hidden, weight, out, shape, depths)
+    _call(
+        "hero_gemm_logits",
+        problem,
+        None if second is None else second.data_ptr(),
+        None if second_out is None else second_out.data_ptr(),
+    )
 
 
 def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad [R, V] · weight [V, H], summed in fp32, rounded to bf16: [R, H]."""
+    """grad [R, V] · weight [V, H], summed in fp32, rounded to bf16: [R, H].
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+        RuntimeError: out of memory.
+    """
     out = grad.new_empty(grad.shape[0], weight.shape[1])
-    _call("hero_gemm_hidden", _problem(grad, weight, out, depth=grad.shape[1]))
+    _call("hero_gemm_hidden", _hidden_problem(grad, weight, out))
     return out
 
 
 def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
-    """total [R, H] fp32 += grad [R, V] · weight [V, H], of bf16."""
-    problem = _problem(grad, weight, total, depth=grad.shape[1])
+    """total [R, H] fp32 += grad [R, V] · weight [V, H], of bf16; errors as `hidden_gradient`."""
+    problem = _hidden_problem(grad, weight, total)
     problem.store = _ADD_FLOAT
     _call("hero_gemm_hidden", problem)
 
 
 def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate: bool) -> None:
-    """total [V, H] (+)= gradᵀ · hidden, of bf16 [R, V] and [R, H].
+    """total [V, H] (+)= gradᵀ · hidden, of bf16 [R, V] and [R, H]; errors as `hidden_gradient`.
 
     Args:
         total: fp32, or bf16 if not `accumulate`.
@@ -79,14 +99,29 @@ def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate
         hidden: states.
         accumulate: add to what `total` holds.
     """
-    problem = _problem(grad, hidden, total, depth=grad.shape[0])
+    shape, depths = (grad.shape[1], hidden.shape[1]), (grad.shape[0], hidden.shape[0])
+    problem = _problem(grad, hidden, total, shape, depths)
     if accumulate:
         assert total.dtype == torch.float32
         problem.store = _ADD_FLOAT
     _call("hero_gemm_weight", problem)
 
 
-def _problem(left: Tensor, right: Tensor, out: Tensor, depth: int) -> _Gemm:
+def _hidden_problem(grad: Tensor, weight: Tensor, out: Tensor) -> _Gemm:
+    shape, depths = (grad.shape[0], weight.shape[1]), (grad.shape[1], weight.shape[0])
+    return _problem(grad, weight, out, shape, depths)
+
+
+def _problem(
+    left: Tensor, right: Tensor, out: Tensor, shape: tuple[int, int], depths: tuple[int, int]
+) -> _Gemm:
+    """The C struct; raises ValueError unless the operands have one depth and `out` this shape."""
+    if depths[0] != depths[1] or out.shape != shape:
+        raise ValueError(
+            f"Operands {list(left.shape)} and {list(right.shape)} have depths {depths[0]} and "
+            f"{depths[1]}, which must be equal, and give {list(shape)}; got {list(out.shape)} for "
+            "the result."
+        )
     for tensor in (left, right, out):
         assert tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
     return _Gemm(
@@ -95,7 +130,7 @@ def _problem(left: Tensor, right: Tensor, out: Tensor, depth: int) -> _Gemm:
         out=out.data_ptr(),
         rows=out.shape[0],
         columns=out.shape[1],
-        depth=depth,
+        depth=depths[0],
         left_stride=left.stride(0),
         right_stride=right.stride(0),
         out_stride=out.stride(0),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from hero_kernels import checks, planner, vocab_parallel
-from hero_kernels.autograd import linear_divergence
-from hero_kernels.divergence_loop import RowTensors
-from hero_kernels.layout import Plan
-from hero_kernels.options import Design, DivergenceOutput, KernelOptions, Reduction
+from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
+from hero_kernels.autograd import linear_divergence
+from hero_kernels.objective import DivergenceOutput, KernelOptions, ObjectiveKwargs
+from hero_kernels.types import RowTensors
+
+_DEFAULTS = KernelOptions()
 
 
 def fused_linear_divergence(
@@ -19,26 +23,15 @@ def fused_linear_divergence(
     teacher_hidden: Tensor | None = None,
     teacher_weight: Tensor | None = None,
     *,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
+    teacher_topk: tuple[Tensor, Tensor] | None = None,
     token_weights: Tensor | None = None,
     turn_ids: Tensor | None = None,
     turn_weights: Tensor | None = None,
     trajectory_ids: Tensor | None = None,
     target_ids: Tensor | None = None,
     old_logprobs: Tensor | None = None,
-    is_clip: float | None = None,
-    pointwise_clip: float | None = None,
-    support: str = "full",
-    top_k: int | None = None,
-    top_k_source: str = "student",
-    top_k_tail: bool = True,
-    teacher_topk: tuple[Tensor, Tensor] | None = None,
     reduction: str = "mean",
     loss_aggregation: str = "token",
     num_items: float | Tensor | None = None,
@@ -46,6 +39,7 @@ def fused_linear_divergence(
     return_stats: bool = False,
     impl: str = "auto",
     options: KernelOptions | None = None,
+    **objective: Unpack[ObjectiveKwargs],
 ) -> Tensor | DivergenceOutput:
     """Token-level divergence between student and teacher without whole logits in memory.
 
@@ -63,209 +57,220 @@ def fused_linear_divergence(
         teacher_weight: [V, H_t]; None if teacher and student share the head (and its bias), as in
             self-distillation. Then the loss is computed from (h_s - h_t)·Wᵀ and keeps its relative
             precision however close the two are. A trainable shared head gets the gradient of the
-            student's path only.
-        divergence: "jsd", "forward_kl" = KL(p_t | p_s) or "reverse_kl" = KL(p_s | p_t).
-        beta: weight of the teacher in the JSD's mixture, in (0, 1).
-        temperature: divides the logits; the loss is not multiplied by its square.
-        softcap: s of s·tanh(z / s), or None.
-        logit_scale: multiplies the logits before the soft cap.
+            student's path only. The student's own weight, or a detached view of it, counts as None.
         student_bias: [V].
         teacher_bias: [V], only with `teacher_weight`.
-        token_weights: [...] weight of each token, 0 to mask it; a bool mask will do.
-        turn_ids: [...] 0-based turn of each token, negative for none.
-        turn_weights: [K] weight of each turn.
-        trajectory_ids: [...] 0-based trajectory of each token, negative for none.
+        teacher_topk: (ids [..., k], log-probabilities [..., k] at this temperature) of a teacher
+            behind a server, in place of `teacher_hidden`; needs `support="topk"`.
+        token_weights: [...] weight of each token, 0 to mask it; a bool mask will do. The mean
+            divides by the sum of the weights: signed ones (advantages) need `num_items` or "sum".
+        turn_ids: [...] turn of each token, negative for none. Numbered through the whole batch.
+        turn_weights: [K] weight of each turn; ids are then less than K.
+        trajectory_ids: [...] trajectory of each token, negative for none.
         target_ids: [...] the tokens that were sampled; for `old_logprobs`, `support="sampled"` and
             statistics.
         old_logprobs: [...] their log-probabilities when sampled. Multiplies each token's loss by
             the detached ratio exp(log p_s(y) - old).
-        is_clip: upper bound of that ratio.
-        pointwise_clip: upper bound of each vocabulary entry's contribution to a token's divergence;
-            an entry above it has no gradient.
-        support: "full" vocabulary, "topk", or "sampled" (score-function form of the reverse KL:
-            stop_gradient(log p_s(y) - log p_t(y))·log p_s(y)).
-        top_k: tokens kept by "topk".
-        top_k_source: whose largest they are: "student", "teacher" or the "union" of both.
-        top_k_tail: keep the rest of the mass as one more outcome; False renormalises over the kept
-            tokens.
-        teacher_topk: (ids [..., k], log-probabilities [..., k] at this temperature) of a teacher
-            behind a server, in place of `teacher_hidden`; needs `support="topk"`.
         reduction: "mean", "sum" or "none" (then the loss is [...]).
         loss_aggregation: what the mean is over: "token", "turn" (token means, then turns) or
-            "trajectory" (then trajectories). A mean is weighted: its divisor is the sum of the
-            weights, whatever it is.
+            "trajectory" (then trajectories). A turn that micro-batches cut has a mean in each of
+            them: compute `token_coefficients` over the batch instead.
         num_items: replaces the divisor of the mean by a global count (gradient accumulation, data
             parallel).
         vocab_size: real tokens of a padded vocabulary; the columns beyond are ignored.
         return_stats: return a `DivergenceOutput` instead of the loss alone.
         impl: "auto", or an implementation by name; see `supports` and `explain`.
         options: how it is computed.
+        **objective: what is computed; see `Objective` for each.
+
+            divergence: "jsd" (default), "forward_kl" = KL(p_t | p_s) or "reverse_kl".
+            beta: weight of the teacher in the JSD's mixture, in (0, 1); default 0.5.
+            temperature: divides the logits; a number, or a tensor [...] of one for each token.
+            softcap: s of s·tanh(z / s), or None.
+            logit_scale: multiplies the logits before the soft cap.
+            is_clip: upper bound of the importance ratio, or None.
+            support: "full" (default), "topk", or "sampled" (score-function form of the reverse KL:
+                stop_gradient(log p_s(y) - log p_t(y))·log p_s(y)).
+            top_k: tokens kept by "topk".
+            top_k_source: whose largest they are, "student" (default) or "teacher".
+            top_k_tail: keep the rest of the mass as one more outcome (default), or renormalise.
 
     Returns:
         The loss, or a `DivergenceOutput`.
 
     Raises:
         ValueError: arguments that do not match, exclude each other or cannot be served.
-        TypeError: something that is no tensor where one is needed.
+        TypeError: something that is not a tensor where one is needed, an unknown keyword.
     """
-    options = options or KernelOptions()
-    if teacher_weight is student_weight and teacher_bias is student_bias:
-        teacher_weight = teacher_bias = None  # the shared head, said in full
+    options = options or _DEFAULTS
+    what, temperatures = checks.objective("fused_linear_divergence", objective)
     student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
-    checks.head("student", student_hidden, student_weight, student_bias)
-    teacher_hidden, teacher_weight = _teacher(
-        teacher_hidden, teacher_weight, teacher_bias, teacher_topk, student_hidden
-    )
-    num_shards = vocab_parallel.group_size(options.process_group)
-    vocab = checks.vocabulary(
-        student_weight.shape[0] * num_shards,
-        None if teacher_weight is None else teacher_weight.shape[0] * num_shards,
-        vocab_size,
-    )
-    objective = checks.objective(
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        is_clip=is_clip,
-        pointwise_clip=pointwise_clip,
-        vocab_size=vocab,
-        support=support,
-        top_k=top_k,
-        top_k_source=top_k_source,
-        top_k_tail=top_k_tail,
-        has_teacher_topk=teacher_topk is not None,
-        has_old_logprobs=old_logprobs is not None,
-        has_targets=target_ids is not None,
-    )
-    checks.pieces(options, objective, student_weight, teacher_weight)
-    weighting = Weighting.checked(
-        student_hidden,
-        token_weights,
-        turn_ids,
-        turn_weights,
-        trajectory_ids,
-        loss_aggregation,
-        reduction,
-        num_items,
-        options.validate,
-    )
-    checks.per_token("target_ids", target_ids, student_hidden, integer=True)
-    checks.per_token("old_logprobs", old_logprobs, student_hidden)
-    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    row_tensors = RowTensors.flat(
-        weighting.coefficients(len(hidden), hidden), target_ids, old_logprobs, teacher_topk
-    )
-    if checks.values_readable(hidden, options.validate):
-        row_tensors.check(vocab)
-
-    if num_shards > 1:
-        vocab_parallel.check_shards(
-            options.process_group,
-            student_hidden,
-            student_weight,
-            teacher_weight,
-            vocab,
-            always=checks.values_readable(hidden, options.validate),
+    checks.head("student_", student_hidden, student_weight, student_bias)
+    if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
+        teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
+    if teacher_topk is None:
+        teacher_hidden, teacher_weight = _checked_teacher(
+            teacher_hidden, teacher_weight, teacher_bias, student_hidden
         )
-    per_row = weighting.reduction == Reduction.NONE
-    wants_grad = [
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in (student_hidden, student_weight, student_bias)
-    ]
-    plan = Plan(
-        impl=impl,
-        chunk_size=planner.constant(options.chunk_size or 0),
-        storage=str(options.storage),
-        max_active_rows=planner.constant(options.max_active_rows or 0),
-        need_hidden=wants_grad[0],
-        need_weight=wants_grad[1],
-        need_bias=wants_grad[2],
-        with_stats=return_stats,
-        design=str(options.design),
-        memory_budget=planner.constant(options.memory_budget or 0),
-        group=vocab_parallel.group_name(options.process_group),
-        accumulate_weight_grad=options.accumulate_weight_grad,
-    )
-    teacher_size = 0 if teacher_weight is None else teacher_weight.shape[1]
-    design, chunk_size = planner.decide(
-        planner.constant(planner.row_bound(hidden, options)),
-        planner.constant(max(hidden.shape[1], teacher_size)),
-        planner.constant(len(student_weight)),
-        str(hidden.device),
-        hidden.dtype,
-        teacher_weight is None,
-        str(divergence),
-        objective.support,
-        pointwise_clip is not None,
-        *plan,
-    )
-    plan = plan._replace(design=design, chunk_size=chunk_size)
-    if per_row or design == Design.SLICED:  # gradients are formed in the backward pass
-        if any(wants_grad):
-            checks.can_be_saved("teacher_hidden", teacher_hidden)
-            checks.can_be_saved("teacher_weight", teacher_weight)
-            checks.can_be_saved("teacher_bias", teacher_bias)
-        plan = plan._replace(need_hidden=False, need_weight=False, need_bias=False)
+    else:
+        own_teacher = (teacher_hidden, teacher_weight, teacher_bias)
+        _check_topk(teacher_topk, own_teacher, student_hidden)
+    ranks = 1 if options.process_group is None else vocab_parallel.group_size(options.process_group)
+    heads = (student_weight,) if teacher_weight is None else (student_weight, teacher_weight)
+    sizes = heads[0].shape[0] * ranks, heads[-1].shape[0] * ranks
+    vocab = checks.vocabulary(*sizes, vocab_size)
+    checks.objective_with(what, vocab, target_ids, old_logprobs, teacher_topk)
+    weighting, rows = weighted_rows(
+        ("student_hidden", student_hidden),
+        Weighting(
+            token_weights, turn_ids, turn_weights, trajectory_ids, loss_aggregation, reduction,
+            num_items,
+        ),
+        RowTensors(student_hidden, target_ids, old_logprobs, temperatures, *(teacher_topk or ())),
+        vocab,
+        options.validate,
+    )  # fmt: skip
+    if ranks > 1 or options.tile_columns:
+        checks.split(options, what, heads)
+    if ranks > 1:
+        vocab_parallel.check_shards(
+            options.process_group, student_hidden, heads, vocab, options.validate
+        )
+    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what.support)
+    facts = facts._replace(
+        impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
+        with_stats=return_stats, per_row=reduction == "none", sharded=ranks > 1,
+        group="" if ranks == 1 else vocab_parallel.group_name(options.process_group),
+    )  # fmt: skip
+    plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
+    text, numbers, in_backward = plan(what, facts)
+    if in_backward:
+        named = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
+        checks.savable("reduction='none' or a split vocabulary", named)
     loss, stats, *_ = linear_divergence(
         hidden,
         student_weight,
         student_bias,
-        _constant_rows(teacher_hidden),
+        None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
-        *row_tensors,
-        *objective,
-        *plan,
-        per_row,
+        *rows,
         None,
+        numbers,
+        text,
     )
-    if per_row:
-        loss = loss.reshape(student_hidden.shape[:-1])
+    shape = student_hidden.shape[:-1]
+    loss = loss.reshape(shape) if reduction == "none" else loss
     if not return_stats:
         return loss
     return weighting.output(
-        loss,
-        stats,
-        row_tensors.weights,
-        student_hidden.shape[:-1],
-        has_targets=target_ids is not None,
-        teacher_known=teacher_topk is None,
+        loss, stats, rows.weights, shape, target_ids is not None, teacher_topk is None
     )
 
 
-def _teacher(
-    hidden: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    topk: tuple[Tensor, Tensor] | None,
-    student_hidden: Tensor,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Check the teacher, in whichever of its three forms; returns hidden states and weight."""
-    if (hidden is None) == (topk is None):
-        raise ValueError(
-            "Pass either teacher_hidden or teacher_topk; got "
-            f"{'neither' if hidden is None else 'both'}."
-        )
-    if hidden is None or topk is not None:
-        assert topk is not None
-        if weight is not None or bias is not None:
-            raise ValueError(
-                "teacher_weight and teacher_bias have no use beside teacher_topk: leave them out."
-            )
-        ids, logprobs = topk
-        for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
-            checks.is_tensor(name, tensor, "[..., k]")
-            checks.same_device(name, tensor, student_hidden)
-        leading = student_hidden.shape[:-1]
-        if ids.shape != logprobs.shape or ids.shape[:-1] != leading or ids.shape[-1] < 1:
-            raise ValueError(
-                f"teacher_topk is ids {list(ids.shape)} and logprobs {list(logprobs.shape)}; "
-                "expected both "
-                f"{[*leading, 'k']}, with the leading shape of student_hidden and k >= 1."
-            )
-        return None, None
+def _facts(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    heads: tuple[Tensor, ...],
+    vocab: int,
+    options: KernelOptions,
+    support: str,
+) -> planning.Facts:
+    """What decides how a call is carried out, as far as tensors and options say it."""
+    hidden, weight, bias = student
+    with_grad = torch.is_grad_enabled()
+    rows = min(len(hidden), options.max_active_rows or len(hidden)) if options.memory_budget else 0
+    return planning.Facts(
+        str(hidden.device),
+        hidden.dtype,
+        str(support),
+        rows,
+        max(heads[0].shape[1], heads[-1].shape[1]),
+        weight.shape[0],
+        vocab,
+        with_grad and hidden.requires_grad,
+        with_grad and weight.requires_grad,
+        with_grad and bias is not None and bias.requires_grad,
+        options.tile_rows or 0,
+        options.tile_columns or 0,
+        options.memory_budget or 0,
+        options.max_active_rows or 0,
+    )
+
+
+def is_shared(
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+) -> bool:
+    """Whether the teacher's head is the student's own, or a detached view of it."""
+    if teacher_weight is None or (teacher_bias is None) != (student_bias is None):
+        return False
+    pairs = ((student_weight, teacher_weight), (student_bias, teacher_bias))
+    return all(ours is theirs or _same_memory(ours, theirs) for ours, theirs in pairs)
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return alike and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() != 0
+
+
+def weighted_rows(
+    reference: tuple[str, Tensor],
+    weighting: Weighting,
+    given: RowTensors,
+    vocab_size: int,
+    validate: bool,
+) -> tuple[Weighting, RowTensors]:
+    """Check and flatten what is told of each row, in N rows; masked rows may hold anything: here it
+    becomes something that no row kernel trips over.
+
+    Args:
+        reference: name and value [..., H] of what gives the leading shape.
+        weighting: as the caller passed it.
+        given: as the caller passed it; its weights are not read.
+        vocab_size: real tokens.
+        validate: whether values are checked on any device.
+    """
+    name, tensor = reference
+    weighting.check(name, tensor, validate)
+    _, target_ids, old_logprobs, temperatures, ids, logprobs = given
+    if target_ids is not None:
+        checks.per_token("target_ids", target_ids, name, tensor, integer=True)
+    if old_logprobs is not None:
+        checks.per_token("old_logprobs", old_logprobs, name, tensor)
+    if temperatures is not None and temperatures.dim():
+        checks.per_token("temperature", temperatures, name, tensor)
+    weighting = weighting.flat()
+    num_rows = tensor.shape[:-1].numel()
+    weights = weighting.coefficients(num_rows, tensor)
+    active = weights != 0
+    if target_ids is not None:
+        target_ids = target_ids.reshape(-1).long().clamp(min=-1).where(active, -1)
+    if old_logprobs is not None:
+        old_logprobs = old_logprobs.detach().reshape(-1).to(weights.dtype).where(active, 0.0)
+    if temperatures is not None:
+        temperatures = temperatures.detach().reshape(-1).to(weights).expand(num_rows)
+        temperatures = temperatures.where(active, 1.0)
+    if ids is not None and logprobs is not None:
+        shape = (num_rows, ids.shape[-1])
+        ids = ids.reshape(shape).long().where(active[:, None], 0)
+        logprobs = logprobs.detach().reshape(shape).where(active[:, None], -100.0)
+    rows = RowTensors(weights, target_ids, old_logprobs, temperatures, ids, logprobs)
+    if checks.values_readable(tensor, validate):
+        checks.rows(rows, vocab_size, active)
+    return weighting, rows
+
+
+def _checked_teacher(
+    hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, student_hidden: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states and weight of a teacher whose logits are known; no weight for a shared head."""
+    if hidden is None:
+        raise ValueError("Pass either teacher_hidden or teacher_topk; got neither.")
     checks.is_tensor("teacher_hidden", hidden, "[..., H]")
     checks.no_grad_wanted("teacher_hidden", hidden, "the teacher")
     if weight is None:
@@ -276,26 +281,46 @@ def _teacher(
         hidden, _ = checks.autocast(hidden, hidden)
         if hidden.shape != student_hidden.shape or hidden.dtype != student_hidden.dtype:
             raise ValueError(
-                f"With a shared head (teacher_weight=None) teacher_hidden must match "
-                "student_hidden; got "
-                f"{list(hidden.shape)} {hidden.dtype}, expected {list(student_hidden.shape)} "
-                f"{student_hidden.dtype}. A teacher with its own head needs teacher_weight."
+                "With a shared head (teacher_weight=None) teacher_hidden must match "
+                f"student_hidden; got {list(hidden.shape)} {hidden.dtype}, expected "
+                f"{list(student_hidden.shape)} {student_hidden.dtype}. A teacher with its own head "
+                "needs teacher_weight."
             )
-        checks.same_device("teacher_hidden", hidden, student_hidden)
+        checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
         return hidden, None
     checks.no_grad_wanted("teacher_weight", weight, "the teacher")
     checks.no_grad_wanted("teacher_bias", bias, "the teacher")
     hidden, weight = checks.autocast(hidden, weight)
-    checks.head("teacher", hidden, weight, bias)
-    checks.same_device("teacher_hidden", hidden, student_hidden)
+    checks.head("teacher_", hidden, weight, bias)
+    checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
+    checks.same_precision(student_hidden, hidden)
     if hidden.shape[:-1] != student_hidden.shape[:-1]:
         raise ValueError(
             f"teacher_hidden is {list(hidden.shape)} and student_hidden "
-            f"{list(student_hidden.shape)}: expected "
-            "the same leading shape, token by token."
+            f"{list(student_hidden.shape)}: expected the same leading shape, token by token."
         )
     return hidden, weight
 
 
-def _constant_rows(hidden: Tensor | None) -> Tensor | None:
-    return None if hidden is None else hidden.detach().reshape(-1, hidden.shape[-1])
+def _check_topk(
+    topk: tuple[Tensor, Tensor],
+    own_teacher: tuple[Tensor | None, Tensor | None, Tensor | None],
+    student_hidden: Tensor,
+) -> None:
+    """A teacher behind a server: ids and log-probabilities, and nothing else of it."""
+    if own_teacher[0] is not None:
+        raise ValueError("Pass either teacher_hidden or teacher_topk; got both.")
+    if any(tensor is not None for tensor in own_teacher):
+        raise ValueError(
+            "teacher_weight and teacher_bias have no use beside teacher_topk: leave them out."
+        )
+    ids, logprobs = topk
+    for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
+        checks.is_tensor(name, tensor, "[..., k]")
+        checks.same_device(name, tensor, "student_hidden", student_hidden)
+    leading = student_hidden.shape[:-1]
+    if ids.shape != logprobs.shape or ids.shape[:-1] != leading or ids.shape[-1] < 1:
+        raise ValueError(
+            f"teacher_topk is ids {list(ids.shape)} and logprobs {list(logprobs.shape)}; expected "
+            f"both {[*leading, 'k']}, with the leading shape of student_hidden and k >= 1."
+        )

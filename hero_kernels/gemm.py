@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hero_kernels import cpu_gemm
 
+_OPERAND_ROWS = 1024
+"""Rows of h_s - h_t worked on at once, as its temporaries are several times its size."""
 SLICE_ROWS = 8192
 """Rows of the head widened at once on CPU."""
 
@@ -125,3 +127,24 @@ def rows_of(matrix: Tensor) -> Tensor:
 def _slices(weight: Tensor) -> Iterator[slice]:
     for start in range(0, weight.shape[0], SLICE_ROWS):
         yield slice(start, min(start + SLICE_ROWS, weight.shape[0]))
+
+
+def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
+    """What to multiply by the head, in 16 bits, to get delta [R, V] without the error of rounding
+    h_s - h_t.
+
+    The difference of nearby 16-bit numbers is itself a 16-bit number, so there it is taken. Where
+    it is not, h_s and h_t lie so far apart that the fp32 logits of both can be subtracted.
+
+    Returns:
+        The operand [R, H], h_s - h_t or h_s; and [R] bool, whether it is h_s.
+    """
+    operand, absolute = torch.empty_like(h_s), h_s.new_empty(len(h_s), dtype=torch.bool)
+    for start in range(0, len(h_s), _OPERAND_ROWS):
+        part = slice(start, start + _OPERAND_ROWS)
+        exact = h_s[part].float() - h_t[part].float()
+        rounded = exact.to(h_s.dtype)
+        error = (exact - rounded.float()).norm(dim=1)
+        absolute[part] = error > 2.0**-12 * exact.norm(dim=1)
+        operand[part] = torch.where(absolute[part, None], h_s[part], rounded)
+    return operand, absolute

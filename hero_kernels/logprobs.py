@@ -1,18 +1,31 @@
-"""Log-probabilities of given tokens straight from hidden states and head, with gradient."""
+"""Log-probabilities of given tokens straight from hidden states and head, with gradient.
+
+The forward pass is one head GEMM and one sweep over the logits, and keeps four numbers for each
+row. The backward pass forms the logits again, turns each into its gradient with those numbers (one
+sweep, no sum over the row), and multiplies: three GEMMs, or two where the head is frozen. Keeping
+the logits, or their gradient, would save one of them at the price of N·V numbers.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks, fused
-from hero_kernels.chunked import Head
-from hero_kernels.layout import Plan, gradient_dtype
-from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
-from hero_kernels.logprob_rows import ENTROPY, LOGPROB, LOGPROB_STATS
-from hero_kernels.options import Design, KernelOptions, Support
+from hero_kernels import backends, checks, gemm
+from hero_kernels.autograd import first_order
+from hero_kernels.call import Call, decoded_call, decoded_objective, encoded, numbers_of
+from hero_kernels.constants import ENTROPY, LOGPROB, NUM_LOGPROB_STATS
+from hero_kernels.divergence import active_rows, power_of_two_scale, spread, without_autocast
+from hero_kernels.memory import Layout, Shape, default_rows, layout
+from hero_kernels.objective import KernelOptions, Objective
+from hero_kernels.tiles import Sides, Tiles, cleared, walk, with_adjacent_columns
+from hero_kernels.types import GRADIENT_DTYPE, Gradients, Head, Tile
+from hero_kernels.vocab_parallel import Shards
 
 
 def linear_logprobs(
@@ -33,10 +46,9 @@ def linear_logprobs(
     """log softmax(cap((h·Wᵀ + bias) · logit_scale) / temperature)[target] without whole logits in
     memory.
 
-    Any upstream gradient is right, of the log-probabilities and of the entropy. The forward pass is
-    one head GEMM and keeps four numbers for each token; the backward pass computes the logits again
-    and is three GEMMs, two where the head or the trunk is frozen. On CPU, tokens whose upstream
-    gradient is 0 (clipped by PPO, without advantage) are dropped before those GEMMs.
+    Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens
+    whose upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products
+    of the backward pass.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.
@@ -50,65 +62,57 @@ def linear_logprobs(
             0 and no gradient, and may hold anything. Not multiplied into the result.
         vocab_size: real tokens of a padded vocabulary.
         return_entropy: return the entropy of each distribution too, with gradient.
-        impl: "auto", or "torch" (any device, and fp64), "cpu" (C++), "triton" (CUDA), which then
-            has to serve: see `supports(impl, function="linear_logprobs")`.
-        options: how it is computed. With `design="fused"` (CUDA, 16 bits) the forward pass writes
-            no logits at all: a GEMM kernel sums up its rows itself (fused.py).
+        impl: "auto", or "torch" (any device, and fp64), "triton" (CUDA), or "triton_fused", whose
+            forward pass writes no logits at all; see `supports(impl, function="linear_logprobs")`.
+        options: how it is computed; `tile_rows`, `max_active_rows` and `validate` count.
 
     Returns:
         Log-probabilities [...] in fp32 (fp64 for fp64), or these and the entropies [...], in nats.
 
     Raises:
         ValueError: arguments that do not match or cannot be served.
+        TypeError: something that is not a tensor where one is needed.
     """
     options = options or KernelOptions()
-    checks.whole_heads_only("linear_logprobs", options)
+    for name in ("process_group", "tile_columns", "memory_budget"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"linear_logprobs has no {name}: it is an option of fused_linear_divergence. Leave "
+                "it out; pass the whole head, and tile_rows for less memory."
+            )
+    settings = {"temperature": temperature, "softcap": softcap, "logit_scale": logit_scale}
+    what, temperatures = checks.objective("linear_logprobs", settings)
+    if temperatures is not None:
+        raise TypeError(
+            "temperature must be a number for linear_logprobs, got a tensor: divide the tokens "
+            "into calls of one temperature each."
+        )
     hidden, weight = checks.autocast(hidden, weight)
-    checks.head("student", hidden, weight, bias)
-    checks.per_token("target_ids", target_ids, hidden, integer=True)
-    checks.per_token("token_mask", token_mask, hidden)
-    checks.positive("temperature", temperature)
-    checks.positive("logit_scale", logit_scale)
-    checks.positive("softcap", softcap, optional=True)
-    vocab = checks.vocabulary(weight.shape[0], None, vocab_size)
-    rows = hidden.reshape(-1, hidden.shape[-1])
+    checks.head("", hidden, weight, bias)
+    checks.per_token("target_ids", target_ids, "hidden", hidden, integer=True)
+    if token_mask is not None:
+        checks.per_token("token_mask", token_mask, "hidden", hidden)
+    vocab = checks.vocabulary(len(weight), len(weight), vocab_size)
     targets = target_ids.reshape(-1).long()
     mask = torch.ones_like(targets, dtype=torch.bool)
     if token_mask is not None:
         mask = token_mask.detach().reshape(-1) != 0
-    if options.design == Design.FUSED:
-        request = backends.Request(
-            hidden.device, hidden.dtype, Support.FULL, False, backends.Function.LOGPROBS
-        )
-        if reason := fused.refusal(impl, request, vocab):
-            raise ValueError(
-                f"design='fused' cannot serve this call: {reason}. Leave design 'auto'."
-            )
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
+    device, vocab = str(hidden.device), operator.index(vocab)
+    request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
+    call = Call(
+        backends.choose(impl, request), options.tile_rows or default_rows(device, vocab), 0, vocab,
+        options.max_active_rows or 0, with_stats=return_entropy,
+    )  # fmt: skip
     logprobs, entropy, _ = _linear_logprobs(
-        rows,
-        weight,
-        bias,
-        targets,
-        mask,
-        float(temperature),
-        float(softcap or 0.0),
-        float(logit_scale),
-        vocab,
-        return_entropy,
-        impl,
-        options.chunk_size or backends.chunk_rows(hidden.device, vocab),
-        str(options.storage),
-        options.max_active_rows or 0,
-        options.design == Design.FUSED,
-    )
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, numbers_of(what),
+        encoded(what, call.text),
+    )  # fmt: skip
     shape = hidden.shape[:-1]
-    return (
-        (logprobs.reshape(shape), entropy.reshape(shape))
-        if return_entropy
-        else logprobs.reshape(shape)
-    )
+    if not return_entropy:
+        return logprobs.reshape(shape)
+    return logprobs.reshape(shape), entropy.reshape(shape)
 
 
 @torch.library.custom_op("hero_kernels::linear_logprobs", mutates_args=())
@@ -118,25 +122,13 @@ def _linear_logprobs(
     bias: Tensor | None,
     target_ids: Tensor,
     mask: Tensor,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    vocab_size: int,
-    with_entropy: bool,
-    impl: str,
-    chunk_size: int,
-    storage: str,
-    max_active_rows: int,
-    fused_forward: bool,
+    numbers: Sequence[float],
+    call: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N], entropies [N] (0 without `with_entropy`), and [N, 4] for backward."""
-    plan = Plan(impl, chunk_size, storage, max_active_rows, False, False, False, with_entropy)
-    stats = forward(
-        Head(hidden, weight, bias),
-        Tokens(target_ids, mask),
-        Transform(temperature, softcap, logit_scale, vocab_size),
-        plan._replace(design=Design.FUSED) if fused_forward else plan,
-    )
+    """Log-probabilities [N], entropies [N] (0 without `with_stats`), and [N, 4] for backward."""
+    how = decoded_call(call)
+    what = decoded_objective(call, *numbers)
+    stats = _forward(Head(hidden, weight, bias), target_ids, mask, what, how)
     return stats[:, LOGPROB].clone(), stats[:, ENTROPY].clone(), stats
 
 
@@ -149,47 +141,179 @@ def _linear_logprobs_backward(
     mask: Tensor,
     stats: Tensor,
     upstream: Tensor,
-    temperature: float,
-    softcap: float,
-    logit_scale: float,
-    vocab_size: int,
-    impl: str,
-    chunk_size: int,
-    storage: str,
-    max_active_rows: int,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
+    numbers: Sequence[float],
+    call: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias (empty where not needed); `upstream` [N, 2]."""
-    needed = (need_hidden, need_weight, need_bias)
-    grads = backward(
-        Head(hidden, weight, bias),
-        Tokens(target_ids, mask),
-        stats,
-        upstream,
-        Transform(temperature, softcap, logit_scale, vocab_size),
-        Plan(impl, chunk_size, storage, max_active_rows, *needed, False),
-    )
-    empty = [hidden.new_empty(0) if grad is None else grad for grad in grads]
-    return empty[0], empty[1], empty[2]
+    how = decoded_call(call)
+    what = decoded_objective(call, *numbers)
+    live = mask & (upstream != 0).any(1)
+    grads = _gradients(Head(hidden, weight, bias), target_ids, live, stats, upstream, what, how)
+    d_hidden, d_weight, d_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
+    return d_hidden, d_weight, d_bias
+
+
+class _LogprobWork:
+    """Log-probabilities and entropies of the rows of a tile."""
+
+    num_stats = NUM_LOGPROB_STATS
+
+    def __init__(
+        self, kernels: ModuleType, ids: Tensor, plan: Layout, objective: Objective, entropy: bool
+    ) -> None:
+        self.kernels, self.objective, self.with_entropy = kernels, objective, entropy
+        self.ids = ids.split(plan.sizes)
+
+    def of_rows(self, tiles: Tiles, i: int) -> Tensor:
+        (tile,) = tiles
+        stats: Tensor = self.kernels.logprob_rows(
+            tile, self.ids[i], self.objective, self.with_entropy
+        )
+        return stats
+
+    def gradient(self, tile: Tile, i: int) -> None:
+        raise AssertionError("gradients are those of _GradientWork")
+
+
+class _GradientWork:
+    """Their gradient, by the numbers kept and the upstream gradients."""
+
+    num_stats = NUM_LOGPROB_STATS
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        ids: Tensor,
+        plan: Layout,
+        objective: Objective,
+        stats: Tensor,
+        upstream: Tensor,
+    ) -> None:
+        self.kernels, self.objective = kernels, objective
+        self.ids, self.stats = ids.split(plan.sizes), stats.split(plan.sizes)
+        self.upstream = upstream.split(plan.sizes)
+
+    def of_rows(self, tiles: Tiles, i: int) -> Tensor:
+        return self.stats[i]
+
+    def gradient(self, tile: Tile, i: int) -> None:
+        self.kernels.logprob_gradient(
+            tile, self.ids[i], self.objective, self.stats[i], self.upstream[i]
+        )
+
+
+def _forward(
+    head: Head, target_ids: Tensor, mask: Tensor, objective: Objective, call: Call
+) -> Tensor:
+    """[N, 4]; 0 for masked rows, NaN if there are more rows than the bound where that cannot be
+    raised."""
+    num_rows = len(head.hidden)
+    kept, overflow = active_rows(mask, call.max_active_rows)
+    if kept is not None:
+        head = head._replace(hidden=head.hidden[kept])
+        target_ids, mask = target_ids[kept], mask[kept]
+    ids = target_ids.where(mask, -1)
+    sides, plan = _prepared(head, mask, call)
+    kernels = backends.logprob_kernels(call.impl)
+    with without_autocast(head.hidden.device.type):
+        if backends.IMPLEMENTATIONS[call.impl].makes_logits:
+            stats = _without_logits(kernels, sides, ids, plan, objective, call)
+        else:
+            work = _LogprobWork(kernels, ids, plan, objective, call.with_stats)
+            stats, _ = walk(sides, work, call, plan, Shards())
+    stats = stats.masked_fill(~mask[:, None], 0.0)
+    if overflow is not None:
+        stats = stats.masked_fill(overflow, torch.nan)
+    return spread(stats, kept, num_rows)
+
+
+def _without_logits(
+    kernels: ModuleType, sides: Sides, ids: Tensor, plan: Layout, objective: Objective, call: Call
+) -> Tensor:
+    """The same from a product whose epilogue sums up its rows."""
+    hidden, weight, bias = sides.student
+    weight = weight[: call.vocab_size]
+    bias = None if bias is None else bias[: call.vocab_size].float()
+    stats = hidden.new_zeros(len(hidden), NUM_LOGPROB_STATS, dtype=plan.wide)
+    start = 0
+    for part in ids.split(plan.sizes):
+        rows = slice(start, start + len(part))
+        states = gemm.rows_of(cleared(hidden, sides.active, rows))
+        stats[rows] = kernels.logprob_rows(
+            states, weight, bias, part, objective, call.vocab_size, call.with_stats
+        )
+        start = rows.stop
+    return stats
+
+
+def _gradients(
+    head: Head,
+    target_ids: Tensor,
+    live: Tensor,
+    stats: Tensor,
+    upstream: Tensor,
+    objective: Objective,
+    call: Call,
+) -> Gradients:
+    """Gradients of sum(upstream · (log-probability, entropy)) over the rows that are `live` [N]:
+    rows whose upstream gradient is 0 cost what masked rows cost."""
+    num_rows = len(head.hidden)
+    kept, _ = active_rows(live, call.max_active_rows)
+    if kept is not None:
+        head = head._replace(hidden=head.hidden[kept])
+        target_ids, live = target_ids[kept], live[kept]
+        stats, upstream = stats[kept], upstream[kept]
+    upstream = upstream.masked_fill(~live[:, None], 0.0)
+    scale = None
+    if head.hidden.dtype == torch.float16:
+        scale = power_of_two_scale(upstream, objective.logit_scale / objective.temperature)
+        upstream = upstream * scale
+    sides, plan = _prepared(head, live, call)
+    name = call.impl
+    if backends.IMPLEMENTATIONS[name].makes_logits:
+        name = "triton"  # the backward pass needs the logits in memory
+    kernels = backends.logprob_kernels(name)
+    ids = target_ids.where(live, -1)
+    with without_autocast(head.hidden.device.type):
+        work = _GradientWork(kernels, ids, plan, objective, stats, upstream)
+        _, grads = walk(sides, work, call, plan, Shards())
+    if scale is not None:
+        grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))
+    if grads.hidden is not None:
+        grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
+    return grads
+
+
+def _prepared(head: Head, active: Tensor, call: Call) -> tuple[Sides, Layout]:
+    hidden = head.hidden
+    on_cpu = hidden.device.type == "cpu"
+    sides = Sides(head, None, None if on_cpu else active, 0, call.vocab_size, shared=False)
+    if on_cpu and gemm.takes_16_bit(hidden.device, hidden.dtype):
+        sides = with_adjacent_columns(sides)
+    shape = Shape(
+        len(hidden), hidden.shape[1], call.vocab_size, hidden.dtype, str(hidden.device), False,
+        call.need_hidden, call.need_weight, call.need_bias,
+    )  # fmt: skip
+    return sides, layout(shape, call.tile_rows, 0)
 
 
 @_linear_logprobs.register_fake
 def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    rows = len(hidden)
-    logprobs, entropy = (hidden.new_empty(rows, dtype=wide) for _ in range(2))
-    return logprobs, entropy, hidden.new_empty(rows, LOGPROB_STATS, dtype=wide)
+    num_rows = len(hidden)
+    logprobs, entropy = (hidden.new_empty(num_rows, dtype=wide) for _ in range(2))
+    return logprobs, entropy, hidden.new_empty(num_rows, NUM_LOGPROB_STATS, dtype=wide)
 
 
 @_linear_logprobs_backward.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = decoded_call(arguments[-1])
+    needed = call.need_hidden, call.need_weight, call.need_bias
     hidden, weight, bias = (
-        tensor.new_empty(tensor.shape, dtype=gradient_dtype(tensor.dtype))
-        if needed
-        else args[0].new_empty(0)
-        for tensor, needed in zip(args[:3], args[-3:], strict=True)
+        tensor.new_empty(tensor.shape, dtype=GRADIENT_DTYPE[tensor.dtype])
+        if need
+        else arguments[0].new_empty(0)
+        for tensor, need in zip(arguments[:3], needed, strict=True)
     )
     return hidden, weight, bias
 
@@ -197,14 +321,17 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(*inputs[:5], output[2])
-    ctx.settings = (*inputs[5:9], *inputs[10:14])
+    ctx.numbers, ctx.call = inputs[5], inputs[6]
     ctx.num_constants = len(inputs) - 3
 
 
 def _backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor, _: Any) -> tuple[Any, ...]:
+    first_order("linear_logprobs")
     needed = ctx.needs_input_grad[:3]
+    call = decoded_call(ctx.call).with_needs(needed)
+    text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
     upstream = torch.stack([d_logprobs, d_entropy], 1)
-    grads = _linear_logprobs_backward(*ctx.saved_tensors, upstream, *ctx.settings, *needed)
+    grads = _linear_logprobs_backward(*ctx.saved_tensors, upstream, ctx.numbers, text)
     wanted = [
         grad.to(tensor.dtype) if need else None
         for grad, tensor, need in zip(grads, ctx.saved_tensors[:3], needed, strict=True)

@@ -1,364 +1,349 @@
-"""The row kernel in torch, and with it the definition of the row-kernel interface.
+"""The row kernels in torch: any device, any floating-point type, every support.
 
-A row kernel takes a chunk of raw logits, returns eight numbers for each row and writes the gradient
-with respect to the raw student logits, which may overwrite the student's chunk. The same function
-exists in C++ (`cpu.py`) and in Triton (`triton/rows.py`).
-
-Raw logits become z = cap((raw + bias) · logit_scale) / temperature with cap(z) = softcap · tanh(z /
-softcap).
-
-With `delta=True` the student's tensor holds delta = raw_s - raw_t of a shared head (same bias). All
-formulas are then written in x = log p_s - log p_t, which comes from delta without a difference of
-large numbers, and as sums of non-negative terms p·phi(u), phi(u) = exp(u) - 1 - u; so the
-divergence of nearby distributions keeps its relative precision, cannot be negative, and is exactly
-0 for delta = 0:
-
-    forward KL   sum p_t phi(x)                                d/dz = p_t expm1(x) = p_s - p_t
-    reverse KL   sum p_s phi(-x)                               d/dz = p_s (x - KL)
-    JSD          beta sum p_t phi(l) + (1-beta) sum p_s phi(r) d/dz = (1-beta) p_s (-r - K)
-                 l = log(m / p_t), r = log(m / p_s), K = KL(p_s | m) = sum p_s phi(r)
+`RowKernels` in types.py says what each function returns. A tile is worked on in blocks of rows that
+fit the cache. Whole rows take the same steps as tiles of some columns, block by block, so that
+scaled logits and probabilities are formed once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-STATS = 8
-LOSS, RATIO, STUDENT_LOGPROB, TEACHER_LOGPROB, STUDENT_ENTROPY, TEACHER_ENTROPY, TOP1 = range(7)
-"""Columns of the result; the eighth is reserved."""
+from hero_kernels import constants as c
+from hero_kernels.formulas import (
+    bounded,
+    dense_divergence,
+    divergence_slope,
+    divergence_sums,
+    soft_cap,
+    soft_cap_gap,
+    soft_cap_slope,
+)
+from hero_kernels.objective import Objective
+from hero_kernels.rows_topk import LogProbs, restricted_divergence
+from hero_kernels.types import RowTensors, Tile
 
-BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Logits worked on at once: few enough for the CPU's cache, or for the GPU's memory."""
-
-_RATIO_LIMIT = 1e4
-_EXP_LIMIT = 80.0
-"""exp(80) is finite in fp32, and exp(-80) counts nothing in a sum of probabilities."""
-
-
-class LogProbs(NamedTuple):
-    """Both distributions of a block of rows; without logits the teacher equals the student."""
-
-    student: Tensor  # [R, V] log p_s
-    teacher: Tensor  # [R, V] log p_t
-    log_ratio: Tensor  # [R, V] log p_s - log p_t
-    slope: Tensor | float  # d z_s / d raw_s: [R, V], or one number
+SCRATCH_TENSORS = 16
+"""Bound on the temporaries of one block, in blocks of the wide type."""
 
 
-RowObjective = Callable[[LogProbs, slice], tuple[Tensor, Tensor]]
-"""Divergence [R] and gradient with respect to z_s [R, V] of the rows `slice`."""
+class ScaledLogits(NamedTuple):
+    """z of a block of B rows and C real columns, MASKED in place of -inf."""
+
+    teacher: Tensor  # [B, C] z_t
+    student: Tensor  # [B, C] z_s
+    gap: Tensor | None  # [B, C] z_s - z_t without cancellation; None for heads of their own
+    slope: Tensor | float  # d z_s / d raw_s: [B, C], [B, 1] or one number
 
 
-def divergence_rows(
-    student: Tensor,
-    teacher: Tensor,
-    grad: Tensor | None,
-    *,
-    delta: bool,
-    divergence: int,
-    beta: float,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    target_ids: Tensor | None,
-    row_weights: Tensor,
-    old_logprobs: Tensor | None,
-    is_clip: float,
-    vocab_size: int,
-    with_stats: bool,
-    absolute_rows: Tensor | None = None,
-    pointwise_clip: float = 0.0,
-) -> Tensor:
-    """Divergence of each row of a chunk of logits and its gradient.
-
-    Args:
-        student: [R, V] raw logits, or raw_s - raw_t if `delta`; fp64, fp32, bf16 or fp16.
-        teacher: [R, V] raw logits.
-        grad: [R, V] receives row_weights · ratio · d(divergence)/d(raw student logit), 0 in columns
-            from `vocab_size` on; None to skip it, `student` itself to overwrite it.
-        delta: what `student` holds. Both biases are then the same tensor.
-        divergence: `Divergence.code`.
-        beta: weight of the teacher in the JSD's mixture.
-        inv_temperature: 1 / temperature.
-        softcap: s of s·tanh(z / s), 0 for none.
-        logit_scale: multiplies raw + bias.
-        student_bias: [V].
-        teacher_bias: [V].
-        target_ids: [R] int64 tokens whose log-probability is wanted, -1 for none.
-        row_weights: [R] fp32; rows of weight 0 get a gradient of 0, whatever they hold.
-        old_logprobs: [R] fp32 log-probability of `target_ids` when they were sampled; turns the
-            ratio on.
-        is_clip: upper bound of the importance ratio exp(log p_s(target) - old), 0 for none.
-        vocab_size: columns from here on are padding.
-        with_stats: fill columns 4 to 6.
-        absolute_rows: [R] bool; with `delta`, rows whose `student` holds raw_s all the same: they
-            are too far from the teacher for a 16-bit h_s - h_t (`chunked.difference_operand`).
-        pointwise_clip: upper bound of one entry's contribution to the textbook sum, 0 for none;
-            where it binds the entry has no gradient. (Only this implementation has it.)
-
-    Returns:
-        [R, 8] fp32 (fp64 for fp64 logits): divergence (without weight and ratio), importance ratio
-        (1 if off), log p_s(target), log p_t(target), entropy of the student, of the teacher, top-1
-        agreement, 0.
-    """
-
-    def objective(probs: LogProbs, _: slice) -> tuple[Tensor, Tensor]:
-        if pointwise_clip:
-            return clipped_divergence(probs, divergence, beta, pointwise_clip)
-        return dense_divergence(probs.student, probs.teacher, probs.log_ratio, divergence, beta)
-
-    return map_rows(
-        objective,
-        student,
-        teacher,
-        grad,
-        delta=delta,
-        inv_temperature=inv_temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        target_ids=target_ids,
-        row_weights=row_weights,
-        old_logprobs=old_logprobs,
-        is_clip=is_clip,
-        vocab_size=vocab_size,
-        with_stats=with_stats,
-        absolute_rows=absolute_rows,
-    )
+def available() -> None:
+    """It always is."""
 
 
-def map_rows(
-    objective: RowObjective,
-    student: Tensor,
-    teacher: Tensor | None,
-    grad: Tensor | None,
-    *,
-    delta: bool,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    target_ids: Tensor | None,
-    row_weights: Tensor,
-    old_logprobs: Tensor | None,
-    is_clip: float,
-    vocab_size: int,
-    with_stats: bool,
-    absolute_rows: Tensor | None = None,
-) -> Tensor:
-    """Apply `objective` block by block: what all supports share. See `divergence_rows`."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    stats = student.new_zeros(student.shape[0], STATS, dtype=dtype)
-    stats[:, RATIO] = 1.0
-    if grad is not None and grad.shape[1] > vocab_size:
-        grad[:, vocab_size:] = 0
-    for rows in row_blocks(student):
-        block_student = student[rows, :vocab_size]
-        if absolute_rows is not None and teacher is not None:
-            still_to_subtract = absolute_rows[rows, None].to(dtype)
-            block_student = torch.addcmul(
-                block_student.to(dtype),
-                teacher[rows, :vocab_size].to(dtype),
-                still_to_subtract,
-                value=-1.0,
+def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
+    """[R, 8]; see `RowKernels`."""
+    result = tile.student.new_empty(len(tile.student), c.NUM_STATS, dtype=_wide(tile))
+    for block in row_blocks(tile):
+        logits = _scaled(tile, block, rows, objective)
+        part = rows.take(block)
+        statistics, from_t, from_s = _statistics(logits, part.target_ids, first_column=0)
+        values = statistics.new_zeros(len(statistics), c.NUM_VALUES)
+        if objective.support == "full":
+            p_t, p_s = (
+                from_t.div_(statistics[:, c.SUM_T, None]),
+                from_s.div_(statistics[:, c.SUM_S, None]),
             )
-        probs = log_probs(
-            block_student,
-            None if teacher is None else teacher[rows, :vocab_size],
-            delta=delta,
-            inv_temperature=inv_temperature,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            student_bias=None if student_bias is None else student_bias[:vocab_size],
-            teacher_bias=None if teacher_bias is None else teacher_bias[:vocab_size],
-        )
-        block = stats[rows]
-        block[:, LOSS], d_logits = objective(probs, rows)
-        scale = row_weights[rows].to(dtype)
-        if target_ids is not None:
-            ids = target_ids[rows, None]
-            for column, logprobs in (
-                (STUDENT_LOGPROB, probs.student),
-                (TEACHER_LOGPROB, probs.teacher),
-            ):
-                if column == STUDENT_LOGPROB or teacher is not None:
-                    picked = logprobs.gather(1, ids.clamp(min=0)).where(ids >= 0, 0.0)
-                    block[:, column] = picked[:, 0]
-            if old_logprobs is not None:
-                ratio = (block[:, STUDENT_LOGPROB] - old_logprobs[rows]).exp()
-                block[:, RATIO] = ratio.clamp(max=is_clip) if is_clip else ratio
-                scale = scale * block[:, RATIO]
-        if with_stats:
-            block[:, STUDENT_ENTROPY] = -(probs.student.exp() * probs.student).sum(-1)
-            if teacher is not None:
-                block[:, TEACHER_ENTROPY] = -(probs.teacher.exp() * probs.teacher).sum(-1)
-                block[:, TOP1] = (probs.student.argmax(-1) == probs.teacher.argmax(-1)).to(dtype)
-        if grad is not None:
-            d_raw = d_logits * (probs.slope * scale[:, None])
-            grad[rows, :vocab_size] = d_raw.masked_fill_(row_weights[rows, None] == 0, 0.0)
-    return stats
+            log_ratio = _log_ratio(logits, statistics)
+            values[:, c.VALUE], slope = dense_divergence(p_s, p_t, log_ratio, objective)
+        if objective.support != "full" or with_stats:
+            probs = _log_probs(logits, statistics)
+            if with_stats:
+                _add_entropies(values, probs)
+            if objective.support != "full":
+                values[:, c.VALUE], slope = restricted_divergence(probs, part, objective)
+        result[block] = stats = finish_rows(statistics, values, part, objective, with_stats)
+        if tile.grad is not None:
+            _write_gradient(tile, block, slope, logits.slope, row_scales(part, stats))
+    return result
 
 
-def row_blocks(chunk: Tensor, elements: int | None = None) -> Iterator[slice]:
-    """Slices of the rows of `chunk` [R, V] that hold about `elements` logits each."""
-    elements = elements or BLOCK_ELEMENTS.get(chunk.device.type, 1 << 24)
-    rows = max(1, elements // max(1, chunk.shape[1]))
-    for start in range(0, chunk.shape[0], rows):
-        yield slice(start, min(start + rows, chunk.shape[0]))
+def row_statistics(tile: Tile, rows: RowTensors, objective: Objective) -> Tensor:
+    """[R, 12]; see `RowKernels`."""
+    result = tile.student.new_zeros(len(tile.student), c.NUM_STATISTICS, dtype=_wide(tile))
+    result[:, c.MAX_T] = result[:, c.MAX_S] = c.MASKED
+    for block in row_blocks(tile):
+        logits = _scaled(tile, block, rows, objective)
+        found, *_ = _statistics(logits, rows.take(block).target_ids, tile.first_column)
+        result[block] = found
+    return result
 
 
-def log_probs(
-    student: Tensor,
-    teacher: Tensor | None,
-    *,
-    delta: bool,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-) -> LogProbs:
-    """Log-probabilities of a block [R, V] from its raw logits. See `divergence_rows`."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
+def row_values(
+    tile: Tile, rows: RowTensors, objective: Objective, statistics: Tensor, with_stats: bool
+) -> Tensor:
+    """[R, 4]; see `RowKernels`."""
+    result = statistics.new_zeros(len(statistics), c.NUM_VALUES)
+    for block in row_blocks(tile):
+        probs = _log_probs(_scaled(tile, block, rows, objective), statistics[block])
+        result[block] = _values(probs, objective, with_stats)
+    return result
+
+
+def row_gradient(
+    tile: Tile,
+    rows: RowTensors,
+    objective: Objective,
+    statistics: Tensor,
+    values: Tensor,
+    row_scale: Tensor,
+) -> None:
+    """Fills `tile.grad`; see `RowKernels`."""
+    assert tile.grad is not None
+    for block in row_blocks(tile):
+        logits = _scaled(tile, block, rows, objective)
+        probs = _log_probs(logits, statistics[block])
+        slope = _slope(probs, values[block, c.CENTRE], objective)
+        _write_gradient(tile, block, slope, logits.slope, row_scale[block])
+    tile.grad[:, tile.num_real :] = 0
+
+
+def merge_statistics(parts: Tensor) -> Tensor:
+    """[R, 12] of all columns from [P, R, 12]; see `RowKernels`.
+
+    All take the shift of the tile that holds most of the teacher's mass: shifts differ from tile to
+    tile, and x0 of every tile must be small where it counts.
+    """
+    result = parts.new_zeros(parts.shape[1:])
+    max_t, max_s = parts[..., c.MAX_T].amax(0), parts[..., c.MAX_S].amax(0)
+    log_weight = parts[..., c.MAX_T] - max_t
+    weight_t, weight_s = log_weight.exp(), (parts[..., c.MAX_S] - max_s).exp()
+    mass_t, mass_s = weight_t * parts[..., c.SUM_T], weight_s * parts[..., c.SUM_S]
+    shift = parts[..., c.SHIFT].gather(0, mass_t.argmax(0, keepdim=True))
+    moved = parts[..., c.SHIFT] - shift  # [P, R]
+    # x0 becomes x0 + moved: expm1 of the sum is exp(moved) expm1(x0) + expm1(moved).
+    factor = (moved + log_weight).exp()
+    near = weight_t * torch.expm1(moved.clamp(-c.CLOSE_LOG_RATIO, c.CLOSE_LOG_RATIO))
+    constant = near.where(moved.abs() <= c.CLOSE_LOG_RATIO, factor - weight_t)
+    growth = factor * parts[..., c.GROWTH] + constant * parts[..., c.SUM_T]
+
+    result[:, c.MAX_T], result[:, c.MAX_S], result[:, c.SHIFT] = max_t, max_s, shift[0]
+    result[:, c.SUM_T], result[:, c.SUM_S] = mass_t.sum(0), mass_s.sum(0)
+    result[:, c.GROWTH] = growth.sum(0)
+    for column in (c.TARGET_T, c.TARGET_GAP):
+        result[:, column] = parts[..., column].sum(0)
+    for column, maximum, mass in ((c.TOP_T, c.MAX_T, c.SUM_T), (c.TOP_S, c.MAX_S, c.SUM_S)):
+        # Of equal maxima the lower column counts as the first.
+        attains = (parts[..., maximum] == result[:, maximum]) & (parts[..., mass] > 0)
+        first = parts[..., column].where(attains, torch.inf).amin(0)
+        result[:, column] = first.where(attains.any(0), 0.0)
+    return result
+
+
+def finish_rows(
+    statistics: Tensor,
+    values: Tensor,
+    rows: RowTensors,
+    objective: Objective,
+    with_stats: bool,
+) -> Tensor:
+    """What whole rows return, [R, 8], from statistics [R, 12] and values [R, 4] of all columns.
+
+    A row whose logits are -inf throughout, on one side or both, is no distribution: NaN, as
+    `log_softmax` has it.
+    """
+    result = statistics.new_zeros(len(statistics), c.NUM_STATS)
+    nowhere = (statistics[:, c.MAX_T] <= c.MASKED) | (statistics[:, c.MAX_S] <= c.MASKED)
+    result[:, c.DIVERGENCE] = values[:, c.VALUE].masked_fill(nowhere, torch.nan)
+    result[:, c.RATIO] = 1.0
+    if with_stats:
+        result[:, c.ENTROPY_S] = values[:, c.VALUE_ENTROPY_S].clamp(min=0.0)
+        result[:, c.ENTROPY_T] = values[:, c.VALUE_ENTROPY_T].clamp(min=0.0)
+        result[:, c.TOP1] = (statistics[:, c.TOP_T] == statistics[:, c.TOP_S]).to(result.dtype)
+    if rows.target_ids is None:
+        return result
+    given = rows.target_ids >= 0
+    z_t, gap = statistics[:, c.TARGET_T, None], statistics[:, c.TARGET_GAP, None]
+    probs = _log_probs(ScaledLogits(z_t, z_t + gap, gap, 1.0), statistics)
+    logp_s = probs.student[:, 0].clamp(max=0.0)
+    result[:, c.LOGPROB_S] = logp_s.where(given, 0.0)
+    result[:, c.LOGPROB_T] = probs.teacher[:, 0].clamp(max=0.0).where(given, 0.0)
+    if rows.old_logprobs is not None:
+        ratio = (logp_s - rows.old_logprobs).exp()
+        if objective.is_clip is not None:
+            ratio = ratio.clamp(max=objective.is_clip)
+        result[:, c.RATIO] = ratio.where(given, 1.0)
+    return result
+
+
+def row_scales(rows: RowTensors, stats: Tensor) -> Tensor:
+    """[R] weight · importance ratio; 0 for a masked row, whose ratio may be anything, and NaN for a
+    row without a distribution."""
+    scale = (rows.weights * stats[:, c.RATIO]).masked_fill(
+        stats[:, c.DIVERGENCE].isnan(), torch.nan
+    )
+    return scale.where(rows.weights != 0, 0.0)
+
+
+def row_blocks(tile: Tile) -> Iterator[slice]:
+    """Slices of the tile's rows, of about `block_elements` logits each; none without columns."""
+    num_rows, columns = len(tile.student), tile.num_real
+    size = max(1, block_elements(tile.student.device) // max(1, columns))
+    for start in range(0, num_rows if columns else 0, size):
+        yield slice(start, min(start + size, num_rows))
+
+
+def block_elements(device: torch.device) -> int:
+    """Logits worked on at once: few enough for the CPU's cache, or for little memory of the GPU."""
+    return 1 << 18 if device.type == "cpu" else 1 << 22
+
+
+def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) -> ScaledLogits:
+    """The tile's rows `block` as z; without a teacher its side is the student's."""
+    wide, columns = _wide(tile), tile.num_real
+    inverse: Tensor | float = 1.0 / objective.temperature
+    if rows.temperatures is not None:
+        inverse = rows.temperatures[block, None].reciprocal()
 
     def scaled(raw: Tensor, bias: Tensor | None) -> Tensor:
-        raw = raw.to(dtype)
-        return (raw if bias is None else raw + bias) * logit_scale
+        raw = raw[block, :columns].to(wide)
+        raw = raw if bias is None else raw + bias[:columns]
+        return raw if objective.logit_scale == 1.0 else raw * objective.logit_scale
 
-    slope: Tensor | float = inv_temperature * logit_scale
-    if delta:
-        assert teacher is not None
-        z_t, gap = scaled(teacher, teacher_bias), scaled(student, None)
-        if softcap:
-            slope = slope * sech2((z_t + gap) / softcap)
-            gap = capped_gap(gap, z_t, softcap)
-            z_t = softcap * torch.tanh(z_t / softcap)
-        logp_t = torch.log_softmax(z_t * inv_temperature, -1)
-        gap = gap * inv_temperature
-        top = (logp_t + gap).argmax(-1, keepdim=True)  # seen from there, what counts is small
-        z_s = (logp_t - logp_t.gather(1, top)) + (gap - gap.gather(1, top))
-        logp_s = torch.log_softmax(z_s, -1)
-        growth = (logp_t.exp() * torch.expm1(gap)).sum(-1, keepdim=True)  # sum p_t exp(gap) - 1
-        near = growth.abs() < 0.5  # False for overflow (inf, or nan from 0·inf) too
-        log_ratio = gap - growth.where(near, 0.0).log1p()
-        return LogProbs(
-            logp_s, logp_t, log_ratio.where(near, masked_log_ratio(logp_s, logp_t)), slope
-        )
+    cap = objective.softcap
+    slope: Tensor | float = inverse * objective.logit_scale
+    if tile.teacher is None or not tile.is_delta:
+        z_s = scaled(tile.student, tile.student_bias)
+        if cap:
+            slope, z_s = slope * soft_cap_slope(z_s, cap), soft_cap(z_s, cap)
+        z_s = (z_s * inverse).clamp_(min=c.MASKED)
+        if tile.teacher is None:
+            return ScaledLogits(z_s, z_s, None, slope)
+        z_t = scaled(tile.teacher, tile.teacher_bias)
+        z_t = ((soft_cap(z_t, cap) if cap else z_t) * inverse).clamp_(min=c.MASKED)
+        return ScaledLogits(z_t, z_s, None, slope)
 
-    z_s = scaled(student, student_bias)
-    if softcap:
-        slope = slope * sech2(z_s / softcap)
-        z_s = softcap * torch.tanh(z_s / softcap)
-    logp_s = torch.log_softmax(z_s * inv_temperature, -1)
-    if teacher is None:
-        return LogProbs(logp_s, logp_s, logp_s.new_zeros(()).expand_as(logp_s), slope)
-    z_t = scaled(teacher, teacher_bias)
-    if softcap:
-        z_t = softcap * torch.tanh(z_t / softcap)
-    logp_t = torch.log_softmax(z_t * inv_temperature, -1)
-    return LogProbs(logp_s, logp_t, masked_log_ratio(logp_s, logp_t), slope)
+    z_t = scaled(tile.teacher, tile.teacher_bias)
+    gap = scaled(tile.student, None)
+    if tile.absolute_rows is not None:  # these hold raw_s: subtract raw_t, without its bias
+        raw_t = scaled(tile.teacher, None)
+        gap = torch.addcmul(gap, raw_t, tile.absolute_rows[block, None].to(wide), value=-1.0)
+    # A column masked for the teacher is masked for both, whatever the product made of its delta.
+    gap = gap.masked_fill(z_t < c.MASKED, 0.0)
+    if cap:
+        slope = slope * soft_cap_slope(z_t + gap, cap)
+        gap, z_t = soft_cap_gap(gap, z_t, cap), soft_cap(z_t, cap)
+    gap = gap.mul_(inverse)
+    z_t = (z_t * inverse).clamp_(min=c.MASKED)
+    return ScaledLogits(z_t, (z_t + gap).clamp_(min=c.MASKED), gap, slope)
 
 
-def masked_log_ratio(logp_s: Tensor, logp_t: Tensor) -> Tensor:
-    """log p_s - log p_t; 0 in columns masked for both, +-1e4 where one side alone is masked."""
-    both = (logp_s == -torch.inf) & (logp_t == -torch.inf)
-    return (logp_s - logp_t).masked_fill(both, 0.0).clamp(-_RATIO_LIMIT, _RATIO_LIMIT)
+def _statistics(
+    logits: ScaledLogits, target_ids: Tensor | None, first_column: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, 12] of a block, exp(z_t - MAX_T) and exp(z_s - MAX_S) [B, C]."""
+    z_t, z_s, gap, _ = logits
+    out = z_t.new_zeros(len(z_t), c.NUM_STATISTICS)
+    max_t, top_t = z_t.max(-1)
+    max_s, top_s = z_s.max(-1)
+    out[:, c.MAX_T], out[:, c.TOP_T] = max_t, top_t + first_column
+    out[:, c.MAX_S], out[:, c.TOP_S] = max_s, top_s + first_column
+    apart = max_s - max_t
+    needed = (apart.abs() > c.NEARBY_MAXIMA) & (max_t > c.MASKED) & (max_s > c.MASKED)
+    out[:, c.SHIFT] = shift = apart.where(needed, 0.0)
+
+    x = _shifted_gap(logits, out)
+    from_t, from_s = (z_t - max_t[:, None]).exp_(), (z_s - max_s[:, None]).exp_()
+    out[:, c.SUM_T], out[:, c.SUM_S] = from_t.sum(-1), from_s.sum(-1)
+    # exp(z_t - max_t) expm1(x); far from 0 by way of z_s, where no factor overflows.
+    far = from_s.mul((max_s - max_t - shift).exp()[:, None]).sub_(from_t)
+    is_close = x.abs() <= c.CLOSE_LOG_RATIO
+    close = x.clamp_(-c.CLOSE_LOG_RATIO, c.CLOSE_LOG_RATIO).expm1_().mul_(from_t)
+    out[:, c.GROWTH] = torch.where(is_close, close, far).sum(-1)
+    if target_ids is not None:
+        local = target_ids[:, None] - first_column
+        inside = (local >= 0) & (local < z_t.shape[1])
+        local = local.clamp(0, z_t.shape[1] - 1)
+        at_t = z_t.gather(1, local)
+        at_gap = z_s.gather(1, local) - at_t if gap is None else gap.gather(1, local)
+        out[:, c.TARGET_T] = at_t.where(inside, 0.0)[:, 0]
+        out[:, c.TARGET_GAP] = at_gap.where(inside, 0.0)[:, 0]
+    return out, from_t, from_s
 
 
-def sech2(a: Tensor) -> Tensor:
-    """1 - tanh(a)^2, without cancellation where tanh saturates."""
-    decay = torch.exp(-2 * a.abs())
-    return 4 * decay / (1 + decay) ** 2
+def _log_ratio(logits: ScaledLogits, statistics: Tensor) -> Tensor:
+    """x of a block of rows, by the statistics [B, 12] of all columns."""
+    return _shifted_gap(logits, statistics).sub_(_log_offset(statistics)[:, None])
 
 
-def capped_gap(gap: Tensor, z_t: Tensor, softcap: float) -> Tensor:
-    """cap(z_t + gap) - cap(z_t) = s·sinh(gap/s) / (cosh(z_s/s)·cosh(z_t/s)), all exponents <= 0."""
-    d, a_t = gap / softcap, (z_t / softcap).abs()
-    a_s = (z_t / softcap + d).abs()
-    size = d.abs()
-    numerator = -torch.expm1(-2 * size) * torch.exp((size - a_s - a_t).clamp(max=0.0))
-    return (
-        2 * softcap * d.sign() * numerator / ((1 + torch.exp(-2 * a_s)) * (1 + torch.exp(-2 * a_t)))
-    )
+def _shifted_gap(logits: ScaledLogits, statistics: Tensor) -> Tensor:
+    """x0 [B, C] = gap - shift, bounded.
 
-
-def dense_divergence(
-    logp_s: Tensor, logp_t: Tensor, log_ratio: Tensor, divergence: int, beta: float
-) -> tuple[Tensor, Tensor]:
-    """Divergence [R] of log-probabilities [R, V] and its gradient [R, V] by z_s."""
-    p_s, p_t = logp_s.exp(), logp_t.exp()
-    value, centre = divergence_sums(p_s, p_t, log_ratio, divergence, beta)
-    return value, divergence_slope(p_s, p_t, log_ratio, centre, divergence, beta)
-
-
-def divergence_sums(
-    p_s: Tensor, p_t: Tensor, log_ratio: Tensor, divergence: int, beta: float
-) -> tuple[Tensor, Tensor]:
-    """What some columns [R, C] contribute to the divergence [R], and to the centre [R] of its
-    gradient: the divergence itself (reverse KL), K (JSD), or nothing (forward KL).
+    With heads of their own each side is seen from its maximum first: where the logits are large,
+    their difference would be rounded more than what counts in it.
     """
-    if divergence == 1:
-        value = weighted_phi(p_t, p_s, log_ratio).sum(-1)
-        return value, torch.zeros_like(value)
-    if divergence == 2:
-        value = weighted_phi(p_s, p_t, -log_ratio).sum(-1)
-        return value, value
-    log_m_t, log_m_s = log_mixture(log_ratio, beta)
-    mixture = beta * p_t + (1 - beta) * p_s
-    student_part = weighted_phi(p_s, mixture, log_m_s).sum(-1)
-    teacher_part = weighted_phi(p_t, mixture, log_m_t).sum(-1)
-    return beta * teacher_part + (1 - beta) * student_part, student_part
+    max_t, max_s = statistics[:, c.MAX_T, None], statistics[:, c.MAX_S, None]
+    shift = statistics[:, c.SHIFT, None]
+    if logits.gap is not None:
+        return bounded(logits.gap - shift)
+    below = (logits.student - max_s).sub_(logits.teacher - max_t)
+    return bounded(below.add_(max_s - max_t - shift))
 
 
-def divergence_slope(
-    p_s: Tensor, p_t: Tensor, log_ratio: Tensor, centre: Tensor, divergence: int, beta: float
-) -> Tensor:
-    """Gradient [R, C] by z_s, given the centre [R] over all columns; see `divergence_sums`."""
-    if divergence == 1:
-        small = p_t * torch.expm1(log_ratio.clamp(-1.0, 1.0))
-        return torch.where(log_ratio.abs() < 1.0, small, p_s - p_t)
-    if divergence == 2:
-        return p_s * (log_ratio - centre[:, None])
-    _, log_m_s = log_mixture(log_ratio, beta)
-    return (1 - beta) * p_s * (-log_m_s - centre[:, None])
+def _log_probs(logits: ScaledLogits, statistics: Tensor) -> LogProbs:
+    """Of a block of rows, by the statistics [B, 12] of all columns."""
+    stats = statistics[:, :, None]
+    log_ratio = _log_ratio(logits, statistics)
+    logp_t = (logits.teacher - stats[:, c.MAX_T]).sub_(stats[:, c.SUM_T].log())
+    logp_s = (logits.student - stats[:, c.MAX_S]).sub_(stats[:, c.SUM_S].log())
+    # Close to the teacher's, log p_s keeps delta's precision; beyond, its own sums are as accurate.
+    logp_s = (logp_t + log_ratio).where(log_ratio.abs() < c.CLOSE_LOG_RATIO, logp_s)
+    return LogProbs(logp_s, logp_t, log_ratio)
 
 
-def clipped_divergence(
-    probs: LogProbs, divergence: int, beta: float, pointwise_clip: float
-) -> tuple[Tensor, Tensor]:
-    """The same with each entry of the textbook sum, as p_t·(log p_t - log p_s), bounded."""
-    p_s, p_t, x = probs.student.exp(), probs.teacher.exp(), probs.log_ratio
-    if divergence == 1:
-        terms, d_logp = -p_t * x, -p_t
-    elif divergence == 2:
-        terms, d_logp = p_s * x, p_s * (x + 1)
-    else:
-        log_m_t, log_m_s = log_mixture(x, beta)
-        terms = -beta * p_t * log_m_t - (1 - beta) * p_s * log_m_s
-        d_logp = -(1 - beta) * p_s * log_m_s
-    d_logp = d_logp.where(terms <= pointwise_clip, 0.0)
-    return terms.clamp(max=pointwise_clip).sum(-1), d_logp - p_s * d_logp.sum(-1, keepdim=True)
+def _log_offset(statistics: Tensor) -> Tensor:
+    """[R] log sum p_t exp(x0), from the statistics of all columns."""
+    growth = statistics[:, c.GROWTH] / statistics[:, c.SUM_T]
+    near = growth.abs() < c.NEAR_GROWTH  # False where it overflowed too
+    far = statistics[:, c.MAX_S] - statistics[:, c.MAX_T] - statistics[:, c.SHIFT]
+    far = far + (statistics[:, c.SUM_S] / statistics[:, c.SUM_T]).log()
+    return growth.where(near, 0.0).log1p().where(near, far)
 
 
-def log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(m / p_t) and log(m / p_s), each with full relative precision near 0."""
-    x = x.clamp(-_EXP_LIMIT, _EXP_LIMIT)
-    return torch.log1p((1 - beta) * torch.expm1(x)), torch.log1p(beta * torch.expm1(-x))
+def _values(probs: LogProbs, objective: Objective, with_stats: bool) -> Tensor:
+    """[B, 4] of a block."""
+    p_s, p_t = probs.student.exp(), probs.teacher.exp()
+    out = p_s.new_zeros(len(p_s), c.NUM_VALUES)
+    out[:, c.VALUE], out[:, c.CENTRE] = divergence_sums(p_s, p_t, probs.log_ratio, objective)
+    if with_stats:
+        _add_entropies(out, probs)
+    return out
 
 
-def weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:
-    """p·(exp(u) - 1 - u) >= 0 where q = p·exp(u); near 0, where it would cancel, a series."""
-    terms = 13 if u.dtype == torch.float64 else 6
-    near = u.clamp(-0.25, 0.25)
-    series = torch.full_like(u, 1 / math.factorial(terms + 1))
-    for k in range(terms, 1, -1):
-        series = series.mul_(near).add_(1 / math.factorial(k))
-    return torch.where(u.abs() < 0.25, p * near * near * series, (q - p) - p * u)
+def _add_entropies(values: Tensor, probs: LogProbs) -> None:
+    values[:, c.VALUE_ENTROPY_S] = -(probs.student.exp() * probs.student).sum(-1)
+    values[:, c.VALUE_ENTROPY_T] = -(probs.teacher.exp() * probs.teacher).sum(-1)
+
+
+def _slope(probs: LogProbs, centre: Tensor, objective: Objective) -> Tensor:
+    """[B, C] gradient of the divergence by z_s."""
+    p_s, p_t = probs.student.exp(), probs.teacher.exp()
+    return divergence_slope(p_s, p_t, probs.log_ratio, centre, objective)
+
+
+def _write_gradient(
+    tile: Tile, block: slice, slope: Tensor, of_raw: Tensor | float, row_scale: Tensor
+) -> None:
+    """Rows `block` of the gradient by raw logits: exactly 0 where the row's scale is 0."""
+    assert tile.grad is not None
+    scale = row_scale[:, None].to(slope.dtype)
+    grad = slope.mul_(of_raw * scale).masked_fill_(scale == 0, 0.0)
+    tile.grad[block, : tile.num_real] = grad
+    tile.grad[block, tile.num_real :] = 0
+
+
+def _wide(tile: Tile) -> torch.dtype:
+    return torch.promote_types(tile.student.dtype, torch.float32)

@@ -18,15 +18,15 @@ using Kernel = void (*)(RowsProblem, hero::Plan);
 Kernel kernel_for(const RowsProblem& problem) {
     const bool delta = problem.delta;
     switch (problem.divergence) {
-        case HERO_FORWARD_KL:
-            return delta ? cuda_divergence_rows_kernel<HERO_FORWARD_KL, true>
-                         : cuda_divergence_rows_kernel<HERO_FORWARD_KL, false>;
-        case HERO_REVERSE_KL:
-            return delta ? cuda_divergence_rows_kernel<HERO_REVERSE_KL, true>
-                         : cuda_divergence_rows_kernel<HERO_REVERSE_KL, false>;
+        case hero::FORWARD_KL:
+            return delta ? cuda_divergence_rows_kernel<hero::FORWARD_KL, true>
+                         : cuda_divergence_rows_kernel<hero::FORWARD_KL, false>;
+        case hero::REVERSE_KL:
+            return delta ? cuda_divergence_rows_kernel<hero::REVERSE_KL, true>
+                         : cuda_divergence_rows_kernel<hero::REVERSE_KL, false>;
         default:
-            return delta ? cuda_divergence_rows_kernel<HERO_JSD, true>
-                         : cuda_divergence_rows_kernel<HERO_JSD, false>;
+            return delta ? cuda_divergence_rows_kernel<hero::JSD, true>
+                         : cuda_divergence_rows_kernel<hero::JSD, false>;
     }
 }
 
@@ -87,14 +87,6 @@ int hero_cuda_abi_version() {
 
 const char* hero_cuda_error(int error) {
     return cudaGetErrorString(static_cast<cudaError_t>(error));
-}
-
-// The layout that a launch on `device` takes; returns a cudaError_t.
-int hero_cuda_plan(const RowsProblem* problem, int device, hero::Plan* plan) {
-    hero::Limits limits;
-    if (cudaError_t error = get_limits(kernel_for(*problem), device, &limits)) return error;
-    *plan = hero::choose_plan(*problem, limits);
-    return cudaSuccess;
 }
 
 // Enqueues the kernel on `stream` of `device`; returns a cudaError_t. Nothing waits.

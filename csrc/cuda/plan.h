@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#include "../rows_problem.h"
+#include "../rows.h"
 
 namespace hero {
 
@@ -40,7 +40,7 @@ struct Limits {
 };
 
 inline int32_t dtype_size(int32_t dtype) {
-    return dtype == HERO_FLOAT32 ? 4 : 2;
+    return dtype == FLOAT32 ? 4 : 2;
 }
 
 inline bool is_aligned(const void* pointer, int64_t stride, int32_t dtype) {

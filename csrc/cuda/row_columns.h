@@ -9,8 +9,6 @@
 
 namespace hero {
 
-constexpr float MASKED = -1e30f;  // a logit of -inf: finite, so that differences of two are 0
-
 // Which columns a thread works on: adjacent ones where rows can be read in pieces of 16 bytes, else
 // every 32nd, so that the threads of a warp read adjacent ones.
 struct Lanes {
@@ -36,7 +34,7 @@ struct alignas(16) Words {
 // first within the tile.
 HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const Lanes& lanes,
                              float* out) {
-    const bool half = dtype != HERO_FLOAT32;
+    const bool half = dtype != FLOAT32;
     if (lanes.step == 1) {
         const Words* pieces = reinterpret_cast<const Words*>(tile + column * (half ? 2 : 4));
         const Words first = load_shared(pieces);
@@ -47,7 +45,7 @@ HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const 
                 out[i] = as_float(first.word[i]);
                 out[4 + i] = as_float(second.word[i]);
             }
-        } else if (dtype == HERO_BFLOAT16) {
+        } else if (dtype == BFLOAT16) {
             HERO_UNROLL
             for (int i = 0; i < 4; ++i) {
                 out[2 * i] = as_float(first.word[i] << 16);
@@ -69,7 +67,7 @@ HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const 
             out[i] = load_shared(reinterpret_cast<const float*>(tile) + at);
         } else {
             const uint32_t bits = load_shared(reinterpret_cast<const uint16_t*>(tile) + at);
-            out[i] = dtype == HERO_BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+            out[i] = dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
         }
     }
 }
@@ -95,13 +93,26 @@ HERO_DEVICE void soft_cap(float cap, float& teacher, float& stored, float& slope
     slope = divide(4.0f * fall, (1.0f + fall) * (1.0f + fall));
 }
 
-// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope. `absolute`: with delta, 1
-// in rows whose student holds raw logits all the same, else 0.
+// What a row's transform has of its own.
+struct Scaling {
+    float absolute;  // with delta, 1 where the row's student holds raw logits all the same, else 0
+    float inv_temperature;
+    float inner;  // before the soft cap
+
+    HERO_DEVICE Scaling(const RowsProblem& problem, int row)
+        : absolute(problem.delta && problem.absolute_rows && problem.absolute_rows[row] ? 1.0f
+                                                                                        : 0.0f),
+          inv_temperature(problem.temperatures ? 1.0f / problem.temperatures[row]
+                                               : problem.inv_temperature),
+          inner(problem.logit_scale * (problem.softcap > 0 ? 1.0f : inv_temperature)) {}
+};
+
+// Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope.
 template <bool delta>
-HERO_DEVICE void transform(const RowsProblem& problem, float absolute, float inner, int column,
+HERO_DEVICE void transform(const RowsProblem& problem, const Scaling& scaling, int column,
                            float raw_t, float raw_s, float& teacher, float& student,
                            float& log_ratio, float& slope) {
-    if (delta) raw_s -= absolute * raw_t;
+    if (delta) raw_s -= scaling.absolute * raw_t;
     if (problem.teacher_bias) {
         const float bias = problem.teacher_bias[column];
         raw_t += bias;
@@ -112,39 +123,33 @@ HERO_DEVICE void transform(const RowsProblem& problem, float absolute, float inn
         raw_s += problem.student_bias[column];
     // A masked column is masked for both, whatever the GEMM made of its delta.
     if (delta) raw_s = raw_t < MASKED ? 0.0f : raw_s;
-    raw_t *= inner;
-    raw_s *= inner;
+    raw_t *= scaling.inner;
+    raw_s *= scaling.inner;
     slope = 1.0f;
     if (problem.softcap > 0) {
         soft_cap<delta>(problem.softcap, raw_t, raw_s, slope);
-        raw_t *= problem.inv_temperature;
-        raw_s *= problem.inv_temperature;
+        raw_t *= scaling.inv_temperature;
+        raw_s *= scaling.inv_temperature;
     }
     teacher = highest(raw_t, MASKED);
     student = highest(delta ? teacher + raw_s : raw_s, MASKED);
     log_ratio = delta ? raw_s : student - teacher;
 }
 
-HERO_DEVICE float inner_factor(const RowsProblem& problem) {
-    return problem.softcap > 0 ? problem.logit_scale
-                               : problem.logit_scale * problem.inv_temperature;
-}
-
 // The thread's columns of a tile; those from `vocab_size` on count as masked.
 template <bool delta>
-HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes, float absolute,
+HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes, const Scaling& scaling,
                                const char* teacher_tile, const char* student_tile, int in_tile,
                                int column) {
     Logits logits;
     const int vocab_size = static_cast<int>(problem.vocab_size);
     load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
     load_stored(student_tile, problem.student_dtype, in_tile, lanes, logits.student);
-    const float inner = inner_factor(problem);
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
         const int at = column + i * lanes.step;
         if (at < vocab_size) {
-            transform<delta>(problem, absolute, inner, at, logits.teacher[i], logits.student[i],
+            transform<delta>(problem, scaling, at, logits.teacher[i], logits.student[i],
                              logits.teacher[i], logits.student[i], logits.log_ratio[i],
                              logits.slope[i]);
         } else {
@@ -157,7 +162,7 @@ HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes, f
 }
 
 HERO_DEVICE uint32_t pack(int32_t dtype, float first, float second) {
-    return dtype == HERO_BFLOAT16 ? bfloat16x2(first, second) : float16x2(first, second);
+    return dtype == BFLOAT16 ? bfloat16x2(first, second) : float16x2(first, second);
 }
 
 // Writes the thread's columns of the gradient's row.
@@ -165,7 +170,7 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
                                 int column, const float* values) {
     const int32_t dtype = problem.grad_dtype;
     const int columns = static_cast<int>(problem.columns);
-    const bool half = dtype != HERO_FLOAT32;
+    const bool half = dtype != FLOAT32;
     if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
         Words* pieces =
             reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));

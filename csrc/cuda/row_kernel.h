@@ -1,5 +1,5 @@
 // One row, a cluster of blocks: divergence, statistics and gradient. Formulas as in
-// csrc/row_kernel.cpp, in sweeps over a row that lies in shared memory:
+// csrc/cpu/row_kernel.cpp, in sweeps over a row that lies in shared memory:
 //
 //   sweep 1   maxima, normalisers, log sum p_t exp(delta), and for reverse KL its mean log ratio
 //   sweep 2   the divergence, entropies; for both KLs the gradient too
@@ -10,10 +10,134 @@
 // each sweep, through the same stages.
 #pragma once
 
-#include "row_copies.h"
-#include "row_sweeps.h"
+#include "row_sums.h"
 
 namespace hero {
+
+// Where a thread is in the ring of stages, and the parity of the stage's current lap.
+struct Position {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    HERO_DEVICE void advance(int stages) {
+        if (++stage == stages) stage = 0, parity ^= 1;
+    }
+};
+
+// Which rows and columns a block works on. A cluster takes every `clusters`-th row.
+struct Work {
+    int rank;  // of the block within its cluster
+    int first_row, row_step;
+    int slice_begin, slice_end;  // columns
+    int sweeps;                  // over each row
+
+    HERO_DEVICE Work(const RowsProblem& problem, const Plan& plan)
+        : rank(block_index() % plan.cluster_size),
+          first_row(block_index() / plan.cluster_size),
+          row_step(block_count() / plan.cluster_size) {
+        const int columns = static_cast<int>(problem.columns);
+        const int64_t begin = static_cast<int64_t>(rank) * plan.slice_columns;
+        slice_begin = begin < columns ? static_cast<int>(begin) : columns;
+        slice_end =
+            columns - slice_begin < plan.slice_columns ? columns : slice_begin + plan.slice_columns;
+        sweeps = problem.divergence == JSD && problem.grad ? 3 : 2;
+    }
+};
+
+HERO_DEVICE const char* row_of(const void* tensor, int32_t dtype, int64_t stride, int row) {
+    return static_cast<const char*>(tensor) + row * stride * (dtype == FLOAT32 ? 4 : 2);
+}
+
+// How many bytes a row lies behind a border of 16; its tiles lie as far behind one in their stages.
+HERO_DEVICE int lead_of(const char* row) {
+    return static_cast<int>(reinterpret_cast<uintptr_t>(row) & 15);
+}
+
+// Part of a row that is copied: pieces of 16 bytes, and up to 15 bytes before and after them where
+// a piece would reach out of the row.
+struct Span {
+    const char *begin, *end;  // columns of the tile
+    const char *pieces_begin, *pieces_end;
+
+    HERO_DEVICE Span(const char* row, int64_t row_bytes, int64_t from, int64_t to)
+        : begin(row + from), end(row + to) {
+        const int64_t lead = lead_of(begin), tail = lead_of(end);
+        pieces_begin = begin - (begin - lead >= row ? lead : lead - 16);
+        pieces_end = to + (16 - tail) % 16 <= row_bytes ? end + (16 - tail) % 16 : end - tail;
+        if (to <= from || pieces_end <= pieces_begin) pieces_begin = pieces_end = begin;
+    }
+    HERO_DEVICE uint32_t bytes() const {
+        return static_cast<uint32_t>(pieces_end - pieces_begin);
+    }
+    HERO_DEVICE bool has_rest() const {
+        return begin < pieces_begin || pieces_end < end;
+    }
+    // What lies outside of the pieces, by ordinary stores of the warp: fewer than 16 elements each.
+    template <class T>
+    HERO_DEVICE void copy_rest(char* tile) const {
+        const int lane = thread_index() % 32;
+        const char* before = begin + lane * sizeof(T);
+        const char* after = pieces_end + lane * sizeof(T);
+        if (before < pieces_begin)
+            *reinterpret_cast<T*>(tile + (before - begin)) = *reinterpret_cast<const T*>(before);
+        if (after < end)
+            *reinterpret_cast<T*>(tile + (after - begin)) = *reinterpret_cast<const T*>(after);
+    }
+    HERO_DEVICE void copy_rest(char* tile, int size) const {
+        if (size == 4)
+            copy_rest<uint32_t>(tile);
+        else
+            copy_rest<uint16_t>(tile);
+    }
+};
+
+// The warp that copies: brings the tiles of a slice into the stages, as the stages become free.
+HERO_DEVICE void copy_rows(const RowsProblem& problem, const Plan& plan, const Work& work,
+                           Exchange& exchange) {
+    char* const memory = shared_memory();
+    const int tile = plan.warps * GROUP;
+    const int teacher_size = problem.teacher_dtype == FLOAT32 ? 4 : 2;
+    const int student_size = problem.student_dtype == FLOAT32 ? 4 : 2;
+    const int vocab_size = static_cast<int>(problem.vocab_size);
+    const int loads = plan.resident ? 1 : work.sweeps;
+    Position at;
+    for (int row = work.first_row; row < problem.rows; row += work.row_step) {
+        const char* teacher =
+            row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
+        const char* student =
+            row_of(problem.student, problem.student_dtype, problem.student_stride, row);
+        for (int step = 0; step < loads * plan.tiles; ++step) {
+            // Padding is not read: it may hold anything.
+            const int64_t first = work.slice_begin + static_cast<int64_t>(step % plan.tiles) * tile;
+            const int64_t limit = work.slice_end < vocab_size ? work.slice_end : vocab_size;
+            const int64_t from = first < limit ? first : limit;
+            const int64_t to = from + tile < limit ? from + tile : limit;
+            const Span of_teacher(teacher, problem.columns * teacher_size, from * teacher_size,
+                                  to * teacher_size);
+            const Span of_student(student, problem.columns * student_size, from * student_size,
+                                  to * student_size);
+            Barrier* full = &exchange.full[at.stage];
+            char* teacher_stage = memory + EXCHANGE_BYTES + at.stage * plan.teacher_stage;
+            char* student_stage = memory + plan.student_offset + at.stage * plan.student_stage;
+            char* teacher_tile = teacher_stage + lead_of(of_teacher.begin);
+            char* student_tile = student_stage + lead_of(of_student.begin);
+            wait(&exchange.empty[at.stage], at.parity ^ 1);
+            if (of_teacher.has_rest() || of_student.has_rest()) {
+                of_teacher.copy_rest(teacher_tile, teacher_size);
+                of_student.copy_rest(student_tile, student_size);
+                fence_copies();
+            }
+            sync_warp();
+            expect_copies(full, of_teacher.bytes() + of_student.bytes());
+            copy_async(teacher_tile + (of_teacher.pieces_begin - of_teacher.begin),
+                       of_teacher.pieces_begin, of_teacher.bytes(), full);
+            copy_async(student_tile + (of_student.pieces_begin - of_student.begin),
+                       of_student.pieces_begin, of_student.bytes(), full);
+            finish_copies(full);
+            at.advance(plan.stages);
+        }
+    }
+}
 
 // The target's logits. They come first: the gradient may overwrite them.
 struct Target {
@@ -22,21 +146,21 @@ struct Target {
 };
 
 HERO_DEVICE float load_element(const char* row, int32_t dtype, int64_t column) {
-    if (dtype == HERO_FLOAT32) return reinterpret_cast<const float*>(row)[column];
+    if (dtype == FLOAT32) return reinterpret_cast<const float*>(row)[column];
     const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[column];
-    return dtype == HERO_BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+    return dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
 }
 
 template <bool delta>
 HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher, const char* student,
-                               float absolute, int row) {
+                               const Scaling& scaling, int row) {
     Target target;
     if (!problem.target_ids) return target;
     target.id = problem.target_ids[row];
     if (target.id >= problem.vocab_size) target.id = -1;  // unchecked on the device: no read there
     if (target.id < 0) return target;
     float slope;
-    transform<delta>(problem, absolute, inner_factor(problem), static_cast<int>(target.id),
+    transform<delta>(problem, scaling, static_cast<int>(target.id),
                      load_element(teacher, problem.teacher_dtype, target.id),
                      load_element(student, problem.student_dtype, target.id), target.teacher,
                      target.student, target.log_ratio, slope);
@@ -47,7 +171,7 @@ HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher, 
 // copied; `release`: this is the last time that they are read.
 template <bool delta, class Body>
 HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const Work& work,
-                           Exchange& exchange, const Lanes& lanes, int row, float absolute,
+                           Exchange& exchange, const Lanes& lanes, int row, const Scaling& scaling,
                            Position at, bool incoming, bool release, Body body) {
     const char* memory = shared_memory();
     const int warp = thread_index() / 32;
@@ -57,12 +181,12 @@ HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const W
     const int student_lead =
         lead_of(row_of(problem.student, problem.student_dtype, problem.student_stride, row));
     for (int tile = 0; tile < plan.tiles; ++tile) {
-        if (incoming) HERO_SYNC(NO_FULL_WAIT, wait(&exchange.full[at.stage], at.parity));
+        if (incoming) wait(&exchange.full[at.stage], at.parity);
         const int first = tile * plan.warps * GROUP + group;  // within the slice
         if (first < work.slice_end - work.slice_begin) {
             const int column = work.slice_begin + first + lanes.offset;
             const Logits logits = load_logits<delta>(
-                problem, lanes, absolute,
+                problem, lanes, scaling,
                 memory + EXCHANGE_BYTES + at.stage * plan.teacher_stage + teacher_lead,
                 memory + plan.student_offset + at.stage * plan.student_stage + student_lead,
                 group + lanes.offset, column);
@@ -83,21 +207,23 @@ HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masse
                                  const Normaliser& n, const Target& target, int row, float* out) {
     const bool has_target = target.id >= 0;
     const float teacher = (target.teacher - n.max_teacher) - n.log_teacher;
-    const float x = (target.log_ratio - n.shift) - n.offset;
+    const float x = n.x(target.log_ratio);
     const float own = (target.student - n.max_student) - n.log_student;
-    const float student = n.near && magnitude(x) < 30.0f ? teacher + x : own;
+    // Close to the teacher's it keeps delta's accuracy; beyond, its own sum is as accurate.
+    const float student =
+        lowest(n.near && magnitude(x) < CLOSE_LOG_RATIO ? teacher + x : own, 0.0f);
     float ratio = 1.0f;
     if (has_target && problem.old_logprobs) {
         ratio = expf(student - problem.old_logprobs[row]);
         ratio = problem.is_clip > 0 && ratio > problem.is_clip ? problem.is_clip : ratio;
     }
     if (out) {
-        out[HERO_STAT_RATIO] = ratio;
-        out[HERO_STAT_STUDENT_LOGPROB] = has_target ? student : 0.0f;
-        out[HERO_STAT_TEACHER_LOGPROB] = has_target ? teacher : 0.0f;
+        out[RATIO] = ratio;
+        out[LOGPROB_S] = has_target ? student : 0.0f;
+        out[LOGPROB_T] = has_target ? lowest(teacher, 0.0f) : 0.0f;
         const bool agree =
             masses.top_teacher == masses.top_student && masses.top_teacher < problem.vocab_size;
-        out[HERO_STAT_TOP1_AGREEMENT] = agree ? 1.0f : 0.0f;
+        out[TOP1] = agree ? 1.0f : 0.0f;
     }
     return ratio;
 }
@@ -105,11 +231,11 @@ HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masse
 template <int divergence, bool delta>
 HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, const Work& work,
                               Exchange& exchange) {
-    constexpr bool is_jsd = divergence == HERO_JSD;
-    constexpr bool is_reverse = divergence == HERO_REVERSE_KL;
+    constexpr bool is_jsd = divergence == JSD;
     const Lanes lanes(plan);
+    const Mixture mixture(problem.beta, problem.one_minus_beta);
     const bool with_stats = problem.with_stats;
-    const bool resident = HERO_CHOICE(EARLY_RELEASE, plan.resident, 0);
+    const bool resident = plan.resident;
     const bool third = work.sweeps == 3;
     uint32_t reductions = 0;
     Position at;
@@ -120,30 +246,31 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
             row_of(problem.student, problem.student_dtype, problem.student_stride, row);
         char* grad =
             const_cast<char*>(row_of(problem.grad, problem.grad_dtype, problem.grad_stride, row));
-        const bool holds_logits = delta && problem.absolute_rows && problem.absolute_rows[row];
-        const float absolute = holds_logits ? 1.0f : 0.0f;
-        const Target target = load_target<delta>(problem, teacher, student, absolute, row);
+        const Scaling scaling(problem, row);
+        const Target target = load_target<delta>(problem, teacher, student, scaling, row);
         const Position start = at;
 
         Masses mine = no_masses();
         bool is_first = true;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, at, true, !resident,
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, at, true, !resident,
                           [&](const Logits& z, int column) {
-                              add_masses<delta, is_reverse>(z, lanes, column, is_first, with_stats,
+                              add_masses<divergence, delta>(z, lanes, column, is_first, with_stats,
                                                             mine);
                               is_first = false;
                           });
         const Masses masses = reduce_cluster(
             exchange, plan, work.rank, reductions++, true, mine, no_masses(),
-            [&](const Masses& sums) { return combine<is_reverse>(sums, with_stats); });
+            [&](const Masses& sums) { return combine<divergence>(sums, with_stats); });
         const Normaliser n(masses);
+        Centre centre = Centre::of<divergence>(masses, n, mixture);
 
         float* out = work.rank == 0 && thread_index() == 0
-                         ? problem.stats + static_cast<int64_t>(row) * HERO_NUM_STATS
+                         ? problem.stats + static_cast<int64_t>(row) * NUM_STATS
                          : nullptr;
         const float ratio = row_statistics(problem, masses, n, target, row, out);
         const float weight = problem.row_weights[row];
-        const float scale = weight * ratio * problem.logit_scale * problem.inv_temperature;
+        const float scale = weight * ratio * problem.logit_scale * scaling.inv_temperature *
+                            (is_jsd ? mixture.other : 1.0f);
         // Writes a gradient of the thread's columns: zero in padding, and where the weight is zero
         // even if the row holds NaN.
         const int vocab_size = weight != 0.0f ? static_cast<int>(problem.vocab_size) : 0;
@@ -159,34 +286,35 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         Values values = no_values();
         const bool last = !resident || !third;
         const Position second = resident ? start : at;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, absolute, second,
-                          !plan.resident, last, [&](const Logits& z, int column) {
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, second,
+                          !resident, last, [&](const Logits& z, int column) {
                               float gradient[COLUMNS_PER_THREAD];
-                              add_values<divergence, delta>(z, n, problem.beta, with_stats, values,
-                                                            gradient);
+                              add_values<divergence, delta>(z, n, mixture, centre, with_stats,
+                                                            values, gradient);
                               if (!is_jsd && problem.grad) store(z, column, gradient);
                           });
         // Without a third sweep the sums are only to be written down.
         values =
             reduce_cluster(exchange, plan, work.rank, reductions++, third, values, no_values(),
-                           [&](const Values& sums) { return combine<is_jsd>(sums, with_stats); });
+                           [&](const Values& sums) { return combine<divergence>(sums, with_stats); });
+        if (is_jsd) centre.mean = values.centre;
         if (is_jsd && third)
             at = sweep<delta>(
-                problem, plan, work, exchange, lanes, row, absolute, resident ? start : at,
-                !plan.resident, true, [&](const Logits& z, int column) {
+                problem, plan, work, exchange, lanes, row, scaling, resident ? start : at,
+                !resident, true, [&](const Logits& z, int column) {
                     float gradient[COLUMNS_PER_THREAD];
-                    jsd_gradient<delta>(z, n, problem.beta, values.student_part, gradient);
+                    jsd_gradient<delta>(z, n, mixture, centre, gradient);
                     store(z, column, gradient);
                 });
 
         if (out) {
-            out[HERO_STAT_DIVERGENCE] = values.divergence;
-            out[HERO_STAT_STUDENT_ENTROPY] = values.student_entropy;
-            out[HERO_STAT_TEACHER_ENTROPY] = values.teacher_entropy;
-            out[HERO_NUM_STATS - 1] = 0.0f;
+            out[DIVERGENCE] = values.divergence;
+            out[ENTROPY_S] = values.student_entropy;
+            out[ENTROPY_T] = values.teacher_entropy;
+            out[NUM_STATS - 1] = 0.0f;
             // Garbage behind a mask must not poison the weighted sum.
             if (weight == 0.0f && !(magnitude(values.divergence) < INFINITY))
-                for (int i = 0; i < HERO_NUM_STATS; ++i) out[i] = 0.0f;
+                for (int i = 0; i < NUM_STATS; ++i) out[i] = 0.0f;
         }
     }
 }
@@ -203,7 +331,7 @@ HERO_DEVICE void divergence_rows(const RowsProblem& problem, const Plan& plan) {
         for (int i = 0; i < 4; ++i) init_barrier(&exchange.arrived[i], 1);
         fence_barriers();
     }
-    HERO_SYNC(NO_START_BARRIER, sync_cluster());
+    sync_cluster();
     const Work work(problem, plan);
     if (thread_index() < 32 * plan.warps)
         compute_rows<divergence, delta>(problem, plan, work, exchange);

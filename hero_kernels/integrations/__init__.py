@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-def named_divergence(beta: float) -> dict[str, str | float]:
-    """`divergence` and `beta` for what Liger and TRL call beta: 0 and 1 stand for the two KLs.
+from torch import Tensor
+
+
+def named_divergence(beta: float) -> dict[str, Any]:
+    """The objective for what Liger and TRL call beta: 0 and 1 stand for the two KLs.
 
     Raises:
         ValueError: beta outside of [0, 1].
@@ -18,3 +22,8 @@ def named_divergence(beta: float) -> dict[str, str | float]:
     if beta == 1.0:
         return {"divergence": "reverse_kl"}
     return {"divergence": "jsd", "beta": beta}
+
+
+def constant(teacher: Tensor | None, student: Tensor | None) -> Tensor | None:
+    """The teacher's tensor without gradient; the student's own stays itself, for a shared head."""
+    return teacher if teacher is student or teacher is None else teacher.detach()

@@ -1,8 +1,8 @@
 """The call order of Liger-Kernel's `LigerFusedLinearJSD`.
 
-What differs from it: per-token values are exact for nearby distributions when both heads are one
-tensor, frozen heads cost no GEMM, a second backward pass gives the same gradient, and a teacher
-with another vocabulary is refused.
+What differs from it: values are exact for nearby distributions when both heads are one tensor,
+frozen heads cost no GEMM, a second backward pass gives the same gradient, and a teacher with
+another vocabulary is refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hero_kernels.functional import fused_linear_divergence
-from hero_kernels.integrations import named_divergence
+from hero_kernels.integrations import constant, named_divergence
 
 
 def fused_linear_jsd(
@@ -24,30 +24,20 @@ def fused_linear_jsd(
     ignore_index: int = -100,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Mean divergence over the tokens that are not ignored.
+    """Mean divergence over the tokens [N] that are not ignored, differentiable in the student's two
+    tensors: inputs [N, H] and [N, H_t], weights [V, H] and [V, H_t], labels [N] already shifted.
 
-    Args:
-        student_input: [N, H].
-        student_weight: [V, H].
-        teacher_input: [N, H_t].
-        teacher_weight: [V, H_t]; the student's own tensor takes the path for shared heads.
-        shift_labels: [N], already shifted; tokens equal to `ignore_index` are masked.
-        jsd_beta: weight of the teacher in the mixture; 0 is KL(teacher | student), 1 KL(student |
-            teacher).
-        ignore_index: label of masked tokens.
-        temperature: divides the logits.
-
-    Returns:
-        [] the loss, differentiable in the student's two tensors.
+    The student's own weight as `teacher_weight` takes the path for shared heads. `jsd_beta` is the
+    weight of the teacher in the mixture; 0 is KL(teacher | student), 1 KL(student | teacher).
     """
     loss = fused_linear_divergence(
         student_input,
         student_weight,
         teacher_input.detach(),
-        student_weight if teacher_weight is student_weight else teacher_weight.detach(),
+        constant(teacher_weight, student_weight),
         temperature=temperature,
         token_weights=None if shift_labels is None else shift_labels != ignore_index,
-        **named_divergence(jsd_beta),  # type: ignore[arg-type]
+        **named_divergence(jsd_beta),
     )
     assert isinstance(loss, torch.Tensor)
     return loss
@@ -61,9 +51,7 @@ class FusedLinearJSD(nn.Module):
     ) -> None:
         super().__init__()
         named_divergence(jsd_beta)
-        self.jsd_beta = jsd_beta
-        self.ignore_index = ignore_index
-        self.temperature = temperature
+        self.settings = (jsd_beta, ignore_index, temperature)
 
     def forward(
         self,
@@ -74,12 +62,6 @@ class FusedLinearJSD(nn.Module):
         shift_labels: Tensor | None = None,
     ) -> Tensor:
         return fused_linear_jsd(
-            student_input,
-            student_weight,
-            teacher_input,
-            teacher_weight,
-            shift_labels,
-            self.jsd_beta,
-            self.ignore_index,
-            self.temperature,
-        )
+            student_input, student_weight, teacher_input, teacher_weight, shift_labels,
+            *self.settings,
+        )  # fmt: skip

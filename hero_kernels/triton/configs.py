@@ -1,14 +1,15 @@
 """Launch settings of the Triton kernels for each architecture; nothing is tuned at run time.
 
 Chosen from what the compiler reports offline (registers, occupancy, width of the loads), not from
-timings. tests/hero_kernels/test_triton_compile.py and test_triton_gemm_compile.py compile every
-entry for its architecture.
+timings. tests/hero_kernels/test_triton_compile.py compiles every entry for its architecture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from typing import NamedTuple
+
+import torch
 
 
 class RowConfig(NamedTuple):
@@ -32,7 +33,7 @@ STATISTICS = dict.fromkeys(ROWS, RowConfig(block_v=1024, num_warps=8))
 
 
 class GemmConfig(NamedTuple):
-    """Tile of `dual_gemm_kernel`.
+    """Tile of `fused_kernel`.
 
     Both accumulators of 128 x 128 take 128 registers a thread of 8 warps, half of all there are.
     """
@@ -42,11 +43,6 @@ class GemmConfig(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    slices: int = 4
-    """Into how many parts of its columns the epilogue cuts the tile, so as not to spill."""
-    group_t: int = 8
-    """Tiles of rows that share tiles of W: modelled, 8 · 2 hidden tiles and 132 / 8 head tiles of a
-    wave are about as many bytes."""
 
 
 class GemmConfigs(NamedTuple):
@@ -58,7 +54,7 @@ class GemmConfigs(NamedTuple):
 
 
 class GemmEntry(NamedTuple):
-    """By how operands are read; see `dual_gemm.operand_path`."""
+    """By how operands are read; see `fused.operand_path`."""
 
     descriptors: GemmConfigs | None
     """Through the tensor memory accelerator; None where there is none, or no gain by it."""
@@ -97,31 +93,44 @@ GEMMS = {
 }
 """By compute capability times 10, as `ROWS`."""
 
-
 LOGPROBS = dict.fromkeys((80, 90, 100), RowConfig(block_v=1024, num_warps=4))
 """For the log-probability kernels, which hold few registers; as `ROWS`."""
 
 
-def row_config(capability: tuple[int, int], table: dict[int, RowConfig] | None = None) -> RowConfig:
-    """The entry of `table`, `ROWS` if None, for a device.
+# For tensors on the CPU, which only Triton's interpreter takes: short rows have several blocks.
+_INTERPRETED = RowConfig(block_v=128, num_warps=4)
+_SMALLEST = GemmConfig(block_t=16, block_v=64, block_k=16, num_warps=4, num_stages=2)
+_INTERPRETED_GEMM = GemmEntry(*(GemmConfigs(*(_SMALLEST,) * 3),) * 3)
+
+
+def row_config(device: torch.device, table: dict[int, RowConfig]) -> RowConfig:
+    """The entry of `table` for a device.
 
     Raises:
         ValueError: the device is older than all entries.
     """
-    table = ROWS if table is None else table
-    return table[_newest(table, capability, "row kernel")]
+    if device.type == "cpu":
+        return _INTERPRETED
+    return table[newest(table, torch.cuda.get_device_capability(device), "row kernel")]
 
 
-def gemm_entry(capability: tuple[int, int]) -> GemmEntry:
+def gemm_entry(device: torch.device) -> GemmEntry:
     """The entry of `GEMMS` for a device.
 
     Raises:
         ValueError: the device is older than all entries.
     """
-    return GEMMS[_newest(GEMMS, capability, "GEMM")]
+    if device.type == "cpu":
+        return _INTERPRETED_GEMM
+    return GEMMS[newest(GEMMS, torch.cuda.get_device_capability(device), "GEMM")]
 
 
-def _newest(table: Collection[int], capability: tuple[int, int], name: str) -> int:
+def newest(table: Collection[int], capability: tuple[int, int], name: str) -> int:
+    """The newest key of `table` that is not newer than a device.
+
+    Raises:
+        ValueError: the device is older than all of them.
+    """
     arch = 10 * capability[0] + capability[1]
     known = [entry for entry in table if entry <= arch]
     if not known:

@@ -1,6 +1,6 @@
 """Elementary functions for the row kernels, accurate relative to their result also near zero.
 
-The same formulas as csrc/vector_math.h, in fp32: Triton's interpreter gets bf16 arithmetic wrong.
+The formulas of csrc/cpu/vector_math.h, in fp32: Triton's interpreter gets bf16 arithmetic wrong.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -11,9 +11,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hero_kernels import constants
+
+LOG_RATIO_LIMIT = tl.constexpr(constants.LOG_RATIO_LIMIT)
+CLOSE = tl.constexpr(constants.CLOSE_LOG_RATIO)
 _LOG2_E = tl.constexpr(1.4426950408889634)
-LOG_RATIO_LIMIT = tl.constexpr(1e4)
-"""|x| where only one side is masked."""
+_EXP_LIMIT = tl.constexpr(80.0)
+"""exp of it is finite, and exp of its negative counts nothing in a sum of probabilities."""
 
 
 @triton.jit
@@ -36,14 +40,14 @@ def quadratic_remainder(x):
 def exp_minus_1(x):
     """exp(x) - 1; infinite above 88."""
     near = x + x * x * quadratic_remainder(x)
-    return tl.where(tl.abs(x) <= 1.0, near, exp(x) - 1.0)
+    return tl.where(tl.abs(x) <= CLOSE, near, exp(x) - 1.0)
 
 
 @triton.jit
-def log_1_plus(t):
-    """log(1 + t) for t > -1."""
+def log_1_plus(t, total):
+    """log(total), where `total` is 1 + t > 0, rounded."""
     # 1 + t = 2^k m with m in [sqrt(1/2), sqrt(2)); where k = 0 the fraction is t itself, unrounded.
-    bits = (1.0 + t).to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
+    bits = total.to(tl.int32, bitcast=True) + (0x3F800000 - 0x3F3504F3)
     k = (bits >> 23) - 127
     m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)
     f = tl.where(k == 0, t, m - 1.0)
@@ -58,34 +62,51 @@ def log_1_plus(t):
 def kl_term(p, q, x):
     """q - p - p x >= 0: the column's share of KL(p || q) where log q - log p = x."""
     near = p * (x * x) * quadratic_remainder(x)
-    return tl.where(tl.abs(x) <= 1.0, near, (q - p) - p * x)
+    return tl.where(tl.abs(x) <= CLOSE, near, (q - p) - p * x)
 
 
 @triton.jit
-def clamp(x, limit):
-    """`x` within -limit and limit; a NaN stays a NaN."""
-    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
+def bounded(log_ratio):
+    """Within -LOG_RATIO_LIMIT and LOG_RATIO_LIMIT; a NaN stays a NaN."""
+    return tl.clamp(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def probabilities(log_p, log_q, gap, offset):
-    """p_t = exp(log_p), p_s = exp(log_q), p_s - p_t without cancellation, and x."""
-    x = clamp(gap, LOG_RATIO_LIMIT) - offset
+def probabilities(log_p, log_q, x):
+    """p_t, p_s, and p_s - p_t without cancellation, where x = log p_s - log p_t."""
     p = exp(log_p)
     near = p * (x + x * x * quadratic_remainder(x))
     # Not p exp(x), which could be 0 times infinity, and is 0 where the teacher alone is masked.
-    difference = tl.where(tl.abs(x) <= 1.0, near, exp(log_q) - p)
-    return p, p + difference, difference, x
+    difference = tl.where(tl.abs(x) <= CLOSE, near, exp(log_q) - p)
+    return p, p + difference, difference
 
 
 @triton.jit
-def log_mixture(x, beta):
-    """log m - log p_t and log m - log p_s, m = beta p_t + (1 - beta) p_s."""
-    # From the more probable side: there the logarithm's argument is in (-1, 0].
-    is_student = x > 0.0
-    to_mixture = log_1_plus(tl.where(is_student, beta, 1.0 - beta) * exp_minus_1(-tl.abs(x)))
-    from_teacher = tl.where(is_student, x + to_mixture, to_mixture)
-    return from_teacher, tl.where(is_student, to_mixture, to_mixture - x)
+def exp_both_ways(x):
+    """exp(x), exp(-x), exp(x) - 1 and exp(-x) - 1, for |x| up to `_EXP_LIMIT`."""
+    size = tl.minimum(tl.abs(x), _EXP_LIMIT)
+    decay = exp(-size)
+    fall = tl.where(size <= CLOSE, size * (size * quadratic_remainder(-size) - 1.0), decay - 1.0)
+    growth = 1.0 / decay
+    rise = -fall * growth
+    return (
+        tl.where(x > 0.0, growth, decay),
+        tl.where(x > 0.0, decay, growth),
+        tl.where(x > 0.0, rise, fall),
+        tl.where(x > 0.0, fall, rise),
+    )
+
+
+@triton.jit
+def log_mixture(x, beta, other_beta):
+    """log m - log p_t and log m - log p_s, m = beta p_t + other_beta p_s, beta + other_beta = 1.
+
+    m / p_t = 1 + other_beta (exp(x) - 1) = beta + other_beta exp(x), m / p_s likewise: of the two
+    forms one is exact near 1, the other far from it, also where beta is near 0 or 1.
+    """
+    e_x, e_minus_x, to_student, to_teacher = exp_both_ways(x)
+    from_teacher = log_1_plus(other_beta * to_student, beta + other_beta * e_x)
+    return from_teacher, log_1_plus(beta * to_teacher, other_beta + beta * e_minus_x)
 
 
 @triton.jit

@@ -8,96 +8,75 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from hero_kernels import constants
 from hero_kernels.triton.device import soft_cap, soft_cap_gap
 
-MASKED = tl.constexpr(-1e30)
-"""A logit of -inf, or padding: finite, so that the difference of two is 0."""
+MASKED = tl.constexpr(constants.MASKED)
 
 
 @triton.jit
-def load_logits(
-    source,
-    offs_v,
-    DELTA: tl.constexpr,
-    HAS_STUDENT_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """z_t, z_s, delta and d z_s / d raw student logit at columns `offs_v` of a row.
+def inverse_temperature(temperatures_ptr, row, inv_temperature):
+    """The row's own, or the objective's."""
+    if temperatures_ptr is None:
+        return inv_temperature
+    else:
+        return 1.0 / tl.load(temperatures_ptr + row).to(tl.float32)
 
-    `source` is the tuple (student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr, columns,
-    vocab_size, logit_scale, softcap, inv_temperature, absolute); the first two point at the row,
-    `absolute` is 1 where a row's student holds its logits in spite of DELTA, else 0.
+
+@triton.jit
+def load_logits(source, offs_v, DELTA: tl.constexpr):
+    """z_t, z_s, their gap and d z_s / d raw student logit at columns `offs_v` of a row.
+
+    `source` is the tuple (student_ptr, teacher_ptr, student_bias_ptr, teacher_bias_ptr,
+    absolute_rows_ptr, absolute, columns, num_real, logit_scale, softcap, inv_temperature); the
+    first two point at the row, `absolute` is 1 where a row's student holds its logits in spite of
+    DELTA, else 0. Pointers and the soft cap may be None.
     """
     (
         student_ptr,
         teacher_ptr,
         student_bias_ptr,
         teacher_bias_ptr,
+        absolute_rows_ptr,
+        absolute,
         columns,
-        vocab_size,
+        num_real,
         logit_scale,
         softcap,
         inv_temperature,
-        absolute,
     ) = source
     # Loads are masked by the padded width: a vocabulary of odd size would make them scalar.
     inside = offs_v < columns
     raw_t = tl.load(teacher_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
     raw_s = tl.load(student_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    if DELTA:
+    if absolute_rows_ptr is not None:
         raw_s -= absolute * raw_t
-    bias_s, bias_t = 0.0, 0.0
-    if HAS_STUDENT_BIAS:
-        bias_s = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    if HAS_TEACHER_BIAS:
-        bias_t = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    return scale_logits(
-        raw_s,
-        raw_t,
-        bias_s,
-        bias_t,
-        offs_v < vocab_size,
-        logit_scale,
-        softcap,
-        inv_temperature,
-        DELTA,
-        HAS_STUDENT_BIAS,
-        HAS_TEACHER_BIAS,
-        HAS_SOFTCAP,
-    )
+    bias_s, bias_t = student_bias_ptr, teacher_bias_ptr
+    if student_bias_ptr is not None:
+        bias_s = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0)
+    if teacher_bias_ptr is not None:
+        bias_t = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0)
+    scaling = (logit_scale, softcap, inv_temperature)
+    return scale_logits(raw_s, raw_t, bias_s, bias_t, offs_v < num_real, scaling, DELTA)
 
 
 @triton.jit
-def scale_logits(
-    raw_s,
-    raw_t,
-    bias_s,
-    bias_t,
-    real,
-    logit_scale,
-    softcap,
-    inv_temperature,
-    DELTA: tl.constexpr,
-    HAS_STUDENT_BIAS: tl.constexpr,
-    HAS_TEACHER_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """z_t, z_s, delta and d z_s / d raw student logit.
+def scale_logits(raw_s, raw_t, bias_s, bias_t, real, scaling, DELTA: tl.constexpr):
+    """z_t, z_s, their gap and d z_s / d raw student logit.
 
-    `raw_s` is raw_s - raw_t if DELTA; biases broadcast; columns that are not `real` are masked.
+    `raw_s` is raw_s - raw_t if DELTA, and then the bias is that of both. Biases broadcast, and may
+    be None. Columns that are not `real` are masked.
     """
+    logit_scale, softcap, inv_temperature = scaling
     z_t, stored = raw_t, raw_s
-    if HAS_TEACHER_BIAS:
+    if bias_t is not None:
         z_t += bias_t
-    if HAS_STUDENT_BIAS:
-        stored += (bias_s - bias_t) if DELTA else bias_s  # one of both sides cancels exactly
-    elif DELTA and HAS_TEACHER_BIAS:
-        stored -= bias_t
     if DELTA:  # a masked column is masked for both, whatever the GEMM made of its delta
         stored = tl.where(z_t < MASKED, 0.0, stored)
+    elif bias_s is not None:
+        stored += bias_s
     slope = tl.full(z_t.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         z_t *= logit_scale
         stored *= logit_scale
         if DELTA:

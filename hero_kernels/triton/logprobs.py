@@ -1,9 +1,9 @@
 """The log-probability kernels in Triton: one program for each row, one sweep over its logits each.
 
-Formulas as in hero_kernels/logprob_rows.py. The statistics are those of an online softmax, kept for
-each lane and combined once at the end of the sweep; the gradient needs no sum at all, as it is
-given the row's normaliser. So neither sweep synchronises, logits are read once for the statistics
-and once for the gradient, and the result depends on the shape and the launch settings alone.
+Formulas as in `rows_logprobs.py`. The statistics are those of an online softmax, kept for each
+lane and combined once at the end of the sweep; the gradient needs no sum at all, as it is given the
+row's normaliser. So neither sweep synchronises, logits are read once for each, and the result
+depends on the shape and the launch settings alone.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -11,73 +11,67 @@ and once for the gradient, and the result depends on the shape and the launch se
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hero_kernels import logprob_rows as definition
-from hero_kernels.row_arguments import check_logits, check_of_rows, check_targets
-from hero_kernels.triton import rows
-from hero_kernels.triton.configs import LOGPROBS, RowConfig, row_config
+from hero_kernels import constants
+from hero_kernels.objective import Objective
+from hero_kernels.triton.configs import LOGPROBS, row_config
 from hero_kernels.triton.device import soft_cap
 from hero_kernels.triton.logits import MASKED
+from hero_kernels.triton.rows import available
+from hero_kernels.types import Tile
 
-NUM_STATS = tl.constexpr(definition.LOGPROB_STATS)
-LOWEST = tl.constexpr(definition.LOWEST)
+__all__ = ["available", "logprob_gradient", "logprob_rows"]
 
-
-def available() -> str | None:
-    """None if the kernels can run, else the reason why not."""
-    return rows.available()
+NUM_STATS = tl.constexpr(constants.NUM_LOGPROB_STATS)
+LOGPROB = tl.constexpr(constants.LOGPROB)
+ENTROPY = tl.constexpr(constants.ENTROPY)
+MAXIMUM = tl.constexpr(constants.MAXIMUM)
+LOG_MASS = tl.constexpr(constants.LOG_MASS)
+LOWEST = tl.constexpr(-1e4)
+"""Beneath every log-probability that counts: exp is 0 there, and a product with it is 0 too, which
+for the -inf of a masked column it would not be."""
 
 
 @triton.jit
-def _load_z(
-    logits_ptr,
-    bias_ptr,
-    offs_v,
-    inside,
-    inv_temperature,
-    softcap,
-    logit_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
+def _load_z(logits_ptr, bias_ptr, offs_v, inside, inv_temperature, softcap, logit_scale):
     """z and dz / d raw logit at columns `offs_v` of the row `logits_ptr` points at."""
     z = tl.load(logits_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + offs_v, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + offs_v, mask=inside, other=0.0)
     z *= logit_scale
     slope = tl.full(z.shape, 1.0, tl.float32)
-    if HAS_SOFTCAP:
+    if softcap is not None:
         z, slope = soft_cap(z, softcap)
     return z * inv_temperature, slope * (logit_scale * inv_temperature)
 
 
 @triton.jit
-def _logprob_rows_kernel(
+def logprob_rows_kernel(
     # tensors
     logits_ptr,
-    bias_ptr,
+    bias_ptr,  # or None
     target_ids_ptr,
     stats_ptr,
     # shapes
     columns,
-    vocab_size,
+    num_real,
     # strides
     stride_lr,
     # scalars
     inv_temperature,
-    softcap,
+    softcap,  # or None
     logit_scale,
     # constexpr
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # a chunk may hold more than 2^31 logits
+    row = tl.program_id(0).to(tl.int64)  # a tile may hold more than 2^31 logits
     logits_ptr += row * stride_lr
     stats_ptr += row * NUM_STATS
     lanes = tl.arange(0, BLOCK_V)
@@ -90,18 +84,10 @@ def _logprob_rows_kernel(
         offs_v = start + lanes
         # Loads are masked by the padded width: a vocabulary of odd size would make them scalar.
         z, _ = _load_z(
-            logits_ptr,
-            bias_ptr,
-            offs_v,
-            offs_v < columns,
-            inv_temperature,
-            softcap,
-            logit_scale,
-            HAS_BIAS,
-            HAS_SOFTCAP,
+            logits_ptr, bias_ptr, offs_v, offs_v < columns, inv_temperature, softcap, logit_scale
         )
         z = tl.where(z < MASKED, MASKED, z)  # a NaN stays a NaN
-        z = tl.where(offs_v < vocab_size, z, MASKED)
+        z = tl.where(offs_v < num_real, z, MASKED)
         higher = z > lane_max
         gap = -tl.abs(z - lane_max)
         fall = tl.exp(gap)
@@ -123,48 +109,42 @@ def _logprob_rows_kernel(
         # A lane of masked columns alone has no share, but counts of them at MASKED.
         weighted = tl.where(share > 0.0, (lane_weighted + lane_mass * below) * share, 0.0)
         entropy = log_mass - tl.sum(weighted, 0) / mass
+        entropy = tl.where(entropy < 0.0, 0.0, entropy)
 
     target = tl.load(target_ids_ptr + row)
+    inside = (target >= 0) & (target < num_real)
     z_target, _ = _load_z(
-        logits_ptr,
-        bias_ptr,
-        target,
-        (target >= 0) & (target < vocab_size),
-        inv_temperature,
-        softcap,
-        logit_scale,
-        HAS_BIAS,
-        HAS_SOFTCAP,
+        logits_ptr, bias_ptr, target, inside, inv_temperature, softcap, logit_scale
     )
     logprob = (z_target - maximum) - log_mass
-    tl.store(stats_ptr + 0, tl.where(target >= 0, logprob, 0.0))
-    tl.store(stats_ptr + 1, entropy)
-    tl.store(stats_ptr + 2, maximum)
-    tl.store(stats_ptr + 3, log_mass)
+    logprob = tl.where(logprob > 0.0, 0.0, logprob)
+    tl.store(stats_ptr + LOGPROB, tl.where(target >= 0, logprob, 0.0))
+    tl.store(stats_ptr + ENTROPY, entropy)
+    tl.store(stats_ptr + MAXIMUM, maximum)
+    tl.store(stats_ptr + LOG_MASS, log_mass)
 
 
 @triton.jit
-def _logprob_gradient_kernel(
+def logprob_gradient_kernel(
     # tensors
     logits_ptr,
-    grad_ptr,
-    bias_ptr,
+    bias_ptr,  # or None
     target_ids_ptr,
     stats_ptr,
-    upstream_ptr,
     # shapes
     columns,
-    vocab_size,
+    num_real,
     # strides
     stride_lr,
-    stride_gr,
     # scalars
     inv_temperature,
-    softcap,
+    softcap,  # or None
     logit_scale,
+    # of this kernel alone
+    grad_ptr,
+    upstream_ptr,
+    stride_gr,
     # constexpr
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -172,9 +152,9 @@ def _logprob_gradient_kernel(
     grad_ptr += row * stride_gr
     stats_ptr += row * NUM_STATS
     target = tl.load(target_ids_ptr + row)
-    entropy = tl.load(stats_ptr + 1)
-    maximum = tl.load(stats_ptr + 2)
-    log_mass = tl.load(stats_ptr + 3)
+    entropy = tl.load(stats_ptr + ENTROPY)
+    maximum = tl.load(stats_ptr + MAXIMUM)
+    log_mass = tl.load(stats_ptr + LOG_MASS)
     of_logprob = tl.where(target >= 0, tl.load(upstream_ptr + 2 * row), 0.0)
     of_entropy = tl.load(upstream_ptr + 2 * row + 1)
     live = ((of_logprob == 0.0) & (of_entropy == 0.0)) == 0  # else the row is not even read
@@ -183,122 +163,68 @@ def _logprob_gradient_kernel(
         offs_v = start + lanes
         inside = offs_v < columns
         z, slope = _load_z(
-            logits_ptr,
-            bias_ptr,
-            offs_v,
-            inside & live,
-            inv_temperature,
-            softcap,
-            logit_scale,
-            HAS_BIAS,
-            HAS_SOFTCAP,
+            logits_ptr, bias_ptr, offs_v, inside & live, inv_temperature, softcap, logit_scale
         )
         log_p = (z - maximum) - log_mass
         log_p = tl.clamp(log_p, LOWEST, 0.0, propagate_nan=tl.PropagateNan.ALL)
         gradient = -tl.exp(log_p) * (of_logprob + of_entropy * (log_p + entropy))
         gradient = (gradient + tl.where(offs_v == target, of_logprob, 0.0)) * slope
-        gradient = tl.where((offs_v < vocab_size) & live, gradient, 0.0)
+        gradient = tl.where((offs_v < num_real) & live, gradient, 0.0)
         tl.store(grad_ptr + offs_v, gradient.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def logprob_rows(
-    logits: Tensor,
-    *,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    vocab_size: int,
-    with_entropy: bool,
-    config: RowConfig | None = None,
+    tile: Tile, target_ids: Tensor, objective: Objective, with_entropy: bool
 ) -> Tensor:
-    """Log-probability of a token and entropy of each row; as `logprob_rows.logprob_rows`.
-
-    Args:
-        config: launch settings; None for those of the device.
-
-    Returns:
-        [R, 4] fp32.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
-    """
-    check_logits(logits, None, vocab_size)
-    check_targets(logits, target_ids, vocab_size)
-    num_rows, columns = logits.shape
-    stats = logits.new_empty((num_rows, definition.LOGPROB_STATS), dtype=torch.float32)
-    if num_rows == 0:
-        return stats
-    config = config or row_config(torch.cuda.get_device_capability(logits.device), LOGPROBS)
-    with torch.cuda.device_of(logits):
-        _logprob_rows_kernel[(num_rows,)](
-            logits,
-            stats if bias is None else bias,  # what is absent is never read
-            target_ids,
-            stats,
-            columns,
-            vocab_size,
-            logits.stride(0),
-            inv_temperature,
-            softcap,
-            logit_scale,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap > 0,
-            WITH_ENTROPY=with_entropy,
-            BLOCK_V=config.block_v,
-            num_warps=config.num_warps,
-        )
+    """[R, 4], as `rows_logprobs.logprob_rows`."""
+    shape = len(tile.student), constants.NUM_LOGPROB_STATS
+    stats = tile.student.new_empty(shape, dtype=torch.float32)
+    _launch(logprob_rows_kernel, tile, target_ids, objective, stats, WITH_ENTROPY=with_entropy)
     return stats
 
 
 def logprob_gradient(
-    logits: Tensor,
-    grad: Tensor,
-    stats: Tensor,
-    upstream: Tensor,
-    *,
-    target_ids: Tensor,
-    bias: Tensor | None,
-    inv_temperature: float,
-    softcap: float,
-    logit_scale: float,
-    vocab_size: int,
-    config: RowConfig | None = None,
+    tile: Tile, target_ids: Tensor, objective: Objective, stats: Tensor, upstream: Tensor
 ) -> None:
-    """Gradient of each row; as `logprob_rows.logprob_gradient`.
+    """Fills `tile.grad`, as `rows_logprobs.logprob_gradient`."""
+    assert tile.grad is not None
+    _launch(
+        logprob_gradient_kernel,
+        tile,
+        target_ids,
+        objective,
+        stats,
+        grad_ptr=tile.grad,
+        upstream_ptr=upstream.contiguous(),
+        stride_gr=tile.grad.stride(0),
+    )
 
-    Args:
-        config: launch settings; None for those of the device.
 
-    Raises:
-        ValueError: shapes, dtypes, devices or strides that the kernel cannot read.
-    """
-    check_logits(logits, grad, vocab_size)
-    check_targets(logits, target_ids, vocab_size)
-    check_of_rows(logits, "stats", stats, definition.LOGPROB_STATS)
-    check_of_rows(logits, "upstream", upstream, 2)
-    num_rows, columns = logits.shape
-    if num_rows == 0:
+def _launch(
+    kernel: Any,
+    tile: Tile,
+    target_ids: Tensor,
+    objective: Objective,
+    stats: Tensor,
+    **arguments: Any,
+) -> None:
+    logits = tile.student
+    if len(logits) == 0:
         return
-    config = config or row_config(torch.cuda.get_device_capability(logits.device), LOGPROBS)
+    config = row_config(logits.device, LOGPROBS)
     with torch.cuda.device_of(logits):
-        _logprob_gradient_kernel[(num_rows,)](
+        kernel[(len(logits),)](
             logits,
-            grad,
-            stats if bias is None else bias,
+            tile.student_bias,
             target_ids,
             stats,
-            upstream,
-            columns,
-            vocab_size,
+            logits.shape[1],
+            tile.num_real,
             logits.stride(0),
-            grad.stride(0),
-            inv_temperature,
-            softcap,
-            logit_scale,
-            HAS_BIAS=bias is not None,
-            HAS_SOFTCAP=softcap > 0,
+            1.0 / objective.temperature,
+            objective.softcap,
+            objective.logit_scale,
+            **arguments,
             BLOCK_V=config.block_v,
             num_warps=config.num_warps,
         )

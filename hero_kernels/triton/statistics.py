@@ -1,7 +1,7 @@
-"""What the phase kernels share: columns, the reference of the log ratio, and the merge of parts.
+"""What the sweeps share: columns, the reference of the log ratio, and the merge of parts.
 
-See `hero_kernels.phases` for the columns. Parts are pieces of a row's columns: slices, or the tiles
-of a GEMM. They are merged in a fixed order, so the result depends on shapes alone.
+Parts are tiles of a row's columns, pieces of them, or the tiles of a GEMM. They are merged in a
+fixed order, so the result depends on shapes alone.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -14,35 +14,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hero_kernels import phases
-from hero_kernels.triton.device import exp, log_1_plus, quadratic_remainder
+from hero_kernels import constants
+from hero_kernels.triton.device import CLOSE, exp, log_1_plus, quadratic_remainder
 from hero_kernels.triton.logits import MASKED
 
-MAX_T = tl.constexpr(phases.MAX_T)
-SUM_T = tl.constexpr(phases.SUM_T)
-MAX_S = tl.constexpr(phases.MAX_S)
-SUM_S = tl.constexpr(phases.SUM_S)
-SHIFT = tl.constexpr(phases.SHIFT)
-GROWTH = tl.constexpr(phases.GROWTH)
-MEAN = tl.constexpr(phases.MEAN)
-TARGET_T = tl.constexpr(phases.TARGET_T)
-TARGET_GAP = tl.constexpr(phases.TARGET_GAP)
-TOP_T = tl.constexpr(phases.TOP_T)
-TOP_S = tl.constexpr(phases.TOP_S)
-ENERGY = tl.constexpr(11)
-"""sum exp(z_s - MAX_S) (z_s - MAX_S) where one side alone is seen, for its entropy; else 0."""
-NUM_STATISTICS = tl.constexpr(12)
+MAX_T = tl.constexpr(constants.MAX_T)
+SUM_T = tl.constexpr(constants.SUM_T)
+MAX_S = tl.constexpr(constants.MAX_S)
+SUM_S = tl.constexpr(constants.SUM_S)
+SHIFT = tl.constexpr(constants.SHIFT)
+GROWTH = tl.constexpr(constants.GROWTH)
+MEAN = tl.constexpr(constants.MEAN)
+TARGET_T = tl.constexpr(constants.TARGET_T)
+TARGET_GAP = tl.constexpr(constants.TARGET_GAP)
+TOP_T = tl.constexpr(constants.TOP_T)
+TOP_S = tl.constexpr(constants.TOP_S)
+ENERGY = tl.constexpr(constants.ENERGY)
+NUM_STATISTICS = tl.constexpr(constants.NUM_STATISTICS)
 
-_ALIGNED = tl.constexpr(0.25)
-"""Maxima this close need no shift: |exp(0.25) - 1| < 0.5, so the growth of a row whose log ratio is
-nearly constant stays where log1p serves."""
+_NEARBY_MAXIMA = tl.constexpr(constants.NEARBY_MAXIMA)
+_NEAR_GROWTH = tl.constexpr(constants.NEAR_GROWTH)
 _MERGE_ROWS, _MERGE_PARTS = 8, 64
 
 
 @triton.jit
 def choose_shift(max_t, max_s):
     """Reference of the log ratio; 0 for nearby distributions, and where one side is masked."""
-    apart = (tl.abs(max_s - max_t) > _ALIGNED) & (max_t > MASKED) & (max_s > MASKED)
+    apart = (tl.abs(max_s - max_t) > _NEARBY_MAXIMA) & (max_t > MASKED) & (max_s > MASKED)
     return tl.where(apart, max_s - max_t, 0.0)
 
 
@@ -54,7 +52,7 @@ def growth_term(e_t, grown, x):
     infinite or NaN, and `log_ratio_offset` takes the normalisers instead.
     """
     near = e_t * (x + x * x * quadratic_remainder(x))
-    return tl.where(tl.abs(x) <= 1.0, near, grown - e_t)
+    return tl.where(tl.abs(x) <= CLOSE, near, grown - e_t)
 
 
 @triton.jit
@@ -62,8 +60,9 @@ def log_ratio_offset(max_t, sum_t, max_s, sum_s, shift, growth):
     """c of x = log p_s - log p_t = gap - shift - c, without cancellation for nearby p_s and p_t."""
     growth = growth / sum_t
     # Where the growth is large or overflowed, so is the divergence, and the normalisers serve.
-    is_near = tl.abs(growth) < 0.5
-    near = log_1_plus(tl.where(is_near, growth, 0.0))
+    is_near = tl.abs(growth) < _NEAR_GROWTH
+    growth = tl.where(is_near, growth, 0.0)
+    near = log_1_plus(growth, 1.0 + growth)
     return tl.where(is_near, near, (max_s - max_t - shift) + tl.log(sum_s / sum_t))
 
 
@@ -81,31 +80,41 @@ def regrowth(growth, sum_t, weight_t, fall_t, change):
 @triton.jit
 def merge_two(a, b, ONE_SIDE: tl.constexpr):
     """Statistics of two parts, the columns of `a` before those of `b`; tuples of twelve."""
-    max_t = tl.maximum(a[0], b[0])
-    max_s = tl.maximum(a[2], b[2])
+    (
+        max_ta, sum_ta, max_sa, sum_sa, shift_a, growth_a, mean_a,
+        target_ta, target_gap_a, top_ta, top_sa, energy_a,
+    ) = a  # fmt: skip
+    (
+        max_tb, sum_tb, max_sb, sum_sb, shift_b, growth_b, mean_b,
+        target_tb, target_gap_b, top_tb, top_sb, energy_b,
+    ) = b  # fmt: skip
+    max_t = tl.maximum(max_ta, max_tb)
+    max_s = tl.maximum(max_sa, max_sb)
     shift = choose_shift(max_t, max_s)
-    fall_at, fall_bt = a[0] - max_t, b[0] - max_t
-    fall_as, fall_bs = a[2] - max_s, b[2] - max_s
-    at, bt, as_, bs = exp(fall_at), exp(fall_bt), exp(fall_as), exp(fall_bs)
-    growth_a = regrowth(a[5], a[1], at, fall_at, a[4] - shift)
-    growth_b = regrowth(b[5], b[1], bt, fall_bt, b[4] - shift)
-    mean_a = as_ * (a[6] + (a[4] - shift) * a[3])
-    mean_b = bs * (b[6] + (b[4] - shift) * b[3])
-    energy = a[11]  # 0
+    fall_ta, fall_tb = max_ta - max_t, max_tb - max_t
+    fall_sa, fall_sb = max_sa - max_s, max_sb - max_s
+    weight_ta, weight_tb = exp(fall_ta), exp(fall_tb)
+    weight_sa, weight_sb = exp(fall_sa), exp(fall_sb)
+    growth_a = regrowth(growth_a, sum_ta, weight_ta, fall_ta, shift_a - shift)
+    growth_b = regrowth(growth_b, sum_tb, weight_tb, fall_tb, shift_b - shift)
+    mean_a = weight_sa * (mean_a + (shift_a - shift) * sum_sa)
+    mean_b = weight_sb * (mean_b + (shift_b - shift) * sum_sb)
+    energy = energy_a  # 0
     if ONE_SIDE:
-        energy = as_ * (a[11] + fall_as * a[3]) + bs * (b[11] + fall_bs * b[3])
+        energy_a = weight_sa * (energy_a + fall_sa * sum_sa)
+        energy = energy_a + weight_sb * (energy_b + fall_sb * sum_sb)
     return (
         max_t,
-        at * a[1] + bt * b[1],
+        weight_ta * sum_ta + weight_tb * sum_tb,
         max_s,
-        as_ * a[3] + bs * b[3],
+        weight_sa * sum_sa + weight_sb * sum_sb,
         shift,
         growth_a + growth_b,
         mean_a + mean_b,
-        a[7] + b[7],
-        a[8] + b[8],
-        tl.where(b[0] > a[0], b[9], a[9]),
-        tl.where(b[2] > a[2], b[10], a[10]),
+        target_ta + target_tb,
+        target_gap_a + target_gap_b,
+        tl.where(max_tb > max_ta, top_tb, top_ta),
+        tl.where(max_sb > max_sa, top_sb, top_sa),
         energy,
     )
 
@@ -202,27 +211,14 @@ def _merge_kernel(
 
 
 def merge_statistics(parts: Tensor, *, one_side: bool = False) -> Tensor:
-    """Statistics of whole rows from those of their parts.
+    """[R, 12] of all columns from [P, R, 12] fp32, of any strides.
 
     Args:
-        parts: [P, R, 12] fp32, any strides; parts in the order of their columns.
+        parts: of disjoint columns, in their order.
         one_side: whether they are those of one side alone, and hold `ENERGY`.
-
-    Returns:
-        [R, 12] fp32.
-
-    Raises:
-        ValueError: another shape or type.
     """
-    if parts.ndim != 3 or parts.shape[2] != NUM_STATISTICS.value or parts.dtype != torch.float32:
-        raise ValueError(
-            f"parts must be [P, R, {NUM_STATISTICS.value}] of torch.float32, "
-            f"got {list(parts.shape)} of {parts.dtype}."
-        )
-    count, rows, _ = parts.shape
-    if count == 0:
-        raise ValueError("parts must hold at least one part, got 0.")
-    statistics = parts.new_empty((rows, NUM_STATISTICS.value))
+    count, rows, width = parts.shape
+    statistics = parts.new_empty(rows, width)
     if rows == 0:
         return statistics
     with torch.cuda.device_of(parts):

@@ -7,35 +7,26 @@ import random
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from row_cases import FLOATS, FORWARD_KL, JSD, REVERSE_KL, Case, make_case
+from tile_cases import FLOATS, FORWARD_KL, JSD, REVERSE_KL, Case, make_case
 from torch import Tensor
 
-from hero_kernels.cpu import NUM_STATS, RowsProblem, fp32_bias, rows_problem
-from hero_kernels.cuda import Layout
-from hero_kernels.row_arguments import check_matrices, check_vectors
+from hero_kernels.constants import NUM_STATS
+from hero_kernels.cpu import rows_problem
+from hero_kernels.objective import Objective
+from hero_kernels.types import RowTensors, Tile
 
-SOURCES = Path(__file__).parents[2] / "csrc" / "cuda"
-SIDES = ("student", "teacher")
+SOURCES = Path(__file__).parents[2] / "csrc"
+EMULATOR = Path(__file__).parent / "emulator"
 
-
-class Fault(IntEnum):
-    """A synchronisation left out; `Fault` of csrc/cuda/platform.h."""
-
-    NO_FAULT = 0
-    NO_START_BARRIER = 1
-    NO_FULL_WAIT = 2
-    NO_EMPTY_WAIT = 3
-    EARLY_RELEASE = 4
-    NO_BLOCK_BARRIER = 5
-    NO_CLUSTER_WAIT = 6
-    ONE_BUFFER = 7
+Patch = tuple[str, str, str]
+"""File of csrc/cuda, a text that it holds once, and what takes its place."""
 
 
 class Setting(NamedTuple):
@@ -62,6 +53,18 @@ class Limits(ctypes.Structure):
     )
 
 
+class Plan(ctypes.Structure):
+    """`Plan` of csrc/cuda/plan.h, field for field."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_int32)
+        for name in (
+            *("cluster_size", "warps", "slice_columns", "tiles", "stages", "resident", "vectors"),
+            *("teacher_stage", "student_stage", "student_offset", "shared_bytes"),
+        )
+    )
+
+
 def random_case(seed: int) -> tuple[Case, torch.dtype]:
     """Any shape, storage and options, and the type of the gradient."""
     draw = random.Random(seed)
@@ -76,10 +79,10 @@ def random_case(seed: int) -> tuple[Case, torch.dtype]:
         scale=draw.choice([1.0, 0.3, 1e-2 if delta else 3.0]),
         seed=seed,
         beta=draw.choice([0.5, 0.2]),
-        inv_temperature=draw.choice([1.0, 0.7]),
+        temperature=draw.choice([1.0, 1.4]),
         logit_scale=draw.choice([1.0, 0.8]),
-        softcap=draw.choice([0.0, 0.0, 9.0]),
-        vocab_size=vocab,
+        softcap=draw.choice([None, None, 9.0]),
+        num_real=vocab,
         with_stats=draw.random() < 0.5,
     )
     case.student = case.student.to(draw.choice(FLOATS))
@@ -90,14 +93,16 @@ def random_case(seed: int) -> tuple[Case, torch.dtype]:
         case.student_bias, case.teacher_bias = torch.randn(2, vocab + padding)
         if draw.random() < 0.3:
             case.student_bias = None
+    if draw.random() < 0.2:
+        case.temperatures = 0.5 + torch.rand(rows)
     if draw.random() < 0.5:
         case.target_ids = torch.randint(-1, vocab, (rows,))
         if draw.random() < 0.5:
             case.old_logprobs = case.truth()[0][:, 2].float() + 0.3 * torch.randn(rows)
-            case.is_clip = draw.choice([0.0, 1.1])
+            case.is_clip = draw.choice([None, 1.1])
     grad_dtype = draw.choice(FLOATS)
     if draw.random() < 0.5 or grad_dtype == torch.float16:
-        # Small gradients would be subnormal in fp16: `power_of_two_scale` in chunked.py.
+        # Small gradients would be subnormal in fp16: the loop scales them by a power of two.
         case.row_weights = torch.rand(rows) * (2**12 if grad_dtype == torch.float16 else 1)
     return case, grad_dtype
 
@@ -109,69 +114,59 @@ class DeadlockError(Exception):
 class Emulator:
     """The kernel's text compiled for the CPU, every thread a fibre."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patches: Sequence[Patch] = ()) -> None:
+        for part in ("cuda", "cpu"):
+            shutil.copytree(SOURCES / part, folder / part)
+        for header in SOURCES.glob("*.h"):
+            shutil.copy(header, folder)
+        for name, text, replacement in patches:
+            path = folder / "cuda" / name
+            source = path.read_text()
+            assert source.count(text) == 1, f"{name} holds {text!r} {source.count(text)} times"
+            path.write_text(source.replace(text, replacement))
         path = folder / "emulator.so"
         # longjmp between stacks is what fortified libraries take for an error.
-        options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-DHERO_EMULATED"]
-        warnings = ["-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas"]
-        command = ["g++", *options, *warnings, SOURCES / "emulator.cpp", "-o", path]
+        options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
+        warnings = ["-Wall", "-Wextra", "-Wno-unused", "-Wno-unknown-pragmas"]
+        include = [f"-I{folder / part}" for part in ("cuda", "cpu")]
+        command = ["g++", *options, *warnings, *include, EMULATOR / "emulator.cpp", "-o", path]
         subprocess.run(command, check=True, timeout=120)
         self._library = ctypes.CDLL(str(path))
 
     def divergence_rows(
         self,
-        student: Tensor,
-        teacher: Tensor,
-        grad: Tensor | None,
-        *,
+        tile: Tile,
+        rows: RowTensors,
+        objective: Objective,
+        with_stats: bool,
         setting: Setting = DEFAULT_SETTING,
-        fault: Fault = Fault.NO_FAULT,
         seed: int = 0,
-        **options: Any,
     ) -> Tensor:
         """As `hero_kernels.cuda.divergence_rows`, under the schedule that `seed` draws.
 
         Raises:
             DeadlockError: the schedule ended in one.
         """
-        problem, stats, alive = _problem(student, teacher, grad, options)
+        stats = torch.full((len(tile.student), NUM_STATS), torch.nan)
+        problem = rows_problem(tile, rows, objective, with_stats, stats)
         status = self._library.hero_emulated_divergence_rows(
-            ctypes.byref(problem), *setting, int(fault), ctypes.c_uint32(seed)
+            ctypes.byref(problem), *setting, ctypes.c_uint32(seed)
         )
-        del alive
         if status == 1:
             raise DeadlockError
         assert status == 0, f"status {status}"
         return stats
 
-    def layout(self, student: Tensor, teacher: Tensor, limits: Limits, **options: Any) -> Layout:
+    def plan(self, student: Tensor, teacher: Tensor, limits: Limits) -> Plan:
         """How a GPU with these limits would work on rows of this shape and these types."""
-        problem, _, _ = _problem(student, teacher, None, options)
-        layout = Layout()
+        tile = Tile(student, teacher, num_real=student.shape[1])
+        weights = torch.ones(len(student))
+        problem = rows_problem(tile, RowTensors(weights), Objective(), False, weights)
+        plan = Plan()
         self._library.hero_emulated_plan(
-            ctypes.byref(problem), ctypes.byref(limits), ctypes.byref(layout)
+            ctypes.byref(problem), ctypes.byref(limits), ctypes.byref(plan)
         )
-        return layout
-
-
-def _problem(
-    student: Tensor, teacher: Tensor, grad: Tensor | None, options: dict[str, Any]
-) -> tuple[RowsProblem, Tensor, list[Tensor | None]]:
-    """The C struct, the statistics it points to, and what else it points to."""
-    check_matrices(student, teacher, grad, options["vocab_size"])
-    check_vectors(
-        student,
-        options["target_ids"],
-        options["row_weights"],
-        options["old_logprobs"],
-        options["absolute_rows"],
-        options["vocab_size"],
-    )
-    biases = [fp32_bias(options[f"{side}_bias"], student.shape[1]) for side in SIDES]
-    stats = torch.full((student.shape[0], NUM_STATS), torch.nan)
-    for side, bias in zip(SIDES, biases, strict=True):
-        options = {**options, f"{side}_bias": bias}
-    return rows_problem(student, teacher, grad, stats, **options), stats, biases
+        return plan
 
 
 @dataclass(frozen=True)
@@ -192,7 +187,7 @@ def compile_cuda(arch: str, folder: Path) -> tuple[list[Kernel], dict[str, int]]
     cubin = folder / f"rows_{arch}.cubin"
     command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
     done = subprocess.run(
-        [*command, SOURCES / "divergence_rows.cu", "-o", cubin],
+        [*command, SOURCES / "cuda" / "divergence_rows.cu", "-o", cubin],
         capture_output=True,
         text=True,
         timeout=300,

@@ -1,6 +1,6 @@
-"""The CUDA row kernel's own text on a CPU, under random schedules, against fp64 (row_cases.py).
+"""The CUDA row kernel's own text on a CPU, under random schedules, against fp64 (tile_cases.py).
 
-Every thread of every block is a fibre (csrc/cuda/emulator.cpp). That shows missing and misplaced
+Every thread of every block is a fibre (emulator/). That shows missing and misplaced
 synchronisation and wrong arithmetic; memory order, fences and PTX operands it does not see.
 """
 
@@ -9,18 +9,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
-from cuda_tools import DeadlockError, Emulator, Fault, Limits, Setting, random_case
-from row_cases import (
+from cuda_tools import DeadlockError, Emulator, Limits, Patch, Plan, Setting, random_case
+from tile_cases import (
     DELTA,
     DIVERGENCES,
     FLOATS,
+    FORWARD_KL,
     JSD,
     REVERSE_KL,
-    Case,
     check,
     make_case,
     relative_error,
@@ -50,25 +50,51 @@ def test_random_problems_and_schedules(emulator: Emulator, setting: Setting, see
     check(partial(emulator.divergence_rows, setting=setting, seed=seed), case, grad_dtype)
 
 
-@pytest.mark.parametrize("fault", list(Fault)[1:], ids=lambda fault: fault.name.lower())
-def test_a_missing_synchronisation_is_found(emulator: Emulator, fault: Fault) -> None:
-    """Guards the tests above: a schedule among a few must show every single one."""
+FAULTS: dict[str, list[Patch]] = {
+    "blocks-do-not-wait-for-each-others-barriers": [
+        ("row_kernel.h", "sync_cluster();\n    const Work", "const Work")
+    ],
+    "a-tile-is-read-before-its-copy-has-landed": [
+        ("row_kernel.h", "if (incoming) wait(&exchange.full[at.stage], at.parity);", "")
+    ],
+    "a-stage-is-overwritten-while-it-is-read": [
+        ("row_kernel.h", "wait(&exchange.empty[at.stage], at.parity ^ 1);", "")
+    ],
+    "a-stage-is-given-back-before-the-last-sweep": [
+        ("row_kernel.h", "at, true, !resident,", "at, true, true,")
+    ],
+    "a-blocks-sum-is-formed-before-all-warps-have-given-theirs": [
+        ("row_sums.h", "sync_threads(32 * plan.warps);", "")
+    ],
+    "the-clusters-sum-is-formed-before-all-blocks-have-sent-theirs": [
+        ("row_sums.h", "wait_cluster(arrived, count / 4 & 1);", "")
+    ],
+    "two-reductions-use-the-same-memory": [
+        ("row_sums.h", "exchange.of_warps[count % 2]", "exchange.of_warps[0]"),
+        ("row_sums.h", "exchange.of_blocks[count % 4]", "exchange.of_blocks[0]"),
+    ],
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_missing_synchronisation_is_found(tmp_path: Path, emulator: Emulator, fault: str) -> None:
+    """Guards the other tests: a schedule among a few must show every single planted fault."""
+    faulty = Emulator(tmp_path / "faulty", FAULTS[fault])
     for seed in range(40):
-        case = make_case(seed % 3, True, rows=6, vocab=1300)
+        case = make_case((JSD, FORWARD_KL, REVERSE_KL)[seed % 3], True, rows=6, vocab=1300)
         setting = (SETTINGS["cluster"], Setting())[seed // 3 % 2]
-        run = partial(emulator.divergence_rows, setting=setting, seed=seed)
-        check(run, case)
+        check(partial(emulator.divergence_rows, setting=setting, seed=seed), case)
         try:
-            check(partial(run, fault=fault), case)
+            check(partial(faulty.divergence_rows, setting=setting, seed=seed), case)
         except (AssertionError, DeadlockError):
             return
-    pytest.fail(f"no schedule shows {fault.name}")
+    pytest.fail(f"no schedule shows that {fault}")
 
 
 @DIVERGENCES
 @DELTA
 def test_bits_do_not_depend_on_the_schedule(
-    emulator: Emulator, divergence: int, delta: bool
+    emulator: Emulator, divergence: str, delta: bool
 ) -> None:
     case = make_case(divergence, delta, rows=5, vocab=1700, with_stats=True)
     results = []
@@ -84,7 +110,7 @@ def test_bits_do_not_depend_on_the_schedule(
 @LAYOUTS
 @pytest.mark.parametrize("vocab", [1, 7, 257, 1025])
 def test_every_length_of_row(
-    emulator: Emulator, divergence: int, setting: Setting, vocab: int
+    emulator: Emulator, divergence: str, setting: Setting, vocab: int
 ) -> None:
     case = make_case(divergence, True, vocab=vocab)
     run = partial(emulator.divergence_rows, setting=setting, seed=vocab)
@@ -95,9 +121,11 @@ def test_every_length_of_row(
 
 
 @DIVERGENCES
-@pytest.mark.parametrize(("scale", "softcap"), [(1.0, 0.0), (1e-2, 20.0), (1e-4, 0.0), (5e-5, 0.0)])
+@pytest.mark.parametrize(
+    ("scale", "softcap"), [(1.0, None), (1e-2, 20.0), (1e-4, None), (5e-5, None)]
+)
 def test_nearby_distributions_keep_relative_accuracy(
-    emulator: Emulator, divergence: int, scale: float, softcap: float
+    emulator: Emulator, divergence: str, scale: float, softcap: float | None
 ) -> None:
     """KL from 1 down to 1e-9, with a constant offset of delta and large logits."""
     case = make_case(divergence, True, vocab=2500, scale=scale, softcap=softcap)
@@ -111,11 +139,9 @@ def test_nearby_distributions_keep_relative_accuracy(
 @DIVERGENCES
 @DELTA
 def test_equal_distributions_are_exactly_zero(
-    emulator: Emulator, divergence: int, delta: bool
+    emulator: Emulator, divergence: str, delta: bool
 ) -> None:
-    case = make_case(
-        divergence, delta, scale=0.0, logit_scale=0.3, inv_temperature=0.7, softcap=11.0
-    )
+    case = make_case(divergence, delta, scale=0.0, logit_scale=0.3, temperature=1.4, softcap=11.0)
     case.student_bias = case.teacher_bias = torch.randn(1300)
     stats, grad = case.run(emulator.divergence_rows)
     assert stats[:, 0].eq(0).all()
@@ -126,7 +152,7 @@ def test_equal_distributions_are_exactly_zero(
 @DELTA
 @pytest.mark.parametrize("offset", [50.0, -200.0])
 def test_distant_distributions(
-    emulator: Emulator, divergence: int, delta: bool, offset: float
+    emulator: Emulator, divergence: str, delta: bool, offset: float
 ) -> None:
     """Log ratios for which p_t exp(x) over- or underflows, and a student offset by a constant."""
     case = make_case(divergence, delta, scale=40.0)
@@ -141,7 +167,7 @@ def test_distant_distributions(
 
 @DIVERGENCES
 @DELTA
-def test_masked_vocabulary(emulator: Emulator, divergence: int, delta: bool) -> None:
+def test_masked_vocabulary(emulator: Emulator, divergence: str, delta: bool) -> None:
     """-inf on both sides, whole blocks of columns too: as if the columns were not there."""
     case = make_case(divergence, delta, vocab=1500)
     kept = torch.rand(1500) < 0.6
@@ -170,7 +196,7 @@ def test_masks_that_differ_are_finite_for_jsd(emulator: Emulator) -> None:
 
 
 @DIVERGENCES
-def test_weight_zero_hides_garbage(emulator: Emulator, divergence: int) -> None:
+def test_weight_zero_hides_garbage(emulator: Emulator, divergence: str) -> None:
     case = make_case(divergence, False, rows=4)
     case.row_weights = torch.tensor([1.0, 0.0, 0.0, 1.0])
     case.student[1] = torch.nan
@@ -187,7 +213,7 @@ def test_weight_zero_hides_garbage(emulator: Emulator, divergence: int) -> None:
 @DIVERGENCES
 @pytest.mark.parametrize("target", ["student", "teacher"])
 def test_gradient_in_place(
-    emulator: Emulator, divergence: int, setting: Setting, target: str
+    emulator: Emulator, divergence: str, setting: Setting, target: str
 ) -> None:
     """An odd length: neighbouring rows share the pieces of 16 bytes in which rows are copied."""
     case = make_case(divergence, True, rows=5, vocab=1297)
@@ -195,7 +221,7 @@ def test_gradient_in_place(
     run = partial(emulator.divergence_rows, setting=setting)
     stats, grad = case.run(run, torch.float16)
     inputs = {"student": case.student, "teacher": case.teacher}
-    in_place = run(case.student, case.teacher, inputs[target], **case.options(), seed=1)
+    in_place = case.call(partial(run, seed=1), inputs[target])
     assert torch.equal(in_place, stats)
     assert torch.equal(inputs[target], grad)
 
@@ -209,9 +235,7 @@ def test_strided_and_expanded_rows(emulator: Emulator, delta: bool, start: int) 
         case, student=case.student[::2, columns], teacher=case.teacher[:1, columns].expand(3, 800)
     )
     workspace = torch.full((3, 2, 800), 7.0)
-    stats = emulator.divergence_rows(
-        expanded.student, expanded.teacher, workspace[:, 0], **expanded.options()
-    )
+    stats = expanded.call(emulator.divergence_rows, workspace[:, 0])
     true_stats, true_grad = expanded.truth()
     torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
     assert relative_error(workspace[:, 0], true_grad) < 1e-5
@@ -219,7 +243,7 @@ def test_strided_and_expanded_rows(emulator: Emulator, delta: bool, start: int) 
 
 
 @DIVERGENCES
-def test_rows_that_hold_logits_among_differences(emulator: Emulator, divergence: int) -> None:
+def test_rows_that_hold_logits_among_differences(emulator: Emulator, divergence: str) -> None:
     case = make_case(divergence, True, scale=2.0, vocab=300, softcap=20.0)
     case.student_bias = case.teacher_bias = torch.randn(300)
     case.student[1] += case.teacher[1]
@@ -229,10 +253,10 @@ def test_rows_that_hold_logits_among_differences(emulator: Emulator, divergence:
 
 
 @DIVERGENCES
-def test_no_gradient_wanted(emulator: Emulator, divergence: int) -> None:
+def test_no_gradient_wanted(emulator: Emulator, divergence: str) -> None:
     case = make_case(divergence, True)
     before = case.student.clone()
-    stats = emulator.divergence_rows(case.student, case.teacher, None, **case.options())
+    stats = case.call(emulator.divergence_rows, None)
     assert torch.equal(stats, case.run(emulator.divergence_rows)[0])
     assert torch.equal(case.student, before)
 
@@ -241,24 +265,23 @@ A100 = Limits(166912, 167936, 1)
 H100 = Limits(232448, 233472, 16)
 
 
-def layout_of(emulator: Emulator, vocab: int, student: torch.dtype, limits: Limits) -> Any:
-    case = Case(torch.empty(1, vocab, dtype=student), torch.empty(1, vocab), True, JSD)
-    return emulator.layout(case.student, case.teacher, limits, **case.options())
+def plan_of(emulator: Emulator, vocab: int, student: torch.dtype, limits: Limits) -> Plan:
+    return emulator.plan(torch.empty(1, vocab, dtype=student), torch.empty(1, vocab), limits)
 
 
-def test_layout_of_known_models(emulator: Emulator) -> None:
+def test_plan_of_known_models(emulator: Emulator) -> None:
     """Qwen3's rows fit into clusters of 8 blocks; SmolLM2's leave room for a second one."""
     for dtype in (torch.float32, torch.bfloat16):
-        qwen = layout_of(emulator, 151936, dtype, H100)
+        qwen = plan_of(emulator, 151936, dtype, H100)
         assert (qwen.cluster_size, qwen.resident, qwen.slice_columns) == (8, 1, 19200)
         assert 19200 * (4 + dtype.itemsize) < qwen.shared_bytes < 232448
-    smol = layout_of(emulator, 49152, torch.bfloat16, H100)
+    smol = plan_of(emulator, 49152, torch.bfloat16, H100)
     assert (smol.cluster_size, smol.resident) == (4, 1)
     assert 2 * (smol.shared_bytes + 1024) <= 233472
-    assert layout_of(emulator, 32000, torch.bfloat16, A100).resident == 0
-    small = layout_of(emulator, 16384, torch.bfloat16, A100)
+    assert plan_of(emulator, 32000, torch.bfloat16, A100).resident == 0
+    small = plan_of(emulator, 16384, torch.bfloat16, A100)
     assert (small.cluster_size, small.resident) == (1, 1)
-    assert layout_of(emulator, 1 << 20, torch.float32, H100).resident == 0
+    assert plan_of(emulator, 1 << 20, torch.float32, H100).resident == 0
 
 
 @pytest.mark.parametrize(
@@ -267,15 +290,14 @@ def test_layout_of_known_models(emulator: Emulator) -> None:
 @pytest.mark.parametrize(
     "dtypes", [FLOATS[:1] * 2, (FLOATS[1], FLOATS[0]), FLOATS[1:2] * 2], ids=str
 )
-def test_every_layout_is_within_its_limits(
+def test_every_plan_is_within_its_limits(
     emulator: Emulator, limits: Limits, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     for vocab in (1, 255, 1000, 8193, 50257, 65536, 128256, 202048, 262144, 600_000, 3_000_000):
         student, teacher = (torch.empty(1, vocab, dtype=dtype) for dtype in dtypes)
-        case = Case(student, teacher, True, JSD)
-        layout = emulator.layout(student, teacher, limits, **case.options())
-        assert 0 < layout.shared_bytes <= limits.shared_per_block
-        assert 1 <= layout.stages <= 16 and layout.cluster_size <= limits.max_cluster
-        assert layout.cluster_size * layout.slice_columns >= vocab
-        assert layout.tiles * layout.warps * 256 >= layout.slice_columns
-        assert layout.stages == layout.tiles or not layout.resident
+        plan = emulator.plan(student, teacher, limits)
+        assert 0 < plan.shared_bytes <= limits.shared_per_block
+        assert 1 <= plan.stages <= 16 and plan.cluster_size <= limits.max_cluster
+        assert plan.cluster_size * plan.slice_columns >= vocab
+        assert plan.tiles * plan.warps * 256 >= plan.slice_columns
+        assert plan.stages == plan.tiles or not plan.resident

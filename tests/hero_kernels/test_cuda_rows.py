@@ -1,4 +1,4 @@
-"""The CUDA row kernel on a GPU against textbook formulas in fp64 (row_cases.py).
+"""The CUDA row kernel on a GPU against textbook formulas in fp64 (tile_cases.py).
 
 What runs without one: test_cuda_emulator.py, test_cuda_compile.py.
 """
@@ -6,15 +6,16 @@ What runs without one: test_cuda_emulator.py, test_cuda_compile.py.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from cuda_tools import random_case
-from row_cases import DELTA, DIVERGENCES, JSD, check, make_case, relative_error
+from tile_cases import DELTA, DIVERGENCES, JSD, check, make_case, relative_error
 from torch import Tensor
 
 from hero_kernels import cuda
+from hero_kernels.objective import Objective
+from hero_kernels.types import RowTensors, Tile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,20 +23,19 @@ pytestmark = [
 ]
 
 
-def divergence_rows(
-    student: Tensor, teacher: Tensor, grad: Tensor | None, **options: Any
-) -> Tensor:
+def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
     """The kernel on copies of CPU tensors, each where it was relative to 16 bytes."""
-    options = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
-    inputs = {id(t): _to_cuda(t) for t in (student, teacher, grad) if t is not None}
-    stats = cuda.divergence_rows(
-        inputs[id(student)],
-        inputs[id(teacher)],
-        None if grad is None else inputs[id(grad)],
-        **options,
-    )
-    if grad is not None:
-        grad.copy_(inputs[id(grad)])
+    on_cuda = {
+        name: _to_cuda(value) if isinstance(value, Tensor) else value
+        for name, value in tile._asdict().items()
+    }
+    for name in ("student", "teacher"):
+        if tile.grad is getattr(tile, name):
+            on_cuda["grad"] = on_cuda[name]
+    moved = RowTensors(*(None if value is None else value.cuda() for value in rows))
+    stats = cuda.divergence_rows(Tile(**on_cuda), moved, objective, with_stats)
+    if tile.grad is not None:
+        tile.grad.copy_(on_cuda["grad"])
     return stats.cpu()
 
 
@@ -54,7 +54,7 @@ def test_random_problems(seed: int) -> None:
 @DIVERGENCES
 @DELTA
 @pytest.mark.parametrize("vocab", [32769, 49152, 128256, 151936, 500_000, 1_200_000])
-def test_long_rows(divergence: int, delta: bool, vocab: int) -> None:
+def test_long_rows(divergence: str, delta: bool, vocab: int) -> None:
     """Clusters of every size, and rows that no cluster holds; more rows than run at once."""
     case = make_case(divergence, delta, rows=8, vocab=vocab, scale=0.5, with_stats=True)
     case.target_ids = torch.tensor([0, vocab - 1, -1, 1, 2, 3, 4, 5])
@@ -62,26 +62,28 @@ def test_long_rows(divergence: int, delta: bool, vocab: int) -> None:
 
 
 @DIVERGENCES
-def test_many_rows_have_the_bits_of_few(divergence: int) -> None:
+def test_many_rows_have_the_bits_of_few(divergence: str) -> None:
     case = make_case(divergence, True, rows=16, vocab=49152)
     stats, grad = case.run(divergence_rows)
-    many = [tensor.cuda().repeat(64, 1) for tensor in (case.student, case.teacher)]
-    options = {**case.options(), "row_weights": torch.ones(1024, device="cuda")}
+    student, teacher = (t.cuda().repeat(64, 1) for t in (case.student, case.teacher))
+    many = replace(
+        case, student=student, teacher=teacher, row_weights=torch.ones(1024, device="cuda")
+    )
     for _ in range(3):
-        out = torch.empty_like(many[0])
-        assert torch.equal(cuda.divergence_rows(*many, out, **options).cpu(), stats.repeat(64, 1))
+        out = torch.empty_like(student)
+        assert torch.equal(many.call(cuda.divergence_rows, out).cpu(), stats.repeat(64, 1))
         assert torch.equal(out.cpu(), grad.repeat(64, 1))
 
 
 @DIVERGENCES
 @pytest.mark.parametrize("vocab", [50257, 151936])
 @pytest.mark.parametrize("target", ["student", "teacher"])
-def test_gradient_in_place(divergence: int, vocab: int, target: str) -> None:
+def test_gradient_in_place(divergence: str, vocab: int, target: str) -> None:
     case = make_case(divergence, True, rows=300, vocab=vocab)
     case = replace(case, student=case.student.bfloat16(), teacher=case.teacher.bfloat16())
     stats, grad = case.run(divergence_rows, torch.bfloat16)
     inputs = {"student": case.student, "teacher": case.teacher}
-    in_place = divergence_rows(case.student, case.teacher, inputs[target], **case.options())
+    in_place = case.call(divergence_rows, inputs[target])
     assert torch.equal(in_place, stats)
     assert torch.equal(inputs[target], grad)
 
@@ -89,18 +91,19 @@ def test_gradient_in_place(divergence: int, vocab: int, target: str) -> None:
 def test_runs_on_the_current_stream() -> None:
     case = make_case(JSD, True, rows=64, vocab=49152)
     stats, _ = case.run(divergence_rows)
-    options = {**case.options(), "row_weights": torch.ones(64, device="cuda")}
+    weights = torch.ones(64, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)  # what comes before must have been waited for
         student, teacher = (tensor.cuda() for tensor in (case.student, case.teacher))
-        late = cuda.divergence_rows(student, teacher, student, **options)
+        moved = replace(case, student=student, teacher=teacher, row_weights=weights)
+        late = moved.call(cuda.divergence_rows, student)
     stream.synchronize()
     assert torch.equal(late.cpu(), stats)
 
 
 @DIVERGENCES
-def test_more_than_2_31_logits(divergence: int) -> None:
+def test_more_than_2_31_logits(divergence: str) -> None:
     """64-bit offsets: the last rows of a tensor with more elements than an int32 counts."""
     total, vocab = 16_400, 131_072
     student = torch.zeros(total, vocab, dtype=torch.bfloat16, device="cuda")
@@ -108,8 +111,9 @@ def test_more_than_2_31_logits(divergence: int) -> None:
     case = make_case(divergence, True, rows=2, vocab=vocab)
     case = replace(case, student=case.student.bfloat16())
     student[-2:] = case.student.cuda()
-    options = {**case.options(), "row_weights": torch.ones(total, device="cuda")}
-    stats = cuda.divergence_rows(student, teacher, student, **options)
+    weights = torch.ones(total, device="cuda")
+    many = replace(case, student=student, teacher=teacher, row_weights=weights)
+    stats = many.call(cuda.divergence_rows, student)
     zero = replace(case, teacher=torch.zeros(2, vocab))
     true_stats, true_grad = zero.truth()
     torch.testing.assert_close(stats[-2:, 0].double().cpu(), true_stats[:, 0], rtol=1e-5, atol=0)

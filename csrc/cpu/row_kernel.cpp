@@ -1,0 +1,308 @@
+// One row: divergence, statistics and gradient. Compiled once for each instruction set (setup.py),
+// with HERO_ROW_FUNCTION naming the result; divergence_rows.cpp chooses among them at run time.
+//
+// Per column, with p = p_t, q = p_s and x = log q - log p = delta - log1p(sum p expm1 delta):
+//
+//   forward KL  sum F(p, q, x)                                 gradient q - p
+//   reverse KL  sum F(q, p, -x)                                gradient q (x - KL)
+//   JSD         sum b F(p, m, l) + (1-b) F(q, m, l - x)        gradient (1-b) q (x - l - K)
+//               m = b p + (1-b) q,  l = log m - log p,  K = KL(q || m)
+//
+// F(p, q, x) = q - p - p x = p (expm1 x - x) >= 0 is the column's share of KL(p || q) when log q -
+// log p = x. All values are sums of it, so they cannot come out negative, and they keep their
+// relative accuracy for arbitrarily small divergences as long as delta does: nothing large cancels.
+// The general case only differs in forming delta = z_s - z_t, which is exact in fp32 where the two
+// are close.
+//
+// Sums run in fp32 within a block of columns and in fp64 across blocks; the order depends on the
+// shape alone.
+
+#include "row_kernel.h"
+
+#include <math.h>
+
+#include "row_logits.h"
+#include "storage.h"
+#include "vector_math.h"
+
+namespace {
+
+struct Sums {
+    double teacher = 0, student = 0;          // sum exp(z - max)
+    double difference = 0;                    // student - teacher, summed without cancellation
+    double teacher_log = 0, student_log = 0;  // sum exp(z - max) (z - max), for the entropies
+};
+
+// F(p, q, x).
+inline Floats kl_term(Floats p, Floats q, Floats x) {
+    const Floats near = p * (x * x) * quadratic_remainder(x);
+    const Floats far = (q - p) - p * x;
+    return choose(magnitude(x) <= CLOSE_LOG_RATIO, near, far);
+}
+
+// Pass 2: logits -> unnormalised probabilities. `wide`: some log ratio exceeds WIDE_LOG_RATIO.
+template <bool wide, bool entropies>
+Sums exponentiate(const Row& row, const Extremes& top, float shift, int64_t size) {
+    Sums sums;
+    for (int64_t begin = 0; begin < size; begin += BLOCK) {
+        const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
+        Floats sum_p = {}, sum_q = {}, sum_difference = {}, sum_log_p = {}, sum_log_q = {};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats a = load_floats(row.teacher + i) - top.teacher;
+            const Floats x = at_most(
+                at_least(load_floats(row.log_ratio + i) - shift, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT);
+            const Floats p = exponential(a);
+            const auto e = both_exponentials(wide ? at_most(x, WIDE_LOG_RATIO) : x);
+            // Not q = p + difference: that would round small q to the spacing of p.
+            Floats q = p * e.exponential;
+            Floats difference = p * e.minus_1;
+            if (wide || entropies) {
+                const Floats b = load_floats(row.student + i) - top.student;
+                if (wide) {
+                    const Floats own = exponential(b);
+                    q = choose(x > WIDE_LOG_RATIO, own, q);
+                    difference = choose(x > WIDE_LOG_RATIO, own - p, difference);
+                }
+                if (entropies) {
+                    sum_log_p += p * a;
+                    sum_log_q += q * b;
+                }
+            }
+            store_floats(row.teacher + i, p);
+            store_floats(row.student + i, q);
+            store_floats(row.log_ratio + i, x);
+            sum_p += p;
+            sum_q += q;
+            sum_difference += difference;
+        }
+        sums.teacher += sum_of(sum_p);
+        sums.student += sum_of(sum_q);
+        sums.difference += sum_of(sum_difference);
+        sums.teacher_log += sum_of(sum_log_p);
+        sums.student_log += sum_of(sum_log_q);
+    }
+    return sums;
+}
+
+Sums exponentiate(const Row& row, const Extremes& top, float shift, int64_t size, bool entropies) {
+    if (top.log_ratio - shift > WIDE_LOG_RATIO)
+        return entropies ? exponentiate<true, true>(row, top, shift, size)
+                         : exponentiate<true, false>(row, top, shift, size);
+    return entropies ? exponentiate<false, true>(row, top, shift, size)
+                     : exponentiate<false, false>(row, top, shift, size);
+}
+
+// What turns pass 2's numbers into probabilities and x.
+struct Normaliser {
+    float inv_teacher, inv_student;  // factors
+    float offset;                    // subtracted
+};
+
+// The mixture m = beta p + (1 - beta) q, whose logarithm is formed from the side that gives most of
+// it: from the student's where x exceeds the pivot, log(beta / (1 - beta)). There log m - log q is
+// log1p of something at most 1, and cannot cancel against x.
+struct Mixture {
+    float beta, other, pivot;
+
+    explicit Mixture(const RowsProblem& problem)
+        : beta(problem.beta),
+          other(problem.one_minus_beta),
+          pivot(at_most(at_least(logf(beta / other), -60.0f), 60.0f)) {}
+};
+
+// log m - log p and log m - log q.
+struct LogMixture {
+    Floats from_teacher, from_student;
+};
+inline LogMixture log_mixture(Floats x, const Mixture& mixture) {
+    const auto of_student = x > mixture.pivot;
+    const auto e = both_exponentials(choose(of_student, -x, x));
+    const Floats beta = all<Floats>(mixture.beta), other = all<Floats>(mixture.other);
+    const Floats near = choose(of_student, other, beta), far = choose(of_student, beta, other);
+    const Floats log_m = log_1_plus(far * e.minus_1, near + far * e.exponential);
+    return {choose(of_student, x + log_m, log_m), choose(of_student, log_m, log_m - x)};
+}
+
+struct Value {
+    double divergence, centre;  // what the gradient's bracket is centred by: its mean under q
+};
+
+// Pass 3: the divergence. Leaves in log_ratio the gradient's bracket minus `reference`, or for
+// forward KL q - p. One function for a row and for its reference, so that both round alike.
+template <int divergence>
+__attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
+                                           const Mixture& mixture, float reference, int64_t size) {
+    Value value = {0, 0};
+    const float beta = mixture.beta, other = mixture.other;
+    for (int64_t begin = 0; begin < size; begin += BLOCK) {
+        const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
+        Floats sum = {}, centre = {};
+        for (int64_t i = begin; i < end; i += LANES) {
+            const Floats p = load_floats(row.teacher + i) * n.inv_teacher;
+            const Floats q = load_floats(row.student + i) * n.inv_student;
+            const Floats x = load_floats(row.log_ratio + i) - n.offset;
+            Floats left;
+            if (divergence == FORWARD_KL) {
+                const Floats remainder = quadratic_remainder(x);
+                const auto is_near = magnitude(x) <= CLOSE_LOG_RATIO;
+                const Floats difference = q - p;
+                sum += choose(is_near, p * (x * x) * remainder, difference - p * x);
+                left = choose(is_near, p * (x + x * x * remainder), difference);
+            } else if (divergence == REVERSE_KL) {
+                sum += kl_term(q, p, -x);
+                left = x - reference;
+                centre += q * left;
+            } else {
+                const LogMixture log_m = log_mixture(x, mixture);
+                const Floats m = beta * p + other * q;
+                sum += beta * kl_term(p, m, log_m.from_teacher) +
+                       other * kl_term(q, m, log_m.from_student);
+                left = -log_m.from_student - reference;
+                centre += q * left;
+            }
+            store_floats(row.log_ratio + i, left);
+        }
+        value.divergence += sum_of(sum);
+        value.centre += sum_of(centre);
+    }
+    return value;
+}
+
+// The bracket of the student's top token is subtracted from all: it cancels in the gradient. Where
+// the student is confident, bracket and centre of this token are nearly the same large number, and
+// their difference is its gradient; so both are formed as small numbers.
+template <int divergence>
+Value centred(const Row& row, const Normaliser& n, const RowsProblem& problem, int64_t top) {
+    const Mixture mixture(problem);
+    float reference = 0.0f;
+    if (divergence != FORWARD_KL) {
+        alignas(64) float p[LANES] = {}, q[LANES] = {}, x[LANES];
+        for (float& lane : x) lane = row.log_ratio[top];
+        accumulate<divergence>({p, q, x, nullptr}, n, mixture, 0.0f, LANES);
+        reference = x[0];
+    }
+    return accumulate<divergence>(row, n, mixture, reference, problem.vocab_size);
+}
+
+Value centred(const Row& row, const Normaliser& n, const RowsProblem& problem, int64_t top) {
+    switch (problem.divergence) {
+        case FORWARD_KL: return centred<FORWARD_KL>(row, n, problem, top);
+        case REVERSE_KL: return centred<REVERSE_KL>(row, n, problem, top);
+        default: return centred<JSD>(row, n, problem, top);
+    }
+}
+
+// Pass 4: the gradient with respect to the raw student logits, times `scale`.
+void write_gradient(const RowsProblem& problem, const Row& row, float inv_student, float centre,
+                    float scale, void* grad) {
+    const bool is_centred = problem.divergence != FORWARD_KL;
+    const float factor = is_centred ? scale * inv_student : scale;
+    const bool capped = problem.softcap > 0;
+    for (int64_t begin = 0; begin < problem.vocab_size; begin += BLOCK) {
+        const int64_t end = problem.vocab_size - begin < BLOCK ? problem.vocab_size : begin + BLOCK;
+        for (int64_t i = begin; i < end; i += LANES) {
+            Floats value = load_floats(row.log_ratio + i);
+            if (is_centred) value = load_floats(row.student + i) * (value - centre);
+            if (capped) value *= load_floats(row.slope + i);
+            store_floats(row.log_ratio + i, factor * value);
+        }
+        store(problem.grad_dtype, row.log_ratio + begin, begin, end - begin, grad);
+    }
+    clear(problem.grad_dtype, problem.vocab_size, problem.columns, grad);
+}
+
+void* row_of(const void* tensor, int32_t dtype, int64_t stride, int64_t row) {
+    return static_cast<char*>(const_cast<void*>(tensor)) + row * stride * (dtype == FLOAT32 ? 4 : 2);
+}
+
+// Log p of the target and the importance ratio, which is returned. `student` and `teacher` are its
+// logits below the maxima, `x` its log ratio.
+float target_stats(const RowsProblem& problem, const Sums& sums, int64_t index, float teacher,
+                   float student, double x, float* stats) {
+    const double teacher_logprob = teacher - log(sums.teacher);
+    // Close to the teacher's it keeps delta's accuracy; beyond, its own sum is as accurate.
+    const double student_logprob = fabs(x) < CLOSE_LOG_RATIO ? teacher_logprob + x
+                                                             : student - log(sums.student);
+    const float logprob = at_most(static_cast<float>(student_logprob), 0.0f);
+    stats[LOGPROB_S] = logprob;
+    stats[LOGPROB_T] = at_most(static_cast<float>(teacher_logprob), 0.0f);
+    if (!problem.old_logprobs) return 1.0f;
+    const float ratio = static_cast<float>(exp(logprob - double(problem.old_logprobs[index])));
+    return problem.is_clip > 0 ? at_most(ratio, problem.is_clip) : ratio;
+}
+
+// What the gradient needs of a row, beside what passes 2 and 3 leave in the row's memory.
+struct Result {
+    Value value;
+    float inv_student, ratio;
+};
+
+Result compute(const RowsProblem& problem, const Row& row, const Extremes& top, int64_t index,
+               float* stats) {
+    const int64_t size = problem.vocab_size;
+    const int64_t student_top = first_of(row.student, top.student, top.student_block, size);
+    if (problem.with_stats)
+        stats[TOP1] = student_top == first_of(row.teacher, top.teacher, top.teacher_block, size);
+    const int64_t target = problem.target_ids ? problem.target_ids[index] : -1;
+    const float target_teacher = target < 0 ? 0.0f : row.teacher[target] - top.teacher;
+    const float target_student = target < 0 ? 0.0f : row.student[target] - top.student;
+
+    // x is invariant under a constant; aligning the maxima keeps it small when the two logits are
+    // offset.
+    const Sums sums = exponentiate(row, top, top.student - top.teacher, size, problem.with_stats);
+    const double growth = sums.difference / sums.teacher;
+    const double offset =
+        fabs(growth) < NEAR_GROWTH ? log1p(growth) : log(sums.student / sums.teacher);
+    const Normaliser n = {static_cast<float>(1.0 / sums.teacher),
+                          static_cast<float>(1.0 / sums.student), static_cast<float>(offset)};
+    Result result = {{0, 0}, n.inv_student, 1.0f};
+    if (target >= 0)
+        result.ratio = target_stats(problem, sums, index, target_teacher, target_student,
+                                    row.log_ratio[target] - offset, stats);
+    if (problem.with_stats) {
+        const double of_student = log(sums.student) - sums.student_log / sums.student;
+        const double of_teacher = log(sums.teacher) - sums.teacher_log / sums.teacher;
+        stats[ENTROPY_S] = at_least(static_cast<float>(of_student), 0.0f);
+        stats[ENTROPY_T] = at_least(static_cast<float>(of_teacher), 0.0f);
+    }
+    result.value = centred(row, n, problem, student_top);
+    return result;
+}
+
+}  // namespace
+
+void HERO_ROW_FUNCTION(const RowsProblem& problem, int64_t index, float* scratch,
+                       int64_t scratch_stride) {
+    const Row row = {scratch, scratch + scratch_stride, scratch + 2 * scratch_stride,
+                     scratch + 3 * scratch_stride};
+    const void* teacher =
+        row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, index);
+    const void* student =
+        row_of(problem.student, problem.student_dtype, problem.student_stride, index);
+    void* grad = row_of(problem.grad, problem.grad_dtype, problem.grad_stride, index);
+    float* stats = problem.stats + index * NUM_STATS;
+    for (int i = 0; i < NUM_STATS; ++i) stats[i] = 0.0f;
+    const float inv_temperature =
+        problem.temperatures ? 1.0f / problem.temperatures[index] : problem.inv_temperature;
+    const float weight = problem.row_weights[index];
+
+    const bool absolute = problem.absolute_rows && problem.absolute_rows[index];
+    const Extremes top = load_row(problem, inv_temperature, teacher, student, absolute, row);
+    Result result = {{NAN, NAN}, NAN, NAN};  // of a row without a distribution
+    if (top.teacher > MASKED && top.student > MASKED)
+        result = compute(problem, row, top, index, stats);
+    stats[DIVERGENCE] = static_cast<float>(result.value.divergence);
+    stats[RATIO] = result.ratio;
+    // Garbage behind a mask must not poison the weighted sum.
+    if (weight == 0.0f && !isfinite(stats[DIVERGENCE]))
+        for (int i = 0; i < NUM_STATS; ++i) stats[i] = 0.0f;
+    if (!problem.grad) return;
+    if (weight == 0.0f) {
+        clear(problem.grad_dtype, 0, problem.columns, grad);
+        return;
+    }
+    const float side = problem.divergence == JSD ? problem.one_minus_beta : 1.0f;
+    const float scale = problem.logit_scale * inv_temperature * side * weight * result.ratio;
+    write_gradient(problem, row, result.inv_student, static_cast<float>(result.value.centre), scale,
+                   grad);
+}

@@ -1,0 +1,77 @@
+// A vector of floats as wide as the instruction set this file is compiled for, by the vector
+// extensions of GCC and Clang: the loops of the row kernel are vector code by construction, not by
+// the grace of an auto-vectoriser.
+//
+// Arithmetic and comparisons are lane by lane; `mask ? a : b` selects by the result of a
+// comparison. Everything lives in an unnamed namespace: this header is compiled once for each
+// instruction set.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define HERO_LANES 16
+#elif defined(__AVX__)
+#define HERO_LANES 8
+#else
+#define HERO_LANES 4
+#endif
+
+namespace {
+
+typedef float Floats __attribute__((vector_size(4 * HERO_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * HERO_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * HERO_LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * HERO_LANES)));
+
+// Columns a pass may read and write beyond the end of a row: scratch rows are padded to it.
+constexpr int64_t LANES = HERO_LANES;
+
+inline Floats load_floats(const float* memory) {
+    Floats value;
+    memcpy(&value, memory, sizeof value);
+    return value;
+}
+
+inline void store_floats(float* memory, Floats value) {
+    memcpy(memory, &value, sizeof value);
+}
+
+inline float sum_of(Floats value) {
+    float total = 0;
+    for (int i = 0; i < HERO_LANES; ++i) total += value[i];
+    return total;
+}
+
+// The same for one float and for a vector of them, so that vector_math.h is written once.
+inline uint32_t as_words(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline Words as_words(Floats value) {
+    return (Words)value;
+}
+inline float from_words(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline Floats from_words(Words bits) {
+    return (Floats)bits;
+}
+inline float to_float(uint32_t value) {
+    return static_cast<float>(static_cast<int32_t>(value));
+}
+inline Floats to_float(Words value) {
+    return __builtin_convertvector((Ints)value, Floats);
+}
+inline float choose(bool mask, float yes, float no) {
+    return mask ? yes : no;
+}
+inline Floats choose(Ints mask, Floats yes, Floats no) {
+    return mask ? yes : no;
+}
+
+}  // namespace
