@@ -186,9 +186,9 @@ def explain(
             "options.process_group None."
         )
     facts = Facts(
-        str(torch.device(device)), dtype, divergence, support, num_rows, hidden_size, vocab_size, vocab_size,
-        trainable_trunk, trainable_head, False, options.tile_rows or 0, options.tile_columns or 0,
-        options.memory_budget or 0, 0, impl, shared_head,
+        str(torch.device(device)), dtype, divergence, support, num_rows, hidden_size, vocab_size,
+        vocab_size, trainable_trunk, trainable_head, False, options.tile_rows or 0,
+        options.tile_columns or 0, options.memory_budget or 0, 0, impl, shared_head,
     )  # fmt: skip
     name, rows, columns = decide(facts)
     request = _request(facts, bool(columns))
