@@ -100,7 +100,8 @@ def linear_logprobs(
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
     device, vocab = str(hidden.device), operator.index(vocab)
-    name = backends.chosen(impl, device, hidden.dtype, "full", False, "linear_logprobs", vocab)
+    request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
+    name = backends.chosen(impl, *request)
     call = Call(
         name, options.tile_rows or default_rows(device, vocab), 0, vocab,
         options.max_active_rows or 0, with_stats=return_entropy,
