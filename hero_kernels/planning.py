@@ -76,7 +76,7 @@ def traced_plan(objective: Objective, facts: Facts) -> Plan:
     """`plan` for `torch.compile`: facts are made constants, so that a size that would be a symbol
     is compiled for anew; the objective's numbers stay as they are."""
     constants = [operator.index(fact) if type(fact) is int else fact for fact in facts]
-    text, in_backward = _constant_call_of(*constants)
+    text, in_backward = _call_of(*constants)
     return Plan(encoded(objective, text), numbers_of(objective), in_backward)
 
 
@@ -93,7 +93,8 @@ def _call_of(*values: Any) -> tuple[str, bool]:
     return call.text, in_backward and any(needs)
 
 
-_constant_call_of = torch.compiler.assume_constant_result(_call_of)
+# As `torch.compiler.assume_constant_result` does, which would import torch._dynamo: seconds.
+_call_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decide(facts: Facts) -> tuple[str, int, int]:
