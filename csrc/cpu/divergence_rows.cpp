@@ -22,18 +22,14 @@ RowFunction row_function(int instruction_set) {
     return instruction_set == BASELINE ? hero_row_baseline : nullptr;
 }
 
-// Results below 1e-38 become 0 on this thread while it lives: tails of peaked distributions are full
+// While it lives, results of this thread below 1e-38 become 0: tails of peaked distributions are full
 // of them, they count for nothing, and x86 is slow at them.
-class FlushSubnormals {
- public:
+struct FlushSubnormals {
 #ifdef HERO_X86
-    FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
-    ~FlushSubnormals() { _mm_setcsr(saved_); }
-
- private:
-    const unsigned saved_;
+    const unsigned saved = _mm_getcsr();
+    FlushSubnormals() { _mm_setcsr(saved | 0x8000u); }
+    ~FlushSubnormals() { _mm_setcsr(saved); }
 #else
-    FlushSubnormals() {}
     ~FlushSubnormals() {}
 #endif
 };

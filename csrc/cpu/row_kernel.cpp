@@ -22,7 +22,6 @@
 #include <math.h>
 
 #include "row_logits.h"
-#include "storage.h"
 #include "vector_math.h"
 
 namespace {
@@ -32,13 +31,6 @@ struct Sums {
     double difference = 0;                    // student - teacher, summed without cancellation
     double teacher_log = 0, student_log = 0;  // sum exp(z - max) (z - max), for the entropies
 };
-
-// F(p, q, x).
-inline Floats kl_term(Floats p, Floats q, Floats x) {
-    const Floats near = p * (x * x) * quadratic_remainder(x);
-    const Floats far = (q - p) - p * x;
-    return choose(magnitude(x) <= CLOSE_LOG_RATIO, near, far);
-}
 
 // Pass 2: logits -> unnormalised probabilities. `wide`: some log ratio exceeds WIDE_LOG_RATIO.
 template <bool wide, bool entropies>
@@ -98,31 +90,6 @@ struct Normaliser {
     float offset;                    // subtracted
 };
 
-// The mixture m = beta p + (1 - beta) q, whose logarithm is formed from the side that gives most of
-// it: from the student's where x exceeds the pivot, log(beta / (1 - beta)). There log m - log q is
-// log1p of something at most 1, and cannot cancel against x.
-struct Mixture {
-    float beta, other, pivot;
-
-    explicit Mixture(const RowsProblem& problem)
-        : beta(problem.beta),
-          other(problem.one_minus_beta),
-          pivot(at_most(at_least(logf(beta / other), -60.0f), 60.0f)) {}
-};
-
-// log m - log p and log m - log q.
-struct LogMixture {
-    Floats from_teacher, from_student;
-};
-inline LogMixture log_mixture(Floats x, const Mixture& mixture) {
-    const auto of_student = x > mixture.pivot;
-    const auto e = both_exponentials(choose(of_student, -x, x));
-    const Floats beta = all<Floats>(mixture.beta), other = all<Floats>(mixture.other);
-    const Floats near = choose(of_student, other, beta), far = choose(of_student, beta, other);
-    const Floats log_m = log_1_plus(far * e.minus_1, near + far * e.exponential);
-    return {choose(of_student, x + log_m, log_m), choose(of_student, log_m, log_m - x)};
-}
-
 struct Value {
     double divergence, centre;  // what the gradient's bracket is centred by: its mean under q
 };
@@ -153,7 +120,7 @@ __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                 left = x - reference;
                 centre += q * left;
             } else {
-                const LogMixture log_m = log_mixture(x, mixture);
+                const LogMixture<Floats> log_m = log_mixture(x, mixture);
                 const Floats m = beta * p + other * q;
                 sum += beta * kl_term(p, m, log_m.from_teacher) +
                        other * kl_term(q, m, log_m.from_student);
@@ -173,7 +140,7 @@ __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
 // their difference is its gradient; so both are formed as small numbers.
 template <int divergence>
 Value centred(const Row& row, const Normaliser& n, const RowsProblem& problem, int64_t top) {
-    const Mixture mixture(problem);
+    const Mixture mixture(problem.beta, problem.one_minus_beta);
     float reference = 0.0f;
     if (divergence != FORWARD_KL) {
         alignas(64) float p[LANES] = {}, q[LANES] = {}, x[LANES];

@@ -6,7 +6,6 @@
 #include <math.h>
 
 #include "../rows.h"
-#include "storage.h"
 #include "vector_math.h"
 
 namespace {

@@ -10,6 +10,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "storage.h"
+
 #if defined(__AVX512F__)
 #define HERO_LANES 16
 #elif defined(__AVX__)
@@ -44,21 +46,11 @@ inline float sum_of(Floats value) {
     return total;
 }
 
-// The same for one float and for a vector of them, so that vector_math.h is written once.
-inline uint32_t as_words(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-inline Words as_words(Floats value) {
+// The same for one float (storage.h) and for a vector of them, so that formulas are written once.
+inline Words as_bits(Floats value) {
     return (Words)value;
 }
-inline float from_words(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline Floats from_words(Words bits) {
+inline Floats as_float(Words bits) {
     return (Floats)bits;
 }
 inline float to_float(uint32_t value) {

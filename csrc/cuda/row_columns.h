@@ -174,16 +174,15 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
     if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
         Words* pieces =
             reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
-        Words piece;
         HERO_UNROLL
-        for (int i = 0; i < 4; ++i)
-            piece.word[i] =
-                half ? pack(dtype, values[2 * i], values[2 * i + 1]) : as_bits(values[i]);
-        pieces[0] = piece;
-        if (half) return;
-        HERO_UNROLL
-        for (int i = 0; i < 4; ++i) piece.word[i] = as_bits(values[4 + i]);
-        pieces[1] = piece;
+        for (int part = 0; part < 2; ++part) {
+            Words piece;
+            HERO_UNROLL
+            for (int i = 0; i < 4; ++i)
+                piece.word[i] = half ? pack(dtype, values[2 * i], values[2 * i + 1])
+                                     : as_bits(values[4 * part + i]);
+            if (part == 0 || !half) pieces[part] = piece;
+        }
         return;
     }
     HERO_UNROLL

@@ -325,7 +325,7 @@ HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture&
             sums.divergence += kl_term(q, p, -x);
             gradient[i] = q * ((x - centre.reference) - centre.mean);
         } else {
-            const LogMixture log_m = log_mixture(x, mixture);
+            const LogMixture<float> log_m = log_mixture(x, mixture);
             const float m = mixture.beta * p + mixture.other * q;
             sums.centre += q * (-log_m.from_student - centre.reference);
             sums.divergence += mixture.beta * kl_term(p, m, log_m.from_teacher) +
