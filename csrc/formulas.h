@@ -1,9 +1,10 @@
-// The formulas of both row kernels, for a float or a vector of them: accurate relative to the result,
-// also where it is close to zero. A NaN gives a NaN.
+// The formulas of both row kernels, for a float or a vector of them: accurate relative to the
+// result, also where it is close to zero. A NaN gives a NaN.
 //
-// Whoever includes this file defines HERO_FUNCTION and, for his type T, as_bits, as_float, to_float,
-// choose, magnitude, divide, both_exponentials. Everything lives in an unnamed namespace: shared inline
-// functions would let the linker pick the AVX-512 copy for a machine that has none.
+// Who includes this file defines HERO_FUNCTION and, for the type T, as_bits, as_float, to_float,
+// choose, magnitude, with_sign, divide, exponential, exponential_minus_1, both_exponentials. All of
+// it lives in an unnamed namespace: shared inline functions would let the linker pick the AVX-512
+// copy for a machine that has none.
 #pragma once
 
 #include "constants.h"
@@ -11,8 +12,8 @@
 namespace hero {
 namespace {
 
-// (e^x - 1 - x) / x^2 for |x| <= CLOSE_LOG_RATIO. In pairs (Estrin): the loops are bound by the latency
-// of dependent operations.
+// (e^x - 1 - x) / x^2 for |x| <= CLOSE_LOG_RATIO. In pairs (Estrin): the loops are bound by the
+// latency of dependent operations.
 template <class T>
 HERO_FUNCTION T quadratic_remainder(T x) {
     const T x2 = x * x;
@@ -73,6 +74,24 @@ HERO_FUNCTION LogMixture<T> log_mixture(T x, const Mixture& mixture) {
     const T near = choose(of_student, other, beta), far = choose(of_student, beta, other);
     const T log_m = log_1_plus(far * e.minus_1, near + far * e.exponential);
     return {choose(of_student, x + log_m, log_m), choose(of_student, log_m, log_m - x)};
+}
+
+// c tanh(z / c) in place for the teacher's logit and for what is stored of the student; returns the
+// slope d z_s / d raw. Of a delta the result is one too, as a product of small factors instead of a
+// difference: tanh u - tanh v = sinh(u - v) / (cosh u cosh v).
+template <class T>
+HERO_FUNCTION T soft_cap(float cap, bool delta, T& teacher, T& stored) {
+    const T v = divide(teacher, T{} + cap), d = divide(stored, T{} + cap);
+    const T u = delta ? v + d : d;
+    const T ev = exponential_minus_1(-2.0f * magnitude(v));
+    const T ed = exponential_minus_1(-2.0f * magnitude(d));
+    const T fall = exponential(-2.0f * magnitude(u));  // 1 + (e^-2|u| - 1) would cancel
+    const T exponent = magnitude(d) - magnitude(u) - magnitude(v);
+    const T decay = exponential(choose(exponent > 0.0f, T{}, exponent));
+    const T difference = divide(-2.0f * ed * decay, (1.0f + fall) * (2.0f + ev));
+    teacher = cap * with_sign(divide(ev, 2.0f + ev), v);
+    stored = cap * with_sign(delta ? difference : divide(ed, 2.0f + ed), d);
+    return divide(4.0f * fall, (1.0f + fall) * (1.0f + fall));
 }
 
 }  // namespace

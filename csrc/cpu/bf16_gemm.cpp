@@ -15,11 +15,11 @@
 //
 //     one row of a packed tile:  c0 k0, c0 k1, c1 k0, c1 k1, ... c15 k0, c15 k1   (64 bytes)
 //
-// which is what both instructions want. A head whose k is contiguous (logits) is packed by transposing
-// 32-bit pairs; one whose columns are (hidden, weight) by interleaving two rows, which is cheap within
-// the 128-bit lanes only: columns come out in the order 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ... and
-// `unpermute` puts the results back. The left side is read as it lies where its k is contiguous; for
-// `weight` it would be G's columns, so the transpose Xᵀ G is computed and its blocks are turned.
+// which is what both instructions want. Where k is contiguous in the right side (logits) it is packed
+// by transposing 32-bit pairs; where columns are (hidden, weight), by interleaving two rows. That is
+// cheap within 128-bit lanes only, so columns come out as 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ...;
+// `unpermute` puts the results back. The left side needs a contiguous k. For `weight` it has none:
+// the transpose Xᵀ G is computed, and its blocks are turned.
 //
 // A result is the work of one thread from end to end: it does not depend on their number.
 
@@ -55,8 +55,8 @@ class Scratch {
 
 constexpr int64_t DEPTH = 1024;  // of k at once: packed panels stay in the cache
 
-// left · right for all rows and `count` blocks of columns from block `first` on, as sums [row blocks]
-// [count] of permuted blocks. `packed` holds count · DEPTH / STEP panels, `edge` 32 rows of DEPTH.
+// left · right for all rows and `count` blocks of columns from block `first` on: sums of [row
+// blocks][count] permuted blocks. `packed` holds count · DEPTH / STEP panels, `edge` 32 rows of DEPTH.
 void multiply_run(const Matrix& left, const Matrix& right, int64_t first, int64_t count,
                   BlockFunction block, Bf16* packed, Bf16* edge, float* sums) {
     for (int64_t k = 0; k == 0 || k < right.rows; k += DEPTH) {
@@ -216,7 +216,7 @@ int hero_gemm_hidden(const HeroGemm* g) {
 
 // dW: computed as its transpose, X ᵀ G, so that G needs no transposing; the results are turned.
 int hero_gemm_weight(const HeroGemm* g) {
-    // In the terms of the struct: left G [depth, rows], right X [depth, columns], out [rows, columns].
+    // As the struct has it: left G [depth, rows], right X [depth, columns], out [rows, columns].
     const Matrix grad = {static_cast<const Bf16*>(g->left), g->depth, g->rows, g->left_stride};
     const Matrix hidden = {static_cast<const Bf16*>(g->right), g->depth, g->columns,
                            g->right_stride};

@@ -37,40 +37,31 @@ inline T divide(T a, T b) {
     return a / b;
 }
 
-// e^x = power * (1 + rest), power a power of two, |rest| < 0.42. Valid for -88 <= x <= 88; at the low
-// end power is 2^-127, whose bits are those of 0.
 template <class T>
-struct Exponential {
-    T power, rest;
+struct BothExponentials {
+    T exponential, minus_1;
 };
 
+// e^x and e^x - 1 for x <= 88, each accurate relative to itself; e^x is exactly 0 below -88.
 template <class T>
-inline Exponential<T> split_exponential(T x) {
+inline BothExponentials<T> both_exponentials(T x) {
     using namespace hero;
+    x = at_least(x, -88.0f);
     // Adding 1.5 * 2^23 rounds x/ln 2 to an integer, which then sits in the low bits.
     const float magic = 12582912.0f;
     const T shifted = x * LOG2_E + magic;
     const T n = shifted - magic;
     const T r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    // The remainder's series again; |r| <= 0.35 needs fewer terms.
+    // The series of e^r - 1; |r| <= 0.35.
     const T r2 = r * r;
     const T c01 = r * REMAINDER_1 + REMAINDER_0;
     const T c23 = r * REMAINDER_3 + REMAINDER_2;
     const T c45 = r * REMAINDER_5 + REMAINDER_4;
     const T series = c01 + r2 * (c23 + r2 * c45);
-    return {as_float((as_bits(shifted) << 23) + 0x3f800000u), r + r2 * series};
-}
-
-// e^x and e^x - 1 for x <= 88, each accurate relative to itself; e^x is exactly 0 below -88.
-template <class T>
-struct BothExponentials {
-    T exponential, minus_1;
-};
-template <class T>
-inline BothExponentials<T> both_exponentials(T x) {
-    const Exponential<T> e = split_exponential(at_least(x, -88.0f));
-    const T fraction = e.power * e.rest;
-    return {e.power + fraction, (e.power - 1.0f) + fraction};
+    // 2^n from its bits; at the low end these are -127 + 127 = 0, the bits of 0.
+    const T power = as_float((as_bits(shifted) << 23) + 0x3f800000u);
+    const T fraction = power * (r + r2 * series);
+    return {power + fraction, (power - 1.0f) + fraction};
 }
 template <class T>
 inline T exponential(T x) {

@@ -24,6 +24,11 @@ struct BothExponentials {
     float exponential, minus_1;  // e^x and e^x - 1
 };
 HERO_DEVICE BothExponentials both_exponentials(float x);
+HERO_DEVICE float exponential_minus_1(float x);
+// e^x; relative error |x| 2^-24, which counts little where x is far below 0.
+HERO_DEVICE float exponential(float x) {
+    return exp2_approx(x * LOG2_E);
+}
 
 }  // namespace hero
 
@@ -32,10 +37,6 @@ HERO_DEVICE BothExponentials both_exponentials(float x);
 
 namespace hero {
 
-// e^x; relative error |x| 2^-24, which counts little where x is far below 0.
-HERO_DEVICE float exponential(float x) {
-    return exp2_approx(x * LOG2_E);
-}
 // e^x - 1; infinite above 88.
 HERO_DEVICE float exponential_minus_1(float x) {
     const float near = x + x * x * quadratic_remainder(x);

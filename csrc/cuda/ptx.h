@@ -1,5 +1,5 @@
-// What the row kernel asks of the machine, in PTX. From sm_90 on bulk copies and clusters; on sm_80 a
-// "cluster" is one block and copies are cp.async.
+// What the row kernel asks of the machine, in PTX. From sm_90 on bulk copies and clusters; on sm_80
+// a "cluster" is one block and copies are cp.async.
 //
 //   thread_index, block_index, block_count, shared_memory   where a thread is
 //   sync_warp, sync_threads, sync_cluster                   barriers
@@ -13,8 +13,7 @@
 //   exp2_approx, divide, highest, lowest                    fp32; a NaN gives a NaN
 //   bfloat16x2, float16x2, float_from_half                  conversions of storage
 //
-// Nothing else in this folder but divergence_rows.cu knows CUDA, so that a test can put an emulated
-// machine in this file's place (tests/hero_kernels/emulator/) and run the kernel on a CPU.
+// A test puts an emulated machine in this file's place (tests/hero_kernels/emulator/).
 #ifndef HERO_PTX_H
 #define HERO_PTX_H
 

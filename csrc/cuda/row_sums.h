@@ -231,7 +231,8 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
         const float log2_far =
             delta ? log2_p + x * LOG2_E : (z.student[i] - (sums.shift + sums.max_teacher)) * LOG2_E;
         const float near = p * (x + x * x * quadratic_remainder(x));
-        sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? near : exp2_approx(lowest(log2_far, 126.0f)) - p;
+        const float far = exp2_approx(lowest(log2_far, 126.0f)) - p;
+        sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? near : far;
         sums.teacher += p;
         sums.student += q;
         if (divergence == REVERSE_KL) sums.log_ratio += q * (x - reference);
