@@ -10,11 +10,9 @@
 //
 // F is `kl_term`. All values are sums of it, so they cannot come out negative, and they keep their
 // relative accuracy for arbitrarily small divergences as long as delta does: nothing large cancels.
-// The general case only differs in forming delta = z_s - z_t, which is exact in fp32 where the two
-// are close.
-//
-// Sums run in fp32 within a block of columns and in fp64 across blocks; the order depends on the
-// shape alone.
+// The general case only differs in forming delta = z_s - z_t, exact in fp32 where the two are close.
+// Sums run in fp32 within a block of columns and in fp64 across blocks, in an order that depends on
+// the shape alone.
 
 #include <math.h>
 

@@ -2,9 +2,7 @@
 // extensions of GCC and Clang: the loops of the row kernel are vector code by construction, not by
 // the grace of an auto-vectoriser.
 //
-// Arithmetic and comparisons are lane by lane; `mask ? a : b` selects by the result of a
-// comparison. Everything lives in an unnamed namespace: this header is compiled once for each
-// instruction set.
+// Arithmetic and comparisons are lane by lane; `mask ? a : b` selects by the result of a comparison.
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +23,6 @@ namespace {
 typedef float Floats __attribute__((vector_size(4 * HERO_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * HERO_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * HERO_LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * HERO_LANES)));
 
 // Columns a pass may read and write beyond the end of a row: scratch rows are padded to it.
 constexpr int64_t LANES = HERO_LANES;

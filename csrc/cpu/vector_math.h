@@ -1,6 +1,5 @@
-// Elementary functions without branches or tables, of one float or of a vector of them (simd.h), for
-// formulas.h. Errors are a few units in the last place of the result. A NaN argument gives a NaN.
-// Everything lives in an unnamed namespace, as there.
+// Elementary functions for formulas.h without branches or tables, of one float or of a vector of them
+// (simd.h). Errors are a few units in the last place of the result. A NaN argument gives a NaN.
 #pragma once
 
 #include "../constants.h"
@@ -36,7 +35,6 @@ template <class T>
 inline T divide(T a, T b) {
     return a / b;
 }
-
 template <class T>
 struct BothExponentials {
     T exponential, minus_1;
