@@ -92,7 +92,7 @@ class BuildRowKernel(build_ext):
         changed = max(os.path.getmtime(path) for path in (*ext.sources, *ext.depends, __file__))
         target.parent.mkdir(parents=True, exist_ok=True)
         for built in (target, kept):
-            if built.exists() and built.stat().st_mtime >= changed:
+            if built.exists() and built.stat().st_mtime > changed:
                 if built != target:
                     shutil.copy2(built, target)
                 return

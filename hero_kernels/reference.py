@@ -166,7 +166,8 @@ def fused_linear_divergence(
     if old_logprobs is not None:
         sampled = of_target(logp_s)
         assert sampled is not None
-        ratio = (sampled - old_logprobs).exp().clamp(max=objective.is_clip)
+        ratio = (sampled - old_logprobs).exp()
+        ratio = ratio if objective.is_clip is None else ratio.clamp(max=objective.is_clip)
     coefficients = weighting.coefficients(len(values), values)
     losses = coefficients * ratio * values
     loss = losses if reduction == "none" else losses.sum()

@@ -36,7 +36,7 @@ class ScaledLogits(NamedTuple):
 
     teacher: Tensor  # [B, C] z_t
     student: Tensor  # [B, C] z_s
-    gap: Tensor  # [B, C] z_s - z_t, without cancellation for a shared head
+    gap: Tensor | None  # [B, C] z_s - z_t without cancellation; None for heads of their own
     slope: Tensor | float  # d z_s / d raw_s: [B, C], [B, 1] or one number
 
 
@@ -172,7 +172,9 @@ def finish_rows(
     result[:, c.LOGPROB_S] = logp_s.where(given, 0.0)
     result[:, c.LOGPROB_T] = probs.teacher[:, 0].clamp(max=0.0).where(given, 0.0)
     if rows.old_logprobs is not None:
-        ratio = (logp_s - rows.old_logprobs).exp().clamp(max=objective.is_clip)
+        ratio = (logp_s - rows.old_logprobs).exp()
+        if objective.is_clip is not None:
+            ratio = ratio.clamp(max=objective.is_clip)
         result[:, c.RATIO] = ratio.where(given, 1.0)
     return result
 
@@ -219,10 +221,10 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
             slope, z_s = slope * soft_cap_slope(z_s, cap), soft_cap(z_s, cap)
         z_s = (z_s * inverse).clamp_(min=c.MASKED)
         if tile.teacher is None:
-            return ScaledLogits(z_s, z_s, torch.zeros_like(z_s), slope)
+            return ScaledLogits(z_s, z_s, None, slope)
         z_t = scaled(tile.teacher, tile.teacher_bias)
         z_t = ((soft_cap(z_t, cap) if cap else z_t) * inverse).clamp_(min=c.MASKED)
-        return ScaledLogits(z_t, z_s, bounded(z_s - z_t), slope)
+        return ScaledLogits(z_t, z_s, None, slope)
 
     z_t = scaled(tile.teacher, tile.teacher_bias)
     gap = scaled(tile.student, None)
@@ -234,7 +236,7 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
     if cap:
         slope = slope * soft_cap_slope(z_t + gap, cap)
         gap, z_t = soft_cap_gap(gap, z_t, cap), soft_cap(z_t, cap)
-    gap = bounded(gap.mul_(inverse))
+    gap = gap.mul_(inverse)
     z_t = (z_t * inverse).clamp_(min=c.MASKED)
     return ScaledLogits(z_t, (z_t + gap).clamp_(min=c.MASKED), gap, slope)
 
@@ -253,7 +255,7 @@ def _statistics(
     needed = (apart.abs() > c.NEARBY_MAXIMA) & (max_t > c.MASKED) & (max_s > c.MASKED)
     out[:, c.SHIFT] = shift = apart.where(needed, 0.0)
 
-    x = bounded(gap - shift[:, None])
+    x = _shifted_gap(logits, out)
     from_t, from_s = (z_t - max_t[:, None]).exp_(), (z_s - max_s[:, None]).exp_()
     out[:, c.SUM_T], out[:, c.SUM_S] = from_t.sum(-1), from_s.sum(-1)
     # exp(z_t - max_t) expm1(x); far from 0 by way of z_s, where no factor overflows.
@@ -265,15 +267,30 @@ def _statistics(
         local = target_ids[:, None] - first_column
         inside = (local >= 0) & (local < z_t.shape[1])
         local = local.clamp(0, z_t.shape[1] - 1)
-        for column, values in ((c.TARGET_T, z_t), (c.TARGET_GAP, gap)):
-            out[:, column] = values.gather(1, local).where(inside, 0.0)[:, 0]
+        at_t = z_t.gather(1, local)
+        at_gap = z_s.gather(1, local) - at_t if gap is None else gap.gather(1, local)
+        out[:, c.TARGET_T] = at_t.where(inside, 0.0)[:, 0]
+        out[:, c.TARGET_GAP] = at_gap.where(inside, 0.0)[:, 0]
     return out, from_t, from_s
 
 
 def _log_ratio(logits: ScaledLogits, statistics: Tensor) -> Tensor:
     """x of a block of rows, by the statistics [B, 12] of all columns."""
-    shifted = bounded(logits.gap - statistics[:, c.SHIFT, None])
-    return shifted.sub_(_log_offset(statistics)[:, None])
+    return _shifted_gap(logits, statistics).sub_(_log_offset(statistics)[:, None])
+
+
+def _shifted_gap(logits: ScaledLogits, statistics: Tensor) -> Tensor:
+    """x0 [B, C] = gap - shift, bounded.
+
+    With heads of their own each side is seen from its maximum first: where the logits are large,
+    their difference would be rounded more than what counts in it.
+    """
+    max_t, max_s = statistics[:, c.MAX_T, None], statistics[:, c.MAX_S, None]
+    shift = statistics[:, c.SHIFT, None]
+    if logits.gap is not None:
+        return bounded(logits.gap - shift)
+    below = (logits.student - max_s).sub_(logits.teacher - max_t)
+    return bounded(below.add_(max_s - max_t - shift))
 
 
 def _log_probs(logits: ScaledLogits, statistics: Tensor) -> LogProbs:

@@ -286,8 +286,8 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         Values values = no_values();
         const bool last = !resident || !third;
         const Position second = resident ? start : at;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, second,
-                          !resident, last, [&](const Logits& z, int column) {
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, second, !resident,
+                          last, [&](const Logits& z, int column) {
                               float gradient[COLUMNS_PER_THREAD];
                               add_values<divergence, delta>(z, n, mixture, centre, with_stats,
                                                             values, gradient);
@@ -300,8 +300,8 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         if (is_jsd) centre.mean = values.centre;
         if (is_jsd && third)
             at = sweep<delta>(
-                problem, plan, work, exchange, lanes, row, scaling, resident ? start : at,
-                !resident, true, [&](const Logits& z, int column) {
+                problem, plan, work, exchange, lanes, row, scaling, resident ? start : at, !resident,
+                true, [&](const Logits& z, int column) {
                     float gradient[COLUMNS_PER_THREAD];
                     jsd_gradient<delta>(z, n, mixture, centre, gradient);
                     store(z, column, gradient);
