@@ -95,7 +95,7 @@ template <int divergence>
 __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                                            const Mixture& mixture, float reference, int64_t size) {
     Value value = {0, 0};
-    const float beta = mixture.beta, other = mixture.other;
+    const float beta = mixture.beta, other = mixture.other, minus_reference = -reference;
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
         const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
         Floats sum = {}, centre = {};
@@ -110,14 +110,14 @@ __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                 left = choose(magnitude(x) <= CLOSE_LOG_RATIO, near, q - p);
             } else if (divergence == REVERSE_KL) {
                 sum += kl_term(q, p, -x);
-                left = x - reference;
+                left = minus_reference + x;
                 centre += q * left;
             } else {
                 const LogMixture<Floats> log_m = log_mixture(x, mixture);
                 const Floats m = beta * p + other * q;
                 sum += beta * kl_term(p, m, log_m.from_teacher) +
                        other * kl_term(q, m, log_m.from_student);
-                left = -log_m.from_student - reference;
+                left = minus_reference - log_m.from_student;
                 centre += q * left;
             }
             store_floats(row.log_ratio + i, left);

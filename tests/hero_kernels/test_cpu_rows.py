@@ -143,5 +143,14 @@ CROSS = "aarch64-linux-gnu-g++"
 @pytest.mark.parametrize("name", ["divergence_rows", "row_kernel", "bf16_gemm"])
 def test_another_processor_compiles(name: str, tmp_path: Path) -> None:
     source = Path(__file__).parents[2] / "csrc" / "cpu" / f"{name}.cpp"
-    command = [CROSS, "-std=c++17", "-O2", "-Wall", "-Werror", "-DHERO_ROW_FUNCTION=row", "-c"]
+    command = [
+        CROSS,
+        "-std=c++17",
+        "-O2",
+        "-fopenmp",
+        "-Wall",
+        "-Werror",
+        "-DHERO_ROW_FUNCTION=row",
+        "-c",
+    ]
     subprocess.run([*command, source, "-o", tmp_path / "object.o"], check=True, timeout=120)
