@@ -1,7 +1,7 @@
 """Cases of the fused maker of logits, and of the loop around Triton's kernels, against fp64.
 
-Run by test_triton_cases.py, in Triton's interpreter or on a GPU. In the interpreter the GEMM's tiles
-have 16 rows and 64 columns, with steps of 16 along the hidden size.
+Run by test_triton_cases.py, in Triton's interpreter or on a GPU. In the interpreter tiles of the
+GEMM have 16 rows and 64 columns, with steps of 16 along the hidden size.
 """
 
 from __future__ import annotations
