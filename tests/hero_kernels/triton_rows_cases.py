@@ -90,7 +90,7 @@ def _columns(tile: Tile, part: slice) -> Tile:
 
 
 KERNELS = pytest.mark.parametrize(
-    "kernel", [whole_rows, in_tiles(100, 230)], ids=["whole", "tiles"]
+    "kernel", [whole_rows, in_tiles(100, 230, 350)], ids=["whole", "tiles"]
 )
 
 
@@ -235,7 +235,7 @@ def test_confident_students(divergence: str, delta: bool, rest: float) -> None:
 @DIVERGENCES
 @DELTA
 def test_masked_and_padding_columns(kernel: RowKernel, divergence: str, delta: bool) -> None:
-    """Whole tiles of them too: 100 to 230 is masked, 260 on is padding."""
+    """Whole tiles of them too: 100 to 230 is masked, 260 on is padding, in tiles also from 350."""
     case = make_case(divergence, delta, rows=2, vocab=420, with_stats=True)
     kept = torch.rand(420) < 0.6
     kept[100:230], kept[260:] = False, False
