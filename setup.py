@@ -92,7 +92,7 @@ class BuildRowKernel(build_ext):
         changed = max(os.path.getmtime(path) for path in (*ext.sources, *ext.depends, __file__))
         target.parent.mkdir(parents=True, exist_ok=True)
         for built in (target, kept):
-            if built.exists() and built.stat().st_mtime >= changed:
+            if built.exists() and built.stat().st_mtime > changed:
                 if built != target:
                     shutil.copy2(built, target)
                 return
@@ -190,7 +190,7 @@ def setting(variable: str) -> str:
 
 
 BUILD_CPP, BUILD_CUDA = setting("HERO_BUILD_CPP"), setting("HERO_BUILD_CUDA")
-SHARED = ["csrc/constants.h", "csrc/rows.h"]
+SHARED = sorted(map(str, Path("csrc").glob("*.h")))
 row_kernel = Extension(
     "hero_kernels._C",
     sources=sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),

@@ -1,6 +1,8 @@
 """The contestants: one loss, computed by this package, by plain torch and by other packages.
 
-Each computes the mean divergence over the tokens that count. Other packages are imported, never
+Each computes the mean divergence over the tokens that count. Plain torch is written here as a
+careful user would write it: in place of the definition (`hero_kernels.reference`), whose fp32 form
+would be slower and less exact. It drops masked tokens first. Other packages are imported, never
 copied, and used as their own documentation says.
 """
 
@@ -15,13 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks.ours import AUTO, Prediction, Variant, predict, refusal
+from benchmarks.ours import VARIANTS, Variant
 from benchmarks.problem import BETA, IGNORED_LABEL, Problem
 from benchmarks.shapes import Case
-from hero_kernels import fused_linear_divergence
+from benchmarks.yardsticks import multiplies_bfloat16, rows_at_once
 
 Loss = Callable[[Problem], Tensor]
+Make = Callable[[Case, str], Loss]
+"""Makes the loss for a case on a device type ("cpu", "cuda"); raises `Unavailable`."""
 
 PACKAGE_BETA = {"jsd": BETA, "forward_kl": 0.0, "reverse_kl": 1.0}
 """What Liger and TRL call the three divergences."""
@@ -32,102 +37,91 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One implementation of the loss."""
-
-    title: str
-    """For tables."""
-    make: Callable[[Case, str], Loss]
-    """The loss for a case on a device type ("cpu", "cuda"); raises `Unavailable`."""
-
-
-@dataclass(frozen=True)
 class Ours:
     """The loss of this package, computed in one way."""
 
-    variant: Variant = AUTO
-    own_head: bool = False
-    """Not to tell that both heads hold the same values: as with another teacher."""
+    variant: Variant
 
     def __call__(self, case: Case, device: str) -> Loss:
-        reason = refusal(
-            self.variant,
-            (case.active_tokens, case.hidden, case.vocab),
-            getattr(torch, case.dtype),
-            device,
-            divergence=case.divergence,
-            own_head=self.own_head,
-            trainable_head=case.trainable_head,
-        )
-        if reason:
-            raise Unavailable(reason)
-        options = self.variant.options(max_active_rows=case.active_tokens)
+        self.plan(case, device)
+        options = self.variant.options(case.vocab, max_active_rows=case.active_tokens)
+        return lambda problem: self.variant.loss(problem, BETA, options)
 
-        def loss(problem: Problem) -> Tensor:
-            value = fused_linear_divergence(
-                problem.student_hidden,
-                problem.weight,
-                problem.teacher_hidden,
-                problem.teacher_weight if self.own_head else None,
-                divergence=problem.divergence,
-                beta=BETA,
-                token_weights=problem.active,
-                impl=self.variant.impl,
-                options=options,
+    def plan(self, case: Case, device: str) -> str:
+        """Implementation and tile, in words; raises `Unavailable` if this way cannot serve."""
+        try:
+            return self.variant.plan(
+                (case.active_tokens, case.hidden, case.vocab),
+                getattr(torch, case.dtype),
+                device,
+                self.variant.options(case.vocab, max_active_rows=case.active_tokens),
+                shared_head=not self.variant.own_head,
+                trainable_head=case.trainable_head,
             )
-            assert isinstance(value, Tensor)
-            return value
-
-        return loss
-
-    def prediction(self, case: Case, device: str) -> Prediction:
-        """What the planner expects, for a case that this way can serve."""
-        return predict(self.variant, case, device, self.own_head)
+        except ValueError as reason:
+            raise Unavailable(str(reason)) from reason
 
 
-def dense_loss(
-    student_hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    active: Tensor,
-    divergence: str,
-) -> Tensor:
-    """Whole logits, fp32 softmax, autograd: as it is usually written."""
+def torch_loss(h_s: Tensor, weight: Tensor, h_t: Tensor, divergence: str) -> Tensor:
+    """Sum over rows, from whole logits."""
     with torch.no_grad():
-        logp_t = F.log_softmax((teacher_hidden @ weight.t()).float(), -1)
-    logp_s = F.log_softmax((student_hidden @ weight.t()).float(), -1)
+        teacher = h_t @ weight.t()
+    return torch_divergence(h_s @ weight.t(), teacher, divergence)
+
+
+def torch_divergence(z_s: Tensor, z_t: Tensor, divergence: str) -> Tensor:
+    """Sum over rows of logits [N, V]: fp32 softmax, `kl_div`, autograd."""
+    logp_t, logp_s = F.log_softmax(z_t.float(), -1), F.log_softmax(z_s.float(), -1)
     if divergence == "forward_kl":
-        terms = F.kl_div(logp_s, logp_t, reduction="none", log_target=True)
-    elif divergence == "reverse_kl":
-        terms = F.kl_div(logp_t, logp_s, reduction="none", log_target=True)
-    else:
-        logp_m = torch.logaddexp(logp_s + math.log(1 - BETA), logp_t + math.log(BETA))
-        terms = BETA * F.kl_div(logp_m, logp_t, reduction="none", log_target=True)
-        terms = terms + (1 - BETA) * F.kl_div(logp_m, logp_s, reduction="none", log_target=True)
-    per_token = terms.sum(-1)
-    return (per_token * active).sum() / active.sum()
+        return F.kl_div(logp_s, logp_t, reduction="sum", log_target=True)
+    if divergence == "reverse_kl":
+        return F.kl_div(logp_t, logp_s, reduction="sum", log_target=True)
+    logp_m = torch.logaddexp(logp_s + math.log(1 - BETA), logp_t + math.log(BETA))
+    of_teacher = F.kl_div(logp_m, logp_t, reduction="sum", log_target=True)
+    of_student = F.kl_div(logp_m, logp_s, reduction="sum", log_target=True)
+    return BETA * of_teacher + (1 - BETA) * of_student
+
+
+def _mean(function: Callable[..., Tensor], problem: Problem, widened: bool = False) -> Tensor:
+    h_s, h_t = problem.active_rows()
+    tensors = h_s, problem.weight, h_t
+    if widened:
+        tensors = tuple(tensor.float() for tensor in tensors)  # type: ignore[assignment]
+    return function(*tensors, problem.divergence) / problem.num_active
 
 
 def eager(case: Case, device: str) -> Loss:
-    return lambda problem: _dense(dense_loss, problem)
+    return lambda problem: _mean(torch_loss, problem)
 
 
 def eager_widened(case: Case, device: str) -> Loss:
     """The same on fp32 copies of 16-bit tensors, for CPUs that cannot multiply 16-bit numbers."""
     if device != "cpu":
         raise Unavailable("a remedy for CPUs without 16-bit arithmetic")
-    return lambda problem: dense_loss(
-        problem.student_hidden.float(),
-        problem.weight.float(),
-        problem.teacher_hidden.float(),
-        problem.active,
-        problem.divergence,
-    )
+    return lambda problem: _mean(torch_loss, problem, widened=True)
+
+
+def chunked(case: Case, device: str) -> Loss:
+    """Some rows at once, their logits computed again in the backward pass.
+
+    As many rows as `rows_at_once`; widened where the processor lacks 16-bit arithmetic.
+    """
+    rows = rows_at_once(device, case.vocab)
+    widened = case.dtype != "float32" and not multiplies_bfloat16(device)
+
+    def in_chunks(h_s: Tensor, weight: Tensor, h_t: Tensor, divergence: str) -> Tensor:
+        losses = [
+            checkpoint(torch_loss, s, weight, t, divergence, use_reentrant=False)
+            for s, t in zip(h_s.split(rows), h_t.split(rows), strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    return lambda problem: _mean(in_chunks, problem, widened)
 
 
 def compiled(case: Case, device: str) -> Loss:
-    function = torch.compile(dense_loss, dynamic=False)
-    return lambda problem: _dense(function, problem)
+    function = torch.compile(torch_loss, dynamic=False)
+    return lambda problem: _mean(function, problem)
 
 
 def auto_chunked(case: Case, device: str) -> Loss:
@@ -136,18 +130,8 @@ def auto_chunked(case: Case, device: str) -> Loss:
         raise Unavailable("Inductor's auto-chunker is measured on CUDA only")
     if not hasattr(torch._inductor.config, "auto_chunker"):
         raise Unavailable(f"torch {torch.__version__} has no auto-chunker")
-    function = torch.compile(dense_loss, dynamic=False, options={"auto_chunker.enable": True})
-    return lambda problem: _dense(function, problem)
-
-
-def _dense(function: Callable[..., Tensor], problem: Problem) -> Tensor:
-    return function(
-        problem.student_hidden,
-        problem.weight,
-        problem.teacher_hidden,
-        problem.active,
-        problem.divergence,
-    )
+    function = torch.compile(torch_loss, dynamic=False, options={"auto_chunker.enable": True})
+    return lambda problem: _mean(function, problem)
 
 
 def liger_fused(case: Case, device: str) -> Loss:
@@ -155,15 +139,10 @@ def liger_fused(case: Case, device: str) -> Loss:
     if device != "cuda":
         raise Unavailable("Liger's fused JSD is written in Triton and needs CUDA")
     module = _imported("liger_kernel.transformers.fused_linear_jsd")
-    loss = module.LigerFusedLinearJSD(
-        jsd_beta=PACKAGE_BETA[case.divergence], ignore_index=IGNORED_LABEL
-    )
-    return lambda problem: loss(
-        problem.student_hidden,
-        problem.weight,
-        problem.teacher_hidden,
-        problem.teacher_weight,
-        problem.labels,
+    return _with_labels(
+        module.LigerFusedLinearJSD(
+            jsd_beta=PACKAGE_BETA[case.divergence], ignore_index=IGNORED_LABEL
+        )
     )
 
 
@@ -171,20 +150,26 @@ def liger_chunked(case: Case, device: str) -> Loss:
     return _liger_chunked(case, use_compile=False)
 
 
-def liger_chunked_compiled(case: Case, device: str) -> Loss:
+def liger_compiled(case: Case, device: str) -> Loss:
     return _liger_chunked(case, use_compile=True)
 
 
 def _liger_chunked(case: Case, use_compile: bool) -> Loss:
     """`LigerFusedLinearJSDLoss` of chunked_loss, without its cross-entropy."""
     module = _imported("liger_kernel.chunked_loss.jsd_loss")
-    loss = module.LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0,
-        weight_soft_loss=1.0,
-        beta=PACKAGE_BETA[case.divergence],
-        ignore_index=IGNORED_LABEL,
-        compiled=use_compile,
+    return _with_labels(
+        module.LigerFusedLinearJSDLoss(
+            weight_hard_loss=0.0,
+            weight_soft_loss=1.0,
+            beta=PACKAGE_BETA[case.divergence],
+            ignore_index=IGNORED_LABEL,
+            compiled=use_compile,
+        )
     )
+
+
+def _with_labels(loss: Callable[..., Tensor]) -> Loss:
+    """Liger's order of arguments; labels say which tokens are masked."""
     return lambda problem: loss(
         problem.student_hidden,
         problem.weight,
@@ -199,9 +184,7 @@ def trl_chunked(case: Case, device: str) -> Loss:
     module = _imported("trl.kernels.chunked_divergence")
 
     def loss(problem: Problem) -> Tensor:
-        h_s, h_t = problem.student_hidden, problem.teacher_hidden
-        if problem.num_active < len(h_s):
-            h_s, h_t = h_s[problem.active], h_t[problem.active]
+        h_s, h_t = problem.active_rows()
         beta = PACKAGE_BETA[problem.divergence]
         per_token, _entropy = module.ChunkedDivergenceFunction.apply(
             h_s, problem.weight, None, h_t, problem.teacher_weight, None, beta
@@ -219,30 +202,21 @@ def _imported(name: str) -> Any:
         raise Unavailable(f"{package} cannot be imported: {error}") from error
 
 
-CONTESTANTS = {
-    "hero": Contestant("hero_kernels, shared head", Ours()),
-    "hero-own-head": Contestant("hero_kernels, teacher with its own head", Ours(own_head=True)),
-    "hero-triton": Contestant(
-        "hero_kernels, Triton row kernel", Ours(Variant("triton", "chunked"))
-    ),
-    "hero-cuda": Contestant("hero_kernels, CUDA row kernel", Ours(Variant("cuda", "chunked"))),
-    "hero-fused": Contestant("hero_kernels, fused design", Ours(Variant(design="fused"))),
-    "hero-sliced": Contestant("hero_kernels, sliced design", Ours(Variant(design="sliced"))),
-    "eager": Contestant("torch, whole logits", eager),
-    "eager-widened": Contestant("torch, whole logits, inputs cast to fp32", eager_widened),
-    "compiled": Contestant("torch.compile, whole logits", compiled),
-    "auto-chunked": Contestant("torch.compile with the auto-chunker", auto_chunked),
-    "liger-fused": Contestant("Liger fused linear JSD", liger_fused),
-    "liger-chunked": Contestant("Liger chunked JSD", liger_chunked),
-    "liger-chunked-compiled": Contestant("Liger chunked JSD, compiled", liger_chunked_compiled),
-    "trl-chunked": Contestant("TRL chunked divergence", trl_chunked),
+OURS: dict[str, Make] = {name: Ours(variant) for name, variant in VARIANTS.items()}
+CONTESTANTS: dict[str, Make] = {
+    **OURS,
+    "eager": eager,
+    "eager-widened": eager_widened,
+    "chunked": chunked,
+    "compiled": compiled,
+    "auto-chunked": auto_chunked,
+    "liger-fused": liger_fused,
+    "liger-chunked": liger_chunked,
+    "liger-compiled": liger_compiled,
+    "trl-chunked": trl_chunked,
 }
-OURS = tuple(name for name, entry in CONTESTANTS.items() if isinstance(entry.make, Ours))
-ALWAYS = ("hero", "hero-own-head")
-"""Those of ours that serve every case on every machine."""
-ON_REQUEST = tuple(name for name in OURS if name not in ALWAYS)
-"""Ways that "hero" could have taken, to compare them; entered by --contestants only."""
-SLOW_TO_START = ("compiled", "auto-chunked", "liger-chunked-compiled")
+"""By the names that tables use; docs/benchmarks.md says what each is."""
+SLOW_TO_START = ("compiled", "auto-chunked", "liger-compiled")
 """Compiled for every shape, which takes longer than all the rest: they run in the plain cases only,
 and on CPU only with --full."""
 

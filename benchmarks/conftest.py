@@ -1,18 +1,21 @@
-"""Options, and the session's results: `pytest benchmarks/ --help` lists them under "benchmarks"."""
+"""Options, and the session's results: `pytest benchmarks/ --help` lists them under "benchmarks".
+
+The table of a case is printed as soon as it is measured; what is ahead of what, and who was skipped
+and why, at the end.
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks import machine, measure, report
-from benchmarks.baselines import CONTESTANTS, ON_REQUEST, SLOW_TO_START, takes_part
+from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, takes_part
+from benchmarks.machine import device_type
+from benchmarks.ours import ON_REQUEST
 from benchmarks.shapes import Case, case_sets
-from hero_kernels import cpu_gemm
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,21 +36,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--call-limit", type=float, default=30.0, help="seconds; leave out what takes longer"
     )
     group.addoption("--skip-memory", action="store_true", help="do not measure peak memory")
-    group.addoption(
-        "--without-bf16-products",
-        action="store_true",
-        help="as a CPU without AMX: operands of this package's products are widened (no memory)",
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--without-bf16-products"):
-        cpu_gemm.kind = lambda: cpu_gemm.KINDS[0]  # type: ignore[assignment]
-        config.option.skip_memory = True  # measured in other processes, which know nothing of it
-
-
-def device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -57,17 +45,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     default = ("gpu" if device_type() == "cuda" else "cpu") + "-full" * config.getoption("full")
     quick = device_type() == "cpu" and not config.getoption("full")
-    entered = [name for name in CONTESTANTS if name not in ON_REQUEST]
-    names = (config.getoption("contestants") or ",".join(entered)).split(",")
+    given = config.getoption("contestants")
+    names = given.split(",") if given else [n for n in CONTESTANTS if n not in ON_REQUEST]
     if unknown := [name for name in names if name not in CONTESTANTS]:
         raise pytest.UsageError(
-            f"--contestants: no {', '.join(unknown)}; expected some of {', '.join(CONTESTANTS)}"
+            f"--contestants: unknown {', '.join(unknown)}; expected some of "
+            f"{', '.join(CONTESTANTS)}."
         )
     pairs = [
         pytest.param(case, name, id=f"{case.id}-{name}")
         for case in case_sets()[config.getoption("cases") or default]
         for name in names
-        if takes_part(name, case) and (name not in SLOW_TO_START or not quick)
+        if takes_part(name, case) and (given or name not in SLOW_TO_START or not quick)
     ]
     metafunc.parametrize(("case", "contestant"), pairs)
 
@@ -79,27 +68,36 @@ class Session:
         self._config = config
         self._selected = [item.callspec.params for item in items if hasattr(item, "callspec")]
         self._measured: dict[Case, dict[str, measure.Result]] = {}
+        self.machine = machine.describe(device_type())
+        self._say(report.machine_line(self.machine))
+        if warning := machine.busy(self.machine):
+            self._say(report.wrapped(warning))
 
     def results(self, case: Case) -> dict[str, measure.Result]:
         if case not in self._measured:
             names = [chosen["contestant"] for chosen in self._selected if chosen["case"] == case]
-            self._measured[case] = measure.measure(
-                case,
-                names,
-                device_type(),
-                measure.Limits(
-                    self._config.getoption("seconds"),
-                    self._config.getoption("call_limit"),
-                    not self._config.getoption("skip_memory"),
-                ),
+            option = self._config.getoption
+            limits = measure.Limits(
+                option("seconds"), option("call_limit"), not option("skip_memory")
             )
-            if path := self._config.getoption("results"):
-                path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
+            self._measured[case] = measure.measure(case, names, device_type(), limits)
+            self._say(report.case_table(case, self._measured[case]))
+            if path := option("results"):
+                machine.write_json(path, self.as_json())
         return self._measured[case]
+
+    def ending(self) -> str:
+        return "\n\n".join(report.ending(self.machine, list(self._measured.items())))
 
     def as_json(self) -> dict[str, Any]:
         entries = [measure.as_json(case, results) for case, results in self._measured.items()]
-        return {"machine": machine.describe(device_type()), "cases": entries}
+        return {"machine": self.machine, "cases": entries}
+
+    def _say(self, text: str) -> None:
+        """Print now, although pytest captures what a test prints."""
+        capture = self._config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
 
 
 _SESSION = pytest.StashKey[Session]()
@@ -113,6 +111,5 @@ def measurements(request: pytest.FixtureRequest) -> Session:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """The tables of docs/benchmarks.md, for what was just measured."""
     if session := config.stash.get(_SESSION, None):
-        terminalreporter.write_line("\n" + report.render(session.as_json()))
+        terminalreporter.write_line("\n" + session.ending())

@@ -3,20 +3,20 @@
 #
 #     bash benchmarks/gpu_session.sh [--dry-run]
 #
-# The most valuable comes first: build, every implementation and design against fp64, ceilings of
-# the machine, the planner's constants, the table of benchmarks, ways of computing compared, the
-# tests that need a GPU, compute-sanitizer, a sweep over the number of tokens, compiled contestants,
-# ncu. Each stage has a time limit of its own and the session one for all, so that what overruns
-# takes time from the last stages only. A stage that fails does not keep the others from running;
-# the exit status is 1 if any did.
+# The most valuable comes first. Within the first minute it is known which kernels launch, which are
+# right on three shapes, and what one call takes. Then: build, the same for what was built, every
+# implementation against fp64, the table of benchmarks, implementations compared, the tests for a
+# GPU, compute-sanitizer, a sweep over the number of tokens, ncu, compiled contestants. Each stage
+# has a time limit of its own and the session one for all, so that what overruns takes time from the
+# last stages only. A stage that fails does not keep the others from running; the exit status is 1
+# if any did. Files are complete at any time, and session.json is written after every stage.
 #
-# Logs and JSON go to $OUT (default benchmarks/results), eight files:
-#     session.log      what was printed, ncu's sections included
-#     check.json       errors and limits of the checks
-#     ceilings.json    bandwidth and products of the machine
-#     sm_90.json       constants of the planner (named after the machine), for hero_kernels/costs/
+# Logs and JSON go to $OUT (default benchmarks/results/gpu):
+#     session.log, session.json     what was printed, ncu's sections included; stages with status
+#     first.json, first-cuda.json   launch, errors and time of one call
+#     check.json                    errors and limits of the checks
 #     benchmark.json, comparison.json, sweep.json, compiled.json
-#                      for `python -m benchmarks.report`
+#                                   for `python -m benchmarks.report`
 #
 #     OUT      folder for logs and results
 #     PYTHON   interpreter with torch (default python3)
@@ -30,7 +30,7 @@
 #                                      what trl needs and torch's usual companions lack; they import
 #                                      pandas, pyarrow, fsspec, xxhash, httpx, huggingface_hub
 # 3 MB in all. Without them those contestants are skipped, with the reason. The benchmarks
-# themselves need pytest and pytest-benchmark; pytest-xdist makes the tests faster.
+# themselves need pytest; pytest-xdist makes the tests faster.
 #
 # --dry-run needs no GPU: it takes tiny shapes and the CPU's implementations, and prints the
 # commands of the stages that need one.
@@ -47,7 +47,7 @@ case "${1:-}" in
     ;;
 esac
 python="${PYTHON:-python3}"
-out="${OUT:-benchmarks/results}"
+out="${OUT:-benchmarks/results/gpu}"
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 log="$out/session.log"
@@ -57,7 +57,10 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 
 session_seconds=530
+patience=1 # a dry run measures nothing, and may share its machine
+$dry_run && session_seconds=3000 patience=5
 failed=()
+stages=() # lines of session.json
 
 say() { echo "$*" | tee -a "$log"; }
 
@@ -70,10 +73,11 @@ run() {
     if [ "$limit" -lt 5 ]; then
         problem="$name: not run, no time is left"
         say "== $problem"
+        record "$name" null 0
         return
     fi
     say "== $name (at most $limit s): $*"
-    timeout --kill-after=3 "$limit" "$@" 2>&1 | tee -a "$log"
+    timeout --kill-after=3 $((limit * patience)) "$@" 2>&1 | tee -a "$log"
     status=${PIPESTATUS[0]}
     problem=
     if [ "$status" -eq 124 ] || [ "$status" -eq 137 ]; then
@@ -82,6 +86,15 @@ run() {
         problem="$name: exit status $status"
     fi
     say "== $name: status $status after $((SECONDS - started)) s, $SECONDS s in all"
+    record "$name" "$status" $((SECONDS - started))
+}
+
+# record NAME STATUS SECONDS: one more stage in session.json, which is never half written.
+record() {
+    stages+=("  {\"stage\": \"$1\", \"status\": $2, \"seconds\": $3}")
+    local IFS=$'\n'
+    printf '[\n%s\n]\n' "$(sed '$!s/$/,/' <<<"${stages[*]}")" >"$out/.session.json"
+    mv "$out/.session.json" "$out/session.json"
 }
 
 # stage NAME SECONDS COMMAND...: run it, remember whether it failed.
@@ -99,7 +112,7 @@ gpu_stage() {
     fi
 }
 
-# optional_gpu_stage: the same, and its failure is none of the session's.
+# optional_gpu_stage: the same, but its failure does not count as the session's.
 optional_gpu_stage() {
     if $dry_run; then
         say "== $1 (at most $2 s), not in a dry run: ${*:3}"
@@ -109,15 +122,15 @@ optional_gpu_stage() {
     fi
 }
 
-compared=hero-triton,hero-cuda,hero-fused,hero-sliced
+compared=hero-triton,hero-triton-fused,hero-cuda,hero-split
 if $dry_run; then
     export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
     size=smallest table=dry-run comparison=dry-run sweep=dry-run-sweep seconds=0
-    contestants=hero,eager more=(--skip-memory) quick=(--quick) tiny=(--dry-run)
+    contestants=hero,eager more=(--skip-memory) first=()
 else
     size=full table=gpu comparison=comparison sweep=sweep seconds=2
-    contestants=hero,hero-own-head,eager,liger-fused,liger-chunked,trl-chunked
-    more=() quick=() tiny=()
+    contestants=hero,hero-own-head,eager,chunked,liger-fused,liger-chunked,trl-chunked
+    more=() first=(--subjects "triton,triton-split,triton-fused")
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         say "No CUDA device: run this on a GPU machine, or with --dry-run." >&2
         exit 1
@@ -133,41 +146,43 @@ fi
 
 jobs=() # most of the time of the tests goes into compiling kernels
 "$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
-check=("$python" -m benchmarks.gpu_check --quiet)
-benchmark=("$python" -m pytest benchmarks -p no:cacheprovider --benchmark-quiet "${more[@]}")
-# Only our kernels are instrumented; torch's own would take the whole session. The first name is
-# that of the Triton row kernel, and part of that in CUDA.
+look=("$python" -m benchmarks.gpu_check --first-look)
+check=("$python" -m benchmarks.gpu_check --quiet --groups)
+exact=rows,operation,logprobs,behaviour
+benchmark=("$python" -m pytest benchmarks -p no:cacheprovider "${more[@]}")
+# Only our kernels are instrumented; torch's own would take the whole session.
+mapfile -t kernels < <(sed -nE 's/^def (\w+_kernel)\(.*/\1/p' hero_kernels/triton/*.py)
+kernels+=(divergence_rows) # part of the name of the row kernel in CUDA
 sanitizer=(compute-sanitizer --error-exitcode 1 --print-limit 20)
-ours=()
-for kernel in _divergence_rows_kernel _logprob_rows_kernel _logprob_gradient_kernel \
-    statistics_kernel divergence_kernel dual_gemm_kernel _merge_kernel; do
+for kernel in "${kernels[@]}"; do
     sanitizer+=(--kernel-name "kns=$kernel")
-    ours+=("$kernel")
 done
-ours_regex="regex:$(IFS='|' && echo "${ours[*]}")"
 
+stage first 60 "${look[@]}" "${first[@]}" --seconds $((57 * patience)) --out "$out/first.json"
 gpu_stage build 45 env HERO_BUILD_CPP=1 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
-stage check 90 "${check[@]}" --parallel --size "$size" --out "$out/check.json"
-stage ceilings 10 "$python" -m benchmarks.yardsticks --out "$out/ceilings.json" "${tiny[@]}"
-stage calibrate 35 "$python" -m benchmarks.calibrate --out "$out" "${quick[@]}"
-stage benchmarks 105 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
+gpu_stage first-cuda 20 "${look[@]}" --subjects cuda --seconds 18 --out "$out/first-cuda.json"
+stage check 80 "${check[@]}" "$exact,large" --seconds $((77 * patience)) --size "$size" \
+    --out "$out/check.json"
+stage benchmarks 100 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
     --contestants "$contestants" --results "$out/benchmark.json"
 stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds" \
     --contestants "hero,$compared" --results "$out/comparison.json"
-gpu_stage tests 75 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
+gpu_stage tests 70 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
     -k '(triton or cuda or gpu) and not (interpreter or compile or emulator)'
-gpu_stage memcheck 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "${sanitizer[@]}" --tool memcheck "${check[@]}" --size smallest
-gpu_stage racecheck 30 "${sanitizer[@]}" --tool racecheck "${check[@]}" --size smallest
-stage sweep 45 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
+gpu_stage memcheck 28 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+    "${sanitizer[@]}" --tool memcheck "${check[@]}" "$exact" --one-process --size smallest
+gpu_stage racecheck 28 "${sanitizer[@]}" --tool racecheck "${check[@]}" "$exact" \
+    --one-process --size smallest
+stage sweep 40 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
     --contestants hero,eager --results "$out/sweep.json"
 # In what time is left. Compiling takes longer than all the rest: one case.
-optional_gpu_stage ncu 20 ncu --set basic --profile-from-start off --kernel-name "$ours_regex" \
-    --filter-mode per-launch-config --launch-count 1 --clock-control none \
-    "$python" -m benchmarks.profiled qwen3-0.6b_2048_bfloat16_jsd_100_trained "$compared"
+optional_gpu_stage ncu 30 ncu --set basic \
+    --kernel-name "regex:$(IFS='|' && echo "${kernels[*]}")" --filter-mode per-launch-config \
+    --launch-count 1 --clock-control none \
+    "${look[@]}" --groups one-call --one-process
 optional_gpu_stage compiled 90 "${benchmark[@]}" --cases gpu --seconds 2 \
     -k qwen3-4b_8192_bfloat16_jsd_100_trained \
-    --contestants hero,compiled,auto-chunked,liger-chunked-compiled --results "$out/compiled.json"
+    --contestants hero,compiled,auto-chunked,liger-compiled --results "$out/compiled.json"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED %s\n' "${failed[@]}" | tee -a "$log"

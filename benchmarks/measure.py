@@ -53,7 +53,6 @@ class Limits:
 class Result:
     """One contestant, or one yardstick, in one case."""
 
-    title: str
     skipped: str | None = None
     """Why it was not measured; the rest is then empty."""
     seconds: list[float] = field(default_factory=list)
@@ -67,11 +66,7 @@ class Result:
     failed: bool = False
     """Skipped for an error or a wrong loss, not because it is unavailable here."""
     plan: str | None = None
-    """Of ours: what the planner took, for example "chunked, triton, 2560 rows"."""
-    predicted_seconds: float | None = None
-    """Of ours: by the planner, with the constants of hero_kernels/costs/."""
-    predicted_bytes: int | None = None
-    """Of ours: by the planner, to set beside `extra_bytes`."""
+    """Of ours: implementation and tile, in the words of `hero_kernels.explain`."""
 
     @property
     def median(self) -> float:
@@ -89,7 +84,7 @@ def measure(case: Case, names: Sequence[str], device: str, limits: Limits) -> di
     """
     torch._dynamo.reset()  # compiled code of other shapes would count against its limit
     problem = make_problem(case, device)
-    results = {name: Result(CONTESTANTS[name].title) for name in names}
+    results = {name: Result() for name in names}
     steps: dict[str, Step] = {}
     for name, result in results.items():
         try:
@@ -106,8 +101,8 @@ def measure(case: Case, names: Sequence[str], device: str, limits: Limits) -> di
             if not result.seconds:
                 steps[name] = step
         _drop(problem)
-    for name, (title, make) in YARDSTICKS.items():
-        results[name] = Result(title)
+    for name, make in YARDSTICKS.items():
+        results[name] = Result()
         steps[name] = make(problem)
         steps[name]()
     for name, times in round_robin(steps, device, limits.rounds_seconds).items():
@@ -119,10 +114,9 @@ def _prepare(name: str, case: Case, problem: Problem, limits: Limits, result: Re
     """Check, warm up, measure the memory; if the contestant is slow, fill in its time."""
     device = problem.weight.device.type
     expected = check(name, case, device, result)
-    make = CONTESTANTS[name].make
+    make = CONTESTANTS[name]
     if isinstance(make, Ours):
-        foreseen = make.prediction(case, device)
-        result.plan, result.predicted_seconds, result.predicted_bytes = foreseen
+        result.plan = make.plan(case, device)
     if expected > limits.call_seconds:
         raise Excluded(
             f"a call would take about {expected:.0f} s, more than the limit of "
@@ -148,15 +142,15 @@ def check(name: str, case: Case, device: str, result: Result) -> float:
     """
     small = replace(case, tokens=min(case.tokens, CHECK_TOKENS))
     vocab = min(case.vocab, CHECK_VOCAB)
-    loss_of = CONTESTANTS[name].make(case, device)
-    result.loss_error, _, _ = _compare(loss_of, make_problem(small, device, FAR, vocab))
+    loss_of = CONTESTANTS[name](case, device)
+    result.loss_error, _, _ = compare(loss_of, make_problem(small, device, FAR, vocab))
     if not result.loss_error <= MAX_LOSS_ERROR[case.dtype]:
         raise Excluded(f"its loss is {100 * result.loss_error:.2g} % off that of fp64")
-    _, result.gradient_errors, seconds = _compare(loss_of, make_problem(small, device, NEAR, vocab))
+    _, result.gradient_errors, seconds = compare(loss_of, make_problem(small, device, NEAR, vocab))
     return seconds * case.active_tokens * case.vocab / (small.active_tokens * vocab)
 
 
-def _compare(
+def compare(
     loss_of: Callable[[Problem], Tensor], problem: Problem
 ) -> tuple[float, list[float], float]:
     """Errors of the loss and of the gradients against fp64, and the seconds of the call."""

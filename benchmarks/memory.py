@@ -1,19 +1,15 @@
 """Peak memory that one forward and backward pass adds.
 
-On CUDA the allocator knows. On CPU the process is asked, in a fresh one for each contestant:
-`python -m benchmarks.memory CASE CONTESTANT` prints bytes. That counts everything: tensors,
-gradients, the scratch memory of libraries.
+On CUDA the allocator knows. On CPU the process is asked, a fresh one for each contestant. That
+counts everything: tensors, gradients, the scratch memory of libraries.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import os
 import re
-import subprocess
-import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,14 +18,16 @@ import torch
 from benchmarks.baselines import CONTESTANTS, SLOW_TO_START
 from benchmarks.problem import Problem, make_problem
 from benchmarks.shapes import Case
+from benchmarks.workers import Broken, Worker
 from benchmarks.yardsticks import Step
 
-ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 900.0
+"""After which the process is given up."""
 
 
 def step_of(name: str, case: Case, problem: Problem) -> Step:
     """Forward and backward of a contestant; gradients of the call before are dropped first."""
-    loss = CONTESTANTS[name].make(case, problem.weight.device.type)
+    loss = CONTESTANTS[name](case, problem.weight.device.type)
 
     def step() -> None:
         for tensor in problem.trainable:
@@ -54,20 +52,19 @@ def on_cpu(case: Case, name: str) -> int:
     """Bytes, measured in a fresh process with as many threads as this one.
 
     Raises:
-        RuntimeError: the process failed; with the end of what it printed.
+        RuntimeError: the process failed, or this system has no /proc.
     """
-    threads = str(torch.get_num_threads())
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", case.id, name],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"Measuring the memory of {name} failed: {done.stderr[-800:]}")
-    return int(done.stdout.split()[-1])
+    if not Path("/proc/self/clear_refs").exists():
+        raise RuntimeError("Peak memory is read from Linux's /proc: use --skip-memory here.")
+    worker = Worker()
+    worker.ask(_one_call, case, name, torch.get_num_threads())
+    try:
+        size: int = worker.answer(time.monotonic() + SECONDS)
+    except Broken as reason:
+        raise RuntimeError(f"Measuring the memory of {name} failed: {reason}") from reason
+    finally:
+        worker.stop()
+    return size
 
 
 def _resident(field: str) -> int:
@@ -78,11 +75,12 @@ def _resident(field: str) -> int:
     return 1024 * int(found[1])
 
 
-def _one_call(case: Case, name: str) -> int:
+def _one_call(case: Case, name: str, threads: int) -> int:
     """Bytes added by a call after one that loads, and compiles, what it needs.
 
     What that first call leaves behind is not counted.
     """
+    torch.set_num_threads(threads)
     problem = make_problem(case, "cpu")
     step = step_of(name, case, problem)
     if name in SLOW_TO_START:  # compiled for this shape
@@ -98,17 +96,3 @@ def _one_call(case: Case, name: str) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
     step()
     return _resident("VmHWM") - before
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Extra peak memory of one contestant on CPU.")
-    parser.add_argument("case", type=Case.parse)
-    parser.add_argument("contestant", choices=CONTESTANTS)
-    options = parser.parse_args()
-    if not Path("/proc/self/clear_refs").exists():
-        raise SystemExit("Peak memory is read from /proc, which this system lacks: use Linux.")
-    print(_one_call(options.case, options.contestant))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,16 +1,15 @@
 """Modes on the tiny shop from the one shipped start: held-out success before and after.
 
-    python benchmarks/modes.py --seeds 0 1 2 --updates 15 --jobs 2
+    python -m benchmarks.modes --seeds 0 1 2 --updates 15 --jobs 2 [--output FILE]
 
-Writes `benchmarks/results/modes-cpu.json` and prints its Markdown table. All recipes play the same
-number of episodes. Learning rates were not tuned for each mode: all take the quickstart's.
+Prints a Markdown table. All recipes play the same number of episodes. Learning rates were not tuned
+for each mode: all take the quickstart's.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -18,11 +17,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, write_json
 
 RECIPES = ("quickstart", "shop-env-only", "shop-grpo", "shop-full-demo", "shop-terminal",
            "shop-shuffled-hints", "shop-empty-block")  # fmt: skip
-RESULTS = Path(__file__).parent / "results" / "modes-cpu.json"
 
 
 def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
@@ -61,12 +59,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--output", type=Path, help="JSON file to write; none by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=15)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     given = parser.parse_args()
+    machine = describe("cpu")
     with ProcessPoolExecutor(given.jobs, mp_context=get_context("spawn")) as pool:
         futures = [
             pool.submit(run, recipe, seed, given.updates)
@@ -74,9 +74,8 @@ def main() -> None:
             for recipe in given.recipes
         ]
         rows = [future.result() for future in futures]
-    RESULTS.write_text(
-        json.dumps({"machine": describe("cpu"), "updates": given.updates, "runs": rows}, indent=1)
-    )
+    if given.output:
+        write_json(given.output, {"machine": machine, "updates": given.updates, "runs": rows})
     print(table(rows))
 
 

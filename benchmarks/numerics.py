@@ -1,6 +1,6 @@
-"""How exact the gradient and the value are when student and teacher come close: docs/loss.md.
+"""How exact the gradient and the value are when student and teacher come close: docs/numerics.md.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.numerics [--out FILE]
+    OMP_NUM_THREADS=1 python -m benchmarks.numerics [--output FILE]
 
 Student and teacher share the head; all inputs are bf16, so the gradient dX is too, and every column
 holds its rounding. The truth is the dense fp64 definition on the same, rounded inputs. Ways from
@@ -10,8 +10,6 @@ these inputs to the loss are compared, for h_s ever nearer to h_t.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.baselines import torch_divergence
+from benchmarks.machine import describe, write_json
+from benchmarks.ours import Variant
 from benchmarks.problem import BETA, SHARPNESS, Problem, relative_error, truth
-from hero_kernels import KernelOptions, fused_linear_divergence
-from hero_kernels.options import Storage
 
-RESULTS = Path(__file__).parent / "results" / "numerics-cpu.json"
 SHAPE = (256, 256, 8192)
 """N, H, V."""
 DISTANCES = (0.5, 0.15, 0.047, 0.0147, 0.0045, 5e-4, 5e-5)
@@ -32,68 +29,35 @@ DISTANCES = (0.5, 0.15, 0.047, 0.0147, 0.0045, 5e-4, 5e-5)
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
 
-def bf16_logits(problem: Problem) -> Tensor:
-    """Plain torch on logits rounded to bf16: what a bf16 product that sums in fp32 returns.
+def logits_in(dtype: torch.dtype) -> Callable[[Problem], Tensor]:
+    """Plain torch on logits rounded to a type: of bf16, what a product that sums in fp32 returns.
 
     The product is taken in fp32 and then rounded, since CPUs without bf16 arithmetic take seconds
     for a bf16 one. Autograd rounds the gradient of the logits to bf16 in return.
     """
-    h_s, weight, h_t = _widened(problem)
-    with torch.no_grad():
-        teacher = (h_t @ weight.t()).bfloat16().float()
-    return plain_divergence((h_s @ weight.t()).bfloat16().float(), teacher, problem.divergence)
 
+    def loss(problem: Problem) -> Tensor:
+        h_s, weight, h_t = (
+            tensor.float()
+            for tensor in (problem.student_hidden, problem.weight, problem.teacher_hidden)
+        )
+        student, teacher = (h_s @ weight.t()).to(dtype), (h_t @ weight.t()).to(dtype)
+        return torch_divergence(student, teacher, problem.divergence) / problem.num_active
 
-def fp32_logits(problem: Problem) -> Tensor:
-    """Plain torch, everything in fp32 from the products on."""
-    h_s, weight, h_t = _widened(problem)
-    return plain_divergence(h_s @ weight.t(), h_t @ weight.t(), problem.divergence)
-
-
-def delta(problem: Problem, options: KernelOptions | None = None) -> Tensor:
-    """The shared-head path of `hero_kernels`, as a call without options takes it."""
-    loss = fused_linear_divergence(
-        problem.student_hidden,
-        problem.weight,
-        problem.teacher_hidden,
-        divergence=problem.divergence,
-        beta=BETA,
-        options=options,
-    )
-    assert isinstance(loss, Tensor)
     return loss
 
 
-def mixed(problem: Problem) -> Tensor:
-    """The same with (h_s - h_t)·Wᵀ held in bf16, where the machine can multiply bf16."""
-    return delta(problem, KernelOptions(storage=Storage.MIXED))
+def delta(problem: Problem) -> Tensor:
+    """The shared-head path of `hero_kernels`, as a call without options takes it."""
+    variant = Variant()
+    return variant.loss(problem, BETA, variant.options(len(problem.weight)))
 
 
 METHODS: dict[str, Callable[[Problem], Tensor]] = {
-    "bf16 logits": bf16_logits,
-    "fp32 logits": fp32_logits,
+    "bf16 logits": logits_in(torch.bfloat16),
+    "fp32 logits": logits_in(torch.float32),
     "delta": delta,
-    "mixed": mixed,
 }
-
-
-def _widened(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """h_s, head and h_t in fp32."""
-    return problem.student_hidden.float(), problem.weight.float(), problem.teacher_hidden.float()
-
-
-def plain_divergence(z_s: Tensor, z_t: Tensor, divergence: str) -> Tensor:
-    """Mean divergence of logits [N, V], in the textbook form that users write."""
-    logp_s, logp_t = z_s.log_softmax(-1), z_t.log_softmax(-1)
-    if divergence == "forward_kl":
-        terms = logp_t.exp() * (logp_t - logp_s)
-    elif divergence == "reverse_kl":
-        terms = logp_s.exp() * (logp_s - logp_t)
-    else:
-        logp_m = torch.logaddexp(logp_s + math.log(1 - BETA), logp_t + math.log(BETA))
-        terms = (1 - BETA) * logp_s.exp() * (logp_s - logp_m)
-        terms = terms + BETA * logp_t.exp() * (logp_t - logp_m)
-    return terms.sum(-1).mean()
 
 
 def near_problem(
@@ -115,6 +79,7 @@ def near_problem(
         h_s.bfloat16().requires_grad_(),
         weight.bfloat16(),
         h_t.bfloat16(),
+        weight.bfloat16(),
         torch.ones(num_rows, dtype=torch.bool),
         num_rows,
         divergence,
@@ -149,7 +114,7 @@ def measure(shape: tuple[int, int, int], distances: Iterable[float]) -> list[dic
 
 
 def section(result: dict[str, Any]) -> str:
-    """What docs/loss.md shows of a result: the machine, and tables for two divergences."""
+    """What docs/numerics.md shows of a result: the machine, and tables for two divergences."""
     machine, (rows, hidden, vocab) = result["machine"], result["shape"]
     header = (
         f"N = {rows}, H = {hidden}, V = {vocab}, {result['dtype']}; {machine['processor']}, "
@@ -184,12 +149,13 @@ def _percent(error: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write; none by default")
     arguments = parser.parse_args()
+    machine = describe("cpu")
     table = measure(SHAPE, DISTANCES)
-    result = {"machine": describe("cpu"), "shape": SHAPE, "dtype": "bfloat16", "rows": table}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    result = {"machine": machine, "shape": SHAPE, "dtype": "bfloat16", "rows": table}
+    if arguments.output:
+        write_json(arguments.output, result)
     print(section(result))
 
 

@@ -1,128 +1,129 @@
-"""Ways in which this package computes one loss: why one cannot serve, what the planner predicts.
+"""The ways in which this package computes the loss that are measured and checked.
 
-A way that this build or this machine lacks is refused by the package itself, with a reason; nothing
-here has to know which there are.
+What a build or a machine lacks is refused by the package itself, with a reason; nothing here has to
+know what there is. All options of the package that benchmarks set are named in this file.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from benchmarks.shapes import Case
-from hero_kernels import KernelOptions, planner
-from hero_kernels.layout import Plan
+from hero_kernels import KernelOptions, explain, fused_linear_divergence
+
+if TYPE_CHECKING:
+    from benchmarks.problem import Problem
+
+SPLIT_COLUMNS = 8192
+"""Columns of the vocabulary held at once by a variant that splits it."""
 
 
-class Variant(NamedTuple):
+@dataclass(frozen=True)
+class Variant:
     """What is fixed; "auto" leaves it to the package."""
 
     impl: str = "auto"
-    design: str = "auto"
+    splits: bool = False
+    """Hold some columns of the vocabulary at once, not whole rows."""
+    own_head: bool = False
+    """Pass the teacher's head too, as for a teacher that is another model."""
 
-    def options(self, **others: Any) -> KernelOptions:
-        """With this design.
+    def options(
+        self,
+        vocab: int,
+        *,
+        tile_rows: int | None = None,
+        tile_columns: int | None = None,
+        max_active_rows: int | None = None,
+    ) -> KernelOptions:
+        """For a head of `vocab` rows; a variant that splits takes the columns, others the rows."""
+        if self.splits:
+            columns = min(tile_columns or SPLIT_COLUMNS, vocab)
+            return KernelOptions(tile_columns=columns, max_active_rows=max_active_rows)
+        return KernelOptions(tile_rows=tile_rows, max_active_rows=max_active_rows)
+
+    def plan(
+        self,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: str,
+        options: KernelOptions,
+        *,
+        shared_head: bool = True,
+        trainable_head: bool = True,
+    ) -> str:
+        """Implementation and tile of a call with these options, in the words of `explain`.
+
+        Args:
+            shape: rows that count, hidden size, vocabulary.
+            dtype: of hidden states and head.
+            device: "cpu" or "cuda".
+            options: of the call.
+            shared_head: whether the teacher has the student's head.
+            trainable_head: whether the student's head requires grad.
 
         Raises:
-            ValueError: this build has no such design.
+            ValueError: this variant cannot serve; the message says why.
         """
-        return KernelOptions(design=self.design, **others)
+        text = explain(
+            *shape,
+            device=device,
+            dtype=dtype,
+            shared_head=shared_head,
+            trainable_head=trainable_head,
+            impl=self.impl,
+            options=options,
+        )
+        said = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        words = (said[key].split(" (")[0] for key in ("implementation", "tile") if key in said)
+        return ", ".join(words)
+
+    def loss(self, problem: Problem, beta: float, options: KernelOptions) -> Tensor:
+        """The mean divergence of a problem."""
+        loss = fused_linear_divergence(
+            problem.student_hidden,
+            problem.weight,
+            problem.teacher_hidden,
+            problem.teacher_weight if self.own_head else None,
+            divergence=problem.divergence,
+            beta=beta,
+            token_weights=problem.active,
+            impl=self.impl,
+            options=options,
+        )
+        assert isinstance(loss, Tensor)
+        return loss
 
 
-AUTO = Variant()
+VARIANTS = {
+    "hero": Variant(),
+    "hero-own-head": Variant(own_head=True),
+    "hero-triton": Variant("triton"),
+    "hero-triton-fused": Variant("triton_fused"),
+    "hero-cuda": Variant("cuda"),
+    "hero-split": Variant(splits=True),
+}
+"""Contestants of the benchmarks."""
+ALWAYS = ("hero", "hero-own-head")
+"""Those that serve every case on every machine."""
+ON_REQUEST = tuple(name for name in VARIANTS if name not in ALWAYS)
+"""Ways that "hero" could have taken, to compare them; entered by --contestants only."""
 
-
-class Prediction(NamedTuple):
-    """What the planner expects of a call, forward and backward."""
-
-    plan: str
-    """For example "chunked, triton, 2560 rows"."""
-    seconds: float
-    bytes: int
-    """Added by the call, its gradients included, as `Result.extra_bytes` counts."""
-
-
-def planned(
-    variant: Variant,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: str,
-    *,
-    divergence: str = "jsd",
-    own_head: bool = False,
-    trainable_head: bool = True,
-    **options: Any,
-) -> planner.Candidate:
-    """What a call of `fused_linear_divergence` takes.
-
-    Args:
-        variant: what is fixed.
-        shape: rows that count, hidden size, vocabulary.
-        dtype: of hidden states and head.
-        device: "cpu" or "cuda".
-        divergence: as for the call.
-        own_head: whether the teacher has a head of its own.
-        trainable_head: whether the student's head requires grad.
-        options: of `KernelOptions`.
-
-    Raises:
-        ValueError: the variant cannot serve; the message says why.
-    """
-    chosen = variant.options(**options)
-    plan = Plan(
-        impl=variant.impl,
-        chunk_size=chosen.chunk_size or 0,
-        storage=str(chosen.storage),
-        max_active_rows=chosen.max_active_rows or 0,
-        need_hidden=True,
-        need_weight=trainable_head,
-        need_bias=False,
-        with_stats=False,
-        design=str(chosen.design),
-        memory_budget=chosen.memory_budget or 0,
-    )
-    where, shared = torch.device(device), not own_head
-    return planner.choose(
-        planner.Problem(*shape, where, dtype, shared, divergence, "full", False, plan)
-    )
-
-
-def refusal(*arguments: Any, **settings: Any) -> str | None:
-    """Why a call cannot be served, or None; arguments as for `planned`."""
-    try:
-        planned(*arguments, **settings)
-    except ValueError as reason:
-        return str(reason)
-    return None
-
-
-def predict(variant: Variant, case: Case, device: str, own_head: bool = False) -> Prediction:
-    """What the planner expects of a case.
-
-    Raises:
-        ValueError: the variant cannot serve; the message says why.
-    """
-    dtype = getattr(torch, case.dtype)
-    chosen = planned(
-        variant,
-        (case.active_tokens, case.hidden, case.vocab),
-        dtype,
-        device,
-        divergence=case.divergence,
-        own_head=own_head,
-        trainable_head=case.trainable_head,
-        max_active_rows=case.active_tokens,
-    )
-    unit = "columns" if chosen.design == "sliced" else "rows"
-    return Prediction(
-        f"{chosen.design}, {chosen.impl}, {chosen.size} {unit}",
-        chosen.seconds,
-        chosen.bytes + gradient_bytes(case),
-    )
-
-
-def gradient_bytes(case: Case) -> int:
-    """Of dX and, unless the head is frozen, dW."""
-    elements = case.tokens * case.hidden + case.vocab * case.hidden * case.trainable_head
-    return elements * int(getattr(torch, case.dtype).itemsize)
+SUBJECTS = {
+    "triton": Variant("triton"),
+    "triton-split": Variant("triton", splits=True),
+    "triton-fused": Variant("triton_fused"),
+    "cuda": Variant("cuda"),
+    "cpu": Variant("cpu"),
+    "torch": Variant("torch"),
+    "torch-split": Variant("torch", splits=True),
+}
+"""What first_look.py and gpu_check.py look at."""
+SUBJECTS_OF = {
+    "cuda": ("triton", "triton-split", "triton-fused", "cuda"),
+    "cpu": ("cpu", "torch", "torch-split"),
+}
+"""Those that are looked at if none is named, by device."""

@@ -24,19 +24,21 @@ class Problem(NamedTuple):
     student_hidden: Tensor  # [N, H], requires grad
     weight: Tensor  # [V, H], the shared head; requires grad unless it is frozen
     teacher_hidden: Tensor  # [N, H]
+    teacher_weight: Tensor  # [V, H], a copy of the head: to an implementation, another one
     active: Tensor  # [N] bool, the tokens that count
     num_active: int
     divergence: str
 
     @property
-    def teacher_weight(self) -> Tensor:
-        """[V, H], a constant of the same values; to an implementation, another head."""
-        return self.weight.detach()
-
-    @property
     def labels(self) -> Tensor:
         """[N] int64: `IGNORED_LABEL` for masked tokens, some token for the others."""
         return torch.where(self.active, 0, IGNORED_LABEL)
+
+    def active_rows(self) -> tuple[Tensor, Tensor]:
+        """Hidden states of student and teacher at the tokens that count; the copies are new."""
+        if self.num_active == len(self.active):
+            return self.student_hidden, self.teacher_hidden
+        return self.student_hidden[self.active], self.teacher_hidden[self.active]
 
     @property
     def trainable(self) -> list[Tensor]:
@@ -71,6 +73,7 @@ def make_problem(
         h_s.to(dtype).requires_grad_(),
         weight.requires_grad_(case.trainable_head),
         h_t.to(dtype),
+        weight.detach().clone(),
         active,
         case.active_tokens,
         case.divergence,

@@ -4,10 +4,9 @@
     python -m benchmarks.report RESULTS.json --plot docs/images/NAME.png [--only CASE,CASE]
                                                               and draws them
     python -m benchmarks.report --update docs/benchmarks.md   fills in the tables of a document
-    python -m benchmarks.report --check docs/benchmarks.md    says whether they are up to date
 
 In a document a table stands between the lines `<!-- results: PATH -->` and `<!-- end -->`, with the
-path of the JSON file from the root of the repository.
+path of the JSON file from the root of the repository. Tables are at most 100 columns wide.
 """
 
 from __future__ import annotations
@@ -15,39 +14,60 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.baselines import OURS
+from benchmarks.machine import ROOT, busy
 from benchmarks.measure import Result, from_json, speedup
-from benchmarks.ours import gradient_bytes
 from benchmarks.shapes import Case
 from benchmarks.yardsticks import YARDSTICKS
 
-ROOT = Path(__file__).resolve().parents[1]
 DIVERGENCES = {"jsd": "JSD", "forward_kl": "forward KL", "reverse_kl": "reverse KL"}
-HEADER = ("", "time, ms", "hero_kernels is faster", "times library GEMMs", "times own GEMMs")
-ERRORS = ("error of the loss", "error of dX", "error of dW")
-MEMORY, PREDICTED_TIME, PREDICTED_MEMORY = (
-    "extra memory, MiB",
-    "predicted, ms",
-    "predicted, MiB",
-)
+COLUMNS = ("", "ms", "/ hero", "/ library", "/ own", "MiB", "loss err", "dX err", "dW err")
+UNEVEN = 1.5
+"""Slowest round of a yardstick, in medians, above which the rounds of a case were disturbed."""
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Entries = Sequence[tuple[Case, Mapping[str, Result]]]
 
 
 def render(session: Mapping[str, Any]) -> str:
-    """Markdown: the machine, and a table for each case."""
-    parts = [_machine(session["machine"])]
-    for entry in session["cases"]:
-        case, results = from_json(entry)
-        parts.append(f"**{title(case)}**\n\n{table(results)}")
-    cases = [from_json(entry) for entry in session["cases"]]
-    if is_sweep([case for case, _ in cases]) and all("hero" in results for _, results in cases):
-        parts.append(sweep(session))
-    return "\n\n".join(parts) + "\n"
+    """Markdown: the machine, a table for each case, what is ahead of what, what was skipped."""
+    entries = entries_of(session)
+    parts = [machine_line(session["machine"]), *(case_table(*entry) for entry in entries)]
+    return "\n\n".join([*parts, *ending(session["machine"], entries)]) + "\n"
+
+
+def entries_of(session: Mapping[str, Any]) -> Entries:
+    return [from_json(entry) for entry in session["cases"]]
+
+
+def ending(machine: Mapping[str, Any], entries: Entries) -> list[str]:
+    """What is said once all cases were measured."""
+    parts = [sweep(entries) if is_sweep(entries) else "", summary(entries), not_measured(entries)]
+    if warning := busy(machine):
+        parts.append(wrapped(warning))
+    return [part for part in parts if part]
+
+
+def case_table(case: Case, results: Mapping[str, Result]) -> str:
+    """Title, table, and what this package chose to do."""
+    rows = [_row(results, name) for name in results if not results[name].skipped]
+    lines = [f"**{title(case)}**", "", aligned([COLUMNS, *rows])]
+    plans = [f"{name}: {result.plan}." for name, result in results.items() if result.plan]
+    if plans:
+        lines += ["", *map(wrapped, plans)]
+    for name in YARDSTICKS:
+        times = results[name].seconds if name in results else []
+        if times and max(times) > UNEVEN * statistics.median(times):
+            spread = max(times) / statistics.median(times)
+            lines += ["", wrapped(f"Uneven rounds: {name} once took {spread:.1f} x its median.")]
+    return "\n".join(lines)
 
 
 def title(case: Case) -> str:
@@ -63,102 +83,143 @@ def title(case: Case) -> str:
     return ", ".join(words)
 
 
-def table(results: Mapping[str, Result]) -> str:
-    """One row for each that was measured, then the reasons of the others.
-
-    What the planner predicts stands beside what was measured, where a file holds predictions.
-    """
-    predicted = any(result.predicted_seconds for result in results.values())
-    columns = [*HEADER, MEMORY, *ERRORS]
-    if predicted:
-        columns[2:2] = [PREDICTED_TIME]
-        columns.insert(columns.index(MEMORY) + 1, PREDICTED_MEMORY)
-    rows = [columns, ["---"] + ["---:"] * (len(columns) - 1)]
-    for name, result in results.items():
-        if not result.skipped:
-            cells = _row(results, name)
-            rows.append([cells[column] for column in columns])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    for result in results.values():
-        if result.skipped:
-            reason = result.skipped.strip().splitlines()[0]
-            lines += ["", f"Not measured: {result.title} ({reason})."]
-    return "\n".join(lines)
-
-
-def _row(results: Mapping[str, Result], name: str) -> dict[str, str]:
-    """The cells of one contestant by column."""
+def _row(results: Mapping[str, Result], name: str) -> tuple[str, ...]:
     result = results[name]
     errors = [result.loss_error, *result.gradient_errors, None, None][:3]
-    faster = "hero" in results and not results["hero"].skipped and name not in OURS
-    cells = (
-        result.title,
-        f"{1e3 * result.median:.1f}" + " (one call)" * (len(result.seconds) == 1),
-        f"{speedup(results, 'hero', name):.2f}x" if faster and name not in YARDSTICKS else "",
+    measured = "hero" in results and not results["hero"].skipped
+    is_rival = measured and name != "hero" and name not in YARDSTICKS
+    return (
+        name,
+        _number(1e3 * result.median) + "*" * (len(result.seconds) == 1),
+        f"{speedup(results, 'hero', name):.2f}x" if is_rival else "",
         f"{speedup(results, 'library-gemms', name):.2f}",
         f"{speedup(results, 'own-gemms', name):.2f}" if name in OURS else "",
+        "" if result.extra_bytes is None else f"{result.extra_bytes / 2**20:.0f}",
+        *("" if error is None else _percent(error) for error in errors),
     )
-    seconds = result.predicted_seconds
-    return {
-        **dict(zip(HEADER, cells, strict=True)),
-        PREDICTED_TIME: "" if seconds is None else f"{1e3 * seconds:.1f}",
-        MEMORY: _mebibytes(result.extra_bytes),
-        PREDICTED_MEMORY: _mebibytes(result.predicted_bytes),
-        **{
-            column: "" if error is None else f"{100 * error:.2g} %"
-            for column, error in zip(ERRORS, errors, strict=True)
-        },
-    }
 
 
-def _mebibytes(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**20:.0f}"
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def is_sweep(cases: Sequence[Case]) -> bool:
-    """Whether the cases differ in their number of tokens, and in nothing else."""
-    return len(cases) > 1 and len({replace(case, tokens=1) for case in cases}) == 1
+def _percent(error: float) -> str:
+    percent = 100 * error
+    return f"{percent:.2g} %" if percent >= 0.01 else f"{percent:.0e} %"
 
 
-def sweep(session: Mapping[str, Any]) -> str:
-    """Microseconds a token, and memory beyond the gradients, of "hero" by number of tokens.
-
-    Linear time and flat memory are columns of equal numbers.
-    """
-    lines = [
-        "| tokens | time, us a token | library GEMMs, us a token | memory beyond gradients, MiB |",
-        "|---:|---:|---:|---:|",
-    ]
-    for entry in session["cases"]:
-        case, results = from_json(entry)
-        hero = results["hero"]
-        if hero.skipped:
-            lines.append(f"| {case.tokens} | {hero.skipped.splitlines()[0]} | | |")
-            continue
-        times = [1e6 * r.median / case.active_tokens for r in (hero, results["library-gemms"])]
-        beyond = None if hero.extra_bytes is None else hero.extra_bytes - gradient_bytes(case)
-        cells = (str(case.tokens), *(f"{time:.2f}" for time in times), _mebibytes(beyond))
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, the first row its header, with columns as wide as their longest cell."""
+    widths = [max(3, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
+    rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+    lines = []
+    for row in (rows[0], rule, *rows[1:]):
+        first, *others = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _machine(machine: Mapping[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    kernel = machine["kernel_instruction_set"]
-    device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
-    return (
-        f"{device}, {machine['threads']} threads, {machine['torch_instruction_set']}"
-        f"{f' (row kernel: {kernel})' if kernel else ''}{_products(machine)}; {versions}; "
-        f"{machine['date']}, commit {machine['commit']}."
-    )
+def is_sweep(entries: Entries) -> bool:
+    """Whether the cases differ in their number of tokens, and in nothing else."""
+    cases = {replace(case, tokens=1) for case, _ in entries}
+    has_hero = all("hero" in results for _, results in entries)
+    return len(entries) > 1 and len(cases) == 1 and has_hero
 
 
-def _products(machine: Mapping[str, Any]) -> str:
-    """How this package multiplied bf16 matrices on the CPU; older files do not say."""
-    kind = machine.get("bf16_products")
-    if kind is None:
+def sweep(entries: Entries) -> str:
+    """Of "hero" by number of tokens: linear time and flat memory are columns of equal numbers."""
+    rows: list[Sequence[str]] = [
+        ("tokens", "us a token", "library's products, us", "MiB beyond gradients")
+    ]
+    for case, results in entries:
+        hero = results["hero"]
+        if hero.skipped:
+            continue
+        times = [1e6 * r.median / case.active_tokens for r in (hero, results["library-gemms"])]
+        memory = ""
+        if hero.extra_bytes is not None:
+            memory = f"{(hero.extra_bytes - case.gradient_bytes) / 2**20:.0f}"
+        rows.append((str(case.tokens), *(f"{time:.2f}" for time in times), memory))
+    return "**hero by number of tokens**\n\n" + aligned(rows)
+
+
+def summary(entries: Entries) -> str:
+    """What is ahead of what: each rival's time, memory and error of dX, in those of "hero"."""
+    entries = [entry for entry in entries if "hero" in entry[1] and not entry[1]["hero"].skipped]
+    rows: list[Sequence[str]] = [
+        ("other / hero, all cases", "cases", "hero is faster in", "time", "memory", "dX err")
+    ]
+    behind = []
+    for name in dict.fromkeys(name for _, results in entries for name in results):
+        met = [entry for entry in entries if name in entry[1] and not entry[1][name].skipped]
+        if name == "hero" or name in YARDSTICKS or not met:
+            continue
+        times = [speedup(results, "hero", name) for _, results in met]
+        pairs = [(results[name], results["hero"]) for _, results in met]
+        sizes = [(a.extra_bytes, b.extra_bytes) for a, b in pairs]
+        memory = [theirs / ours for theirs, ours in sizes if theirs and ours]
+        errors = [
+            a.gradient_errors[0] / b.gradient_errors[0]
+            for a, b in pairs
+            if a.gradient_errors and b.gradient_errors and b.gradient_errors[0]
+        ]
+        ahead = sum(time > 1 for time in times)
+        spans = (_span(values) for values in (times, memory, errors))
+        rows.append((name, str(len(met)), str(ahead), *spans))
+        behind += [
+            f"hero is behind {name} in {title(case)}: {time:.2f}x."
+            for (case, _), time in zip(met, times, strict=True)
+            if time < 1
+        ]
+    if len(rows) == 1:
         return ""
-    return ", bf16 products " + ("by widening" if kind == "none" else f"by {kind}")
+    text = "**What is ahead of what**\n\n" + aligned(rows)
+    return "\n".join([text, *([""] if behind else []), *map(wrapped, behind)])
+
+
+def _span(values: Sequence[float]) -> str:
+    """The least and the largest of some ratios."""
+    if not values:
+        return ""
+    least, most = (f"{x:.0f}" if x >= 10 else f"{x:.2g}" for x in (min(values), max(values)))
+    return f"{least}x" if least == most else f"{least}x to {most}x"
+
+
+def not_measured(entries: Entries) -> str:
+    """The contestants that were skipped, with the reason and the number of cases."""
+    cases: dict[tuple[str, str], int] = {}
+    for _, results in entries:
+        for name, result in results.items():
+            if result.skipped:
+                key = name, result.skipped.strip().splitlines()[0]
+                cases[key] = cases.get(key, 0) + 1
+    if not cases:
+        return ""
+    lines = [
+        wrapped(f"- {name} ({count} {'case' if count == 1 else 'cases'}): {reason}", "  ")
+        for (name, reason), count in cases.items()
+    ]
+    return "\n".join(["Not measured:", "", *lines])
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """In lines of at most 100 columns."""
+    return textwrap.fill(text, 100, subsequent_indent=indent, break_on_hyphens=False)
+
+
+def machine_line(machine: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    kernel, products = machine["kernel_instruction_set"], machine.get("bf16_products")
+    device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
+    words = [f"{device}, {machine['threads']} threads, {machine['torch_instruction_set']}"]
+    if kernel:
+        words.append(f" (row kernel: {kernel})")
+    if products:
+        how = "widening" if products == "none" else products
+        words.append(f", bf16 products by {how}")
+    words.append(f"; {versions}; {machine['date']}, commit {machine['commit']}.")
+    return wrapped("".join(words))
 
 
 def plot(session: Mapping[str, Any], path: Path) -> None:
@@ -171,7 +232,7 @@ def plot(session: Mapping[str, Any], path: Path) -> None:
         from benchmarks import plots
     except ImportError:
         raise SystemExit("--plot needs matplotlib: pip install matplotlib.") from None
-    plots.draw([from_json(entry) for entry in session["cases"]], title, path)
+    plots.draw(entries_of(session), title, path)
 
 
 def updated(document: str) -> str:
@@ -196,7 +257,6 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="image file to draw the first of them into")
     parser.add_argument("--only", help="comma-separated ids of the cases to draw; default all")
     parser.add_argument("--update", type=Path, help="document whose tables to fill in")
-    parser.add_argument("--check", type=Path, help="document whose tables to compare")
     options = parser.parse_args()
     sessions = [json.loads(path.read_text()) for path in options.results]
     for session in sessions:
@@ -212,11 +272,6 @@ def main() -> None:
         plot({**sessions[0], "cases": cases}, options.plot)
     if options.update:
         options.update.write_text(updated(options.update.read_text()))
-    if options.check and updated(options.check.read_text()) != options.check.read_text():
-        raise SystemExit(
-            f"{options.check} is not what its results say: run "
-            f"`python -m benchmarks.report --update {options.check}`."
-        )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from hero_kernels.objective import StrEnum, Support, choice
+from hero_kernels.constants import DIVERGENCE_CODES
+from hero_kernels.objective import Divergence, StrEnum, Support, choice
 
 
 class Function(StrEnum):
@@ -29,6 +30,7 @@ class Implementation:
     device: str | None
     """The device it runs on; None for any."""
     dtypes: tuple[torch.dtype, ...]
+    divergences: tuple[str, ...] = ("jsd", "forward_kl", "reverse_kl")
     full_only: bool = True
     """Whether it has `support="full"` only."""
     splits: bool = False
@@ -49,6 +51,7 @@ IMPLEMENTATIONS = {
         "hero_kernels.rows",
         None,
         (*_FLOATS, torch.float64),
+        divergences=tuple(DIVERGENCE_CODES),
         full_only=False,
         splits=True,
         logprobs="hero_kernels.rows_logprobs",
@@ -81,6 +84,7 @@ class Request(NamedTuple):
     device: str
     dtype: torch.dtype
     """Of the student's hidden states and weight."""
+    divergence: str = "jsd"
     support: str = "full"
     split: bool = False
     """Whether the vocabulary is seen in tiles or on several ranks."""
@@ -95,6 +99,7 @@ def supports(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    divergence: str = "jsd",
     support: str = "full",
     function: str = Function.DIVERGENCE,
     split: bool = False,
@@ -107,6 +112,7 @@ def supports(
         impl: "torch", "cpu", "cuda", "triton" or "triton_fused"; "auto" for any of them.
         device: where the tensors are.
         dtype: of the student's hidden states and weight.
+        divergence: as there.
         support: as there.
         function: "fused_linear_divergence" (and `divergence_from_logits`) or "linear_logprobs".
         split: whether `tile_columns` or a process group splits the vocabulary.
@@ -119,9 +125,12 @@ def supports(
         ValueError: there is no implementation, support or function of that name.
     """
     choice("function", function, Function)
+    choice("divergence", divergence, Divergence)
     choice("support", support, Support)
     where = torch.device(device)
-    request = Request(str(where), dtype, str(support), split, str(function), vocab_size)
+    request = Request(
+        str(where), dtype, str(divergence), str(support), split, str(function), vocab_size
+    )
     if impl == "auto":
         try:
             choose(impl, request)
@@ -147,6 +156,8 @@ def refusal(impl: str, request: Request) -> str | None:
             return f"it has no kernels for {request.function}"
         module = _load(entry.logprobs)
     else:
+        if request.divergence not in entry.divergences:
+            return f"it has no divergence={request.divergence!r}"
         if entry.full_only and request.support != "full":
             return f"support={request.support!r} is implemented by 'torch' only"
         if request.split and not entry.splits:

@@ -71,7 +71,9 @@ def divergence_from_logits(
     )  # fmt: skip
     student, teacher = _matrix(student_logits), _matrix(teacher_logits.detach())
     need_grad = torch.is_grad_enabled() and student_logits.requires_grad
-    request = backends.Request(str(student.device), student.dtype, str(what.support))
+    request = backends.Request(
+        str(student.device), student.dtype, str(what.divergence), str(what.support)
+    )
     name = backends.choose(impl, request)
     call = Call(name, 0, 0, vocab, need_hidden=need_grad, with_stats=return_stats)
     losses, stats, _ = _logits_divergence(
@@ -89,6 +91,7 @@ def divergence_from_logits(
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     checks.is_tensor("student_logits", student, "[..., V]")
     checks.is_tensor("teacher_logits", teacher, "[..., V]")
+    checks.no_tangent(student_logits=student)
     checks.no_grad_wanted("teacher_logits", teacher, "the teacher")
     checks.same_device("teacher_logits", teacher, "student_logits", student)
     if teacher.shape[:-1] != student.shape[:-1] or not student.dim() or not student.shape[-1]:

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.objective import DivergenceOutput, KernelOptions, ObjectiveKwargs
+from hero_kernels.objective import DivergenceOutput, KernelOptions, Objective, ObjectiveKwargs
 from hero_kernels.types import RowTensors
 
 _DEFAULTS = KernelOptions()
@@ -106,6 +106,9 @@ def fused_linear_divergence(
     what, temperatures = checks.objective("fused_linear_divergence", objective)
     student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
     checks.head("student_", student_hidden, student_weight, student_bias)
+    checks.no_tangent(
+        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias
+    )
     if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
         teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
     if teacher_topk is None:
@@ -137,7 +140,7 @@ def fused_linear_divergence(
             options.process_group, student_hidden, heads, vocab, options.validate
         )
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
-    facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what.support)
+    facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what)
     facts = facts._replace(
         impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
         with_stats=return_stats, per_row=reduction == "none", sharded=ranks > 1,
@@ -174,7 +177,7 @@ def _facts(
     heads: tuple[Tensor, ...],
     vocab: int,
     options: KernelOptions,
-    support: str,
+    what: Objective,
 ) -> planning.Facts:
     """What decides how a call is carried out, as far as tensors and options say it."""
     hidden, weight, bias = student
@@ -183,7 +186,8 @@ def _facts(
     return planning.Facts(
         str(hidden.device),
         hidden.dtype,
-        str(support),
+        str(what.divergence),
+        str(what.support),
         rows,
         max(heads[0].shape[1], heads[-1].shape[1]),
         weight.shape[0],
@@ -313,6 +317,11 @@ def _check_topk(
     if any(tensor is not None for tensor in own_teacher):
         raise ValueError(
             "teacher_weight and teacher_bias have no use beside teacher_topk: leave them out."
+        )
+    if not isinstance(topk, (tuple, list)) or len(topk) != 2:
+        raise TypeError(
+            f"teacher_topk must be a pair (ids [..., k], log-probabilities [..., k]), got "
+            f"{type(topk).__name__}."
         )
     ids, logprobs = topk
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):

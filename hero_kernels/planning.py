@@ -24,6 +24,7 @@ class Facts(NamedTuple):
     device: str
     dtype: torch.dtype
     """Of the student's hidden states and weight."""
+    divergence: str
     support: str
     num_rows: int
     """Rows that the call may compute; read only with a budget."""
@@ -75,7 +76,7 @@ def traced_plan(objective: Objective, facts: Facts) -> Plan:
     """`plan` for `torch.compile`: facts are made constants, so that a size that would be a symbol
     is compiled for anew; the objective's numbers stay as they are."""
     constants = [operator.index(fact) if type(fact) is int else fact for fact in facts]
-    text, in_backward = _constant_call_of(*constants)
+    text, in_backward = _call_of(*constants)
     return Plan(encoded(objective, text), numbers_of(objective), in_backward)
 
 
@@ -92,7 +93,8 @@ def _call_of(*values: Any) -> tuple[str, bool]:
     return call.text, in_backward and any(needs)
 
 
-_constant_call_of = torch.compiler.assume_constant_result(_call_of)
+# As `torch.compiler.assume_constant_result` does, which would import torch._dynamo: seconds.
+_call_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decide(facts: Facts) -> tuple[str, int, int]:
@@ -120,7 +122,7 @@ def decide(facts: Facts) -> tuple[str, int, int]:
 
 def _request(facts: Facts, split: bool) -> backends.Request:
     return backends.Request(
-        facts.device, facts.dtype, facts.support, split, vocab_size=facts.columns
+        facts.device, facts.dtype, facts.divergence, facts.support, split, vocab_size=facts.columns
     )
 
 
@@ -150,6 +152,7 @@ def explain(
     shared_head: bool = True,
     trainable_trunk: bool = True,
     trainable_head: bool = True,
+    divergence: str = "jsd",
     support: str = "full",
     impl: str = "auto",
     options: KernelOptions | None = None,
@@ -166,7 +169,8 @@ def explain(
         shared_head: whether `teacher_weight` is None.
         trainable_trunk: whether the student's hidden states require grad.
         trainable_head: whether the student's weight requires grad.
-        support: as for `fused_linear_divergence`.
+        divergence: as for `fused_linear_divergence`.
+        support: as there.
         impl: as there.
         options: as there.
 
@@ -183,9 +187,9 @@ def explain(
             "options.process_group None."
         )
     facts = Facts(
-        str(torch.device(device)), dtype, support, num_rows, hidden_size, vocab_size, vocab_size,
-        trainable_trunk, trainable_head, False, options.tile_rows or 0, options.tile_columns or 0,
-        options.memory_budget or 0, 0, impl, shared_head,
+        str(torch.device(device)), dtype, divergence, support, num_rows, hidden_size, vocab_size,
+        vocab_size, trainable_trunk, trainable_head, False, options.tile_rows or 0,
+        options.tile_columns or 0, options.memory_budget or 0, 0, impl, shared_head,
     )  # fmt: skip
     name, rows, columns = decide(facts)
     request = _request(facts, bool(columns))

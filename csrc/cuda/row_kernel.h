@@ -147,8 +147,7 @@ struct Target {
 
 HERO_DEVICE float load_element(const char* row, int32_t dtype, int64_t column) {
     if (dtype == FLOAT32) return reinterpret_cast<const float*>(row)[column];
-    const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[column];
-    return dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+    return from_half(dtype, reinterpret_cast<const uint16_t*>(row)[column]);
 }
 
 template <bool delta>
@@ -286,22 +285,22 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         Values values = no_values();
         const bool last = !resident || !third;
         const Position second = resident ? start : at;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, second,
-                          !resident, last, [&](const Logits& z, int column) {
+        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, second, !resident,
+                          last, [&](const Logits& z, int column) {
                               float gradient[COLUMNS_PER_THREAD];
                               add_values<divergence, delta>(z, n, mixture, centre, with_stats,
                                                             values, gradient);
                               if (!is_jsd && problem.grad) store(z, column, gradient);
                           });
         // Without a third sweep the sums are only to be written down.
-        values =
-            reduce_cluster(exchange, plan, work.rank, reductions++, third, values, no_values(),
-                           [&](const Values& sums) { return combine<divergence>(sums, with_stats); });
+        values = reduce_cluster(
+            exchange, plan, work.rank, reductions++, third, values, no_values(),
+            [&](const Values& sums) { return combine<divergence>(sums, with_stats); });
         if (is_jsd) centre.mean = values.centre;
         if (is_jsd && third)
             at = sweep<delta>(
-                problem, plan, work, exchange, lanes, row, scaling, resident ? start : at,
-                !resident, true, [&](const Logits& z, int column) {
+                problem, plan, work, exchange, lanes, row, scaling, resident ? start : at, !resident,
+                true, [&](const Logits& z, int column) {
                     float gradient[COLUMNS_PER_THREAD];
                     jsd_gradient<delta>(z, n, mixture, centre, gradient);
                     store(z, column, gradient);

@@ -91,8 +91,7 @@ HERO_DEVICE Masses combine(const Masses& mine, bool with_tops) {
     all.growth = warp_sum(growth * teacher_factor);
     all.log_ratio = all.reference = 0.0f;
     if (divergence != FORWARD_KL)
-        all.reference =
-            warp_max(mine.max_student == all.max_student ? mine.reference : -INFINITY);
+        all.reference = warp_max(mine.max_student == all.max_student ? mine.reference : -INFINITY);
     if (divergence == REVERSE_KL) {
         const float apart = shifted(mine.reference, all.shift) - shifted(all.reference, all.shift);
         all.log_ratio = warp_sum((mine.log_ratio + apart * mine.student) * student_factor);
@@ -232,7 +231,8 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
         const float log2_far =
             delta ? log2_p + x * LOG2_E : (z.student[i] - (sums.shift + sums.max_teacher)) * LOG2_E;
         const float near = p * (x + x * x * quadratic_remainder(x));
-        sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? near : exp2_approx(lowest(log2_far, 126.0f)) - p;
+        const float far = exp2_approx(lowest(log2_far, 126.0f)) - p;
+        sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? near : far;
         sums.teacher += p;
         sums.student += q;
         if (divergence == REVERSE_KL) sums.log_ratio += q * (x - reference);
@@ -295,8 +295,7 @@ HERO_DEVICE float bracket(float x, const Mixture& mixture) {
 // Where the student is confident, bracket and centre of this token are nearly the same large number,
 // and their difference is its gradient; so both are formed as small numbers.
 struct Centre {
-    float reference;
-    float mean;  // under p_s, of bracket - reference
+    float reference, mean;  // mean: under p_s, of bracket - reference
 
     template <int divergence>
     HERO_DEVICE static Centre of(const Masses& sums, const Normaliser& n, const Mixture& mixture) {
@@ -304,8 +303,8 @@ struct Centre {
     }
 };
 
-// Sweep 2 over eight columns: adds their share of the divergence; for both KLs turns
-// `gradient` into the gradient, but for factors of the row.
+// Sweep 2 over eight columns: adds their share of the divergence; for both KLs fills `gradient`, but
+// for factors of the row.
 template <int divergence, bool delta>
 HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture& mixture,
                             const Centre& centre, bool with_entropies, Values& sums,
@@ -327,7 +326,7 @@ HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture&
             sums.divergence += kl_term(q, p, -x);
             gradient[i] = q * ((x - centre.reference) - centre.mean);
         } else {
-            const LogMixture log_m = log_mixture(x, mixture);
+            const LogMixture<float> log_m = log_mixture(x, mixture);
             const float m = mixture.beta * p + mixture.other * q;
             sums.centre += q * (-log_m.from_student - centre.reference);
             sums.divergence += mixture.beta * kl_term(p, m, log_m.from_teacher) +

@@ -74,11 +74,10 @@ def bounded(log_ratio):
 @triton.jit
 def probabilities(log_p, log_q, x):
     """p_t, p_s, and p_s - p_t without cancellation, where x = log p_s - log p_t."""
-    p = exp(log_p)
+    p, q = exp(log_p), exp(log_q)
     near = p * (x + x * x * quadratic_remainder(x))
-    # Not p exp(x), which could be 0 times infinity, and is 0 where the teacher alone is masked.
-    difference = tl.where(tl.abs(x) <= CLOSE, near, exp(log_q) - p)
-    return p, p + difference, difference
+    is_close = tl.abs(x) <= CLOSE
+    return p, tl.where(is_close, p + near, q), tl.where(is_close, near, q - p)
 
 
 @triton.jit

@@ -239,7 +239,7 @@ def divergence_kernel(
             centre = tl.load(statistics_ptr + MEAN) / sum_s - offset
 
     divergence = tl.zeros((BLOCK_V,), tl.float32)
-    student_part = tl.zeros((BLOCK_V,), tl.float32)
+    centre_sum = tl.zeros((BLOCK_V,), tl.float32)
     entropy_s = tl.zeros((BLOCK_V,), tl.float32)
     entropy_t = tl.zeros((BLOCK_V,), tl.float32)
     for start in range(begin, end, BLOCK_V):
@@ -256,9 +256,10 @@ def divergence_kernel(
             from_teacher, from_student = log_mixture(x, beta, other_beta)
             if WITH_VALUES:
                 m = beta * p + other_beta * q
-                term = kl_term(q, m, from_student)
-                student_part += term
-                divergence += beta * kl_term(p, m, from_teacher) + other_beta * term
+                divergence += beta * kl_term(p, m, from_teacher)
+                divergence += other_beta * kl_term(q, m, from_student)
+                # Not the sum of the kl_terms: the error of a large p_s must cancel in the bracket.
+                centre_sum -= q * from_student
         elif WITH_VALUES:
             if DIVERGENCE == FORWARD_KL:
                 divergence += kl_term(p, q, x)
@@ -283,7 +284,7 @@ def divergence_kernel(
         out_ptr = values_ptr + (part.to(tl.int64) * rows + row) * NUM_VALUES
         tl.store(out_ptr + VALUE, value)
         if DIVERGENCE == JSD:
-            tl.store(out_ptr + CENTRE, tl.sum(student_part, 0))
+            tl.store(out_ptr + CENTRE, tl.sum(centre_sum, 0))
         elif DIVERGENCE == FORWARD_KL:
             tl.store(out_ptr + CENTRE, 0.0)
         else:

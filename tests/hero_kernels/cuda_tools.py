@@ -17,6 +17,7 @@ import torch
 from tile_cases import FLOATS, FORWARD_KL, JSD, REVERSE_KL, Case, make_case
 from torch import Tensor
 
+from hero_kernels import cuda
 from hero_kernels.constants import NUM_STATS
 from hero_kernels.cpu import rows_problem
 from hero_kernels.objective import Objective
@@ -167,6 +168,28 @@ class Emulator:
             ctypes.byref(problem), ctypes.byref(limits), ctypes.byref(plan)
         )
         return plan
+
+
+def on_cuda(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
+    """`cuda.divergence_rows` on copies of CPU tensors, each where it was relative to 16 bytes."""
+    moved = {
+        name: _to_cuda(value) if isinstance(value, Tensor) else value
+        for name, value in tile._asdict().items()
+    }
+    for name in ("student", "teacher"):
+        if tile.grad is getattr(tile, name):
+            moved["grad"] = moved[name]
+    of_rows = RowTensors(*(None if value is None else value.cuda() for value in rows))
+    stats = cuda.divergence_rows(Tile(**moved), of_rows, objective, with_stats)
+    if tile.grad is not None:
+        tile.grad.copy_(moved["grad"])
+    return stats.cpu()
+
+
+def _to_cuda(tensor: Tensor) -> Tensor:
+    """With the strides and the storage offset of the original."""
+    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
+    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,12 @@ def test_weight_gradient(rows: int, hidden: int, vocab: int, dtype: torch.dtype)
         assert relative_error(total, 2 * expected) < EXACT
 
 
+def test_no_tokens_give_a_gradient_of_zero() -> None:
+    total = torch.full((20, 8), torch.nan)
+    cpu_gemm.weight_gradient_into(total, random(0, 20), random(0, 8), accumulate=False)
+    assert total.eq(0).all()
+
+
 def test_the_number_of_threads_does_not_matter() -> None:
     grad, weight, hidden = random(70, 900), random(900, 100), random(70, 100)
     before = torch.get_num_threads()
@@ -85,3 +91,21 @@ def test_the_number_of_threads_does_not_matter() -> None:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    """Of more than they hold the kernels would read memory that is not theirs."""
+    grad, weight, hidden = random(6, 20), random(20, 8), random(6, 8)
+    logits = torch.empty(6, 20)
+    for call in (
+        lambda: cpu_gemm.logits_into(random(20, 9), (logits, hidden)),
+        lambda: cpu_gemm.logits_into(weight, (torch.empty(6, 19), hidden)),
+        lambda: cpu_gemm.hidden_gradient(grad, random(21, 8)),
+        lambda: cpu_gemm.add_hidden_gradient(torch.zeros(5, 8), grad, weight),
+        lambda: cpu_gemm.weight_gradient_into(torch.empty(20, 8), grad, random(7, 8), False),
+        lambda: cpu_gemm.weight_gradient_into(torch.empty(20, 9), grad, hidden, False),
+    ):
+        with pytest.raises(ValueError, match="which must be equal, and give"):
+            call()
+    with pytest.raises(ValueError, match=r"same shapes; got \[6, 8\] to \[6, 20\] and \[5, 8\]"):
+        cpu_gemm.logits_into(weight, (logits, hidden), (logits, random(5, 8)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,6 @@ from tile_cases import (
     DELTA,
     DIVERGENCES,
     FLOATS,
-    FORWARD_KL,
     JSD,
     check,
     far_apart,
@@ -61,141 +62,6 @@ def test_every_length_of_row(divergence: str, vocab: int) -> None:
 
 @DIVERGENCES
 @DELTA
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"softcap": 6.0},
-        {"softcap": 30.0, "logit_scale": 0.7, "temperature": 0.7, "bias": True},
-        {"logit_scale": 0.7, "temperature": 2.0, "beta": 0.2, "bias": True},
-        {"beta": 0.9},
-    ],
-    ids=lambda options: "-".join(options),
-)
-def test_transforms(divergence: str, delta: bool, options: dict[str, Any]) -> None:
-    options = dict(options)
-    if options.pop("bias", False):
-        options["student_bias"], options["teacher_bias"] = torch.randn(2, 1300)
-    check(divergence_rows, make_case(divergence, delta, **options))
-
-
-@DIVERGENCES
-@pytest.mark.parametrize("softcap", [None, 20.0], ids=["plain", "softcap"])
-@pytest.mark.parametrize("scale", [1.0, 1e-1, 1e-2, 1e-3, 1e-4, 5e-5])
-def test_nearby_distributions_keep_relative_accuracy(
-    divergence: str, softcap: float, scale: float
-) -> None:
-    """KL from 1 down to 1e-9, with a constant offset of delta and large logits."""
-    case = make_case(divergence, True, vocab=5000, scale=scale, softcap=softcap)
-    case.student += scale
-    stats, grad = case.run(divergence_rows)
-    true_stats, true_grad = case.truth()
-    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
-    assert relative_error(grad, true_grad) < 1e-5
-
-
-@DIVERGENCES
-@DELTA
-def test_equal_distributions_are_exactly_zero(divergence: str, delta: bool) -> None:
-    case = make_case(divergence, delta, scale=0.0, logit_scale=0.3, temperature=1.4, softcap=11.0)
-    stats, grad = case.run(divergence_rows)
-    assert stats[:, 0].eq(0).all()
-    assert grad.eq(0).all()
-
-
-@DIVERGENCES
-@DELTA
-def test_distant_distributions(divergence: str, delta: bool) -> None:
-    """Log ratios beyond 30, where p_t e^x over- or underflows, and a student offset by a constant.
-
-    Where the supports hardly meet, the JSD is flat and its gradient a difference of equal numbers.
-    """
-    case = make_case(divergence, delta, scale=40.0)
-    case.student += 50.0
-    stats, grad = case.run(divergence_rows)
-    true_stats, true_grad = case.truth()
-    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
-    assert (grad - true_grad).norm() < 1e-5 * (true_grad.norm() + 1e-2)
-    if divergence == JSD:
-        assert stats[:, 0].max() <= 0.6931472
-
-
-@DIVERGENCES
-@DELTA
-def test_masked_vocabulary(divergence: str, delta: bool) -> None:
-    """-inf on both sides: as if the columns were not there."""
-    case = make_case(divergence, delta, vocab=500)
-    kept = torch.rand(500) < 0.6
-    shorter = replace(case, student=case.student[:, kept], teacher=case.teacher[:, kept])
-    case.teacher[:, ~kept] = -torch.inf
-    case.student[:, ~kept] = torch.nan if delta else -torch.inf  # -inf - -inf
-    stats, grad = case.run(divergence_rows)
-    true_stats, true_grad = shorter.truth()
-    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
-    assert relative_error(grad[:, kept], true_grad) < 1e-5
-    assert grad[:, ~kept].eq(0).all()
-
-
-def test_masks_that_differ_are_finite_for_jsd() -> None:
-    case = make_case(JSD, False, vocab=200)
-    case.teacher[:, :50] = -torch.inf
-    case.student[:, 150:] = -torch.inf
-    stats, grad = case.run(divergence_rows)
-    finite = replace(
-        case, student=case.student.clamp(min=-300), teacher=case.teacher.clamp(min=-300)
-    )
-    true_stats, true_grad = finite.truth()
-    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
-    assert relative_error(grad, true_grad) < 1e-5
-
-
-@DIVERGENCES
-@DELTA
-def test_padding_columns_are_ignored(divergence: str, delta: bool) -> None:
-    case = make_case(divergence, delta, vocab=1100, num_real=1037)
-    case.student[:, 1037:] = torch.nan
-    case.teacher[:, 1037:] = 1e30
-    check(divergence_rows, case)
-    assert case.run(divergence_rows)[1][:, 1037:].eq(0).all()
-
-
-@DIVERGENCES
-@DELTA
-def test_statistics(divergence: str, delta: bool) -> None:
-    case = make_case(divergence, delta, rows=40, vocab=50, scale=1.5, with_stats=True)
-    case.target_ids = torch.randint(-1, 50, (40,))
-    agree = case.truth()[0][:, 6].mean()
-    assert 0 < agree < 1
-    check(divergence_rows, case)
-
-
-@DIVERGENCES
-@pytest.mark.parametrize("is_clip", [None, 1.1], ids=["unclipped", "clipped"])
-def test_row_weights_and_importance_ratio(divergence: str, is_clip: float | None) -> None:
-    case = make_case(divergence, True, rows=30, vocab=50, is_clip=is_clip)
-    case.row_weights = torch.rand(30)
-    case.target_ids = torch.randint(-1, 50, (30,))
-    case.old_logprobs = case.truth()[0][:, 2].float() + 0.3 * torch.randn(30)
-    ratio = case.truth()[0][:, 1]
-    assert ratio.min() < 1 < ratio.max()
-    check(divergence_rows, case)
-
-
-@DIVERGENCES
-def test_weight_zero_hides_garbage(divergence: str) -> None:
-    case = make_case(divergence, False, rows=4)
-    case.row_weights = torch.tensor([1.0, 0.0, 0.0, 1.0])
-    case.student[1] = torch.nan
-    case.teacher[3, 7] = torch.nan
-    stats, grad = case.run(divergence_rows)
-    truth, _ = make_case(divergence, False, rows=4).truth()
-    assert grad[1:3].eq(0).all()
-    assert stats[1].eq(0).all()
-    assert stats[2, 0].item() == pytest.approx(truth[2, 0].item(), rel=1e-5)
-    assert stats[3, 0].isnan() and grad[3].isnan().all()
-
-
-@DIVERGENCES
-@DELTA
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("target", ["student", "teacher"])
 def test_gradient_in_place(divergence: str, delta: bool, dtype: torch.dtype, target: str) -> None:
@@ -218,38 +84,6 @@ def test_more_than_2_31_logits(delta: bool) -> None:
     true_stats, true_grad = case.truth()
     torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
     assert relative_error(far.student, true_grad) < 1e-5
-
-
-@DIVERGENCES
-def test_rows_that_hold_logits_among_differences(divergence: str) -> None:
-    """`absolute_rows`: what `tiles.py` leaves where delta would be rounded."""
-    case = make_case(divergence, True, scale=2.0, vocab=300, softcap=20.0)
-    case.student_bias = case.teacher_bias = torch.randn(300)
-    case.student[1] += case.teacher[1]
-    case.absolute_rows = torch.tensor([False, True, False])
-    check(divergence_rows, case)
-
-
-def test_no_gradient_wanted() -> None:
-    case = make_case(JSD, True)
-    before = case.student.clone()
-    stats = case.call(divergence_rows, None)
-    assert torch.equal(stats, case.run(divergence_rows)[0])
-    assert torch.equal(case.student, before)
-
-
-@DELTA
-def test_strided_and_expanded_rows(delta: bool) -> None:
-    case = make_case(FORWARD_KL, delta, rows=6)
-    expanded = replace(
-        case, student=case.student[::2, 100:900], teacher=case.teacher[:1, 100:900].expand(3, 800)
-    )
-    workspace = torch.full((3, 2, 800), 7.0)
-    stats = expanded.call(divergence_rows, workspace[:, 0])
-    true_stats, true_grad = expanded.truth()
-    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
-    assert relative_error(workspace[:, 0], true_grad) < 1e-5
-    assert workspace[:, 1].eq(7.0).all()
 
 
 @DIVERGENCES
@@ -300,3 +134,14 @@ def test_time_of_a_chunk(dtype: torch.dtype) -> None:
     setting = f"{dtype}, {torch.get_num_threads()} threads, {cpu.instruction_set()}"
     print(f"\n256 x 49152 {setting}: {min(seconds) * 1e3:.1f} ms")
     assert min(seconds) < 2.0
+
+
+CROSS = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"there is no {CROSS}")
+@pytest.mark.parametrize("name", ["divergence_rows", "row_kernel", "bf16_gemm"])
+def test_another_processor_compiles(name: str, tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "csrc" / "cpu" / f"{name}.cpp"
+    command = [CROSS, "-std=c++17", "-O2", "-Wall", "-Werror", "-DHERO_ROW_FUNCTION=row", "-c"]
+    subprocess.run([*command, source, "-o", tmp_path / "object.o"], check=True, timeout=120)

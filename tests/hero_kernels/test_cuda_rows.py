@@ -9,13 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_tools import random_case
+from cuda_tools import on_cuda, random_case
 from tile_cases import DELTA, DIVERGENCES, JSD, check, make_case, relative_error
-from torch import Tensor
 
 from hero_kernels import cuda
-from hero_kernels.objective import Objective
-from hero_kernels.types import RowTensors, Tile
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,32 +20,10 @@ pytestmark = [
 ]
 
 
-def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
-    """The kernel on copies of CPU tensors, each where it was relative to 16 bytes."""
-    on_cuda = {
-        name: _to_cuda(value) if isinstance(value, Tensor) else value
-        for name, value in tile._asdict().items()
-    }
-    for name in ("student", "teacher"):
-        if tile.grad is getattr(tile, name):
-            on_cuda["grad"] = on_cuda[name]
-    moved = RowTensors(*(None if value is None else value.cuda() for value in rows))
-    stats = cuda.divergence_rows(Tile(**on_cuda), moved, objective, with_stats)
-    if tile.grad is not None:
-        tile.grad.copy_(on_cuda["grad"])
-    return stats.cpu()
-
-
-def _to_cuda(tensor: Tensor) -> Tensor:
-    """With the strides and the storage offset of the original."""
-    storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
-    return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
 @pytest.mark.parametrize("seed", range(200))
 def test_random_problems(seed: int) -> None:
     case, grad_dtype = random_case(seed)
-    check(divergence_rows, case, grad_dtype)
+    check(on_cuda, case, grad_dtype)
 
 
 @DIVERGENCES
@@ -58,13 +33,13 @@ def test_long_rows(divergence: str, delta: bool, vocab: int) -> None:
     """Clusters of every size, and rows that no cluster holds; more rows than run at once."""
     case = make_case(divergence, delta, rows=8, vocab=vocab, scale=0.5, with_stats=True)
     case.target_ids = torch.tensor([0, vocab - 1, -1, 1, 2, 3, 4, 5])
-    check(divergence_rows, case, torch.float32)
+    check(on_cuda, case, torch.float32)
 
 
 @DIVERGENCES
 def test_many_rows_have_the_bits_of_few(divergence: str) -> None:
     case = make_case(divergence, True, rows=16, vocab=49152)
-    stats, grad = case.run(divergence_rows)
+    stats, grad = case.run(on_cuda)
     student, teacher = (t.cuda().repeat(64, 1) for t in (case.student, case.teacher))
     many = replace(
         case, student=student, teacher=teacher, row_weights=torch.ones(1024, device="cuda")
@@ -81,16 +56,16 @@ def test_many_rows_have_the_bits_of_few(divergence: str) -> None:
 def test_gradient_in_place(divergence: str, vocab: int, target: str) -> None:
     case = make_case(divergence, True, rows=300, vocab=vocab)
     case = replace(case, student=case.student.bfloat16(), teacher=case.teacher.bfloat16())
-    stats, grad = case.run(divergence_rows, torch.bfloat16)
+    stats, grad = case.run(on_cuda, torch.bfloat16)
     inputs = {"student": case.student, "teacher": case.teacher}
-    in_place = case.call(divergence_rows, inputs[target])
+    in_place = case.call(on_cuda, inputs[target])
     assert torch.equal(in_place, stats)
     assert torch.equal(inputs[target], grad)
 
 
 def test_runs_on_the_current_stream() -> None:
     case = make_case(JSD, True, rows=64, vocab=49152)
-    stats, _ = case.run(divergence_rows)
+    stats, _ = case.run(on_cuda)
     weights = torch.ones(64, device="cuda")
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -5,6 +5,7 @@ The oracle sees the stored (rounded) logits, so that every deviation is the kern
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,6 +148,26 @@ def make_case(
     return Case(
         difference if delta else teacher + difference, teacher, delta, divergence, **options
     )
+
+
+def confident_case(
+    divergence: str,
+    delta: bool,
+    probability: float,
+    agrees: bool,
+    *,
+    rows: int = 3,
+    vocab: int = 1200,
+) -> Case:
+    """Both sides give one token this probability; `agrees`: the same token."""
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = 2 * torch.randn(2, rows, vocab, generator=generator, dtype=torch.float64)
+    for logits, top in ((student, 0), (teacher, 0 if agrees else 1)):
+        logits[:, top] = -torch.inf
+        logits[:, top] = logits.logsumexp(-1) + math.log(probability / (1 - probability))
+    teacher = teacher.float()
+    difference = student - teacher
+    return Case((difference if delta else student).float(), teacher, delta, divergence)
 
 
 def far_apart(matrix: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
-"""The fused design as a whole against fp64; run by test_triton_fused.py, in Triton's interpreter
-or on a GPU.
+"""Cases of the fused maker of logits against fp64; run by test_triton_cases.py, in Triton's
+interpreter or on a GPU.
 
-In the interpreter tensors are on the CPU, where the public function would refuse the design: the
-loop beneath it is called.
+In the interpreter its tiles are of 16 rows and 64 columns, with steps of 16 along the hidden size.
 """
 
 from __future__ import annotations
@@ -12,187 +11,186 @@ from typing import Any
 
 import pytest
 import torch
+from tile_cases import DIVERGENCES, Case, relative_error
 from torch import Tensor
-from triton_phases_tools import DEVICE
+from triton_tools import DEVICE, mend_interpreter, to_device
 
-from hero_kernels import logprob_loop, reference
-from hero_kernels.chunked import Head
-from hero_kernels.divergence_loop import RowTensors, run
-from hero_kernels.layout import Plan
-from hero_kernels.options import Divergence, Objective
+from hero_kernels.constants import SUM_S
+from hero_kernels.objective import Objective
+from hero_kernels.triton import fused, rows
+from hero_kernels.triton.configs import GEMMS
+from hero_kernels.types import Head, RowTensors, Tile
 
-DIVERGENCES = pytest.mark.parametrize("divergence", list(Divergence), ids=str)
-VOCAB, HIDDEN, ROWS = 300, 48, 29
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launch settings of an H100 where there is no device."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+if DEVICE == "cpu":
+    mend_interpreter()
+ROWS, VOCAB, WIDTH = 17, 100, 112
 
 
 class Inputs:
-    """Random tensors of a call, in 16 bits, and what the dense definition makes of them."""
+    """Random heads in 16 bits, and the tile for their logits, whose last columns are padding."""
 
-    def __init__(self, distance: float, own_head: bool, dtype: torch.dtype, **settings: Any):
+    def __init__(
+        self, distance: float, shared: bool, dtype: torch.dtype, size: int = 40, rows: int = ROWS
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        self.h_t = normal(ROWS, HIDDEN).to(dtype)
-        self.h_s = (self.h_t.float() + distance * normal(ROWS, HIDDEN)).to(dtype)
-        self.weight = (3 / math.sqrt(HIDDEN) * normal(VOCAB + 5, HIDDEN)).to(dtype)
-        self.own = (self.weight.float() + 0.1 * normal(VOCAB + 5, HIDDEN)).to(dtype)
-        self.own_head = own_head
-        self.bias = normal(VOCAB + 5).to(dtype)
-        self.weights = torch.rand(ROWS, generator=generator)
-        self.weights[::4] = 0
-        self.targets = torch.randint(VOCAB, (ROWS,), generator=generator)
-        self.settings = settings
+        self.shared = shared
+        self.h_t = normal(rows, size).to(dtype)
+        self.h_s = (self.h_t.float() + distance * normal(rows, size)).to(dtype)
+        self.w_t = (3 / math.sqrt(size) * normal(VOCAB, size)).to(dtype)
+        self.w_s = self.w_t
+        self.b_t = self.b_s = normal(WIDTH)
+        if not shared:  # of another hidden size too
+            self.h_s, self.w_s = normal(rows, 56).to(dtype), (0.5 * normal(VOCAB, 56)).to(dtype)
+            self.b_s = normal(WIDTH)
+        self.rows = RowTensors(torch.rand(rows), torch.randint(-1, VOCAB, (rows,)))
 
-    def ours(self, divergence: Divergence, with_ratio: bool) -> tuple[Tensor, Tensor, Any]:
-        """Losses, stats and gradients of the fused design."""
-        get = self.settings.get
-        objective = Objective(
-            divergence.code,
-            0.3,
-            get("temperature", 1.0),
-            get("softcap", 0.0),
-            1.0,
-            2.0,
-            0.0,
-            VOCAB,
-            "full",
-            0,
-            "student",
-            True,
+    def tile(self, objective: Objective) -> Tile:
+        """With its logits made; the gradient takes their place."""
+        dtype = fused.DELTA_DTYPE if self.shared else torch.float32
+        student = torch.full((len(self.h_t), WIDTH), torch.nan, dtype=dtype)
+        teacher = torch.full((len(self.h_t), WIDTH), torch.nan)
+        tile = to_device(Tile(student, teacher, None, self.shared, self.b_s, self.b_t))
+        tile = tile._replace(grad=tile.student, num_real=VOCAB)
+        heads = (
+            to_device(Head(h, w, b[:VOCAB]))
+            for h, w, b in ((self.h_s, self.w_s, self.b_s), (self.h_t, self.w_t, self.b_t))
         )
-        plan = Plan("auto", 12, "float32", 0, True, True, True, True, "fused")
-        h_s, h_t, weight, own, bias, weights, targets = (
-            tensor.to(DEVICE, copy=True)
-            for tensor in (
-                self.h_s, self.h_t, self.weight, self.own, self.bias, self.weights, self.targets,
-            )
-        )  # fmt: skip
-        h_s[weights == 0] = torch.nan
-        student = Head(h_s, weight, bias)
-        teacher = Head(h_t, own if self.own_head else weight, bias)
-        old = self.old_logprobs().to(DEVICE) if with_ratio else None
-        rows = RowTensors(weights, targets, old, None, None)
-        result = run(student, teacher, rows, objective, plan)
-        return result.losses.cpu(), result.stats.cpu(), [g.cpu() for g in result.gradients]
+        return fused.logits_into(tile, *heads, to_device(self.rows), objective)
 
-    def old_logprobs(self) -> Tensor:
-        return torch.linspace(-9, -1, ROWS)
+    def logits(self) -> tuple[Tensor, Tensor]:
+        """Of student and teacher, in fp64."""
+        products = ((self.h_s, self.w_s), (self.h_t, self.w_t))
+        student, teacher = (h.double() @ w.double().t() for h, w in products)
+        return student, teacher
 
-    def truth(self, divergence: Divergence, with_ratio: bool) -> tuple[Any, list[Tensor]]:
-        h_s, weight, bias = (
-            tensor.double().requires_grad_() for tensor in (self.h_s, self.weight, self.bias)
-        )
-        output = reference.fused_linear_divergence(
-            h_s,
-            weight,
-            self.h_t.double(),
-            self.own.double() if self.own_head else None,
-            divergence=str(divergence),
-            beta=0.3,
-            student_bias=bias,
-            teacher_bias=self.bias.double() if self.own_head else None,
-            token_weights=self.weights.double(),
-            target_ids=self.targets,
-            old_logprobs=self.old_logprobs().double() if with_ratio else None,
-            is_clip=2.0 if with_ratio else None,
-            reduction="sum",
-            vocab_size=VOCAB,
-            **{k: v or None for k, v in self.settings.items()},
-        )
-        return output, list(torch.autograd.grad(output.loss, (h_s, weight, bias)))
+    def truth(self, **settings: Any) -> tuple[Tensor, Tensor]:
+        """Statistics [R, 8] and gradient [R, V] in fp64."""
+        case = Case(*self.logits(), delta=False, with_stats=True, **settings)
+        case.student_bias, case.teacher_bias = self.b_s[:VOCAB], self.b_t[:VOCAB]
+        case.row_weights, case.target_ids = self.rows.weights, self.rows.target_ids
+        case.temperatures = self.rows.temperatures
+        return case.truth()
 
 
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth).norm() / truth.norm())
-
-
-@DIVERGENCES
-@pytest.mark.parametrize(
-    ("distance", "own_head", "dtype", "settings"),
+# Hidden sizes: rows of 40 are read by descriptors, those of 33 element by element.
+KINDS = pytest.mark.parametrize(
+    ("distance", "shared", "dtype", "size"),
     [
-        pytest.param(1.0, False, torch.bfloat16, {}, id="far"),  # h_s - h_t is no 16-bit number
-        pytest.param(1e-2, False, torch.bfloat16, {}, id="near"),
-        pytest.param(0.1, False, torch.float16, {"temperature": 1.5, "softcap": 20.0}, id="fp16"),
-        pytest.param(0.3, True, torch.bfloat16, {}, id="own-head"),
+        pytest.param(1.0, True, torch.bfloat16, 40, id="far"),  # h_s - h_t is not a 16-bit number
+        pytest.param(1e-2, True, torch.bfloat16, 33, id="near"),
+        pytest.param(0.1, True, torch.float16, 40, id="fp16"),
+        pytest.param(0.0, False, torch.bfloat16, 40, id="own-heads"),
     ],
 )
-def test_against_the_dense_definition(
-    divergence: Divergence, distance: float, own_head: bool, dtype: torch.dtype, settings: Any
-) -> None:
-    inputs = Inputs(distance, own_head, dtype, **settings)
-    # A ratio is as exact as the target's log-probability: 2^-11 of delta, which is large if far.
-    with_ratio = settings == {} and distance < 1
-    losses, stats, gradients = inputs.ours(divergence, with_ratio)
-    truth, expected = inputs.truth(divergence, with_ratio)
-    active = inputs.weights != 0
-    assert relative_error(losses.sum(), truth.loss.detach()) < 1e-3
-    for column, value in ((2, truth.student_logprobs), (3, truth.teacher_logprobs)):
-        torch.testing.assert_close(
-            stats[active, column].double(), value[active], rtol=2e-3, atol=2e-3
-        )
-    torch.testing.assert_close(
-        stats[active, 4].double(), truth.student_entropy[active], rtol=2e-3, atol=2e-3
-    )
-    for gradient, exact, limit in zip(gradients, expected, (3e-3, 3e-3, 4e-3), strict=True):
-        assert relative_error(gradient, exact) < limit
-    assert gradients[0][~active].eq(0).all() and gradients[1][VOCAB:].eq(0).all()
 
 
 @DIVERGENCES
-def test_equal_hidden_states_give_exactly_zero(divergence: Divergence) -> None:
-    inputs = Inputs(0.0, False, torch.bfloat16)
-    losses, _, gradients = inputs.ours(divergence, with_ratio=False)
-    assert losses.eq(0).all() and all(gradient.eq(0).all() for gradient in gradients)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_log_probabilities_without_logits(dtype: torch.dtype) -> None:
-    """The forward pass in one GEMM, and the usual backward pass from its numbers."""
-    inputs = Inputs(1.0, False, dtype)
-    h, weight, bias = (
-        tensor.double().requires_grad_() for tensor in (inputs.h_s, inputs.weight, inputs.bias)
-    )
-    logits = reference.scaled_logits(
-        h, weight, bias, temperature=1.3, softcap=25.0, vocab_size=VOCAB
-    )
-    logp = torch.log_softmax(logits, -1)
-    picked = logp.gather(1, inputs.targets[:, None])[:, 0]
-    entropy = -(logp.exp() * logp).sum(-1)
-    active = inputs.weights != 0
-    upstream = torch.stack([inputs.weights, 0.1 * inputs.weights], 1)
-    total = (upstream[:, 0] * picked + upstream[:, 1] * entropy).sum()
-    expected = torch.autograd.grad(total, (h, weight, bias))
-
-    states, head, of_head, targets, mask, weights = (
-        tensor.to(DEVICE, copy=True)
-        for tensor in (
-            inputs.h_s, inputs.weight, inputs.bias, inputs.targets, active, upstream.float(),
-        )
-    )  # fmt: skip
-    states[~mask] = torch.nan
-    plan = Plan("auto", 12, "float32", 0, True, True, True, True, "fused")
-    arguments = (Head(states, head, of_head), logprob_loop.Tokens(targets, mask))
-    transform = logprob_loop.Transform(1.3, 25.0, 1.0, VOCAB)
-    stats = logprob_loop.forward(*arguments, transform, plan)
+@KINDS
+def test_against_fp64(
+    divergence: str, distance: float, shared: bool, dtype: torch.dtype, size: int
+) -> None:
+    inputs = Inputs(distance, shared, dtype, size)
+    inputs.rows = inputs.rows._replace(temperatures=torch.rand(ROWS) + 0.7)
+    settings: dict[str, Any] = {"divergence": divergence, "softcap": 20.0, "logit_scale": 0.8}
+    objective = Objective(**settings)
+    tile = inputs.tile(objective)
+    student, teacher = inputs.logits()
+    expected = student - teacher if shared else student
     torch.testing.assert_close(
-        stats[mask, :2].double().cpu(),
-        torch.stack([picked, entropy], 1)[active].detach(),
-        rtol=1e-5,
-        atol=2e-5,
+        tile.teacher[:, :VOCAB].double().cpu(), teacher, rtol=1e-5, atol=1e-5
     )
-    assert stats[~mask].eq(0).all()
-    grads = logprob_loop.backward(
-        *arguments, stats, weights, transform, plan._replace(design="chunked")
+    rounding = 2**-11 if shared else 1e-6
+    assert relative_error(tile.student[:, :VOCAB].cpu(), expected) < rounding
+    stats = fused.divergence_rows(tile, to_device(inputs.rows), objective, True)
+    true_stats, true_grad = inputs.truth(**settings)
+    error = 2e-3 if shared else 1e-5  # 2^-11 of delta, which is large if far
+    torch.testing.assert_close(
+        stats[:, 2:].double().cpu(), true_stats[:, 2:], rtol=error, atol=error
     )
-    for gradient, exact in zip(grads, expected, strict=True):
-        assert gradient is not None
-        assert relative_error(gradient.cpu(), exact) < 4e-3
+    assert relative_error(stats[:, 0].cpu(), true_stats[:, 0]) < error
+    assert relative_error(tile.grad[:, :VOCAB].cpu(), true_grad) < (3e-3 if shared else 1e-5)
+    assert tile.grad[:, VOCAB:].eq(0).all()
+
+
+@KINDS
+def test_statistics_are_those_of_the_stored_logits(
+    distance: float, shared: bool, dtype: torch.dtype, size: int
+) -> None:
+    """A row kernel that reads the logits back finds the same."""
+    inputs = Inputs(distance, shared, dtype, size)
+    objective = Objective(softcap=20.0)
+    tile = inputs.tile(objective)
+    again = rows.row_statistics(tile, to_device(inputs.rows), objective)
+    torch.testing.assert_close(tile.statistics, again, rtol=1e-5, atol=1e-5)
+
+
+@DIVERGENCES
+def test_equal_hidden_states_give_exactly_zero(divergence: str) -> None:
+    inputs = Inputs(0.0, True, torch.bfloat16, rows=5)
+    objective = Objective(divergence=divergence)
+    tile = inputs.tile(objective)
+    stats = fused.divergence_rows(tile, to_device(inputs.rows), objective, False)
+    assert stats[:, 0].eq(0).all() and tile.grad.eq(0).all()
+
+
+def test_order_of_tiles_repeats_and_garbage_stays_alone() -> None:
+    """Two groups of row tiles, of which the last is short; twice the same bits."""
+    inputs, kept = Inputs(0.1, True, torch.bfloat16, rows=140), torch.arange(140) != 3
+    inputs.h_s[3] = torch.nan
+    first, second = (inputs.tile(Objective()) for _ in range(2))
+    assert torch.equal(first.student[kept, :VOCAB], second.student[kept, :VOCAB])
+    assert torch.equal(first.statistics[kept], second.statistics[kept])
+    assert first.statistics[kept].isfinite().all() and first.statistics[3, SUM_S].isnan()
+    teacher = first.teacher[:, :VOCAB].double().cpu()
+    torch.testing.assert_close(teacher, inputs.logits()[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [40, 33])
+def test_log_probabilities_without_logits(size: int) -> None:
+    inputs = Inputs(1.0, True, torch.bfloat16, size)
+    objective = Objective(temperature=1.3, softcap=25.0)
+    ids = inputs.rows.target_ids
+    stats = fused.logprob_rows(
+        *to_device(Head(inputs.h_s, inputs.w_s, inputs.b_s[:VOCAB])),
+        ids.to(DEVICE), objective, VOCAB, True,
+    )  # fmt: skip
+    z = 25.0 * torch.tanh((inputs.logits()[0] + inputs.b_s[:VOCAB]) / 25.0) / 1.3
+    log_p = z.log_softmax(-1)
+    logprobs = log_p.gather(1, ids.clamp(min=0)[:, None])[:, 0].where(ids >= 0, 0.0)
+    entropies, maxima = -(log_p.exp() * log_p).sum(-1), z.amax(-1)
+    truth = torch.stack([logprobs, entropies, maxima, z.logsumexp(-1) - maxima], 1)
+    torch.testing.assert_close(stats.double().cpu(), truth, rtol=1e-5, atol=1e-5)
+
+
+def test_no_rows() -> None:
+    inputs = Inputs(0.0, True, torch.bfloat16, rows=0)
+    assert inputs.tile(Objective()).statistics.shape == (0, 12)
+
+
+def test_refusals() -> None:
+    assert fused.refusal((9, 0), torch.bfloat16, 151_936) is None
+    assert "8.0 or newer, got 7.5" in (fused.refusal((7, 5), torch.float16, 100) or "")
+    assert "got torch.float32" in (fused.refusal((9, 0), torch.float32, 100) or "")
+    assert "2^24" in (fused.refusal((9, 0), torch.float16, 1 << 24) or "")
+
+
+def test_operand_path() -> None:
+    """Rows of a multiple of 16 bytes for the accelerator; Triton's own notion for pointers."""
+    paths = {
+        size: [
+            fused.operand_path(GEMMS[arch], torch.empty(4, size, dtype=torch.bfloat16))
+            for arch in (80, 90, 100, 120)
+        ]
+        for size in (64, 24, 20)
+    }
+    assert paths[64] == ["aligned", "descriptors", "descriptors", "aligned"]
+    assert paths[24] == ["unaligned", "descriptors", "descriptors", "unaligned"]
+    assert paths[20] == ["unaligned"] * 4
+    padded = torch.empty(4, 64, dtype=torch.bfloat16)
+    assert fused.operand_path(GEMMS[90], padded[:, :61]) == "descriptors"
+    assert fused.operand_path(GEMMS[80], padded[:, :61]) == "unaligned"
+    assert fused.operand_path(GEMMS[90], padded[:, 1:]) == "unaligned"

@@ -1,151 +1,187 @@
-"""Cases of the Triton log-probability kernels against fp64 (logprob_cases.py).
+"""Cases of the Triton log-probability kernels against log_softmax and autograd in fp64.
 
-test_triton_rows.py runs this file in a process of its own: with TRITON_INTERPRET=1, which must be
-set before triton is imported, or on a GPU.
+Run by test_triton_cases.py, in Triton's interpreter or on a GPU. The oracle sees the logits as
+stored, so that every deviation is the kernel's own.
 """
 
 from __future__ import annotations
 
-import os
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from logprob_cases import (
-    TRANSFORMS,
-    check,
-    check_garbage,
-    check_in_place,
-    check_masked_columns,
-    check_strided,
-    make_case,
-    relative_error,
-)
 from torch import Tensor
-from triton_tools import mend_interpreter
+from triton_tools import DEVICE, mend_interpreter
 
+from hero_kernels.objective import Objective
 from hero_kernels.triton import logprobs
-from hero_kernels.triton.configs import RowConfig
+from hero_kernels.types import Tile
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if INTERPRETED:
+if DEVICE == "cpu":
     mend_interpreter()
-SMALL_BLOCKS = RowConfig(block_v=256, num_warps=4)
 VOCAB = 700
+GRADIENT_ERROR = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def moved(value: Any, memo: dict[int, Tensor]) -> Any:
-    """A tensor on the device that the kernels run on; the same for the same."""
-    if INTERPRETED or not isinstance(value, Tensor):
-        return value
-    return memo.setdefault(id(value), value.cuda())
+class Inputs:
+    """Random logits [4, V], targets (the last row has none) and upstream gradients."""
+
+    def __init__(self, vocab: int = VOCAB, sharpness: float = 4.0, **objective: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.logits = sharpness * torch.randn(4, vocab, generator=generator)
+        self.ids = torch.randint(0, vocab, (4,), generator=generator)
+        self.ids[3] = -1
+        self.upstream = torch.randn(4, 2, generator=generator)
+        self.bias: Tensor | None = None
+        self.num_real = vocab
+        self.objective = Objective(**objective)
+
+    def run(
+        self, dtype: torch.dtype = torch.float32, *, in_place: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Statistics [4, 4], and the gradient [4, V], which starts as NaN."""
+        logits = self.logits.to(DEVICE, copy=True)
+        grad = logits if in_place else torch.full(logits.shape, torch.nan, dtype=dtype).to(DEVICE)
+        bias = None if self.bias is None else self.bias.to(DEVICE)
+        tile = Tile(logits, None, grad, student_bias=bias, num_real=self.num_real)
+        ids = self.ids.to(DEVICE)
+        stats = logprobs.logprob_rows(tile, ids, self.objective, True)
+        logprobs.logprob_gradient(tile, ids, self.objective, stats, self.upstream.to(DEVICE))
+        return stats.cpu(), grad.cpu()
+
+    def truth(self) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies [4, 2], and the gradient [4, V], in fp64."""
+        raw = self.logits[:, : self.num_real].double().requires_grad_()
+        z = raw if self.bias is None else raw + self.bias[: self.num_real].double()
+        z, cap = z * self.objective.logit_scale, self.objective.softcap
+        z = z if cap is None else cap * torch.tanh(z / cap)
+        log_p = torch.log_softmax(z / self.objective.temperature, -1)
+        picked = log_p.gather(1, self.ids.clamp(min=0)[:, None])[:, 0]
+        finite = log_p.clamp(min=-1e300)  # 0 · -inf
+        entropy = -(log_p.exp() * finite).sum(-1)
+        values = torch.stack([picked.where(self.ids >= 0, 0.0), entropy], 1)
+        (grad,) = torch.autograd.grad((self.upstream * values).sum(), raw)
+        padding = self.logits.shape[1] - self.num_real
+        return values.detach(), torch.nn.functional.pad(grad, (0, padding))
+
+    def check(self, dtype: torch.dtype = torch.float32) -> None:
+        stats, grad = self.run(dtype)
+        values, true_grad = self.truth()
+        torch.testing.assert_close(stats[:, :2].double(), values, rtol=1e-6, atol=3e-6)
+        assert (grad - true_grad).norm() < GRADIENT_ERROR[dtype] * true_grad.norm() + 1e-6
+        assert stats[:, 0].le(0).all() and stats[:, 1].ge(0).all()
 
 
-def logprob_rows(*tensors: Tensor, **options: Any) -> Tensor:
-    memo: dict[int, Tensor] = {}
-    options = {name: moved(value, memo) for name, value in options.items()}
-    inputs = [moved(tensor, memo) for tensor in tensors]
-    return logprobs.logprob_rows(*inputs, **options, config=SMALL_BLOCKS).cpu()
-
-
-def logprob_gradient(logits: Tensor, grad: Tensor, *rest: Tensor, **options: Any) -> None:
-    memo: dict[int, Tensor] = {}
-    options = {name: moved(value, memo) for name, value in options.items()}
-    inputs = [moved(tensor, memo) for tensor in (logits, grad, *rest)]
-    logprobs.logprob_gradient(*inputs, **options, config=SMALL_BLOCKS)
-    grad.copy_(inputs[1])
-
-
-KERNELS = SimpleNamespace(logprob_rows=logprob_rows, logprob_gradient=logprob_gradient)
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms(transform: str) -> None:
-    check(KERNELS, make_case(vocab=VOCAB, **TRANSFORMS[transform]))
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param({"softcap": 30.0, "logit_scale": 0.7, "temperature": 0.7}, id="everything"),
+    ],
+)
+def test_transforms_bias_and_padding(objective: dict[str, float]) -> None:
+    inputs = Inputs(**objective)
+    if objective:
+        inputs.bias = torch.randn(VOCAB)
+        inputs.num_real = 637
+        inputs.ids = torch.tensor([0, 636, 17, -1])
+        inputs.logits[:, 637:] = torch.nan
+    inputs.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype: torch.dtype) -> None:
-    case = make_case(vocab=VOCAB)
-    case.logits = case.logits.to(dtype)
-    check(KERNELS, case, dtype)
+    inputs = Inputs()
+    inputs.logits = inputs.logits.to(dtype)
+    inputs.check(dtype)
 
 
-@pytest.mark.parametrize("vocab", [2, 15, 256, 257])
+@pytest.mark.parametrize("vocab", [2, 15, 128, 129])
 def test_every_length_of_row(vocab: int) -> None:
-    check(KERNELS, make_case(vocab=vocab))
+    Inputs(vocab).check()
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 300.0])
 @pytest.mark.parametrize("offset", [0.0, -500.0, 1000.0])
 def test_sizes_of_logits(sharpness: float, offset: float) -> None:
-    case = make_case(2, VOCAB, sharpness=sharpness)
-    case.logits += offset
-    stats, grad = case.run(KERNELS)
-    values, true_grad = case.truth()
-    torch.testing.assert_close(stats[:, :2].double(), values, rtol=1e-6, atol=3e-6)
-    assert (grad - true_grad).norm() < 1e-5 * true_grad.norm() + 1e-6
+    inputs = Inputs(sharpness=sharpness)
+    inputs.logits += offset
+    inputs.check()
 
 
 def test_maximum_that_grows_in_every_block() -> None:
-    case = make_case(vocab=VOCAB)
-    case.logits += torch.linspace(-60, 60, VOCAB)
-    check(KERNELS, case)
-
-
-def test_padding_columns() -> None:
-    case = make_case(vocab=VOCAB, vocab_size=637)
-    case.logits[:, 637:] = torch.nan
-    check(KERNELS, case)
+    inputs = Inputs()
+    inputs.logits += torch.linspace(-60, 60, VOCAB)
+    inputs.check()
 
 
 @pytest.mark.parametrize("masked", [0, 256, 600])
 def test_masked_columns(masked: int) -> None:
-    check_masked_columns(KERNELS, VOCAB, masked)
+    """-inf, also throughout whole blocks; and a target among them."""
+    inputs = Inputs()
+    hidden = torch.rand(VOCAB) < 0.4
+    hidden[:masked], hidden[-2:] = True, False
+    inputs.logits[:, hidden] = -torch.inf
+    inputs.ids = torch.tensor([VOCAB - 1, VOCAB - 2, -1, -1])
+    inputs.check()
+    inputs.ids[2] = int(hidden.nonzero()[-1])
+    stats, grad = inputs.run()
+    assert stats[2, 0] == -torch.inf and stats[:, 1].isfinite().all()
+    assert grad[:, hidden].where(inputs.ids[:, None] != inputs.ids[2], 0.0).eq(0).all()
 
 
 def test_garbage() -> None:
-    check_garbage(KERNELS, VOCAB)
+    """A NaN reaches the results of its row; where the upstream gradient is 0, not the gradient."""
+    clean, inputs = Inputs(), Inputs()
+    inputs.logits[0] = torch.nan
+    inputs.logits[2, VOCAB // 2] = torch.nan
+    inputs.upstream[0] = clean.upstream[0] = 0
+    stats, grad = inputs.run()
+    expected, clean_grad = clean.run()
+    assert stats[[0, 2], :2].isnan().all()
+    assert torch.equal(stats[[1, 3]], expected[[1, 3]])
+    assert grad[0].eq(0).all() and grad[2].isnan().all()
+    assert torch.equal(grad[[1, 3]], clean_grad[[1, 3]])
 
 
 def test_gradient_in_place() -> None:
-    check_in_place(KERNELS, make_case(vocab=VOCAB, softcap=9.0))
+    inputs = Inputs(softcap=9.0)
+    assert torch.equal(inputs.run(in_place=True)[1], inputs.run()[1])
 
 
-def test_strided() -> None:
-    check_strided(KERNELS)
+def test_rows_that_are_not_adjacent_and_no_rows() -> None:
+    logits = torch.randn(4, 1300).to(DEVICE)[:, 100:900]
+    grad = torch.full((4, 2, 800), 7.0, device=DEVICE)
+    ids = torch.tensor([0, 799, 400, 3], device=DEVICE)
+    tile, objective = Tile(logits, None, grad[:, 0], num_real=800), Objective()
+    stats = logprobs.logprob_rows(tile, ids, objective, False)
+    truth = logits.double().log_softmax(-1)
+    picked = truth.gather(1, ids[:, None])[:, 0]
+    torch.testing.assert_close(stats[:, 0].double(), picked, rtol=1e-6, atol=3e-6)
+    assert stats[:, 1].eq(0).all()  # no entropy was asked for
+    upstream = torch.tensor([1.0, 0.0], device=DEVICE).expand(4, 2)
+    logprobs.logprob_gradient(tile, ids, objective, stats, upstream)
+    exact = torch.nn.functional.one_hot(ids, 800) - truth.exp()
+    torch.testing.assert_close(grad[:, 0].double(), exact, rtol=1e-5, atol=1e-7)
+    assert grad[:, 1].eq(7.0).all()
+    empty = Tile(logits[:0], None, num_real=800)
+    assert logprobs.logprob_rows(empty, ids[:0], objective, True).shape == (0, 4)
 
 
-def test_entropy_is_optional() -> None:
-    case = make_case(vocab=VOCAB)
-    both, one = case.statistics(KERNELS), case.statistics(KERNELS, with_entropy=False)
-    assert one[:, 1].eq(0).all() and both[:, 1].gt(0).all()
-    assert torch.equal(one[:, [0, 2, 3]], both[:, [0, 2, 3]])
-
-
-def test_no_rows() -> None:
-    case = make_case(vocab=VOCAB)
-    case.logits, case.target_ids = case.logits[:0], case.target_ids[:0]
-    case.upstream = case.upstream[:0]
-    assert case.run(KERNELS)[0].shape == (0, 4)
-
-
-@pytest.mark.skipif(INTERPRETED, reason="would take hours in the interpreter")
+@pytest.mark.skipif(DEVICE == "cpu", reason="would take hours in the interpreter")
 def test_more_than_2_31_logits() -> None:
     """64-bit offsets: the last rows of a tensor with more elements than an int32 counts."""
     total, vocab = 16_400, 131_072
-    case = make_case(2, vocab)
-    case.logits = case.logits.bfloat16()
     logits = torch.zeros(total, vocab, dtype=torch.bfloat16, device="cuda")
-    logits[-2:] = case.logits.cuda()
-    arguments = {**case.arguments(), "target_ids": torch.zeros(total).long().cuda()}
-    arguments["target_ids"][-2:] = case.target_ids.cuda()
+    logits[-2:] = torch.randn(2, vocab).bfloat16()
+    truth = logits[-2:].double().log_softmax(-1)
+    ids = torch.zeros(total, dtype=torch.int64, device="cuda")
+    tile, objective = Tile(logits, None, logits, num_real=vocab), Objective()
+    stats = logprobs.logprob_rows(tile, ids, objective, False)
+    torch.testing.assert_close(stats[-2:, 0].double(), truth[:, 0], rtol=1e-6, atol=3e-6)
     upstream = torch.zeros(total, 2, device="cuda")
-    upstream[-2:] = case.upstream.cuda()
-    stats = logprobs.logprob_rows(logits, with_entropy=True, **arguments)
-    logprobs.logprob_gradient(logits, logits, stats, upstream, **arguments)
-    values, true_grad = case.truth()
-    torch.testing.assert_close(stats[-2:, :2].double().cpu(), values, rtol=1e-6, atol=3e-6)
-    assert relative_error(logits[-2:].cpu(), true_grad) < 4e-3
+    upstream[-2:, 0] = 1
+    logprobs.logprob_gradient(tile, ids, objective, stats, upstream)
+    exact = torch.nn.functional.one_hot(ids[-2:], vocab) - truth.exp()
+    assert (logits[-2:] - exact).norm() < 4e-3 * exact.norm()
     assert not logits[:-2].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -17,6 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import interpreter
 
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+"""Where the triton_*_cases.py run: in the interpreter, or on a GPU."""
 REGISTERS_PER_SM = 65536
 WARPS_PER_SM = 64
 SHARED_MEMORY_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
@@ -43,6 +46,11 @@ class Compiled:
         """How many warps fit on one multiprocessor, as far as registers limit them."""
         per_warp = -(-self.registers * 32 // 256) * 256  # allocated in steps of 256
         return min(WARPS_PER_SM, REGISTERS_PER_SM // per_warp // self.num_warps * self.num_warps)
+
+
+def to_device(group: Any) -> Any:
+    """A named tuple, with its tensors on `DEVICE`."""
+    return type(group)(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in group))
 
 
 def mend_interpreter() -> None:

@@ -1,5 +1,7 @@
-"""Runs triton_rows_cases.py and triton_logprob_cases.py in Triton's interpreter, and on the GPU
-where there is one."""
+"""Runs the triton_*_cases.py in Triton's interpreter, and on the GPU where there is one.
+
+Each in a process of its own: TRITON_INTERPRET must be set before triton is imported.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
-CASES = pytest.mark.parametrize("cases", ["triton_rows_cases.py", "triton_logprob_cases.py"])
+CASES = pytest.mark.parametrize("cases", ["rows", "logprob", "fused"])
 
 
 def run_cases(cases: str, **environment: str) -> None:
     """Fails with pytest's own output."""
+    path = Path(__file__).with_name(f"triton_{cases}_cases.py")
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "no:cacheprovider",
-            Path(__file__).with_name(cases),
-        ],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
