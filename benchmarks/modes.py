@@ -27,8 +27,9 @@ RESULTS = Path(__file__).parent / "results" / "modes-cpu.json"
 
 def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
     """One training run; what its summary says of the 200 test goals."""
-    from hero.config import from_dict, load_recipe, merge
-    from hero.console import Console
+    from hero.checks import from_dict
+    from hero.recipes import load_recipe, merge
+    from hero.report.console import Console
     from hero.trainer import Trainer
 
     changes = {"seed": seed, "updates": updates, "threads": 1, "eval": {"min_teacher_lift": None}}

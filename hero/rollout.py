@@ -9,10 +9,10 @@ from hero.config import RolloutConfig
 from hero.envs.base import Environment, HasOracle
 from hero.generation.base import Generator, Sampling
 from hero.renderer import Renderer
-from hero.types import FeedbackKind, Message, StopReason, Trajectory, Turn
+from hero.types import Fault, FeedbackKind, Message, StopReason, Trajectory, Turn
 
 
-class EnvironmentFault(RuntimeError):
+class EnvironmentFault(Fault):
     """An environment raised: which one, in which task and turn."""
 
 

@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,48 +26,18 @@ import torch
 from torch import Tensor
 
 from hero import checkpoint
-from hero.config import STRICT, EnvConfig, ModelConfig, RolloutConfig
-from hero.console import Console
+from hero.config import RolloutConfig, SftConfig
 from hero.envs.base import make_env
 from hero.generation.base import Completion, Sampling
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
 from hero.prompts import Hindsight, TurnView, make_prompts
 from hero.renderer import Renderer
+from hero.report.console import Console
 from hero.rollout import Episode, derive_seed, rollout
-from hero.scratch import ScratchConfig, build_model, build_tokenizer, diagnosis_json
+from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
 from hero_kernels import linear_logprobs
-
-
-@dataclass(kw_only=True)
-class SftConfig:
-    """A warm start."""
-
-    __pydantic_config__ = STRICT
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
-    """path "" starts from nothing, with `scratch`'s shape and a tokenizer of the environment's
-    words."""
-    scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    env: EnvConfig = field(default_factory=EnvConfig)
-    prompts: str = "standard"
-    """standard or compact."""
-    max_turns: int = 8
-    demonstrator_episodes: int = 1500
-    """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
-    coverage_episodes: int = 1500
-    """Near-perfect and noisy episodes: hindsight and diagnosis targets only."""
-    coverage_noise: list[float] = field(default_factory=lambda: [0.0, 0.15, 0.4])
-    """Share of random actions of the coverage episodes, in turn."""
-    steps: int = 3000
-    batch_size: int = 4
-    """Episodes of each kind in a step."""
-    learning_rate: float = 5e-3
-    warmup_steps: int = 50
-    seed: int = 0
-    threads: int | None = None
-    output_dir: str = "models/sft"
-    """Where model and tokenizer go."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,23 +16,24 @@ import torch
 from hero import checkpoint
 from hero.algorithms import Episodes, make_algorithm
 from hero.algorithms.base import Demonstration
-from hero.config import TrainConfig, check, to_dict
-from hero.console import Console
+from hero.checks import check
+from hero.config import TrainConfig, redacted
 from hero.envs.base import HasDiagnosis, HasOracle, make_env
 from hero.evaluation import Evaluation, evaluate
 from hero.generation.hf import HFGenerator
 from hero.interrupt import Interrupt
-from hero.metrics import Clock, update_metrics
 from hero.optim import Learned, Learner
 from hero.policy import Policy
 from hero.probes import Probe, probe_teacher
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, make_reflector
-from hero.report import describe, reflector_reason, versions
+from hero.report.console import Console
+from hero.report.facts import describe, reflector_reason, versions
+from hero.report.metrics import Clock, update_metrics
+from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record, write_atomic
 from hero.rollout import Episode, derive_seed, gold_episode, rollout
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record, write_atomic
-from hero.types import Sample, Trajectory
+from hero.types import Fault, Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 
@@ -53,7 +54,7 @@ class State:
     stopped: str = ""
 
 
-class TeacherGate(RuntimeError):
+class TeacherGate(Fault):
     """The hinted teacher does not act better than the student: training would teach nothing."""
 
 
@@ -135,9 +136,9 @@ class Trainer:
         if resumed is None:
             for name in (METRICS, TRAJECTORIES):  # of a run that ended before its first checkpoint
                 (self.run_dir / name).unlink(missing_ok=True)
-        write_atomic(self.run_dir / "config.json", json.dumps(to_dict(self.config), indent=1))
+        write_atomic(self.run_dir / "config.json", json.dumps(redacted(self.config), indent=1))
         self.console.header(recipe=self.recipe, **describe(self.config, self.policy))
-        tracker = Tracker(self.run_dir, self.config.report_to, to_dict(self.config), resumed)
+        tracker = Tracker(self.run_dir, self.config.report_to, redacted(self.config), resumed)
         with self.interrupt:
             try:
                 self._train(tracker, resumed is None)

@@ -19,6 +19,10 @@ Message = dict[str, str]
 """One chat message: `{"role": "system" | "user" | "assistant" | "tool", "content": text}`."""
 
 
+class Fault(RuntimeError):
+    """Ends a command with a message for the user, who can do something about it: not a bug."""
+
+
 class StrEnum(str, Enum):
     """`enum.StrEnum` of Python 3.11, for Python 3.10."""
 

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from hero import cli
-from hero.config import TrainConfig, recipe_names
+from hero.config import TrainConfig
 from hero.envs.base import Environment, make_env
 from hero.policy import SHIPPED
+from hero.recipes import recipe_names
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
 
 ROOT = Path(__file__).parents[1]

@@ -67,7 +67,6 @@ class HasDiagnosis(Protocol):
 
 BUILTIN = {
     "shop": "hero.envs.shop:ShopEnv",
-    "desk": "hero.envs.desk:DeskEnv",
 }
 
 

@@ -14,12 +14,13 @@ from hero.config import ReflectionConfig
 from hero.prompts import Prompts
 from hero.reflection.reflectors import Answer, PromptedReflector
 from hero.renderer import Renderer
+from hero.types import Fault
 
 WORKERS = 8
 """Requests under way at the same time."""
 
 
-class ReflectionError(RuntimeError):
+class ReflectionError(Fault):
     """The endpoint gave no answer. Nothing is trained on an episode that was not read."""
 
 

@@ -11,13 +11,13 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hero.config import ModelConfig, TeacherConfig
+from hero.config import ModelConfig, ScratchConfig, TeacherConfig
 from hero.generation.base import Sampling
 from hero.generation.hf import HFGenerator
 from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.renderer import Renderer
-from hero.scratch import ScratchConfig, build_model
+from hero.scratch import build_model
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
 

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from hero.config import ModelConfig, from_dict, load_recipe, merge
-from hero.console import Console
+from hero.checks import from_dict
+from hero.config import ModelConfig
 from hero.fetch import fetch_model
 from hero.generation.base import Sampling
 from hero.generation.hf import HFGenerator
 from hero.policy import Policy
-from hero.tracking import read_jsonl
+from hero.recipes import load_recipe, merge
+from hero.report.console import Console
+from hero.report.tracking import read_jsonl
 from hero.trainer import Trainer
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from hero.comparison import bootstrap_interval, compare
-from hero.console import Console
-from hero.tracking import (
+from hero.report.console import Console
+from hero.report.tracking import (
     Tracker,
     read_jsonl,
     trajectory_record,

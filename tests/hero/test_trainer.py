@@ -18,14 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from hero import checkpoint
-from hero.config import TrainConfig, from_dict
-from hero.console import Console
+from hero.checks import from_dict
+from hero.config import ScratchConfig, TrainConfig
 from hero.envs.shop import ShopEnv
 from hero.interrupt import Interrupt
 from hero.policy import Policy
+from hero.report.console import Console
+from hero.report.tracking import read_jsonl
 from hero.rollout import EnvironmentFault
-from hero.scratch import ScratchConfig, build_model, build_tokenizer
-from hero.tracking import read_jsonl
+from hero.scratch import build_model, build_tokenizer
 from hero.trainer import TeacherGate, Trainer
 
 

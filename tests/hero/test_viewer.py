@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hero.charts import Chart, Line, _ticks, draw
-from hero.config import TrainConfig, to_dict
-from hero.tracking import Tracker, trajectory_record
+from hero.config import TrainConfig
+from hero.report.charts import Chart, Line, _ticks, draw
+from hero.report.tracking import Tracker, trajectory_record
+from hero.report.viewer import render
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
-from hero.viewer import render
 
 ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
@@ -133,7 +134,7 @@ def a_run(path: Path, records: list[dict[str, Any]]) -> Path:
         "device": "cpu",
     }
     (path / "summary.json").write_text(json.dumps(summary))
-    (path / "config.json").write_text(json.dumps(to_dict(TrainConfig())))
+    (path / "config.json").write_text(json.dumps(asdict(TrainConfig())))
     return path
 
 

@@ -13,14 +13,14 @@ import re
 import time
 
 import pytest
+from desk import DeskEnv
+from desk.database import initial_database
+from desk.planner import plan
+from desk.tasks import TASK_IDS, load_task
 from desk_helpers import call, database, finish, identified, order_with, task_of, trajectory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hero.envs.desk import DeskEnv
-from hero.envs.desk.database import initial_database
-from hero.envs.desk.planner import plan
-from hero.envs.desk.tasks import TASK_IDS, load_task
 from hero.types import Diagnosis, FeedbackKind
 
 SPLITS = tuple(TASK_IDS)

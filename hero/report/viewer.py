@@ -16,9 +16,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hero.charts import Chart, Line, draw
 from hero.comparison import compare
-from hero.tracking import METRICS, TRAJECTORIES, read_jsonl, write_atomic
+from hero.report.charts import Chart, Line, draw
+from hero.report.tracking import METRICS, TRAJECTORIES, read_jsonl, write_atomic
 
 MAX_TRAJECTORIES = 200
 FULL_RED = math.log(2)

@@ -13,18 +13,18 @@ import sys
 from typing import Any
 
 import pytest
+from desk import DeskEnv
+from desk.database import initial_database
+from desk.tasks import FAMILIES, TASK_IDS, load_task
 from desk_helpers import call, database, finish, identified, order_with, refused, task_of
 
 from hero.envs.base import Environment, HasDiagnosis, HasOracle, make_env
-from hero.envs.desk import DeskEnv
-from hero.envs.desk.database import initial_database
-from hero.envs.desk.tasks import FAMILIES, TASK_IDS, load_task
 
 SPLITS = tuple(TASK_IDS)
 
 
 def test_keeps_the_protocols() -> None:
-    env = make_env("desk", max_steps=9)
+    env = make_env("desk:DeskEnv", max_steps=9)
     assert (
         isinstance(env, Environment)
         and isinstance(env, HasOracle)
@@ -131,7 +131,7 @@ def test_requests_agree_with_the_policy() -> None:
 
 def test_the_same_world_in_another_process() -> None:
     code = (
-        "import hashlib; from hero.envs.desk import DeskEnv; e = DeskEnv(); "
+        "import hashlib; from desk import DeskEnv; e = DeskEnv(); "
         "print(hashlib.sha256(repr([(e.reset(t), e.oracle(), e._episode.gold.digest()) "
         "for s in ('train', 'dev', 'test') for t in e.tasks(s)]).encode()).hexdigest())"
     )

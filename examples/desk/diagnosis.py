@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import zlib
 
+from desk.episode import Episode
+from desk.planner import Step, plan, remaining_work
 from hero.envs.base import StepResult
-from hero.envs.desk.episode import Episode
-from hero.envs.desk.planner import Step, plan, remaining_work
 from hero.types import Diagnosis, FeedbackKind, Trajectory
 
 HINTS = {

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from desk import DeskEnv
+from desk.customer import states_fact
+from desk.tasks import load_task
 from desk_helpers import call, database, identified, order_with, refused, task_of
 
-from hero.envs.desk import DeskEnv
-from hero.envs.desk.customer import states_fact
-from hero.envs.desk.tasks import load_task
 from hero.types import FeedbackKind
 
 

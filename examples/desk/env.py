@@ -10,13 +10,13 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from desk.demonstration import demonstrate, random_action
+from desk.diagnosis import diagnose
+from desk.episode import Episode
+from desk.planner import plan
+from desk.tasks import TASK_IDS, load_task
+from desk.tools import TOOLS
 from hero.envs.base import StepResult
-from hero.envs.desk.demonstration import demonstrate, random_action
-from hero.envs.desk.diagnosis import diagnose
-from hero.envs.desk.episode import Episode
-from hero.envs.desk.planner import plan
-from hero.envs.desk.tasks import TASK_IDS, load_task
-from hero.envs.desk.tools import TOOLS
 from hero.types import Diagnosis, Trajectory
 
 POLICY = """You are the customer service desk of an online shop.

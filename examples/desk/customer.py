@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from hero.envs.desk.tasks import Mention, Request
+from desk.tasks import Mention, Request
 
 ASKING = re.compile(
     r"\?|\b(please|could you|can you|may i|tell me|give me|provide|need|let me know|which|what"

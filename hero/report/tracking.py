@@ -211,6 +211,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_to_replace(folder: Path) -> None:
+    """Raise a ValueError if something is there already: it may be somebody's only copy."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(
+            f"{folder} is there already, and not empty: nothing in it is replaced. Name another "
+            "folder, or remove it first."
+        )
+
+
 def finite_or_null(value: Any) -> Any:
     """`value` with None for every NaN and infinity in it: strict JSON has no word for them."""
     if isinstance(value, float):

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hero.envs.desk.actions import ToolCall
-from hero.envs.desk.database import Address, Order
-from hero.envs.desk.episode import Episode
-from hero.envs.desk.tasks import Mention, Request
+from desk.actions import ToolCall
+from desk.database import Address, Order
+from desk.episode import Episode
+from desk.tasks import Mention, Request
 
 QUESTION_WORDS = {
     "email": "your e-mail address",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 import hero_kernels
-from hero.report import versions
+from hero.report.facts import versions
 
 EXTRAS = {
     "peft": "LoRA (model.lora_rank)",

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hero.envs.desk.actions import ToolCall
-from hero.envs.desk.database import Address, Database, Order, money
+from desk.actions import ToolCall
+from desk.database import Address, Database, Order, money
 
 CANCEL_REASONS = ("no longer needed", "ordered by mistake")
 

@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from desk.actions import Action, ToolCall, parse_action
+from desk.customer import Customer, Reply
+from desk.database import Database, initial_database
+from desk.tasks import Request, Task
+from desk.tools import Session, ToolError, execute
 from hero.envs.base import StepResult
-from hero.envs.desk.actions import Action, ToolCall, parse_action
-from hero.envs.desk.customer import Customer, Reply
-from hero.envs.desk.database import Database, initial_database
-from hero.envs.desk.tasks import Request, Task
-from hero.envs.desk.tools import Session, ToolError, execute
 from hero.types import FeedbackKind
 
 

@@ -11,8 +11,8 @@ import random
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from hero.envs.desk.actions import ToolCall
-from hero.envs.desk.database import (
+from desk.actions import ToolCall
+from desk.database import (
     SPLIT_USERS,
     Database,
     Item,
@@ -21,7 +21,7 @@ from hero.envs.desk.database import (
     initial_database,
     money,
 )
-from hero.envs.desk.tools import CANCEL_REASONS, Session, execute
+from desk.tools import CANCEL_REASONS, Session, execute
 from hero.types import StrEnum
 
 TASK_IDS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 
-from hero.envs.desk.actions import ToolCall
-from hero.envs.desk.episode import Episode
-from hero.envs.desk.planner import plan
-from hero.envs.desk.tools import CANCEL_REASONS
+from desk.actions import ToolCall
+from desk.episode import Episode
+from desk.planner import plan
+from desk.tools import CANCEL_REASONS
 
 MISTAKE_RATE = 0.2
 

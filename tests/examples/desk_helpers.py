@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from hero.envs.desk import DeskEnv
-from hero.envs.desk.database import Database, initial_database
-from hero.envs.desk.tasks import load_task
+from desk import DeskEnv
+from desk.database import Database, initial_database
+from desk.tasks import load_task
+
 from hero.types import FeedbackKind, StopReason, Trajectory, Turn
 
 
