@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from hero.algorithms import MODES
 from hero.config import Settings, TrainConfig
 
 C = TypeVar("C", bound=Settings)
@@ -99,6 +100,7 @@ def check(config: TrainConfig) -> None:
     """
     _check_batches(config)
     _check_endpoint(config)
+    _check_secrets(config)
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
         raise ValueError(
             f"resume must be 'never', 'auto' or the folder of a run, got {config.resume!r}."
@@ -107,7 +109,7 @@ def check(config: TrainConfig) -> None:
 
 def _check_batches(config: TrainConfig) -> None:
     rollout = config.rollout
-    if config.mode in ("grpo", "hero+grpo") and rollout.group_size < 2:
+    if MODES[config.mode].needs_groups and rollout.group_size < 2:
         raise ValueError(
             f"mode={config.mode} compares episodes of one task: rollout.group_size must be at "
             f"least 2, got {rollout.group_size}. Set --rollout.group-size 8."
@@ -130,8 +132,14 @@ def _check_endpoint(config: TrainConfig) -> None:
             "reflection.reflector=openai needs --reflection.base-url and --reflection.model, got "
             f"{reflection.base_url!r} and {reflection.model!r}."
         )
-    if "***" in reflection.base_url:
-        raise ValueError(
-            f"reflection.base_url={reflection.base_url!r} was saved without its password: give the "
-            "whole address with --reflection.base-url."
-        )
+
+
+def _check_secrets(config: TrainConfig) -> None:
+    values = {f"env.options {name}": value for name, value in config.env.options.items()}
+    values["reflection.base_url"] = config.reflection.base_url
+    for name, value in values.items():
+        if "***" in str(value):
+            raise ValueError(
+                f"{name} was saved without its secret, got {value!r}: give it on the command line "
+                "again."
+            )

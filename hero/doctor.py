@@ -15,7 +15,6 @@ EXTRAS = {
     "peft": "LoRA (model.lora_rank)",
     "openai": "reflection.reflector=openai",
     "triton": "Triton kernels",
-    "vllm": "faster sampling (not used yet)",
     "wandb": "report_to=wandb",
     "trackio": "report_to=trackio",
     "tensorboard": "report_to=tensorboard",

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.logging import disable_progress_bar
 
 from hero.config import ModelConfig
 from hero.renderer import Renderer
-
-disable_progress_bar()  # of weights being read and written, in the middle of a run's own output
 
 SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 

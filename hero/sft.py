@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero import checkpoint
 from hero.config import RolloutConfig, SftConfig
 from hero.envs.base import make_env
 from hero.generation.base import Completion, Sampling
@@ -34,6 +33,7 @@ from hero.policy import Policy
 from hero.prompts import Hindsight, TurnView, make_prompts
 from hero.renderer import Renderer
 from hero.report.console import Console
+from hero.report.tracking import new_folder
 from hero.rollout import Episode, derive_seed, rollout
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
@@ -55,8 +55,6 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     Raises:
         ValueError: the environment cannot demonstrate or diagnose.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = make_env(config.env.name, **config.env.options)
     missing = [
@@ -107,7 +105,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
                 f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s"
             )
     folder = Path(config.output_dir)
-    with checkpoint.Replacing(folder) as new:
+    with new_folder(folder) as new:
         policy.save(new)
     return folder
 

@@ -28,7 +28,7 @@ from hero.probes import Probe, probe_teacher
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, make_reflector
 from hero.report.console import Console
-from hero.report.facts import describe, reflector_reason, versions
+from hero.report.facts import header, reflector_facts, versions
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record, write_atomic
 from hero.rollout import Episode, derive_seed, gold_episode, rollout
@@ -67,8 +67,6 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run_dir: Path, recipe: str, console: Console) -> None:
         check(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.run_dir, self.recipe, self.console = config, run_dir, recipe, console
         size = config.rollout.batch_size
@@ -137,7 +135,7 @@ class Trainer:
             for name in (METRICS, TRAJECTORIES):  # of a run that ended before its first checkpoint
                 (self.run_dir / name).unlink(missing_ok=True)
         write_atomic(self.run_dir / "config.json", json.dumps(redacted(self.config), indent=1))
-        self.console.header(recipe=self.recipe, **describe(self.config, self.policy))
+        self.console.header(f"hero train {self.recipe}", header(self.config, self.policy))
         tracker = Tracker(self.run_dir, self.config.report_to, redacted(self.config), resumed)
         with self.interrupt:
             try:
@@ -261,8 +259,7 @@ class Trainer:
             "env_turns": self.state.env_turns,
             "device": str(self.policy.device),
             "versions": versions(),
-            "reflector": self.config.reflection.reflector if self.reflector else "none",
-            "reflector_reason": reflector_reason(self.config),
+            **reflector_facts(self.config),
         }
         earlier = self.run_dir / "before.json"
         if earlier.is_file():  # the tasks played then, also if a resumed run asks for others

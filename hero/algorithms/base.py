@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
+
+if TYPE_CHECKING:  # it loads torch, and the report only asks what the modes are
+    from hero.teacher import TeacherContext
 
 Demonstration = tuple[tuple[str, str], ...]
 """(action, observation) of each turn of a successful episode."""
@@ -29,6 +32,9 @@ class Algorithm(ABC):
 
     needs_reflection = False
     needs_gold = False
+    needs_groups = False
+    distils = True
+    teacher_saw = ""
 
     def __init__(self, context: TeacherContext) -> None:
         self.context = context

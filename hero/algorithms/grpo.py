@@ -29,6 +29,9 @@ def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
 class Grpo(Algorithm):
     """No teacher: every turn shares its episode's advantage. Clip 0.2 / 0.28, no KL penalty. [L]"""
 
+    needs_groups = True
+    distils = False
+
     def annotate(self, episodes: Episodes) -> list[Sample]:
         samples = []
         advantages = group_advantages(episodes.trajectories)
@@ -45,6 +48,7 @@ class HeroGrpo(Algorithm):
     """HERO's distillation and GRPO's advantages on the same episodes."""
 
     needs_reflection = True
+    needs_groups = True
 
     def annotate(self, episodes: Episodes) -> list[Sample]:
         distilled = {(s.trajectory, s.turn): s for s in Hero(self.context).annotate(episodes)}

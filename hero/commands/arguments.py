@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any, get_origin
 
 import tyro
@@ -42,7 +42,7 @@ def parse(arguments: list[str]) -> Command:
     """
     try:
         first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
-        default: Any = first.with_defaults()
+        default: Any = replace(first.with_defaults(), debug=False)  # else the flag turns it off
     except SystemExit:
         default = tyro.MISSING_NONPROP
     try:

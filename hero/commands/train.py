@@ -21,30 +21,50 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class Train(Command):
-    """Train an agent: a recipe or a file of settings, and options that override it."""
+class FromRecipe(Command):
+    """Base of the commands whose settings come from a recipe, a file and options, in this order."""
 
     recipe: Annotated[str, Positional, arg(metavar="RECIPE")] = ""
     """Name of a recipe; `hero recipes` lists them."""
     config: str = ""
     """YAML file of settings, on top of the recipe."""
+    settings: Any
+
+    def _stored(self, kind: str) -> dict[str, Any]:
+        data = recipes.load_recipe(self.recipe, kind) if self.recipe else {}
+        return recipes.merge(data, recipes.load_file(self.config, kind)) if self.config else data
+
+    def _refuse_nothing(self, command: str, recipe: str) -> None:
+        """Defaults alone are nobody's wish: say what the command needs."""
+        if not self.recipe and not self.config and self.settings == type(self.settings)():
+            raise ValueError(
+                f"{command} needs something to train. Take a recipe: {command} {recipe} (`hero "
+                f"recipes` lists them); or a file: {command} --config my.yaml; or say it in "
+                f"options: {command} --env.name my_module:MyEnv --model.path MODEL."
+            )
+
+
+@dataclass(kw_only=True)
+class Train(FromRecipe):
+    """Train an agent: a recipe or a file of settings, and options that override it."""
+
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
     def with_defaults(self) -> Train:
-        resume = self.settings.resume
-        if resume in ("never", "auto"):
-            return replace(self, settings=_settings(TrainConfig, self.recipe, self.config, "train"))
-        data = saved_settings(Path(resume)) | {"output_dir": resume, "resume": resume}
+        data, resume = self._stored("train"), self.settings.resume
+        if resume not in ("never", "auto"):
+            if self.recipe:
+                raise ValueError(
+                    f"--resume {resume} goes on with the settings of that run: leave the recipe "
+                    f"{self.recipe!r} out, and give what shall change as options."
+                )
+            data = recipes.merge(saved_settings(Path(resume)), data)
+            data |= {"output_dir": resume, "resume": resume}
         return replace(self, settings=from_dict(data))
 
     def run(self) -> None:
+        self._refuse_nothing("hero train", "quickstart")
         config = self.settings
-        if not self.recipe and not self.config and config == TrainConfig():
-            raise ValueError(
-                "hero train needs something to train. Take a recipe: hero train quickstart (`hero "
-                "recipes` lists them); or a file: hero train --config my.yaml; or say it in "
-                "options: hero train --env.name my_module:MyEnv --model.path MODEL."
-            )
         name = self.recipe or (Path(self.config).stem if self.config else "train")
         run_dir = _run_folder(config, name)
         config.output_dir = str(run_dir)
@@ -75,26 +95,17 @@ class Train(Command):
 
 
 @dataclass(kw_only=True)
-class Sft(Command):
+class Sft(FromRecipe):
     """Warm start: supervised episodes, answers with hindsight, diagnoses."""
 
-    recipe: Annotated[str, Positional, arg(metavar="RECIPE")] = ""
-    """Name of a recipe; `hero recipes` lists them."""
-    config: str = ""
-    """YAML file of settings, on top of the recipe."""
     settings: Annotated[SftConfig, arg(name="")] = field(default_factory=SftConfig)
 
     def with_defaults(self) -> Sft:
-        return replace(self, settings=_settings(SftConfig, self.recipe, self.config, "sft"))
+        return replace(self, settings=from_dict(self._stored("sft"), SftConfig))
 
     def run(self) -> None:
+        self._refuse_nothing("hero sft", "tiny-shop")
         config = self.settings
-        if not self.recipe and not self.config and config == SftConfig():
-            raise ValueError(
-                "hero sft needs something to train. Take a recipe: hero sft tiny-shop; or a file: "
-                "hero sft --config my.yaml; or say it in options: hero sft --env.name "
-                "my_module:MyEnv --model.path MODEL."
-            )
         refuse_to_replace(Path(config.output_dir))
         make_importable(config.env.name)
 
@@ -103,13 +114,6 @@ class Sft(Command):
         prepare_torch(config.threads)
         console = Console()
         console.say(f"Model: {train_sft(config, console)}")
-
-
-def _settings(cls: Any, recipe: str, file: str, kind: str) -> Any:
-    data = recipes.load_recipe(recipe, kind) if recipe else {}
-    if file:
-        data = recipes.merge(data, recipes.load_file(file, kind))
-    return from_dict(data, cls)
 
 
 def _run_folder(config: TrainConfig, name: str) -> Path:

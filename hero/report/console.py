@@ -1,4 +1,4 @@
-"""What a run says in the terminal: a header, one row an update, the final table, errors.
+"""What a run says in the terminal: a header, one row an update, the final table.
 
 In a terminal a progress bar and the latest updates stay in place. Anywhere else (CI, a file, a
 pipe) everything is plain ASCII and each update is one line: logs stay readable and can be searched.
@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hero.comparison import compare
+from hero.config import redacted
 
 WIDTH = 100
 ROWS_KEPT = 8
@@ -69,39 +70,19 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line of information."""
-        self._rich.print(text, soft_wrap=not self.terminal)
+        self._rich.print(redacted(text), soft_wrap=not self.terminal)
 
-    def header(
-        self,
-        *,
-        recipe: str,
-        model: str,
-        parameters: int,
-        device: str,
-        environment: str,
-        mode: str,
-        reflector: str,
-        reflector_reason: str,
-        divergence: str,
-    ) -> None:
-        """What is about to run; `divergence` names the implementation that serves the loss."""
-        facts = {
-            "model": f"{model} ({_count(parameters)} parameters)",
-            "device": device,
-            "environment": environment,
-            "mode": mode,
-            "reflector": f"{reflector}: {reflector_reason}" if reflector_reason else reflector,
-            "divergence": divergence,
-        }
+    def header(self, title: str, facts: Mapping[str, str]) -> None:
+        """What is about to run, one fact a line."""
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in facts.items():
-            grid.add_row(name, value)
+            grid.add_row(name, redacted(value))
         if self.terminal:
-            self._rich.print(Panel(grid, title=Text(f"hero train {recipe}"), title_align="left"))
+            self._rich.print(Panel(grid, title=Text(title), title_align="left"))
         else:
-            self.say(f"hero train {recipe}")
+            self.say(title)
             self._rich.print(grid)
 
     @contextmanager
@@ -175,22 +156,6 @@ class Console:
             )
         self._rich.print(table)
 
-    def error(self, message: str, hint: str = "") -> None:
-        """A mistake that ends the run, and what to do about it."""
-        self._rich.print(
-            Text.assemble(("error: ", "bold red"), message), soft_wrap=not self.terminal
-        )
-        if hint:
-            self._rich.print(Text.assemble(("hint: ", "bold"), hint), soft_wrap=not self.terminal)
-
 
 def _cell(value: Any, form: str) -> str:
     return "" if value is None else form.format(value)
-
-
-def _count(number: int) -> str:
-    """1234567 -> "1.2M"."""
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
-    return str(number)

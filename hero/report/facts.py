@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import hero_kernels
-from hero.config import TrainConfig
+from hero.algorithms import MODES
+from hero.config import TrainConfig, redacted
 from hero.policy import Policy
+
+TEACHER_WEIGHTS = {
+    "ema": "slowly averaged weights",
+    "frozen": "the starting weights",
+    "live": "its present weights",
+}
 
 
 def versions() -> dict[str, str]:
@@ -22,41 +28,44 @@ def versions() -> dict[str, str]:
     return found
 
 
-def reflector_reason(config: TrainConfig) -> str:
-    """Why this reflector reads the episodes of this run, in one sentence."""
-    if config.mode not in ("hero", "reflection_only", "hero+grpo"):
-        return f"mode {config.mode} uses no reflection"
-    weights = {
-        "ema": "the slowly averaged",
-        "frozen": "the starting",
-        "live": "the live",
-    }[config.teacher.weights]
-    return {
+def reflector_facts(config: TrainConfig) -> dict[str, str]:
+    """`reflector`: who reads the episodes of this run; `reflector_reason`: one sentence on it."""
+    reflection = config.reflection
+    if not MODES[config.mode].needs_reflection:
+        return {"reflector": "none", "reflector_reason": f"mode {config.mode} uses no reflection"}
+    reason = {
         "self": "the student itself reads its episodes, with its present weights",
-        "teacher": f"the same model reads its own episodes, with {weights} weights: one that "
-        "learns to act while it "
-        "reflects forgets how to diagnose",
+        "teacher": "the same model reads its own episodes, with "
+        f"{TEACHER_WEIGHTS[config.teacher.weights]}: one that learns to act while it reflects "
+        "forgets how to diagnose",
         "rules": "the environment's own deterministic diagnosis: for tests and for models too "
         "small to reflect",
-        "openai": f"{config.reflection.model} at {config.reflection.base_url}",
-    }[config.reflection.reflector]
+        "openai": f"{reflection.model} at {reflection.base_url}",
+    }[reflection.reflector]
+    return {"reflector": reflection.reflector, "reflector_reason": redacted(reason)}
 
 
-def describe(config: TrainConfig, policy: Policy) -> dict[str, Any]:
-    """Keyword arguments of `Console.header`."""
-    weight = policy.head.weight
-    options = " ".join(f"{key}={value}" for key, value in config.env.options.items())
-    uses_reflection = config.mode in ("hero", "reflection_only", "hero+grpo")
+def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
+    """What is about to run: name and value of each line of `Console.header`."""
+    weight, reflector = policy.head.weight, reflector_facts(config)
+    options = " ".join(f"{key}={value}" for key, value in redacted(config.env.options).items())
+    loss = hero_kernels.explain(
+        1024, weight.shape[1], weight.shape[0], dtype=policy.dtype, device=policy.device,
+        trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
+    )  # fmt: skip
     return {
-        "model": config.model.path,
-        "parameters": policy.num_parameters,
+        "model": f"{config.model.path} ({_count(policy.num_parameters)} parameters)",
         "device": f"{policy.device}, {str(policy.dtype).removeprefix('torch.')}",
         "environment": f"{config.env.name} {options}".strip(),
         "mode": config.mode,
-        "reflector": config.reflection.reflector if uses_reflection else "none",
-        "reflector_reason": reflector_reason(config),
-        "divergence": hero_kernels.explain(
-            1024, weight.shape[1], weight.shape[0], dtype=policy.dtype, device=policy.device,
-            trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
-        ).splitlines()[0],
-    }  # fmt: skip
+        "reflector": f"{reflector['reflector']}: {reflector['reflector_reason']}",
+        "divergence": loss.splitlines()[0],
+    }
+
+
+def _count(number: int) -> str:
+    """1234567 -> "1.2M"."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return str(number)

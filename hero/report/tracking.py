@@ -12,16 +12,18 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from hero.types import Diagnosis, Trajectory
 
+PER_TURN = ("tokens", "divergence", "logprob_gap", "trained")
 METRICS = "metrics.jsonl"
 TRAJECTORIES = "trajectories.jsonl"
-REPORTERS = ("none", "wandb", "trackio", "tensorboard")
 
 Metrics = Mapping[str, float | int | str]
 
@@ -42,7 +44,7 @@ class Tracker:
                 keeps every line: whether a folder may be used again is the caller's decision.
 
         Raises:
-            ValueError: unknown `report_to`, its package is missing, or a file holds a broken line.
+            ValueError: the package of `report_to` is missing, or a file holds a broken line.
         """
         self._dashboard = _open_dashboard(report_to, run_dir, config, resume_at)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -94,7 +96,7 @@ def trajectory_record(
     logprob_gap: Sequence[Sequence[float] | None],
     trained: Sequence[bool],
     update: int,
-    split: str,
+    split: Literal["train", "before", "after"],
 ) -> dict[str, Any]:
     """One trajectory as `hero view` shows it.
 
@@ -108,37 +110,13 @@ def trajectory_record(
             None for a turn without a teacher.
         trained: whether the loss looked at the turn [N].
         update: number of the update; 0 is before training.
-        split: "train", or "before" / "after" for the held-out tasks.
-
-    Raises:
-        ValueError: unknown split, or lengths that do not match the trajectory.
+        split: train, or before / after for the held-out tasks.
     """
-    if split not in ("train", "before", "after"):
-        raise ValueError(f"split must be 'train', 'before' or 'after', got {split!r}.")
-    per_turn = {
-        "tokens": tokens,
-        "divergence": divergence,
-        "logprob_gap": logprob_gap,
-        "trained": trained,
-    }
-    for name, values in per_turn.items():
-        if len(values) != len(trajectory.turns):
-            raise ValueError(f"{name} must have {len(trajectory.turns)} turns, got {len(values)}.")
-
     diagnosis_of = {diagnosis.turn: asdict(diagnosis) for diagnosis in diagnoses}
     turns = []
-    for number, turn in enumerate(trajectory.turns):
-        per_token = {
-            "tokens": list(tokens[number]),
-            "divergence": _list_or_none(divergence[number]),
-            "logprob_gap": _list_or_none(logprob_gap[number]),
-        }
-        for name, items in per_token.items():
-            if items is not None and len(items) != len(turn.action_ids):
-                raise ValueError(
-                    f"{name} of turn {number} must have one entry for each of the "
-                    f"{len(turn.action_ids)} action tokens, got {len(items)}."
-                )
+    for number, (turn, *of_turn) in enumerate(
+        zip(trajectory.turns, tokens, divergence, logprob_gap, trained, strict=True)
+    ):
         diagnosis = diagnosis_of.get(number)
         if diagnosis is not None:
             del diagnosis["turn"]
@@ -149,9 +127,10 @@ def trajectory_record(
                 "feedback_kind": str(turn.feedback_kind),
                 "parse_ok": turn.parse_ok,
                 "is_error": turn.is_error,
-                **per_token,
+                **dict(
+                    zip(("tokens", "divergence", "logprob_gap", "trained"), of_turn, strict=True)
+                ),
                 "diagnosis": diagnosis,
-                "trained": bool(trained[number]),
             }
         )
     return {
@@ -167,15 +146,11 @@ def trajectory_record(
     }
 
 
-def _list_or_none(values: Sequence[float] | None) -> list[float] | None:
-    return None if values is None else list(values)
-
-
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """All complete lines of a file: an unfinished last one (a crash, a run going on) is left out.
 
     Raises:
-        ValueError: there is no such file, or a complete line is no JSON object.
+        ValueError: there is no such file, or a complete line is not a JSON object.
     """
     try:
         # Split at "\n" alone: str.splitlines would also split at U+2028, which JSON text may hold.
@@ -188,7 +163,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise ValueError(
-                f"{path}, line {number} is no valid JSON: {error}. Remove the line."
+                f"{path}, line {number} is not valid JSON: {error}. Remove the line."
             ) from error
         if not isinstance(record, dict):
             raise ValueError(
@@ -211,11 +186,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill in; it gets the name `path` when all went well, else nothing is left of it.
+
+    Raises:
+        ValueError: something is there already.
+    """
+    refuse_to_replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+        new = Path(scratch) / path.name
+        new.mkdir()
+        yield new
+        if path.exists():
+            path.rmdir()
+        new.rename(path)
+
+
 def refuse_to_replace(folder: Path) -> None:
     """Raise a ValueError if something is there already: it may be somebody's only copy."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(
-            f"{folder} is there already, and not empty: nothing in it is replaced. Name another "
+            f"{folder} is there already and not empty; nothing in it is replaced. Name another "
             "folder, or remove it first."
         )
 
@@ -291,9 +284,7 @@ def _open_dashboard(
         return None
     if report_to == "tensorboard":
         return _TensorBoard(run_dir, resume_at)
-    if report_to in ("wandb", "trackio"):
-        return _WandbLike(report_to, run_dir, config)
-    raise ValueError(f"Unknown report_to {report_to!r}: expected one of {', '.join(REPORTERS)}.")
+    return _WandbLike(report_to, run_dir, config)
 
 
 def _import(module: str, extra: str) -> Any:

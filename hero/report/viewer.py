@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hero.algorithms import MODES, Algorithm
 from hero.comparison import compare
 from hero.report.charts import Chart, Line, draw
 from hero.report.tracking import METRICS, TRAJECTORIES, read_jsonl, write_atomic
@@ -25,16 +25,7 @@ FULL_RED = math.log(2)
 """Divergence in nats that is painted in full colour: no Jensen-Shannon divergence is larger."""
 GAP_SHOWN = 0.2
 """Log-probability gap in nats, teacher against student, from which a token is underlined."""
-HINT_MODES = ("hero", "reflection_only", "hero+grpo")
-TEACHER_SAW = {
-    "hero": "what happened next and the hint",
-    "hero+grpo": "what happened next and the hint",
-    "env_only": "what happened next",
-    "reflection_only": "the hint",
-    "terminal": "how the episode ended",
-    "full_demo": "a successful episode",
-    "sdpo": "a successful episode or the environment's feedback",
-}
+NO_HINT = "no hint: not trained"
 
 CHARTS = (
     Chart("Success on held-out dev tasks", (Line("dev/success", "dev"),), percent=True),
@@ -64,8 +55,9 @@ CHARTS = (
         (
             Line("seconds/rollout", "rollout"),
             Line("seconds/reflection", "reflection"),
-            Line("seconds/teacher", "teacher"),
-            Line("seconds/train", "student"),
+            Line("seconds/annotation", "annotation"),
+            Line("seconds/train", "learning"),
+            Line("seconds/evaluation", "evaluation"),
         ),
     ),
 )
@@ -94,15 +86,16 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
     config = _read_json(run_dir / "config.json")
     summary = _read_json(run_dir / "summary.json")
     before, after = summary.get("before"), summary.get("after")
-    mode = config.get("mode", "")
+    algorithm = MODES.get(config.get("mode", ""), Algorithm)
     shown = _select(records, MAX_TRAJECTORIES)
     try:
-        trajectories = [_trajectory_view(record, mode) for record in shown]
+        trajectories = [_trajectory_view(record, algorithm) for record in shown]
     except KeyError as error:
         raise ValueError(
             f"{run_dir / TRAJECTORIES}: a trajectory lacks the field {error}."
         ) from error
 
+    turns = [turn for item in trajectories for turn in item["turns"]]
     page = _templates().get_template("report.html.j2")
     html = page.render(
         title=summary.get("recipe") or run_dir.resolve().name,
@@ -112,11 +105,9 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
         charts=[svg for chart in CHARTS if (svg := draw(chart, metrics))],
         trajectories=_most_telling_first(trajectories),
         left_out=len(records) - len(shown),
-        has_teacher=any(
-            turn["heat"] is not None for item in trajectories for turn in item["turns"]
-        ),
-        teacher_saw=TEACHER_SAW.get(mode, "more than the agent had"),
-        needs_hint=mode in ("hero", "reflection_only"),
+        has_teacher=any(turn["heat"] is not None for turn in turns),
+        teacher_saw=algorithm.teacher_saw or "more than the agent had",
+        needs_hint=any(turn["masked_reason"] == NO_HINT for turn in turns),
         swatches=[
             (f"{nats:.2f}", f"{_heat(nats):.2f}") for nats in (0.0, 0.02, 0.1, 0.3, FULL_RED)
         ],
@@ -131,7 +122,7 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
 
 def _templates() -> Environment:
     return Environment(
-        loader=PackageLoader("hero"),
+        loader=PackageLoader("hero.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -149,7 +140,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}. Remove it to see the rest.") from error
+        raise ValueError(
+            f"{path} is not valid JSON: {error}. Remove it to see the rest."
+        ) from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(data).__name__}.")
     return data
@@ -206,9 +199,9 @@ def _select(records: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     return [record for _, _, record in sorted(kept, key=lambda item: item[1])]
 
 
-def _trajectory_view(record: dict[str, Any], mode: str) -> dict[str, Any]:
+def _trajectory_view(record: dict[str, Any], algorithm: type[Algorithm]) -> dict[str, Any]:
     """What the template needs of one trajectory record."""
-    turns = [_turn_view(turn, record["split"], mode) for turn in record["turns"]]
+    turns = [_turn_view(turn, record["split"], algorithm) for turn in record["turns"]]
     return {
         "id": record["id"],
         "task_id": record["task_id"],
@@ -224,8 +217,8 @@ def _trajectory_view(record: dict[str, Any], mode: str) -> dict[str, Any]:
     }
 
 
-def _turn_view(turn: dict[str, Any], split: str, mode: str) -> dict[str, Any]:
-    divergence = _finite(turn["divergence"] or [])
+def _turn_view(turn: dict[str, Any], split: str, algorithm: type[Algorithm]) -> dict[str, Any]:
+    divergence = [nats for nats in turn["divergence"] or [] if nats is not None]
     mean = sum(divergence) / len(divergence) if divergence else None
     return {
         "tokens": _token_views(turn),
@@ -235,7 +228,7 @@ def _turn_view(turn: dict[str, Any], split: str, mode: str) -> dict[str, Any]:
         "is_error": turn["is_error"],
         "diagnosis": turn["diagnosis"],
         "trained": turn["trained"],
-        "masked_reason": _masked_reason(turn, split, mode),
+        "masked_reason": _masked_reason(turn, split, algorithm),
         "mean": mean,
         "heat": None if mean is None else f"{_heat(mean):.2f}",
     }
@@ -267,21 +260,17 @@ def _token_views(turn: dict[str, Any]) -> list[dict[str, Any]]:
     return views
 
 
-def _masked_reason(turn: dict[str, Any], split: str, mode: str) -> str:
+def _masked_reason(turn: dict[str, Any], split: str, algorithm: type[Algorithm]) -> str:
     """Why a turn of a training episode was not trained; "" if it was, or could not be."""
     if turn["trained"] or split != "train":
         return ""
     hint = (turn["diagnosis"] or {}).get("hint")
-    return "no hint: not trained" if mode in HINT_MODES and not hint else "not trained"
+    return NO_HINT if algorithm.needs_reflection and not hint else "not trained"
 
 
 def _heat(nats: float) -> float:
     """Colour strength in [0, 1]: the square root keeps small divergences visible."""
     return min(1.0, max(0.0, nats) / FULL_RED) ** 0.5
-
-
-def _finite(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
 
 
 def _most_telling_first(trajectories: list[dict[str, Any]]) -> list[dict[str, Any]]:

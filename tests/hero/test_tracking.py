@@ -161,7 +161,7 @@ def test_lone_surrogates_do_not_stop_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1}\n{"a"\n', "line 2 is no valid JSON"), (b"[1]\n", "line 1 must be a")],
+    [(b'{"a": 1}\n{"a"\n', "line 2 is not valid JSON"), (b"[1]\n", "line 1 must be a")],
 )
 def test_read_jsonl_names_the_broken_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.jsonl"
@@ -207,22 +207,10 @@ def test_a_record_holds_what_the_report_needs() -> None:
     assert (second["diagnosis"], second["divergence"], second["observation"]) == (None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"split": "test"}, "split must be"),
-        ({"trained": [True]}, "trained must have 2 turns, got 1"),
-        (
-            {"tokens": [["click"], ["buy"]]},
-            "tokens of turn 0 must have one entry for each of the 2",
-        ),
-        ({"divergence": [[0.1, 0.2, 0.3], None]}, "divergence of turn 0"),
-    ],
-    ids=["split", "turns", "tokens", "divergence"],
-)
-def test_a_record_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        a_record(**changes)
+@pytest.mark.parametrize("name", ["tokens", "divergence", "logprob_gap", "trained"])
+def test_a_record_refuses_figures_of_another_number_of_turns(name: str) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        a_record(**{name: [None]})
 
 
 def test_records_of_another_update_are_refused(tmp_path: Path) -> None:
@@ -230,11 +218,6 @@ def test_records_of_another_update_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must have update=4, got \[3\]"):
         tracker.log_trajectories(4, [a_record(3)])
     tracker.close()
-
-
-def test_unknown_dashboard(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Unknown report_to 'mlflow': expected one of none, wandb"):
-        Tracker(tmp_path, "mlflow", {}, None)
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio", "tensorboard"])
@@ -304,23 +287,14 @@ UPDATE = {"rewards/mean": 0.412, "rollout/success": 0.38, "reflection/non_empty_
 
 
 def show_a_run(console: Console) -> None:
-    console.header(
-        recipe="quickstart",
-        model="tiny-shop",
-        parameters=1_234_567,
-        device="cpu",
-        environment="shop",
-        mode="hero",
-        reflector="rules",
-        reflector_reason="the model is too small",
-        divergence="cpu",
-    )
+    facts = {"model": "tiny-shop (1.2M parameters)", "reflector": "rules: http://me:pw@host/v1"}
+    console.header("hero train quickstart", facts)
     with console.training(total=12, done=3):
         for step in (4, 5, 12):
             console.stage("rollout")
             console.update(step, {**UPDATE, "seconds/rollout": 2.0, "seconds/train": 1.5})
     console.final_table(evaluation({"a": 0.0, "b": 0.0}), evaluation({"a": 1.0, "b": 1.0}))
-    console.error("task [/bold] is unknown", "See [hero recipes].")
+    console.say("task [/bold] at http://me:pw@host/?api_key=abc is unknown")
 
 
 def test_logs_are_plain_and_have_one_line_an_update() -> None:
@@ -334,12 +308,12 @@ def test_logs_are_plain_and_have_one_line_an_update() -> None:
     assert len(updates) == 3
     for part in (
         "tiny-shop (1.2M parameters)",
-        "rules: the model is too small",
+        "rules: http://***@host/v1",
         "+100.0",
         "[+100.0, +100.0]",
     ):
         assert part in text
-    assert "error: task [/bold] is unknown\nhint: See [hero recipes].\n" in text
+    assert "task [/bold] at http://***@host/?api_key=*** is unknown\n" in text
 
 
 def test_a_terminal_gets_a_bar_and_a_table() -> None:
@@ -347,4 +321,4 @@ def test_a_terminal_gets_a_bar_and_a_table() -> None:
     show_a_run(Console(out, terminal=True))
     text = out.getvalue()
     assert "\x1b[" in text and "12/12" in text and "0.41" in text
-    assert "error: " in text and "[hero recipes]" in text
+    assert "[/bold]" in text and "pw@" not in text

@@ -284,7 +284,7 @@ def test_a_run_that_has_not_finished(run_dir: Path, tmp_path: Path, present: str
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("summary.json", "{", "summary.json is no valid JSON"),
+        ("summary.json", "{", "summary.json is not valid JSON"),
         ("config.json", "[]", "config.json must hold a JSON object, got list"),
         (
             "trajectories.jsonl",
