@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from hero.types import Diagnosis, Trajectory
 
@@ -96,7 +96,7 @@ def trajectory_record(
     logprob_gap: Sequence[Sequence[float] | None],
     trained: Sequence[bool],
     update: int,
-    split: Literal["train", "before", "after"],
+    split: str,
 ) -> dict[str, Any]:
     """One trajectory as `hero view` shows it.
 
