@@ -13,20 +13,19 @@ import tyro
 import yaml
 
 from hero import config as configuration
-from hero.checkpoint import BrokenCheckpoint, find_state
 from hero.config import EnvConfig, ModelConfig, RolloutConfig, TrainConfig
 from hero.console import Console
 from hero.envs.base import make_env
 from hero.evaluation import evaluate as evaluate_tasks
 from hero.fetch import MODELS, fetch_model
-from hero.generation.hf import HFGenerator
+from hero.files import BrokenCheckpoint, find_checkpoint, write_atomic
 from hero.health import checkup
 from hero.policy import Policy
 from hero.reflection import ReflectionError
-from hero.rollout import EnvironmentFault, Episode
-from hero.rollout import rollout as play_episodes
+from hero.rollout import Assignment, EnvironmentFault
+from hero.rollout import rollout as run_rollout
+from hero.sampler import HFSampler
 from hero.sft import SftConfig, train_sft
-from hero.tracking import write_atomic
 from hero.trainer import TeacherGate, Trainer
 from hero.types import to_json
 from hero.viewer import render
@@ -69,7 +68,7 @@ def train(arguments: list[str], console: Console) -> None:
     run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume not in ("never", "auto"):
         run_dir = Path(config.resume)
-    if config.resume == "never" and find_state(run_dir) is not None:
+    if config.resume == "never" and find_checkpoint(run_dir) is not None:
         raise ValueError(
             f"{run_dir} already holds a run: go on from it with --resume {run_dir}, or name "
             "another --output-dir."
@@ -171,7 +170,7 @@ def _player(model: str, config: PlayConfig) -> tuple[Any, Any]:
         make_env(config.env.name, **config.env.options) for _ in range(config.rollout.batch_size)
     ]
     play = partial(
-        play_episodes, envs=envs, generator=HFGenerator(policy, config.rollout.batch_size),
+        run_rollout, envs=envs, sampler=HFSampler(policy, config.rollout.batch_size),
         renderer=policy.renderer, config=config.rollout,
     )  # fmt: skip
     return play, envs[0]
@@ -183,7 +182,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     play, env = _player(model, config)
     tasks = env.tasks(config.split)[: config.tasks]
     result, _ = evaluate_tasks(
-        tasks, play=play, trials=config.trials, temperature=config.temperature, seed=config.seed
+        tasks, rollout=play, trials=config.trials, temperature=config.temperature, seed=config.seed
     )
     console.say(
         f"{model} on {len(tasks)} {config.split} tasks x {config.trials}: success "
@@ -200,7 +199,7 @@ def rollout(arguments: list[str], console: Console) -> None:
     play, env = _player(model, config)
     tasks = env.tasks(config.split)[: config.tasks]
     episodes = [
-        Episode(id=f"{task}-{trial}", group_id=task, task_id=task)
+        Assignment(id=f"{task}-{trial}", group_id=task, task_id=task)
         for task in tasks
         for trial in range(config.trials)
     ]

@@ -131,8 +131,8 @@ class TeacherConfig:
     """Show the corrected action. [D]"""
     max_observation_tokens: int = 512
     """Observations are shortened to this, head and tail kept. [D]"""
-    max_block_tokens: int = 1024
-    """Cap of the whole privileged block. [L]"""
+    max_privileged_tokens: int = 1024
+    """Cap of the whole privileged context. [L]"""
     packing: Literal["tree", "separate"] = "tree"
     """tree: all turns of an episode in one forward pass, trunk once and a branch a turn; separate:
     a row a turn."""
@@ -162,7 +162,7 @@ class LossConfig:
     """GRPO: lower clip. [L]"""
     clip_high: float = 0.28
     """GRPO: upper clip. [L]"""
-    policy_weight: float = 1.0
+    pg_weight: float = 1.0
     """hero+grpo: weight of the GRPO term."""
     impl: Literal["auto", "torch", "cpu", "cuda", "triton"] = "auto"
     """Implementation of the divergence (hero_kernels.explain tells which auto takes)."""
@@ -290,12 +290,6 @@ def check(config: TrainConfig) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}.")
-    if config.mode in ("grpo", "hero+grpo") and config.rollout.group_size < 2:
-        raise ValueError(
-            f"mode={config.mode} compares episodes of one task: rollout.group_size must be at "
-            "least 2, "
-            f"got {config.rollout.group_size}. Set --rollout.group-size 8."
-        )
     if config.optim.minibatches > config.rollout.tasks_per_update * config.rollout.group_size:
         raise ValueError(
             f"optim.minibatches={config.optim.minibatches} is more than the trajectories of an "

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from hero.comparison import compare
+from hero.evaluation import compare
 
 WIDTH = 100
 ROWS_KEPT = 8

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import hero_kernels
+from hero.algorithms import MODES
 from hero.config import TrainConfig
 from hero.policy import Policy
 
@@ -24,7 +25,7 @@ def versions() -> dict[str, str]:
 
 def reflector_reason(config: TrainConfig) -> str:
     """Why this reflector reads the episodes of this run, in one sentence."""
-    if config.mode not in ("hero", "reflection_only", "hero+grpo"):
+    if not MODES[config.mode].needs_reflection:
         return f"mode {config.mode} uses no reflection"
     weights = {
         "ema": "the slowly averaged",
@@ -46,7 +47,7 @@ def describe(config: TrainConfig, policy: Policy) -> dict[str, Any]:
     """Keyword arguments of `Console.header`."""
     weight = policy.head.weight
     options = " ".join(f"{key}={value}" for key, value in config.env.options.items())
-    uses_reflection = config.mode in ("hero", "reflection_only", "hero+grpo")
+    uses_reflection = MODES[config.mode].needs_reflection
     return {
         "model": config.model.path,
         "parameters": policy.num_parameters,

@@ -11,12 +11,12 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from hero.files import write_atomic
 from hero.types import Diagnosis, Trajectory
 
 METRICS = "metrics.jsonl"
@@ -92,7 +92,7 @@ def trajectory_record(
     tokens: Sequence[Sequence[str]],
     divergence: Sequence[Sequence[float] | None],
     logprob_gap: Sequence[Sequence[float] | None],
-    trained: Sequence[bool],
+    trained: Sequence[Sequence[str]],
     update: int,
     split: str,
 ) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def trajectory_record(
             without a teacher.
         logprob_gap: log-probability of the sampled token, teacher minus student, in nats [N][T_n];
             None for a turn without a teacher.
-        trained: whether the loss looked at the turn [N].
+        trained: the terms of the loss that trained the turn [N][], none for one left out.
         update: number of the update; 0 is before training.
         split: "train", or "before" / "after" for the held-out tasks.
 
@@ -151,7 +151,7 @@ def trajectory_record(
                 "is_error": turn.is_error,
                 **per_token,
                 "diagnosis": diagnosis,
-                "trained": bool(trained[number]),
+                "trained": list(trained[number]),
             }
         )
     return {
@@ -196,19 +196,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def finite_or_null(value: Any) -> Any:

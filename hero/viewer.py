@@ -16,25 +16,17 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from hero.algorithms import MODES
 from hero.charts import Chart, Line, draw
-from hero.comparison import compare
-from hero.tracking import METRICS, TRAJECTORIES, read_jsonl, write_atomic
+from hero.evaluation import compare
+from hero.files import write_atomic
+from hero.tracking import METRICS, TRAJECTORIES, read_jsonl
 
 MAX_TRAJECTORIES = 200
 FULL_RED = math.log(2)
 """Divergence in nats that is painted in full colour: no Jensen-Shannon divergence is larger."""
 GAP_SHOWN = 0.2
 """Log-probability gap in nats, teacher against student, from which a token is underlined."""
-HINT_MODES = ("hero", "reflection_only", "hero+grpo")
-TEACHER_SAW = {
-    "hero": "what happened next and the hint",
-    "hero+grpo": "what happened next and the hint",
-    "env_only": "what happened next",
-    "reflection_only": "the hint",
-    "terminal": "how the episode ended",
-    "full_demo": "a successful episode",
-    "sdpo": "a successful episode or the environment's feedback",
-}
 
 CHARTS = (
     Chart("Success on held-out dev tasks", (Line("dev/success", "dev"),), percent=True),
@@ -94,10 +86,11 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
     config = _read_json(run_dir / "config.json")
     summary = _read_json(run_dir / "summary.json")
     before, after = summary.get("before"), summary.get("after")
-    mode = config.get("mode", "")
+    algorithm = MODES.get(config.get("mode", ""))
+    needs_hint = algorithm is not None and algorithm.needs_reflection
     shown = _select(records, MAX_TRAJECTORIES)
     try:
-        trajectories = [_trajectory_view(record, mode) for record in shown]
+        trajectories = [_trajectory_view(record, needs_hint) for record in shown]
     except KeyError as error:
         raise ValueError(
             f"{run_dir / TRAJECTORIES}: a trajectory lacks the field {error}."
@@ -115,8 +108,10 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
         has_teacher=any(
             turn["heat"] is not None for item in trajectories for turn in item["turns"]
         ),
-        teacher_saw=TEACHER_SAW.get(mode, "more than the agent had"),
-        needs_hint=mode in ("hero", "reflection_only"),
+        teacher_saw=algorithm.teacher_saw if algorithm else "more than the agent had",
+        needs_hint=algorithm is not None
+        and algorithm.needs_reflection
+        and not algorithm.needs_groups,
         swatches=[
             (f"{nats:.2f}", f"{_heat(nats):.2f}") for nats in (0.0, 0.02, 0.1, 0.3, FULL_RED)
         ],
@@ -206,9 +201,9 @@ def _select(records: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     return [record for _, _, record in sorted(kept, key=lambda item: item[1])]
 
 
-def _trajectory_view(record: dict[str, Any], mode: str) -> dict[str, Any]:
+def _trajectory_view(record: dict[str, Any], needs_hint: bool) -> dict[str, Any]:
     """What the template needs of one trajectory record."""
-    turns = [_turn_view(turn, record["split"], mode) for turn in record["turns"]]
+    turns = [_turn_view(turn, record["split"], needs_hint) for turn in record["turns"]]
     return {
         "id": record["id"],
         "task_id": record["task_id"],
@@ -224,7 +219,7 @@ def _trajectory_view(record: dict[str, Any], mode: str) -> dict[str, Any]:
     }
 
 
-def _turn_view(turn: dict[str, Any], split: str, mode: str) -> dict[str, Any]:
+def _turn_view(turn: dict[str, Any], split: str, needs_hint: bool) -> dict[str, Any]:
     divergence = _finite(turn["divergence"] or [])
     mean = sum(divergence) / len(divergence) if divergence else None
     return {
@@ -235,7 +230,7 @@ def _turn_view(turn: dict[str, Any], split: str, mode: str) -> dict[str, Any]:
         "is_error": turn["is_error"],
         "diagnosis": turn["diagnosis"],
         "trained": turn["trained"],
-        "masked_reason": _masked_reason(turn, split, mode),
+        "masked_reason": _masked_reason(turn, split, needs_hint),
         "mean": mean,
         "heat": None if mean is None else f"{_heat(mean):.2f}",
     }
@@ -267,12 +262,12 @@ def _token_views(turn: dict[str, Any]) -> list[dict[str, Any]]:
     return views
 
 
-def _masked_reason(turn: dict[str, Any], split: str, mode: str) -> str:
+def _masked_reason(turn: dict[str, Any], split: str, needs_hint: bool) -> str:
     """Why a turn of a training episode was not trained; "" if it was, or could not be."""
     if turn["trained"] or split != "train":
         return ""
     hint = (turn["diagnosis"] or {}).get("hint")
-    return "no hint: not trained" if mode in HINT_MODES and not hint else "not trained"
+    return "no hint: not trained" if needs_hint and not hint else "not trained"
 
 
 def _heat(nats: float) -> float:
