@@ -1,14 +1,7 @@
 """Algorithms annotate turns; trainer and loss are blind to them. Each mode is one small class."""
 
 from hero.algorithms.base import Algorithm, Experience
-from hero.algorithms.distillation import (
-    EnvOnly,
-    FullDemo,
-    Hero,
-    ReflectionOnly,
-    Sdpo,
-    Terminal,
-)
+from hero.algorithms.distillation import EnvOnly, FullDemo, Hero, ReflectionOnly, Sdpo, Terminal
 from hero.algorithms.grpo import Grpo, HeroGrpo
 
 MODES: dict[str, type[Algorithm]] = {

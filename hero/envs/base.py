@@ -65,10 +65,7 @@ class HasDiagnosis(Protocol):
         ...
 
 
-BUILTIN = {
-    "shop": "hero.envs.shop:ShopEnv",
-    "desk": "hero.envs.desk:DeskEnv",
-}
+BUILTIN = {"shop": "hero.envs.shop:ShopEnv", "desk": "hero.envs.desk:DeskEnv"}
 
 
 def make_env(name: str, **options: Any) -> Environment:
