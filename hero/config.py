@@ -153,8 +153,8 @@ class TeacherConfig(Settings):
     """Show the corrected action. [D]"""
     max_observation_tokens: Count = 512
     """Observations are shortened to this, head and tail kept. [D]"""
-    max_block_tokens: Count = 1024
-    """Cap of the whole privileged block. [L]"""
+    max_privileged_tokens: Count = 1024
+    """Cap of the whole privileged context. [L]"""
     packing: Literal["tree", "separate"] = "tree"
     """tree: all turns of an episode in one forward pass, trunk once and a branch a turn; separate:
     a row a turn."""
@@ -183,7 +183,7 @@ class LossConfig(Settings):
     """GRPO: lower clip. [L]"""
     clip_high: NotNegative = 0.28
     """GRPO: upper clip. [L]"""
-    policy_weight: NotNegative = 1.0
+    pg_weight: NotNegative = 1.0
     """hero+grpo: weight of the GRPO term."""
     impl: Literal["auto", "torch", "cpu", "cuda", "triton"] = "auto"
     """Implementation of the divergence (hero_kernels.explain tells which auto takes)."""

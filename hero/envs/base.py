@@ -65,9 +65,7 @@ class HasDiagnosis(Protocol):
         ...
 
 
-BUILTIN = {
-    "shop": "hero.envs.shop:ShopEnv",
-}
+BUILTIN = {"shop": "hero.envs.shop:ShopEnv"}
 
 
 def make_env(name: str, **options: Any) -> Environment:

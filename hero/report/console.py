@@ -21,8 +21,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from hero.comparison import compare
 from hero.config import redacted
+from hero.report.comparison import compare
 
 WIDTH = 100
 ROWS_KEPT = 8

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 
-from hero.optim import Learned
+from hero.learner import Learned
 from hero.types import FeedbackKind, Trajectory
 
 

@@ -11,17 +11,14 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from hero.files import write_atomic
 from hero.types import Diagnosis, Trajectory
 
-PER_TURN = ("tokens", "divergence", "logprob_gap", "trained")
 METRICS = "metrics.jsonl"
 TRAJECTORIES = "trajectories.jsonl"
 
@@ -94,7 +91,7 @@ def trajectory_record(
     tokens: Sequence[Sequence[str]],
     divergence: Sequence[Sequence[float] | None],
     logprob_gap: Sequence[Sequence[float] | None],
-    trained: Sequence[bool],
+    trained: Sequence[Sequence[str]],
     update: int,
     split: str,
 ) -> dict[str, Any]:
@@ -108,13 +105,13 @@ def trajectory_record(
             without a teacher.
         logprob_gap: log-probability of the sampled token, teacher minus student, in nats [N][T_n];
             None for a turn without a teacher.
-        trained: whether the loss looked at the turn [N].
+        trained: the terms of the loss that trained the turn [N][], none for one left out.
         update: number of the update; 0 is before training.
         split: train, or before / after for the held-out tasks.
     """
     diagnosis_of = {diagnosis.turn: asdict(diagnosis) for diagnosis in diagnoses}
     turns = []
-    for number, (turn, *of_turn) in enumerate(
+    for number, (turn, texts, nats, gap, terms) in enumerate(
         zip(trajectory.turns, tokens, divergence, logprob_gap, trained, strict=True)
     ):
         diagnosis = diagnosis_of.get(number)
@@ -171,46 +168,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: readers see the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill in; it gets the name `path` when all went well, else nothing is left of it.
-
-    Raises:
-        ValueError: something is there already.
-    """
-    refuse_to_replace(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-        new = Path(scratch) / path.name
-        new.mkdir()
-        yield new
-        if path.exists():
-            path.rmdir()
-        new.rename(path)
-
-
-def refuse_to_replace(folder: Path) -> None:
-    """Raise a ValueError if something is there already: it may be somebody's only copy."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(
-            f"{folder} is there already and not empty; nothing in it is replaced. Name another "
-            "folder, or remove it first."
-        )
 
 
 def finite_or_null(value: Any) -> Any:

@@ -16,9 +16,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hero.algorithms import MODES, Algorithm
-from hero.comparison import compare
+from hero.files import write_atomic
 from hero.report.charts import Chart, Line, draw
-from hero.report.tracking import METRICS, TRAJECTORIES, read_jsonl, write_atomic
+from hero.report.comparison import compare
+from hero.report.tracking import METRICS, TRAJECTORIES, read_jsonl
 
 MAX_TRAJECTORIES = 200
 FULL_RED = math.log(2)

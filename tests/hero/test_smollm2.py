@@ -12,12 +12,11 @@ import torch
 from hero.checks import from_dict
 from hero.config import ModelConfig
 from hero.fetch import fetch_model
-from hero.generation.base import Sampling
-from hero.generation.hf import HFGenerator
 from hero.policy import Policy
 from hero.recipes import load_recipe, merge
 from hero.report.console import Console
 from hero.report.tracking import read_jsonl
+from hero.sampler import HFSampler, Sampling
 from hero.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -42,9 +41,9 @@ def test_it_speaks(model_path: Path) -> None:
     question = "What is the capital of France? Answer with one word."
     prompt = policy.renderer.start([{"role": "user", "content": question}])
     sampling = Sampling(max_tokens=12, seed=0, temperature=0)
-    [answer] = HFGenerator(policy).generate([prompt], sampling)
+    [answer] = HFSampler(policy).generate([prompt], sampling)
     assert "Paris" in policy.renderer.decode(answer.ids)
-    assert answer.finished and answer.ids[-1] == policy.renderer.end_id
+    assert answer.ids[-1] == policy.renderer.end_id
     assert policy.renderer.decode([policy.renderer.end_id]) == ""
 
 

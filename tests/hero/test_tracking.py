@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from hero.comparison import bootstrap_interval, compare
+from hero.files import write_atomic
+from hero.report.comparison import bootstrap_interval, compare
 from hero.report.console import Console
 from hero.report.tracking import (
     Tracker,
     read_jsonl,
     trajectory_record,
-    write_atomic,
 )
 from hero.types import Diagnosis, FeedbackKind, StopReason, Trajectory, Turn
 
@@ -42,7 +42,6 @@ def an_episode(observation: str = "No such button.") -> Trajectory:
             prompt_ids=[1, 2],
             action_ids=[3, 4],
             sampled_logprobs=[-0.5, -0.1],
-            loss_mask=[True, True],
             action_text="click[x]",
             observation=observation,
             feedback_kind=FeedbackKind.INVALID_ACTION,
@@ -52,7 +51,6 @@ def an_episode(observation: str = "No such button.") -> Trajectory:
             prompt_ids=[1],
             action_ids=[5],
             sampled_logprobs=[0.0],
-            loss_mask=[True],
             action_text="buy",
         ),
     ]
@@ -60,13 +58,11 @@ def an_episode(observation: str = "No such button.") -> Trajectory:
         id="e1",
         group_id="g1",
         task_id="t1",
-        seed=0,
         instruction="Buy a shirt.",
         turns=turns,
         reward=0.5,
         success=False,
         stop_reason=StopReason.DONE,
-        policy_version=3,
     )
 
 
@@ -79,7 +75,7 @@ def a_record(
         "tokens": [["click", "[x]"], ["buy"]],
         "divergence": [[0.1, 0.2], None],
         "logprob_gap": [[-1.0, 0.5], None],
-        "trained": [True, False],
+        "trained": [("distillation",), ()],
         "update": update,
         "split": "train",
     }
@@ -201,7 +197,7 @@ def test_a_record_holds_what_the_report_needs() -> None:
     assert (first["tokens"], first["divergence"], first["trained"]) == (
         ["click", "[x]"],
         [0.1, 0.2],
-        True,
+        ["distillation"],
     )
     assert (first["feedback_kind"], record["stop_reason"]) == ("invalid_action", "done")
     assert (second["diagnosis"], second["divergence"], second["observation"]) == (None, None, None)

@@ -62,7 +62,6 @@ def a_record(
             prompt_ids=[1],
             action_ids=[1, 2, 3],
             sampled_logprobs=[0.0] * 3,
-            loss_mask=[True] * 3,
             action_text="click[x]",
             observation=ATTACK,
             is_error=True,
@@ -71,7 +70,6 @@ def a_record(
             prompt_ids=[1],
             action_ids=[4],
             sampled_logprobs=[0.0],
-            loss_mask=[True],
             action_text="buy",
         ),
     ]
@@ -79,13 +77,11 @@ def a_record(
         id=f"e{update}",
         group_id="g",
         task_id="t",
-        seed=0,
         instruction=instruction,
         turns=turns,
         reward=0.25,
         success=split == "after",
         stop_reason=StopReason.MAX_TURNS,
-        policy_version=update,
     )
     arguments: dict[str, Any] = {
         "diagnoses": [
@@ -102,7 +98,7 @@ def a_record(
         "tokens": [["click", "<b>", "\n"], ["buy"]],
         "divergence": [[0.0, 0.1, 5.0], None],
         "logprob_gap": [[0.01, -1.0, 0.9], None],
-        "trained": [True, False],
+        "trained": [("distillation",), ()],
     }
     return trajectory_record(episode, **{**arguments, **changes}, update=update, split=split)
 

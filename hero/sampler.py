@@ -1,24 +1,57 @@
-"""Batched sampling with a transformers model and its key-value cache, on CPU and GPU."""
+"""Batched sampling: ids in, ids and log-probabilities out.
+
+`Sampler` is what the pipeline asks for, whatever engine serves it; `HFSampler` is a transformers
+model with its key-value cache, on CPU and GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hero.generation.base import Completion, Sampling
 from hero.policy import Policy
 
 
-class HFGenerator:
-    """Samples from the policy's present weights: left padding, a stop for each row, finished rows
-    dropped.
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Sampling:
+    """How to sample; the same seed, prompts and weights give the same ids."""
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+
+
+@dataclass(kw_only=True, slots=True)
+class Completion:
+    """One sampled answer."""
+
+    ids: list[int]
+    """With the stop token, unless the answer was cut off by `max_tokens`."""
+    logprobs: list[float]
+    """log p of each id at the sampling temperature (greedy: at 1), before nucleus truncation."""
+
+
+class Sampler(Protocol):
+    """A sampling engine."""
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+        """One completion for each prompt, in order."""
+        ...
+
+
+class HFSampler:
+    """Samples from the policy's present weights.
 
     Sampler and trainer are one engine, so log-probabilities agree up to rounding. Prompts are
-    decoded in batches of `batch_size`, longest first, so that rows of one batch have about one
-    length.
+    decoded in batches of `batch_size`, longest first, so that the rows of a batch have similar
+    lengths. Rows are padded on the left, and a row that has stopped is dropped.
     """
 
     def __init__(self, policy: Policy, batch_size: int = 64) -> None:
@@ -27,27 +60,31 @@ class HFGenerator:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        """One completion a prompt, in order."""
+        """One completion for each prompt, in order."""
         if any(not prompt for prompt in prompts):
             raise ValueError("A prompt is empty: the sampler needs at least one token.")
         random = torch.Generator(self.policy.device).manual_seed(sampling.seed)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        completions: list[Completion | None] = [None] * len(prompts)
+        completions = [Completion(ids=[], logprobs=[]) for _ in prompts]
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            batch = self._decode([prompts[i] for i in rows], sampling, random)
-            for i, completion in zip(rows, batch, strict=True):
-                completions[i] = completion
-        return [completion for completion in completions if completion is not None]
+            self._decode(
+                [prompts[i] for i in rows], [completions[i] for i in rows], sampling, random
+            )
+        return completions
 
     def _decode(
-        self, prompts: list[list[int]], sampling: Sampling, random: torch.Generator
-    ) -> list[Completion]:
+        self,
+        prompts: list[list[int]],
+        completions: list[Completion],
+        sampling: Sampling,
+        random: torch.Generator,
+    ) -> None:
+        """Fill in the completions of one batch."""
         policy = self.policy
         stop = torch.tensor(policy.renderer.stop_ids, device=policy.device)
         input_ids, mask = _left_pad(prompts, policy.renderer.end_id, policy.device)
-        completions = [Completion(ids=[], logprobs=[], finished=False) for _ in prompts]
-        active = list(range(len(prompts)))
+        active = completions
         cache = DynamicCache(config=policy.model.config)
         for step in range(sampling.max_tokens):
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
@@ -59,15 +96,11 @@ class HFGenerator:
                 use_cache=True,
             )
             logits = policy.logits(output.last_hidden_state[:, -1].to(policy.dtype))
-            tokens, logprobs = sample(logits, sampling, random)
-            done = torch.isin(tokens, stop)
-            for i, token, logprob, end in zip(
-                active, tokens.tolist(), logprobs.tolist(), done.tolist(), strict=True
-            ):
-                completions[i].ids.append(token)
-                completions[i].logprobs.append(logprob)
-                completions[i].finished = end
-            keep = (~done).nonzero().squeeze(1)
+            tokens, logprobs = draw_tokens(logits, sampling, random)
+            for row, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
+                row.ids.append(token)
+                row.logprobs.append(logprob)
+            keep = (~torch.isin(tokens, stop)).nonzero().squeeze(1)
             if keep.numel() == 0 or step + 1 == sampling.max_tokens:
                 break
             if keep.numel() < len(active):
@@ -76,10 +109,11 @@ class HFGenerator:
                 tokens, mask = tokens[keep], mask[keep]
             input_ids = tokens[:, None]
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-        return completions
 
 
-def sample(logits: Tensor, sampling: Sampling, random: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Tensor, sampling: Sampling, random: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Draw one token a row from logits [B, V]; returns tokens [B] and their log-probabilities [B].
 
     The log-probability is that of the whole distribution at the sampling temperature (greedy: at

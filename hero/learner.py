@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from hero.config import TrainConfig
-from hero.loss import LossOutput, compute_loss, token_weights
-from hero.packing import PackedBatch, micro_batches, pack
+from hero.loss import LossOutput, compute_loss, weigh
+from hero.packing import PackedBatch, micro_batches, pack, plan_rows
 from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
+
+Place = tuple[int, int]
+"""(trajectory, turn), as indices into the batch."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -31,14 +34,16 @@ class Learned:
     """Mean over steps, before clipping."""
     entropy: float = 0.0
     """Mean over the tokens looked at, nats."""
-    divergence: dict[tuple[int, int], list[float]] = field(default_factory=dict)
-    """Per-token divergence of each distilled (trajectory, turn), in nats, of the first pass."""
-    logprob_gap: dict[tuple[int, int], list[float]] = field(default_factory=dict)
+    trained: dict[Place, tuple[str, ...]] = field(default_factory=dict)
+    """The terms of the loss that trained each turn; turns that none trained are left out."""
+    divergence: dict[Place, list[float]] = field(default_factory=dict)
+    """Per-token divergence of each distilled turn, in nats, of the first pass."""
+    logprob_gap: dict[Place, list[float]] = field(default_factory=dict)
     """log T(y) - log S(y), likewise."""
 
 
 class Learner:
-    """AdamW with warm-up; one optimiser step a minibatch, one denominator for all its
+    """AdamW with warm-up; one optimiser step for each minibatch, with one denominator for all its
     micro-batches."""
 
     def __init__(self, policy: Policy, teacher: TeacherWeights, config: TrainConfig) -> None:
@@ -67,64 +72,46 @@ class Learner:
         order = random.Random(seed)
         for epoch in range(self.config.optim.inner_epochs):
             for minibatch in split(samples, self.config.optim.minibatches, order):
-                outputs = self._accumulate(minibatch)
-                if not outputs:
+                done = self._accumulate(minibatch)
+                if not done:
                     continue
-                self._step(learned, outputs)
-                entropies += [output.entropy for _, output in outputs]
-                if epoch == 0:
-                    for batch, output in outputs:
-                        _record(learned, batch, output)
-        done = max(1, learned.steps + learned.skipped_steps)
-        learned.loss /= done
+                stepped = self._step(learned, [output.loss for _, output in done])
+                for batch, output in done:
+                    entropies.append(output.entropy)
+                    _record(learned, batch, output, stepped, first_pass=epoch == 0)
+        learned.loss /= max(1, learned.steps + learned.skipped_steps)
         learned.grad_norm /= max(1, learned.steps)
-        if entropies and (tokens := torch.cat(entropies)).numel():
-            learned.entropy = float(tokens.mean())
+        if entropies:
+            learned.entropy = float(torch.cat(entropies).mean())
         return learned
 
     def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
         """Gradients of one step; [] if no token has weight."""
-        loss_config = self.config.loss
-        distill = token_weights(
-            samples, [s.distill_weight for s in samples], loss_config.loss_aggregation,
-            loss_config.skip_first_token,
-        )  # fmt: skip
-        policy = token_weights(
-            samples, [s.policy_weight for s in samples], loss_config.loss_aggregation
-        )
-        scale = loss_config.policy_weight if self.config.mode == "hero+grpo" else 1.0
-        kept = [
-            i
-            for i, sample in enumerate(samples)
-            if bool(distill[i].any()) or (sample.advantage != 0 and bool(policy[i].any()))
-        ]
-        outputs = []
-        chosen = [samples[i] for i in kept]
-        packing = self.config.teacher.packing
-        for indices in micro_batches(chosen, self.config.optim.micro_batch_tokens, packing):
-            batch = pack(
-                [chosen[i] for i in indices],
-                [distill[kept[i]] for i in indices],
-                [policy[kept[i]] * scale for i in indices],
-                packing=packing,
-                device=self.policy.device,
-            )
+        done = []
+        plans = plan_rows(weigh(samples, self.config.loss), self.config.teacher.packing)
+        for rows in micro_batches(plans, self.config.optim.micro_batch_tokens):
+            batch = pack(rows, self.policy.device)
             with self.policy.recomputing():
                 output = compute_loss(
-                    self.policy, self.teacher, batch, loss_config, self.config.rollout.temperature
-                )
+                    self.policy, self.teacher, batch, self.config.loss,
+                    self.config.rollout.temperature,
+                )  # fmt: skip
                 output.loss.backward()  # type: ignore[no-untyped-call]
-            outputs.append((batch, output))
-        return outputs
+            output.loss = output.loss.detach()
+            done.append((batch, output))
+        return done
 
-    def _step(self, learned: Learned, outputs: Sequence[tuple[PackedBatch, LossOutput]]) -> None:
+    def _step(self, learned: Learned, losses: Sequence[Tensor]) -> bool:
+        """One optimiser step, left out if the gradient is not finite; returns whether it was
+        taken."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.trainable().values(), self.config.optim.max_grad_norm
         )
-        learned.loss += float(sum(output.loss.detach() for _, output in outputs))
-        if bool(torch.isfinite(norm)):
+        learned.loss += float(sum(losses))
+        finite = bool(torch.isfinite(norm))
+        if finite:
             self.optimizer.step()
             self.teacher.update()
             self.steps_taken += 1
@@ -133,9 +120,7 @@ class Learner:
         else:
             learned.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return finite
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
         self.optimizer.load_state_dict(state)
@@ -147,23 +132,27 @@ def split(samples: Sequence[Sample], minibatches: int, order: random.Random) -> 
     order."""
     if minibatches == 1:
         return [list(samples)]
-    episodes: dict[int, list[Sample]] = {}
+    trajectories: dict[int, list[Sample]] = {}
     for sample in samples:
-        episodes.setdefault(sample.trajectory, []).append(sample)
-    shuffled = list(episodes.values())
+        trajectories.setdefault(sample.trajectory, []).append(sample)
+    shuffled = list(trajectories.values())
     order.shuffle(shuffled)
     parts: list[list[Sample]] = [[] for _ in range(minibatches)]
-    for i, episode in enumerate(shuffled):
-        parts[i % minibatches] += episode
+    for i, turns in enumerate(shuffled):
+        parts[i % minibatches] += turns
     return parts
 
 
-def _record(learned: Learned, batch: PackedBatch, output: LossOutput) -> None:
-    distilled = [sample for sample in batch.samples if sample.distill_weight]
-    lengths = [len(sample.action_ids) for sample in distilled]
-    for values, target in (
-        (output.divergence, learned.divergence),
-        (output.logprob_gap, learned.logprob_gap),
-    ):
-        for sample, part in zip(distilled, values.cpu().split(lengths), strict=True):
-            target[sample.trajectory, sample.turn] = part.tolist()
+def _record(
+    learned: Learned, batch: PackedBatch, output: LossOutput, stepped: bool, first_pass: bool
+) -> None:
+    """Write down by turns what a micro-batch did."""
+    divergence, gap = output.divergence.tolist(), output.logprob_gap.tolist()
+    for item in batch.samples:
+        place = (item.sample.trajectory, item.sample.turn)
+        if stepped:
+            learned.trained[place] = item.losses
+        if item.sample.distill_weight and first_pass:
+            length = len(item.sample.action_ids)
+            learned.divergence[place], divergence = divergence[:length], divergence[length:]
+            learned.logprob_gap[place], gap = gap[:length], gap[length:]
