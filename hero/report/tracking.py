@@ -124,10 +124,11 @@ def trajectory_record(
                 "feedback_kind": str(turn.feedback_kind),
                 "parse_ok": turn.parse_ok,
                 "is_error": turn.is_error,
-                **dict(
-                    zip(("tokens", "divergence", "logprob_gap", "trained"), of_turn, strict=True)
-                ),
+                "tokens": list(texts),
+                "divergence": None if nats is None else list(nats),
+                "logprob_gap": None if gap is None else list(gap),
                 "diagnosis": diagnosis,
+                "trained": list(terms),
             }
         )
     return {
