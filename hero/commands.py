@@ -16,13 +16,13 @@ from hero import config as configuration
 from hero.config import EnvConfig, ModelConfig, RolloutConfig, TrainConfig
 from hero.console import Console
 from hero.envs.base import make_env
-from hero.evaluation import evaluate as evaluate_tasks
+from hero.evaluation import summarise, trials
 from hero.fetch import MODELS, fetch_model
 from hero.files import BrokenCheckpoint, find_checkpoint, write_atomic
 from hero.health import checkup
 from hero.policy import Policy
 from hero.reflection import ReflectionError
-from hero.rollout import Assignment, EnvironmentFault
+from hero.rollout import EnvironmentFault
 from hero.rollout import rollout as run_rollout
 from hero.sampler import HFSampler
 from hero.sft import SftConfig, train_sft
@@ -181,9 +181,8 @@ def evaluate(arguments: list[str], console: Console) -> None:
     model, config = _play_config(arguments, "hero eval MODEL [--recipe NAME]")
     play, env = _player(model, config)
     tasks = env.tasks(config.split)[: config.tasks]
-    result, _ = evaluate_tasks(
-        tasks, rollout=play, trials=config.trials, temperature=config.temperature, seed=config.seed
-    )
+    assignments = trials(tasks, config.trials)
+    result = summarise(play(assignments, seed=config.seed, temperature=config.temperature))
     console.say(
         f"{model} on {len(tasks)} {config.split} tasks x {config.trials}: success "
         f"{result.success:.1%}, "
@@ -198,12 +197,8 @@ def rollout(arguments: list[str], console: Console) -> None:
     model, config = _play_config(arguments, "hero rollout MODEL [--recipe NAME]")
     play, env = _player(model, config)
     tasks = env.tasks(config.split)[: config.tasks]
-    episodes = [
-        Assignment(id=f"{task}-{trial}", group_id=task, task_id=task)
-        for task in tasks
-        for trial in range(config.trials)
-    ]
-    trajectories = play(episodes, seed=config.seed, temperature=config.temperature)
+    assignments = trials(tasks, config.trials)
+    trajectories = play(assignments, seed=config.seed, temperature=config.temperature)
     if config.output:
         write_atomic(Path(config.output), "".join(to_json(t) + "\n" for t in trajectories))
         console.say(f"{len(trajectories)} trajectories: {config.output}")
