@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,22 +31,13 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(
-    tasks: Sequence[str],
-    *,
-    rollout: Callable[..., list[Trajectory]],
-    trials: int,
-    temperature: float,
-    seed: int,
-) -> tuple[Evaluation, list[Trajectory]]:
-    """Run each task `trials` times; `rollout` has its environments, sampler and caps bound."""
-    assignments = [
+def trials(tasks: Sequence[str], number: int) -> list[Assignment]:
+    """Each task `number` times."""
+    return [
         Assignment(id=f"{task}-t{trial}", group_id=task, task_id=task)
-        for trial in range(trials)
+        for trial in range(number)
         for task in tasks
     ]
-    trajectories = rollout(assignments, seed=seed, temperature=temperature)
-    return summarise(trajectories), trajectories
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:

@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,7 @@ from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
 from hero_kernels import linear_logprobs
 
-
-@dataclass(kw_only=True, slots=True)
-class Material:
-    """Targets made from one episode."""
-
-    plain: list[Sample]
-    hindsight: list[Sample]
-    diagnosis: list[Sample]
+KINDS = ("plain", "hindsight", "diagnosis")
 
 
 def train_sft(config: SftConfig, console: Console) -> Path:
@@ -57,50 +50,43 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     """
     torch.manual_seed(config.seed)
     env = make_env(config.env.name, **config.env.options)
-    missing = [
-        name
-        for name in ("demonstrate", "oracle", "diagnose", "random_action")
-        if not hasattr(env, name)
-    ]
-    if missing:
+    needed = ("demonstrate", "oracle", "diagnose", "random_action")
+    if missing := [name for name in needed if not hasattr(env, name)]:
         raise ValueError(
             f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none."
         )
     policy = _load(config, env)
     started = time.perf_counter()
-    materials = make_materials(config, env, policy.renderer)
-    plain = [m.plain for m in materials if m.plain]
-    hindsight = [m.hindsight for m in materials if m.hindsight]
-    diagnosis = [m.diagnosis for m in materials]
-    if not (plain and hindsight and diagnosis):
+    targets = make_targets(config, env, policy.renderer)
+    found = ", ".join(f"{len(targets[kind])} {kind}" for kind in KINDS)
+    if not all(targets.values()):
         raise ValueError(
-            f"A warm start needs episodes of all kinds, got {len(plain)} plain, {len(hindsight)} "
-            f"hindsight and {len(diagnosis)} diagnosis: raise --demonstrator-episodes."
+            f"A warm start needs episodes of all kinds, got {found}: raise --demonstrator-episodes."
         )
     console.say(
-        f"{policy.num_parameters:,} parameters; {len(plain)} plain, {len(hindsight)} hindsight and "
-        f"{len(diagnosis)} diagnosis episodes in {time.perf_counter() - started:.0f} s"
+        f"{policy.num_parameters:,} parameters; {found} episodes "
+        f"in {time.perf_counter() - started:.0f} s"
     )
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     order = random.Random(derive_seed(config.seed, 1))
-    means = dict.fromkeys(("plain", "hindsight", "diagnosis"), 0.0)
+    means: dict[str, float] = {}
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        for name, pool in (("plain", plain), ("hindsight", hindsight), ("diagnosis", diagnosis)):
-            samples = _draw(pool, config.batch_size, order)
-            rows = teacher_rows(samples) if name == "hindsight" else student_rows(samples)
+        for kind in KINDS:
+            samples = _draw(targets[kind], config.batch_size, order)
+            rows = teacher_rows(samples) if kind == "hindsight" else student_rows(samples)
             loss = nll(policy, to_tensors(rows, policy.device), samples)
             loss.backward()  # type: ignore[no-untyped-call]
-            means[name] = 0.98 * means[name] + 0.02 * loss.item() if step else loss.item()
+            means[kind] = 0.98 * means.get(kind, loss.item()) + 0.02 * loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            losses = "  ".join(f"{kind} {value:.3f}" for kind, value in means.items())
             console.say(
                 f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s"
             )
@@ -123,10 +109,10 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
     return -logprobs.mean()
 
 
-def make_materials(config: SftConfig, env: Any, renderer: Renderer) -> list[Material]:
-    """Play all episodes on training tasks and turn them into targets."""
+def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, list[list[Sample]]]:
+    """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
     tasks, prompts = env.tasks("train"), make_prompts(config.prompts)
-    materials = []
+    targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
         rng = random.Random(derive_seed(config.seed, 2, number))
         demonstrated = number < config.demonstrator_episodes
@@ -138,16 +124,17 @@ def make_materials(config: SftConfig, env: Any, renderer: Renderer) -> list[Mate
             config=RolloutConfig(max_turns=config.max_turns), seed=number,
         )  # fmt: skip
         diagnoses = env.diagnose(trajectory)
-        plain = [_sample(turn.prompt_ids, turn.action_ids) for turn in trajectory.turns]
-        request = prompts.reflection(trajectory, env.system_prompt)
-        materials.append(
-            Material(
-                plain=plain if demonstrated else [],
-                hindsight=hindsight_samples(trajectory, diagnoses, prompts, renderer, rng),
-                diagnosis=[diagnosis_sample(request, diagnoses, renderer)],
-            )
+        if demonstrated:
+            targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
+        if told := hindsight_samples(trajectory, diagnoses, prompts, renderer, rng):
+            targets["hindsight"].append(told)
+        request = renderer.start(
+            [{"role": "user", "content": prompts.reflection(trajectory, env.system_prompt)}]
         )
-    return materials
+        answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
+        ids = [*renderer.encode(answer), renderer.end_id]
+        targets["diagnosis"].append([_sample(request, ids)])
+    return targets
 
 
 class Scripted:
@@ -206,13 +193,6 @@ def hindsight_samples(
     return samples
 
 
-def diagnosis_sample(request: str, diagnoses: Sequence[Diagnosis], renderer: Renderer) -> Sample:
-    """The reflection request and the environment's own diagnoses as its answer."""
-    answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
-    prompt_ids = renderer.start([{"role": "user", "content": request}])
-    return _sample(prompt_ids, [*renderer.encode(answer), renderer.end_id])
-
-
 def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
     """A supervised target; `trajectory` is set when a batch is drawn."""
     return Sample(
@@ -244,8 +224,7 @@ def _load(config: SftConfig, env: Any) -> Policy:
     if not hasattr(env, "vocabulary"):
         raise ValueError(
             f"A model from nothing needs the words of {config.env.name}, but it has no "
-            "vocabulary(); name a "
-            "pretrained model with --model.path."
+            "vocabulary(); name a pretrained model with --model.path."
         )
     tokenizer = build_tokenizer(env.vocabulary())
     return Policy(build_model(config.scratch, tokenizer), tokenizer, config.model)

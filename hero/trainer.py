@@ -15,7 +15,7 @@ from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs.base import HasDiagnosis, make_env
-from hero.evaluation import Evaluation, Probe, evaluate, probe_teacher
+from hero.evaluation import Evaluation, Probe, probe_teacher, summarise, trials
 from hero.files import (
     BrokenCheckpoint,
     find_checkpoint,
@@ -242,10 +242,7 @@ class Trainer:
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.env.tasks("dev")[: self.config.eval.dev_tasks]
-        _, trajectories = evaluate(
-            tasks, rollout=self.rollout, trials=1, seed=seed,
-            temperature=self.config.rollout.temperature,
-        )  # fmt: skip
+        trajectories = self.rollout(trials(tasks, 1), seed=seed)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
@@ -254,17 +251,16 @@ class Trainer:
             max_turn_tokens=self.config.rollout.max_turn_tokens, seed=seed,
         )  # fmt: skip
 
-    def _evaluate(
-        self, split: str, tasks: int, purpose: int
-    ) -> tuple[Evaluation, list[Trajectory]]:
-        return evaluate(
-            self.env.tasks(split)[:tasks], rollout=self.rollout, trials=self.config.eval.trials,
-            temperature=self.config.eval.temperature, seed=derive_seed(self.config.seed, purpose),
+    def _held_out(self, split: str, tasks: int, purpose: int) -> list[Trajectory]:
+        config = self.config.eval
+        return self.rollout(
+            trials(self.env.tasks(split)[:tasks], config.trials),
+            seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
         )  # fmt: skip
 
     def _evaluate_dev(self, number: int) -> dict[str, float]:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
-        result, _ = self._evaluate("dev", self.config.eval.dev_tasks, DEV)
+        result = summarise(self._held_out("dev", self.config.eval.dev_tasks, DEV))
         state = self.state
         with self.interrupt.deferred():
             if result.success > state.best_dev:
@@ -276,10 +272,10 @@ class Trainer:
         return {"dev/success": result.success, "dev/score": result.score, "dev/turns": result.turns}
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
-        result, trajectories = self._evaluate("test", self.config.eval.test_tasks, TEST)
+        trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
         nothing = Reflections.none(trajectories)
         self._log_trajectories(tracker, number, split, trajectories, nothing, Learned())
-        return result
+        return summarise(trajectories)
 
     def _log_trajectories(
         self,

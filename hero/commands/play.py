@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -17,6 +15,7 @@ from hero.commands.base import Command, make_importable, prepare_torch, saved_se
 from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, RolloutConfig, Settings
 from hero.files import write_atomic
 from hero.report.console import Console
+from hero.types import Trajectory, to_json
 
 
 @dataclass(kw_only=True)
@@ -64,12 +63,13 @@ class Play(Command):
             data |= {name: recipe[name] for name in ("env", "rollout") if name in recipe}
         return replace(self, settings=from_dict(data, PlayConfig))
 
-    def _player(self) -> tuple[Callable[..., Any], list[str]]:
-        """`rollout` with the model, environments and caps, and the tasks to play."""
+    def _played(self) -> list[Trajectory]:
+        """The episodes: `trials` of each task."""
         config = self.settings
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
+        from hero.evaluation import trials
         from hero.policy import Policy
         from hero.rollout import rollout
         from hero.sampler import HFSampler
@@ -80,11 +80,12 @@ class Play(Command):
         policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
-        play = partial(
-            rollout, envs=envs, sampler=HFSampler(policy, size), renderer=policy.renderer,
-            config=config.rollout,
+        tasks = envs[0].tasks(config.split)[: config.tasks]
+        return rollout(
+            trials(tasks, config.trials), envs=envs, sampler=HFSampler(policy, size),
+            renderer=policy.renderer, config=config.rollout, seed=config.seed,
+            temperature=config.temperature,
         )  # fmt: skip
-        return play, envs[0].tasks(config.split)[: config.tasks]
 
 
 @dataclass(kw_only=True)
@@ -92,20 +93,17 @@ class Eval(Play):
     """Success, score and turns of a model on held-out tasks."""
 
     def run(self) -> None:
-        play, tasks = self._player()
+        trajectories = self._played()
 
-        from hero.evaluation import evaluate
+        from hero.evaluation import summarise
 
-        config = self.settings
-        result, _ = evaluate(
-            tasks, rollout=play, trials=config.trials, temperature=config.temperature,
-            seed=config.seed,
-        )  # fmt: skip
+        result, config = summarise(trajectories), self.settings
         Console().say(
-            f"{self.model} on {len(tasks)} {config.split} tasks x {config.trials}: success "
-            f"{result.success:.1%}, score {result.score:.3f}, average turns {result.turns:.1f}"
+            f"{self.model} on {len(result.per_task)} {config.split} tasks x {config.trials}: "
+            f"success {result.success:.1%}, score {result.score:.3f}, average turns "
+            f"{result.turns:.1f}"
         )
-        _write(self.output, json.dumps(asdict(result), indent=1))
+        _write(self.output, json.dumps(result.to_dict(), indent=1))
 
 
 @dataclass(kw_only=True)
@@ -113,18 +111,7 @@ class Rollout(Play):
     """Play episodes of a model and print them, or write them as JSON lines."""
 
     def run(self) -> None:
-        play, tasks = self._player()
-
-        from hero.rollout import Assignment
-        from hero.types import to_json
-
-        config, console = self.settings, Console()
-        episodes = [
-            Assignment(id=f"{task}-{trial}", group_id=task, task_id=task)
-            for task in tasks
-            for trial in range(config.trials)
-        ]
-        trajectories = play(episodes, seed=config.seed, temperature=config.temperature)
+        trajectories, console = self._played(), Console()
         if self.output:
             _write(self.output, "".join(to_json(t) + "\n" for t in trajectories))
             console.say(f"{len(trajectories)} trajectories: {self.output}")
