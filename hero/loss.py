@@ -20,12 +20,7 @@ from hero.packing import Packed, PackedBatch, Weighted
 from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
-from hero_kernels import (
-    DivergenceOutput,
-    fused_linear_divergence,
-    linear_logprobs,
-    token_coefficients,
-)
+from hero_kernels import DivergenceOutput, fused_linear_divergence, token_coefficients
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,7 +117,6 @@ def divergence_term(
         temperature: divides the logits of both.
     """
     chosen = batch.distill_index
-    head = policy.head_options
     result = fused_linear_divergence(
         hidden[chosen],
         policy.head_weight,
@@ -130,9 +124,7 @@ def divergence_term(
         divergence=config.divergence,
         beta=config.beta,
         temperature=temperature,
-        softcap=head["softcap"],
-        logit_scale=head["logit_scale"],
-        student_bias=head["bias"],
+        student_bias=policy.head.bias,
         token_weights=batch.distill_weights[chosen],
         target_ids=batch.target_ids[chosen],
         old_logprobs=batch.sampled_logprobs[chosen] if config.is_clip else None,
@@ -142,6 +134,7 @@ def divergence_term(
         reduction="sum",
         return_stats=True,
         impl=config.impl,
+        **policy.head_options,
     )
     assert isinstance(result, DivergenceOutput)
     assert result.student_logprobs is not None and result.teacher_logprobs is not None
@@ -157,17 +150,7 @@ def policy_gradient_term(
     policy: Policy, hidden: Tensor, batch: PackedBatch, config: LossConfig, temperature: float
 ) -> LossOutput:
     """PPO's clipped surrogate on all tokens, from their states `hidden` [N, H]."""
-    head = policy.head_options
-    logprobs, entropy = linear_logprobs(
-        hidden,
-        policy.head_weight,
-        batch.target_ids,
-        bias=head["bias"],
-        temperature=temperature,
-        softcap=head["softcap"],
-        logit_scale=head["logit_scale"],
-        return_entropy=True,
-    )
+    logprobs, entropy = policy.logprobs(hidden, batch.target_ids, temperature)
     ratio = torch.exp(logprobs - batch.sampled_logprobs)
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hero.config import ModelConfig
 from hero.renderer import Renderer
+from hero_kernels import linear_logprobs
 
 SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 
@@ -85,15 +86,14 @@ class Policy:
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What stands between the head's product and the logits: keyword arguments of
-        hero_kernels."""
+        """What stands between the head's product and the logits, besides the bias: keyword
+        arguments of hero_kernels."""
         config = self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)
         return {
             "softcap": getattr(config, "final_logit_softcapping", None),
             "logit_scale": float(scale) if scale is not None else 1.0 / float(divisor or 1.0),
-            "bias": self.head.bias,
         }
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -112,15 +112,25 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., H]: for sampling, a few rows at a time."""
-        options = self.head_options
-        bias = options["bias"]
+        bias = self.head.bias
         logits = nn.functional.linear(
             hidden, self.head_weight, None if bias is None else bias.to(self.dtype)
         ).float()
-        logits = logits * options["logit_scale"]
-        if cap := options["softcap"]:
+        logits = logits * self.head_options["logit_scale"]
+        if cap := self.head_options["softcap"]:
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+    def logprobs(
+        self, hidden: Tensor, ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N] of ids [N] after states [N, H], and the entropies [N], in nats."""
+        result = linear_logprobs(
+            hidden, self.head_weight, ids, bias=self.head.bias, temperature=temperature,
+            return_entropy=True, **self.head_options,
+        )  # fmt: skip
+        assert isinstance(result, tuple)
+        return result
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from hero.types import StopReason, Trajectory
 
@@ -31,26 +30,6 @@ class Hindsight:
     demonstration: tuple[tuple[str, str], ...] = ()
     """(action, observation) of each turn of a successful episode of the same task (modes full_demo,
     sdpo)."""
-
-
-class Prompts(Protocol):
-    """One wording."""
-
-    def privileged_context(self, hindsight: Hindsight) -> str:
-        """Text spliced in at the end of the last user or tool message."""
-        ...
-
-    def reflection(
-        self, trajectory: Trajectory, rules: str, clip: Callable[[str], str] = str
-    ) -> str:
-        """The whole request for the diagnoses of one episode, as one user message.
-
-        Args:
-            trajectory: the finished episode.
-            rules: the environment's system prompt, "" for none.
-            clip: shortens each action and observation.
-        """
-        ...
 
 
 UNREAD = " (could not be read as an action)"
@@ -78,6 +57,7 @@ class StandardPrompts:
     """For language models."""
 
     def privileged_context(self, hindsight: Hindsight) -> str:
+        """Text spliced in at the end of the last user or tool message."""
         lines = ["", "", "[Hindsight, for this turn only]"]
         if hindsight.demonstration:
             episode = "\n".join(f"{action}\n-> {seen}" for action, seen in hindsight.demonstration)
@@ -104,6 +84,13 @@ class StandardPrompts:
     def reflection(
         self, trajectory: Trajectory, rules: str, clip: Callable[[str], str] = str
     ) -> str:
+        """The whole request for the diagnoses of one episode, as one user message.
+
+        Args:
+            trajectory: the finished episode.
+            rules: the environment's system prompt, "" for none.
+            clip: shortens each action and observation.
+        """
         rules_part = f"\n\nRules and tools of the agent:\n{rules}" if rules else ""
         episode = "\n\n".join(
             f"Turn {i}\nAction: {clip(turn.action_text)}{'' if turn.parse_ok else UNREAD}\n"
@@ -150,6 +137,9 @@ class CompactPrompts:
         )
         stop = trajectory.stop_reason.value.replace("_", " ")
         return f"review {trajectory.instruction} {episode} reward {trajectory.reward:.1f} {stop}"
+
+
+Prompts = StandardPrompts | CompactPrompts
 
 
 def make_prompts(style: str) -> Prompts:

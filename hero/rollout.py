@@ -169,25 +169,24 @@ def gold_episodes(
 ) -> dict[str, tuple[tuple[str, str], ...]]:
     """(action, observation) of each turn of the oracle's episodes, by task.
 
-    () if an episode does not end in success; nothing at all if the environment has no oracle.
+    Only those that succeed; none at all if the environment has no oracle.
     """
     if not isinstance(env, HasOracle):
         return {}
-    return {task: _gold_episode(env, task, max_turns) for task in tasks}
-
-
-def _gold_episode(env: Environment, task_id: str, max_turns: int) -> tuple[tuple[str, str], ...]:
-    assert isinstance(env, HasOracle)
-    turns = []
-    with _blame(env, task_id, 0):
-        env.reset(task_id)
-        for _ in range(max_turns):
-            action = env.oracle()
-            observation, _, terminated, truncated, info = env.step(action)
-            turns.append((action, observation))
-            if terminated or truncated:
-                return tuple(turns) if info.get("success") else ()
-    return ()
+    gold: dict[str, tuple[tuple[str, str], ...]] = {}
+    for task in tasks:
+        turns: list[tuple[str, str]] = []
+        ended = False
+        with _blame(env, task, 0):
+            env.reset(task)
+            while not ended and len(turns) < max_turns:
+                action = env.oracle()
+                observation, _, terminated, truncated, info = env.step(action)
+                turns.append((action, observation))
+                ended = terminated or truncated
+            if ended and info.get("success"):
+                gold[task] = tuple(turns)
+    return gold
 
 
 def derive_seed(*parts: int) -> int:

@@ -37,7 +37,6 @@ from hero.rollout import Assignment, derive_seed, rollout
 from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
-from hero_kernels import linear_logprobs
 
 KINDS = ("plain", "hindsight", "diagnosis")
 
@@ -100,13 +99,7 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
     """Mean negative log-likelihood of the action tokens."""
     hidden = policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
     targets = torch.cat([torch.tensor(sample.action_ids) for sample in samples]).to(policy.device)
-    head = policy.head_options
-    logprobs = linear_logprobs(
-        hidden, policy.head_weight, targets, bias=head["bias"], softcap=head["softcap"],
-        logit_scale=head["logit_scale"],
-    )  # fmt: skip
-    assert isinstance(logprobs, Tensor)
-    return -logprobs.mean()
+    return -policy.logprobs(hidden, targets)[0].mean()
 
 
 def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, list[list[Sample]]]:

@@ -74,7 +74,7 @@ class ModelReflector:
             trajectories,
             found,
             source=self.config.reflector,
-            hint_filter=make_filter(self.renderer, self.config),
+            hint_filter=HintFilter(self.renderer, self.config),
             started=started,
             retried=retried,
             generated_tokens=generated_tokens,
@@ -111,7 +111,7 @@ class RuleReflector:
         config: ReflectionConfig,
     ) -> None:
         self.diagnose = diagnose
-        self.hint_filter = make_filter(renderer, config)
+        self.hint_filter = HintFilter(renderer, config)
 
     def reflect(self, trajectories: Sequence[Trajectory], seed: int) -> Reflections:
         """Diagnose every turn of every trajectory; `seed` changes nothing.
@@ -131,13 +131,3 @@ class RuleReflector:
         return collect(
             trajectories, found, source="rules", hint_filter=self.hint_filter, started=started
         )
-
-
-def make_filter(renderer: Renderer, config: ReflectionConfig) -> HintFilter:
-    """The filters that `config` asks for, by the student's tokens."""
-    return HintFilter(
-        encode=renderer.encode,
-        decode=renderer.decode,
-        max_hint_tokens=config.max_hint_tokens,
-        leak_filter=config.leak_filter,
-    )
