@@ -58,14 +58,11 @@ class ModelConfig(Settings):
     device: str = "auto"
     """auto (cuda if there is one), cpu, cuda, cuda:1, …"""
     dtype: Dtype = "auto"
-    """Compute type; trained weights are always kept in float32. auto: bfloat16 on cuda, float32 on
-    cpu."""
+    """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
     train_head: bool = True
-    """Train the lm_head (with tied embeddings: these too). False saves a quarter of the loss'
-    GEMMs."""
+    """Train the lm_head, and embeddings tied to it. False saves a quarter of the loss' GEMMs."""
     lora_rank: CountOrZero = 0
-    """0 trains all weights; > 0 trains LoRA adapters of this rank (needs peft) and freezes the
-    rest."""
+    """Rank of LoRA adapters, which alone are trained (needs peft); 0 trains all weights."""
     lora_alpha: Count = 32
     """LoRA's alpha. [L]"""
     gradient_checkpointing: bool = False
@@ -91,9 +88,9 @@ class RolloutConfig(Settings):
     group_size: Count = 1
     """Episodes of one task: 1 is enough for HERO [P]; GRPO needs more."""
     max_turns: Count = 15
-    """Cap of turns an episode."""
+    """Cap of turns per episode."""
     max_turn_tokens: Count = 512
-    """Cap of tokens a turn."""
+    """Cap of tokens per turn."""
     max_episode_tokens: Count = 4096
     """Cap of the context: an episode that would pass it stops."""
     temperature: Annotated[float, AfterValidator(_not_greedy)] = 1.0
@@ -106,12 +103,10 @@ class RolloutConfig(Settings):
 
 @dataclass(kw_only=True)
 class ReflectionConfig(Settings):
-    """Hindsight: who reads the finished episode and writes a diagnosis of each turn. One call an
-    episode."""
+    """Hindsight: who reads a finished episode and writes a diagnosis of each turn, in one call."""
 
     reflector: Literal["self", "teacher", "rules", "openai"] = "self"
-    """self: the student's weights now; teacher: the teacher's weights; rules: the environment's own
-    diagnosis; openai: any OpenAI-compatible endpoint."""
+    """The student (self) or teacher weights, the environment's rules, or an OpenAI-like endpoint."""
     temperature: NotNegative = 0.7
     """Decoding temperature. [D]"""
     max_tokens: Count = 1024
@@ -139,8 +134,7 @@ class TeacherConfig(Settings):
     """Who scores the student's actions with hindsight, and what it sees."""
 
     weights: Literal["ema", "live", "frozen"] = "ema"
-    """ema [L], live (the student itself) or frozen (the starting weights). The lm_head is the
-    student's. [D]"""
+    """ema [L], live (the student itself) or frozen (as at the start). [D]: the student's lm_head."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
     observation: bool = True
@@ -156,8 +150,7 @@ class TeacherConfig(Settings):
     max_privileged_tokens: Count = 1024
     """Cap of the whole privileged context. [L]"""
     packing: Literal["tree", "separate"] = "tree"
-    """tree: all turns of an episode in one forward pass, trunk once and a branch a turn; separate:
-    a row a turn."""
+    """tree: an episode in one pass, as a trunk with branches; separate: each turn is a row."""
 
 
 @dataclass(kw_only=True)
@@ -177,8 +170,7 @@ class LossConfig(Settings):
     loss_aggregation: Literal["token", "turn", "trajectory"] = "token"
     """Mean over tokens; over turns of token means; over trajectories of turn means."""
     skip_first_token: bool = False
-    """Leave out the first token of each action, whose divergence can explode after the generation
-    prompt. [D]"""
+    """Leave out the first token of each action: its divergence can explode. [D]"""
     clip_low: NotNegative = 0.2
     """GRPO: lower clip. [L]"""
     clip_high: NotNegative = 0.28
@@ -207,8 +199,7 @@ class OptimConfig(Settings):
     inner_epochs: Count = 1
     """Passes over each rollout batch. [L]"""
     micro_batch_tokens: Count = 16384
-    """Padded tokens in one forward pass; gradients accumulate, with one denominator for the whole
-    minibatch."""
+    """Padded tokens in one forward pass. Gradients accumulate: results do not depend on it."""
 
 
 @dataclass(kw_only=True)
@@ -221,13 +212,14 @@ class EvalConfig(Settings):
     test_tasks: CountOrZero = 100
     """Tasks of the test split in the final table (before and after); 0 skips it."""
     trials: Count = 1
-    """Episodes a task."""
+    """Episodes per task."""
     temperature: NotNegative = 1.0
     """Sampling temperature in evaluation; 0 is greedy."""
     min_teacher_lift: float | None = None
-    """Gate: stop before training if the hinted teacher does not act better than the student by this
-    much (share of right actions on turns with a hint); None only reports. Needs an environment that
-    diagnoses."""
+    """Stop before training unless the hinted teacher acts better than the student by this share.
+
+    None only reports the lift: the share of right actions on turns with a hint, teacher minus
+    student. Needs an environment that diagnoses."""
     stop_drop: NotNegative = 0.3
     """Stop when dev success falls this far below its best twice in a row (collapse)."""
 
@@ -237,11 +229,9 @@ class TrainConfig(Settings):
     """A training run."""
 
     mode: Mode = "hero"
-    """Which method: they differ in what the teacher sees and which turns are trained
-    (docs/method.md)."""
+    """What the teacher sees and which turns are trained (docs/method.md)."""
     prompts: PromptStyle = "standard"
-    """Wording of teacher blocks and reflections: standard for language models, compact for the
-    shipped small one."""
+    """Wording of what teachers and reflectors read: compact is for the shipped small model."""
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -264,7 +254,7 @@ class TrainConfig(Settings):
     save_every: Count = 10
     """Updates between checkpoints for resuming; the last state is always saved."""
     save_trajectories: CountOrZero = 8
-    """Trajectories an update kept for `hero view`."""
+    """Trajectories of each update that are kept for `hero view`."""
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
     """Besides metrics.jsonl, which is always written."""
 
@@ -286,14 +276,13 @@ class SftConfig(Settings):
     """A warm start."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
-    """The model to start from. path "" starts from nothing, with `scratch`'s shape and a tokenizer
-    of the environment's words."""
+    """The model to start from; path "" is a new one of `scratch`'s shape."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     prompts: PromptStyle = "standard"
-    """Wording of teacher blocks and reflections."""
+    """Wording of what teachers and reflectors read."""
     max_turns: Count = 8
-    """Cap of turns an episode."""
+    """Cap of turns per episode."""
     demonstrator_episodes: CountOrZero = 1500
     """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
     coverage_episodes: CountOrZero = 1500

@@ -32,7 +32,7 @@ class PlayConfig(Settings):
     tasks: Count = 100
     """How many tasks of the split, from its start."""
     trials: Count = 1
-    """Episodes a task."""
+    """Episodes per task."""
     temperature: NotNegative = 1.0
     """Sampling temperature; 0 is greedy."""
     seed: int = 0

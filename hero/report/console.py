@@ -1,4 +1,4 @@
-"""What a run says in the terminal: a header, one row an update, the final table.
+"""What a run says in the terminal: a header, one row per update, the final table.
 
 In a terminal a progress bar and the latest updates stay in place. Anywhere else (CI, a file, a
 pipe) everything is plain ASCII and each update is one line: logs stay readable and can be searched.

@@ -31,7 +31,7 @@ NO_HINT = "no hint: not trained"
 CHARTS = (
     Chart("Success on held-out dev tasks", (Line("dev/success", "dev"),), percent=True),
     Chart("Reward in training", (Line("rewards/mean", "mean reward"),)),
-    Chart("Turns an episode", (Line("rollout/turns_mean", "training"), Line("dev/turns", "dev"))),
+    Chart("Turns per episode", (Line("rollout/turns_mean", "training"), Line("dev/turns", "dev"))),
     Chart(
         "Divergence from the teacher, nats",
         (
@@ -52,7 +52,7 @@ CHARTS = (
     Chart("Norm of the gradient", (Line("grad_norm", "norm"),)),
     Chart("Loss", (Line("loss", "loss"),)),
     Chart(
-        "Seconds an update",
+        "Seconds per update",
         (
             Line("seconds/rollout", "rollout"),
             Line("seconds/reflection", "reflection"),

@@ -206,7 +206,7 @@ def test_a_record_holds_what_the_report_needs() -> None:
 @pytest.mark.parametrize("name", ["tokens", "divergence", "logprob_gap", "trained"])
 def test_a_record_refuses_figures_of_another_number_of_turns(name: str) -> None:
     with pytest.raises(ValueError, match="shorter"):
-        a_record(**{name: [None]})
+        a_record(**{name: [()]})
 
 
 def test_records_of_another_update_are_refused(tmp_path: Path) -> None:
