@@ -106,7 +106,7 @@ class ReflectionConfig(Settings):
     """Hindsight: who reads a finished episode and writes a diagnosis of each turn, in one call."""
 
     reflector: Literal["self", "teacher", "rules", "openai"] = "self"
-    """The student (self) or teacher weights, the environment's rules, or an OpenAI-like endpoint."""
+    """The student's or teacher's weights, the environment's rules, or an OpenAI-like endpoint."""
     temperature: NotNegative = 0.7
     """Decoding temperature. [D]"""
     max_tokens: Count = 1024
@@ -134,7 +134,7 @@ class TeacherConfig(Settings):
     """Who scores the student's actions with hindsight, and what it sees."""
 
     weights: Literal["ema", "live", "frozen"] = "ema"
-    """ema [L], live (the student itself) or frozen (as at the start). [D]: the student's lm_head."""
+    """ema [L], live (the student itself) or frozen (as at the start); the lm_head is shared [D]."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
     observation: bool = True

@@ -304,7 +304,7 @@ class Trainer:
                     split=split,
                 )
             )
-        tracker.log_trajectories(number, records)
+        tracker.log_trajectories(records)
 
     # ---- saving -------------------------------------------------------------------------------
 

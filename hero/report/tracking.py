@@ -22,7 +22,7 @@ from hero.types import Diagnosis, Trajectory
 METRICS = "metrics.jsonl"
 TRAJECTORIES = "trajectories.jsonl"
 
-Metrics = Mapping[str, float | int | str]
+Metrics = Mapping[str, float]
 
 
 class Tracker:
@@ -46,14 +46,12 @@ class Tracker:
         self._dashboard = _open_dashboard(report_to, run_dir, config, resume_at)
         run_dir.mkdir(parents=True, exist_ok=True)
         last = math.inf if resume_at is None else resume_at
-        resumed = resume_at is not None
         _repair(run_dir / METRICS, lambda line: line["step"] <= last)
         # A run that goes on has not come to its end: what was played there is played again.
+        ended = "after" if resume_at is not None else ""
         _repair(
             run_dir / TRAJECTORIES,
-            lambda record: (
-                record["update"] <= last and not (resumed and record["split"] == "after")
-            ),
+            lambda record: record["update"] <= last and record["split"] != ended,
         )
         self._metrics = (run_dir / METRICS).open("ab")
         self._trajectories = (run_dir / TRAJECTORIES).open("ab")
@@ -65,16 +63,8 @@ class Tracker:
         if self._dashboard is not None:
             self._dashboard.log(step, metrics)
 
-    def log_trajectories(self, step: int, records: Sequence[dict[str, Any]]) -> None:
-        """Append records made by `trajectory_record` with `update=step`.
-
-        Raises:
-            ValueError: a record of another update, which a resumed run could not drop rightly.
-        """
-        if wrong := [record["update"] for record in records if record["update"] != step]:
-            raise ValueError(
-                f"Trajectories logged at step {step} must have update={step}, got {wrong}."
-            )
+    def log_trajectories(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append records made by `trajectory_record`."""
         self._trajectories.write(b"".join(map(_json_line, records)))
         self._trajectories.flush()
 
@@ -208,10 +198,7 @@ class _WandbLike:
         self._run = module.init(project="hero", name=run_dir.name, config=config)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        known = {
-            name: value for name, value in finite_or_null(metrics).items() if value is not None
-        }
-        self._run.log(known, step=step)
+        self._run.log({n: v for n, v in metrics.items() if math.isfinite(v)}, step=step)
 
     def close(self) -> None:
         self._run.finish()
@@ -226,10 +213,7 @@ class _TensorBoard:
 
     def log(self, step: int, metrics: Metrics) -> None:
         for name, value in metrics.items():
-            if isinstance(value, str):
-                self._writer.add_text(name, value, step)
-            else:
-                self._writer.add_scalar(name, value, step)
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._writer.close()

@@ -248,7 +248,9 @@ def test_train_eval_rollout_view(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--output-dir", "run", *SMALL]) == 0
+    secret = ["--reflection.base-url", "http://me:s3cret@host/v1"]
+    assert main(["train", "--output-dir", "run", *SMALL, *secret]) == 0
+    assert not any("s3cret" in path.read_text() for path in Path("run").glob("*.*"))
     out = capsys.readouterr().out
     assert "Held-out tasks, before and after training" in out and "report.html" in out
     assert Path("run/report.html").stat().st_size > 5000

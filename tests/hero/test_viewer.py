@@ -114,7 +114,7 @@ def a_run(path: Path, records: list[dict[str, Any]]) -> Path:
         }
         tracker.log(step, {**values, "grad_norm": math.nan if step == 2 else 1.5})
     for record in records:
-        tracker.log_trajectories(record["update"], [record])
+        tracker.log_trajectories([record])
     tracker.close()
     per_task = {"t": {"success": 0.2, "score": 0.25, "turns": 9.0}}
     gained = {"t": {"success": 0.7, "score": 0.75, "turns": 6.5}}
@@ -248,6 +248,14 @@ def test_grpo_has_no_teacher_to_explain(tmp_path: Path) -> None:
     (path / "config.json").write_text(json.dumps({"mode": "grpo"}))
     html = read(render(path))
     assert "The redder a token" not in html and "no hint" not in html and "not trained" in html
+
+
+def test_a_turn_that_advantages_trained_is_not_called_untrained(tmp_path: Path) -> None:
+    record = a_record(1, trained=[("distillation", "policy gradient"), ("policy gradient",)])
+    path = a_run(tmp_path, [record])
+    (path / "config.json").write_text(json.dumps({"mode": "hero+grpo"}))
+    html = read(render(path))
+    assert "not trained" not in html and "without a hint" not in html
 
 
 @pytest.mark.parametrize("case", ["no folder", "empty folder", "empty files"])
