@@ -117,8 +117,7 @@ class Packed:
 
 @dataclass(kw_only=True, slots=True)
 class PackedBatch:
-    """One micro-batch: all that the loss needs, token by token (N action tokens, samples in
-    order)."""
+    """One micro-batch, token by token: N action tokens, samples in order."""
 
     samples: list[Weighted]
     student: Packed
@@ -139,8 +138,7 @@ class PackedBatch:
 
 
 def student_rows(samples: Sequence[Sample]) -> list[Row]:
-    """One trunk for each run of samples in which every prompt extends the last prompt and
-    action."""
+    """One trunk for each run of samples whose prompts extend the last prompt and action."""
     rows: list[Row] = []
     for i, sample in enumerate(samples):
         if not (_same_trajectory(samples, i) and _extends(sample.prompt_ids, rows[-1].trunk)):
@@ -151,8 +149,7 @@ def student_rows(samples: Sequence[Sample]) -> list[Row]:
 
 
 def teacher_rows(samples: Sequence[Sample], packing: str = "tree") -> list[Row]:
-    """Trunk and branches (`tree`), or a row for each turn (`separate`), of the distilled
-    samples."""
+    """Of the distilled samples: a trunk with branches (`tree`) or a row each (`separate`)."""
     rows: list[Row] = []
     distilled = [sample for sample in samples if sample.distill_weight != 0]
     for i, sample in enumerate(distilled):

@@ -1,5 +1,4 @@
-"""The student: a transformers causal LM taken as trunk and head, so that no full-vocabulary logits
-are needed."""
+"""The student: a transformers causal LM as trunk and head, so that logits are never held whole."""
 
 from __future__ import annotations
 
@@ -89,8 +88,7 @@ class Policy:
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What stands between the head's product and the logits, besides the bias: keyword
-        arguments of hero_kernels."""
+        """What stands between the head's output and the logits: arguments of hero_kernels."""
         config = self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)

@@ -45,8 +45,7 @@ class SftConfig:
 
     __pydantic_config__ = STRICT
     model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
-    """path "" starts from nothing, with `scratch`'s shape and a tokenizer of the environment's
-    words."""
+    """path "" starts from nothing: `scratch`'s shape, a tokenizer of the environment's words."""
     scratch: ScratchConfig = field(default_factory=ScratchConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     prompts: str = "standard"
@@ -228,8 +227,7 @@ def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
 
 
 def _draw(pool: Sequence[list[Sample]], size: int, order: random.Random) -> list[Sample]:
-    """The samples of `size` random episodes, numbered so that packing keeps each episode
-    together."""
+    """The samples of `size` random episodes, numbered so that packing keeps them apart."""
     samples = []
     for number in range(size):
         samples += [replace(sample, trajectory=number) for sample in order.choice(pool)]
