@@ -17,8 +17,6 @@ from hero.config import ModelConfig
 from hero.renderer import Renderer
 from hero_kernels import linear_logprobs
 
-disable_progress_bar()  # of weights being read and written, in the middle of a run's own output
-
 SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 
 
@@ -61,6 +59,7 @@ class Policy:
             ValueError: no such model, or no causal LM with tokenizer and chat template.
         """
         path = find_model(config.path)
+        disable_progress_bar()  # of weights read and written, amid a run's own output
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(
@@ -70,9 +69,7 @@ class Policy:
             raise ValueError(
                 f"Cannot load the model {config.path!r}: {str(error).strip().splitlines()[0]}\n"
                 "Expected a folder with a transformers causal LM and its tokenizer, a hub id, or "
-                "one of "
-                f"{sorted(SHIPPED)}. SmolLM2-135M-Instruct can be had offline: hero model "
-                "smollm2-135m."
+                f"one of {sorted(SHIPPED)}. For SmolLM2-135M-Instruct: hero model smollm2-135m."
             ) from error
         return cls(model, tokenizer, config)
 
@@ -190,6 +187,7 @@ class Policy:
 
     def save(self, path: Path) -> None:
         """Write model (or adapter) and tokenizer to a folder."""
+        disable_progress_bar()
         if self.adapter is not None:
             self.adapter.save_pretrained(path)
         else:

@@ -7,7 +7,7 @@ answer. A prompt grows only at its end:
     prompt_0 = open . content . close            (close holds the generation prompt)
     prompt_1 = prompt_0 + action_0 + open' . observation . close
 
-so every turn's prompt extends the last one's prompt and action, and the teacher's block can be
+so every turn's prompt extends the last one's prompt and action, and the privileged context can be
 spliced in before `close` without touching a token of the student's own context.
 """
 
