@@ -136,7 +136,8 @@ def _check_endpoint(config: TrainConfig) -> None:
 
 def _check_secrets(config: TrainConfig) -> None:
     values = {f"env.options {name}": value for name, value in config.env.options.items()}
-    values["reflection.base_url"] = config.reflection.base_url
+    if config.reflection.reflector == "openai":
+        values["reflection.base_url"] = config.reflection.base_url
     for name, value in values.items():
         if "***" in str(value):
             raise ValueError(

@@ -82,8 +82,7 @@ class Probe:
     student_right: float
     teacher_right: float
     diagnosis_agreement: float
-    """Share of turns on which the reflector finds fault exactly when the environment's own
-    diagnosis does."""
+    """Share of turns on which reflector and environment agree whether there is a fault."""
 
     @property
     def lift(self) -> float:

@@ -43,8 +43,7 @@ class Learned:
 
 
 class Learner:
-    """AdamW with warm-up; one optimiser step for each minibatch, with one denominator for all its
-    micro-batches."""
+    """AdamW with warm-up; a step for each minibatch, one denominator for its micro-batches."""
 
     def __init__(self, policy: Policy, teacher: TeacherWeights, config: TrainConfig) -> None:
         self.policy = policy
@@ -102,8 +101,7 @@ class Learner:
         return done
 
     def _step(self, learned: Learned, losses: Sequence[Tensor]) -> bool:
-        """One optimiser step, left out if the gradient is not finite; returns whether it was
-        taken."""
+        """Take an optimiser step unless the gradient is not finite; returns whether it was."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         norm = torch.nn.utils.clip_grad_norm_(
@@ -128,8 +126,7 @@ class Learner:
 
 
 def split(samples: Sequence[Sample], minibatches: int, order: random.Random) -> list[list[Sample]]:
-    """Shuffle whole trajectories into `minibatches` parts; turns of a trajectory stay together, in
-    order."""
+    """Shuffle whole trajectories into `minibatches` parts; their turns stay in order."""
     if minibatches == 1:
         return [list(samples)]
     trajectories: dict[int, list[Sample]] = {}

@@ -23,6 +23,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,16 +31,27 @@ from torch import Tensor
 from hero.types import Sample
 
 
+class Branch(NamedTuple):
+    """What stands beside a trunk: hindsight, generation prompt and action of one turn."""
+
+    leaves_at: int
+    """Length of the trunk that it continues, and sees."""
+    ids: list[int]
+    num_actions: int
+    """Its last so many tokens are the action."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """One sequence to be: ids, positions, branches and where the actions are."""
+    """One sequence to be: a trunk, then its branches."""
 
-    ids: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    branches: list[tuple[int, int, int]] = field(default_factory=list)
-    """(trunk length that is seen, start, end) of each branch, in row coordinates."""
+    trunk: list[int] = field(default_factory=list)
     actions: list[tuple[int, int]] = field(default_factory=list)
-    """(start, end) of each sample's action tokens, in row coordinates."""
+    """(start, end) of each action in the trunk."""
+    branches: list[Branch] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.trunk) + sum(len(branch.ids) for branch in self.branches)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,7 +83,7 @@ class Rows:
     @property
     def width(self) -> int:
         """Tokens of the longest row."""
-        return max(len(row.ids) for row in self.student + self.teacher)
+        return max(map(len, self.student + self.teacher))
 
     @property
     def height(self) -> int:
@@ -105,8 +117,7 @@ class Packed:
 
 @dataclass(kw_only=True, slots=True)
 class PackedBatch:
-    """One micro-batch: all that the loss needs, token by token (N action tokens, samples in
-    order)."""
+    """One micro-batch, token by token: N action tokens, samples in order."""
 
     samples: list[Weighted]
     student: Packed
@@ -127,53 +138,32 @@ class PackedBatch:
 
 
 def student_rows(samples: Sequence[Sample]) -> list[Row]:
-    """One trunk for each run of samples in which every prompt extends the last prompt and
-    action."""
+    """One trunk for each run of samples whose prompts extend the last prompt and action."""
     rows: list[Row] = []
     for i, sample in enumerate(samples):
-        if not (_same_trajectory(samples, i) and _extends(sample.prompt_ids, rows[-1].ids)):
+        if not (_same_trajectory(samples, i) and _extends(sample.prompt_ids, rows[-1].trunk)):
             rows.append(Row())
-        row = rows[-1]
-        row.ids = sample.prompt_ids + sample.action_ids
-        row.positions = list(range(len(row.ids)))
-        row.actions.append((len(sample.prompt_ids), len(row.ids)))
+        rows[-1].trunk = sample.prompt_ids + sample.action_ids
+        rows[-1].actions.append((len(sample.prompt_ids), len(rows[-1].trunk)))
     return rows
 
 
 def teacher_rows(samples: Sequence[Sample], packing: str = "tree") -> list[Row]:
-    """Trunk and branches (`tree`), or a row for each turn (`separate`), of the distilled
-    samples."""
+    """Of the distilled samples: a trunk with branches (`tree`) or a row each (`separate`)."""
     rows: list[Row] = []
     distilled = [sample for sample in samples if sample.distill_weight != 0]
     for i, sample in enumerate(distilled):
+        if packing == "separate":
+            whole = sample.teacher_prompt_ids + sample.action_ids
+            rows.append(Row(trunk=whole, actions=[(len(sample.teacher_prompt_ids), len(whole))]))
+            continue
         trunk = sample.prompt_ids[: sample.branch_at]
         own = sample.privileged_ids + sample.prompt_ids[sample.branch_at :] + sample.action_ids
-        joins = packing == "tree" and _same_trajectory(distilled, i)
-        if not (joins and _extends(trunk, _trunk(rows[-1]))):
+        if not (_same_trajectory(distilled, i) and _extends(trunk, rows[-1].trunk)):
             rows.append(Row())
-        row = rows[-1]
-        _grow(row, trunk)
-        start, end = len(row.ids), len(row.ids) + len(own)
-        row.ids = row.ids + own
-        row.positions = row.positions + list(range(len(trunk), len(trunk) + len(own)))
-        row.actions.append((end - len(sample.action_ids), end))
-        if packing == "tree":  # else trunk and branch are one plain causal sequence
-            row.branches.append((len(trunk), start, end))
+        rows[-1].trunk = trunk  # longer than before: earlier branches still leave where they did
+        rows[-1].branches.append(Branch(len(trunk), own, len(sample.action_ids)))
     return rows
-
-
-def _trunk(row: Row) -> list[int]:
-    return row.ids[: row.branches[0][1]] if row.branches else row.ids
-
-
-def _grow(row: Row, trunk: list[int]) -> None:
-    """Lengthen the row's trunk; the branches that are there move to the right."""
-    old = len(_trunk(row))
-    added = len(trunk) - old
-    row.ids = trunk + row.ids[old:]
-    row.positions = list(range(len(trunk))) + row.positions[old:]
-    row.branches = [(seen, start + added, end + added) for seen, start, end in row.branches]
-    row.actions = [(start + added, end + added) for start, end in row.actions]
 
 
 def _extends(longer: list[int], shorter: list[int]) -> bool:
@@ -248,21 +238,28 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
 
 def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
     """Pad to the longest row and build the block-sparse mask where there are branches."""
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.zeros(shape, dtype=torch.long)
+    position_ids = torch.zeros(shape, dtype=torch.long)
     mask = None
     if any(row.branches for row in rows):
-        mask = torch.zeros(len(rows), 1, width, width, dtype=torch.bool)
+        mask = torch.zeros(shape[0], 1, shape[1], shape[1], dtype=torch.bool)
     index = []
     for r, row in enumerate(rows):
-        length = len(row.ids)
-        input_ids[r, :length] = torch.tensor(row.ids)
-        position_ids[r, :length] = torch.tensor(row.positions)
+        ids, positions, actions = list(row.trunk), list(range(len(row.trunk))), list(row.actions)
+        seen = [(0, 0, len(ids))]  # tokens start:end see the trunk up to the first number
+        for branch in row.branches:
+            start, end = len(ids), len(ids) + len(branch.ids)
+            ids += branch.ids
+            positions += range(branch.leaves_at, branch.leaves_at + len(branch.ids))
+            actions.append((end - branch.num_actions, end))
+            seen.append((branch.leaves_at, start, end))
+        input_ids[r, : len(ids)] = torch.tensor(ids)
+        position_ids[r, : len(ids)] = torch.tensor(positions)
+        for start, end in actions:  # the state before a token predicts it
+            index.append(torch.arange(r * shape[1] + start - 1, r * shape[1] + end - 1))
         if mask is not None:
-            _fill_mask(mask[r, 0], row)
-        for start, end in row.actions:  # the state before a token predicts it
-            index.append(torch.arange(r * width + start - 1, r * width + end - 1))
+            _fill_mask(mask[r, 0], seen)
     return Packed(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
@@ -271,15 +268,15 @@ def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
     )
 
 
-def _fill_mask(mask: Tensor, row: Row) -> None:
-    """Rows of `mask` [T, T] are the tokens that look, columns what they see."""
+def _fill_mask(mask: Tensor, seen: Sequence[tuple[int, int, int]]) -> None:
+    """Let tokens start:end see the row's first `trunk` tokens, and themselves causally.
+
+    Rows of `mask` [T, T] are the tokens that look, columns what they see.
+    """
     mask.fill_diagonal_(True)  # padding sees itself, so that no softmax is empty
-    trunk = len(_trunk(row))
-    mask[:trunk, :trunk] = True
-    for seen, start, end in row.branches:
-        mask[start:end, :seen] = True
-        mask[start:end, start:end] = True
-    mask[: len(row.ids), : len(row.ids)].tril_()
+    for trunk, start, end in seen:
+        mask[start:end, :trunk] = True
+        mask[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
 
 
 def guard_ids(batch: PackedBatch) -> None:

@@ -1,5 +1,4 @@
-"""The student: a transformers causal LM taken as trunk and head, so that no full-vocabulary logits
-are needed."""
+"""The student: a transformers causal LM as trunk and head, so that logits are never held whole."""
 
 from __future__ import annotations
 
@@ -68,9 +67,7 @@ class Policy:
             raise ValueError(
                 f"Cannot load the model {config.path!r}: {str(error).strip().splitlines()[0]}\n"
                 "Expected a folder with a transformers causal LM and its tokenizer, a hub id, or "
-                "one of "
-                f"{sorted(SHIPPED)}. SmolLM2-135M-Instruct can be had offline: hero model "
-                "smollm2-135m."
+                f"one of {sorted(SHIPPED)}. For SmolLM2-135M-Instruct: hero model smollm2-135m."
             ) from error
         return cls(model, tokenizer, config)
 
@@ -86,8 +83,7 @@ class Policy:
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What stands between the head's product and the logits, besides the bias: keyword
-        arguments of hero_kernels."""
+        """What stands between the head's output and the logits: arguments of hero_kernels."""
         config = self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)

@@ -28,8 +28,7 @@ class Hindsight:
     outcome: bool | None = None
     """True/False: the episode succeeded/failed (mode terminal)."""
     demonstration: tuple[tuple[str, str], ...] = ()
-    """(action, observation) of each turn of a successful episode of the same task (modes full_demo,
-    sdpo)."""
+    """(action, observation) of each turn of a successful episode of the same task."""
 
 
 UNREAD = " (could not be read as an action)"

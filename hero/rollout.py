@@ -190,8 +190,7 @@ def gold_episodes(
 
 
 def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers (splitmix-style mixing), independent of Python's
-    hash."""
+    """One 63-bit seed from several numbers, mixed as in splitmix: the same in every process."""
     state = 0x9E3779B97F4A7C15
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF

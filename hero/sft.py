@@ -195,8 +195,7 @@ def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
 
 
 def _draw(pool: Sequence[list[Sample]], size: int, order: random.Random) -> list[Sample]:
-    """The samples of `size` random episodes, numbered so that packing keeps each episode
-    together."""
+    """The samples of `size` random episodes, numbered so that packing keeps them apart."""
     samples = []
     for number in range(size):
         samples += [replace(sample, trajectory=number) for sample in order.choice(pool)]

@@ -1,5 +1,4 @@
-"""The self-teacher: the student's own context with hindsight at its end, and the weights that read
-it."""
+"""The self-teacher: the student's own context plus hindsight, and the weights that read it."""
 
 from __future__ import annotations
 

@@ -236,8 +236,7 @@ class Trainer:
         )
 
     def _probe(self) -> Probe | None:
-        """Teacher lift on dev episodes; None where the environment cannot judge or nothing is
-        distilled."""
+        """Teacher lift on dev episodes; None if nothing is distilled or nobody can judge."""
         if not self.algorithm.distils or not isinstance(self.env, HasDiagnosis):
             return None
         seed = derive_seed(self.config.seed, PROBE)

@@ -58,8 +58,7 @@ class Turn:
     action_ids: list[int]
     """The exact ids it sampled, with the end token unless the turn was cut off by length."""
     sampled_logprobs: list[float]
-    """Log-probability of each action id at the sampling temperature; same length as
-    `action_ids`."""
+    """Log-probability of each action id at the sampling temperature."""
     action_text: str
     observation: str | None = None
     """What followed; None only if the environment never answered."""
@@ -128,8 +127,7 @@ class Sample:
     pg_weight: float = 0.0
     """Weight of the turn in the policy-gradient loss; 0 leaves it out."""
     advantage: float = 0.0
-    """Advantage of the policy-gradient loss; a turn of advantage 0 still counts in its
-    denominator."""
+    """For the policy-gradient loss; a turn of advantage 0 still counts in its denominator."""
 
     @property
     def teacher_prompt_ids(self) -> list[int]:

@@ -24,8 +24,7 @@ class Experience:
     diagnoses: list[list[Diagnosis]]
     """One for each turn of each trajectory; empty lists where the mode needs no reflection."""
     gold: dict[str, Demonstration]
-    """Gold episodes by task id; only for modes with `needs_gold`, and where the environment has an
-    oracle."""
+    """Gold episodes by task id, if the mode needs them and the environment has an oracle."""
 
 
 class Algorithm(ABC):
@@ -56,8 +55,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def annotate(self, experience: Experience) -> list[Sample]:
-        """One sample for each turn that is trained; those of one trajectory together and in
-        order."""
+        """A sample for each turn that is trained, those of a trajectory together and in order."""
 
     def turns(self, experience: Experience) -> Iterator[Sample]:
         """Every turn, without annotation."""

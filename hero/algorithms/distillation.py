@@ -1,5 +1,4 @@
-"""Self-distillation with hindsight: one class for each mode, which says what a turn's teacher
-sees."""
+"""Self-distillation with hindsight: each mode is a class that says what the teacher sees."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ class Distillation(Algorithm):
 
 
 class Hero(Distillation):
-    """The paper's teacher: next observation, final reward and the turn's diagnosis; turns with a
-    hint. [P]"""
+    """Next observation, final reward and the turn's diagnosis; turns with a hint. [P]"""
 
     needs_reflection = True
     teacher_saw = "what happened next and the hint"
@@ -88,8 +86,7 @@ class FullDemo(Distillation):
 
 
 class Sdpo(Distillation):
-    """SDPO's teacher: a successful sibling if there is one, and the feedback; failed episodes.
-    [L]"""
+    """A successful sibling if there is one, and the feedback; failed episodes. [L]"""
 
     teacher_saw = "a successful episode or the environment's feedback"
 

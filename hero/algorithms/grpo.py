@@ -13,8 +13,7 @@ from hero.types import Sample, Trajectory
 
 
 def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
-    """(reward - group mean) / group standard deviation; 0 where all rewards of a group are
-    equal."""
+    """(reward - group mean) / group standard deviation; 0 in a group of equal rewards."""
     groups: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.group_id].append(trajectory.reward)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from hero.viewer import render
 from safetensors.torch import load_file
 
 from hero.checks import from_dict
@@ -92,6 +93,31 @@ def test_every_kind_of_mode_runs(model_path: Path, tmp_path: Path, mode: str) ->
     config.updates = 1
     trainer(config, tmp_path).run()
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+
+
+class Lottery(ShopEnv):
+    """A shop that pays for what is written, whatever it is: the episodes of a group differ."""
+
+    def step(self, text: str) -> Any:
+        observation, _, *rest = super().step(text)
+        return observation, len(text) / 100, *rest
+
+
+def test_turns_without_a_hint_are_recorded_as_what_they_are(
+    model_path: Path, tmp_path: Path
+) -> None:
+    changes = {"rollout": {"group_size": 2}, "reflection": {"max_hint_tokens": 0}, "updates": 1}
+    for mode in ("hero+grpo", "hero"):  # no turn has a hint: the second has nothing to train
+        config = settings(model_path, mode=mode, **changes)
+        config.env.name = f"{__name__}:Lottery"
+        trainer(config, tmp_path / mode).run()
+        steps = read_jsonl(tmp_path / mode / "metrics.jsonl")[-1]["optim/steps"]
+        records = read_jsonl(tmp_path / mode / "trajectories.jsonl")
+        trained = [t["trained"] for r in records if r["split"] == "train" for t in r["turns"]]
+        expected = ["policy gradient"] if mode == "hero+grpo" else []
+        assert steps == len(expected) and trained == [expected] * 24
+        report = render(tmp_path / mode).read_text(encoding="utf-8")
+        assert ("no hint: not trained" in report) == (mode == "hero")
 
 
 def test_the_same_seed_gives_the_same_weights(model_path: Path, tmp_path: Path) -> None:
