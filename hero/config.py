@@ -115,7 +115,7 @@ class ReflectionConfig(Settings):
     """Further calls for a reflection of which nothing could be read."""
     max_observation_tokens: Count = 400
     """Observations are shortened to this, head and tail kept."""
-    max_hint_tokens: Count = 96
+    max_hint_tokens: CountOrZero = 96
     """A longer hint is dropped."""
     leak_filter: bool = True
     """Drop hints that name ids or numbers which could not be known at that turn."""

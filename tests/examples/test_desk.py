@@ -10,15 +10,19 @@ import hashlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
+import desk
 import pytest
 from desk import DeskEnv
 from desk.database import initial_database
 from desk.tasks import FAMILIES, TASK_IDS, load_task
 from desk_helpers import call, database, finish, identified, order_with, refused, task_of
 
+from hero.checks import check, from_dict
 from hero.envs.base import Environment, HasDiagnosis, HasOracle, make_env
+from hero.recipes import load_file
 
 SPLITS = tuple(TASK_IDS)
 
@@ -33,6 +37,12 @@ def test_keeps_the_protocols() -> None:
     observation, info = env.reset("dev-3")
     assert info == {"task_id": "dev-3", "instruction": observation}
     assert len(env.system_prompt.split()) < 900
+
+
+def test_the_settings_of_the_example_fit_it() -> None:
+    config = from_dict(load_file(Path(desk.__file__).with_name("train.yaml")))
+    check(config)
+    assert isinstance(make_env(config.env.name, **config.env.options), DeskEnv)
 
 
 @pytest.mark.parametrize(

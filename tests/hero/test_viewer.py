@@ -250,14 +250,6 @@ def test_grpo_has_no_teacher_to_explain(tmp_path: Path) -> None:
     assert "The redder a token" not in html and "no hint" not in html and "not trained" in html
 
 
-def test_a_turn_that_advantages_trained_is_not_called_untrained(tmp_path: Path) -> None:
-    record = a_record(1, trained=[("distillation", "policy gradient"), ("policy gradient",)])
-    path = a_run(tmp_path, [record])
-    (path / "config.json").write_text(json.dumps({"mode": "hero+grpo"}))
-    html = read(render(path))
-    assert "not trained" not in html and "without a hint" not in html
-
-
 @pytest.mark.parametrize("case", ["no folder", "empty folder", "empty files"])
 def test_nothing_to_show_is_an_error(tmp_path: Path, case: str) -> None:
     path = tmp_path / "run"
