@@ -59,7 +59,7 @@ def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
         "environment": f"{config.env.name} {options}".strip(),
         "mode": config.mode,
         "reflector": f"{reflector['reflector']}: {reflector['reflector_reason']}",
-        "divergence": loss.splitlines()[0],
+        "divergence": loss.splitlines()[0].removeprefix("implementation: "),
     }
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from hero.viewer import render
 from safetensors.torch import load_file
 
 from hero.checks import from_dict
@@ -26,6 +25,7 @@ from hero.interrupt import Interrupt
 from hero.policy import Policy
 from hero.report.console import Console
 from hero.report.tracking import read_jsonl
+from hero.report.viewer import render
 from hero.rollout import EnvironmentFault
 from hero.scratch import build_model, build_tokenizer
 from hero.trainer import TeacherGate, Trainer
