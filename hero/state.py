@@ -12,7 +12,11 @@ MAX_BAD_EVALUATIONS = 2
 
 @dataclass(kw_only=True, slots=True)
 class State:
-    """Counters of a run."""
+    """Counters of a run.
+
+    Every seed is derived from the number of its update. So with the weights and the optimiser's
+    state these counters are all that a resumed run needs to end with the very same weights.
+    """
 
     update: int = 0
     env_turns: int = 0
