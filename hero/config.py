@@ -76,7 +76,7 @@ class EnvConfig(Settings):
     name: str = "shop"
     """shop, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
-    """Constructor options of the environment, on top of those of the recipe."""
+    """Constructor options of the environment, on top of those that a recipe gives it."""
 
 
 @dataclass(kw_only=True)

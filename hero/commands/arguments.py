@@ -40,20 +40,23 @@ def parse(arguments: list[str]) -> Command:
         SystemExit: after help (0), or after saying what cannot be read (2).
         ValueError: unknown recipes and settings that are out of range.
     """
+    first: Any
+    default: Any
     try:
         first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
-        default: Any = replace(first.with_defaults(), debug=False)  # else the flag turns it off
+        default = replace(first.with_defaults(), debug=False)  # else the flag turns it off
     except SystemExit:
-        default = tyro.MISSING_NONPROP
+        first = default = tyro.MISSING_NONPROP
     try:
         command = _read(arguments, default, True)
     except SystemExit as stop:
-        if stop.code:
+        if stop.code and arguments[:1] == ["train"]:
             _hint_at_names(arguments)
         raise
     if isinstance(command, Train | Sft | Play):
-        data = asdict(command.settings)
-        data["env"]["options"] = default.settings.env.options | data["env"]["options"]
+        data, env = asdict(command.settings), default.settings.env
+        kept = env.options if env.name == command.settings.env.name else {}
+        data["env"]["options"] = kept | first.settings.env.options
         command.settings = from_dict(data, type(command.settings))
     return command
 
@@ -92,4 +95,4 @@ def _hint_at_names(arguments: list[str]) -> None:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
         if argument.startswith("--") and (meant := elsewhere(TrainConfig, name, name)):
             flags = " or ".join(f"--{path}" for path in meant.replace("_", "-").split(" or "))
-            print(f"hint: {argument} is {flags} of hero train", file=sys.stderr)
+            print(f"hint: {argument} is {flags} here", file=sys.stderr)

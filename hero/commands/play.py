@@ -75,6 +75,7 @@ class Play(Command):
         from hero.sampler import HFSampler
 
         prepare_torch(None)
+        Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
         best = Path(self.model) / "best"
         path = str(best) if best.is_dir() else self.model
         policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
@@ -103,7 +104,8 @@ class Eval(Play):
             f"success {result.success:.1%}, score {result.score:.3f}, average turns "
             f"{result.turns:.1f}"
         )
-        _write(self.output, json.dumps(result.to_dict(), indent=1))
+        if self.output:
+            write_atomic(Path(self.output), json.dumps(result.to_dict(), indent=1))
 
 
 @dataclass(kw_only=True)
@@ -113,7 +115,7 @@ class Rollout(Play):
     def run(self) -> None:
         trajectories, console = self._played(), Console()
         if self.output:
-            _write(self.output, "".join(to_json(t) + "\n" for t in trajectories))
+            write_atomic(Path(self.output), "".join(to_json(t) + "\n" for t in trajectories))
             console.say(f"{len(trajectories)} trajectories: {self.output}")
             return
         for trajectory in trajectories:
@@ -121,9 +123,3 @@ class Rollout(Play):
             for number, turn in enumerate(trajectory.turns, 1):
                 console.say(f"  {number}. {turn.action_text}\n     {turn.observation}")
             console.say(f"  reward {trajectory.reward:.2f}, {trajectory.stop_reason}")
-
-
-def _write(path: str, text: str) -> None:
-    if path:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(path), text)

@@ -227,7 +227,10 @@ def test_options_of_the_environment_read_the_same_with_a_recipe(
 ) -> None:
     words = ["--env.options", "mode", "raw", "size", "3", "strict", "false", "none", "null"]
     config = parse(["train", *recipe, *words]).settings  # type: ignore[attr-defined]
-    assert config.env.options == kept | {"mode": "raw", "size": 3, "strict": False, "none": None}
+    given = {"mode": "raw", "size": 3, "strict": False, "none": None}
+    assert config.env.options == kept | given
+    other = parse(["train", *recipe, "--env.name", "my:World", *words]).settings  # type: ignore[attr-defined]
+    assert other.env.options == given  # a recipe's options are of its own environment
 
 
 def test_no_command_replaces_what_it_did_not_make(
