@@ -57,11 +57,13 @@ def _explain(cls: type, item: Any) -> str:
     """One mistake that pydantic found, with the name of the field as a user writes it."""
     where = ".".join(str(part) for part in item["loc"]) or "The configuration"
     if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        section = [str(part) for part in item["loc"][:-1]]
-        name = str(item["loc"][-1])
+        section, _, name = where.rpartition(".")
         if meant := elsewhere(cls, name, where):
             return f"{where}: unknown field; here it is {meant}"
-        return f"{where}: unknown field; known here: {', '.join(_known(cls, section))}"
+        inside = f"{section}." if section else ""
+        paths = [path.removeprefix(inside) for path in _paths(cls) if path.startswith(inside)]
+        known = sorted({path.partition(".")[0] for path in paths})
+        return f"{where}: unknown field; known here: {', '.join(known)}"
     message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
     expected, colon, reason = message.partition(":")
     return f"{where} {expected}, got {item['input']!r}{colon}{reason}"
@@ -84,12 +86,6 @@ def _paths(cls: Any) -> Iterator[str]:
             yield from (f"{item.name}.{rest}" for rest in _paths(hints[item.name]))
         else:
             yield item.name
-
-
-def _known(cls: Any, section: list[str]) -> list[str]:
-    for part in section:
-        cls = get_type_hints(cls)[part]
-    return sorted(item.name for item in fields(cls))
 
 
 def check(config: TrainConfig) -> None:

@@ -1,33 +1,25 @@
-"""What a run says in the terminal: a header, one row per update, the final table.
+"""What a run says: a header, one line per update, the final table.
 
-In a terminal a progress bar and the latest updates stay in place. Anywhere else (CI, a file, a
-pipe) everything is plain ASCII and each update is one line: logs stay readable and can be searched.
+In a terminal a progress bar stays below. Anywhere else (CI, a file, a pipe) everything is plain
+ASCII: logs stay readable and can be searched.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.console import Group
-from rich.live import Live
-from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
 from hero.config import redacted
 from hero.report.comparison import compare
 
 WIDTH = 100
-ROWS_KEPT = 8
-"""Updates that stay visible in a terminal."""
-
 COLUMNS = (
     # label, metric, format
     ("reward", "rewards/mean", "{:.2f}"),
@@ -56,7 +48,6 @@ class Console:
         self.terminal = self._rich.is_terminal
         self._rich.width = min(self._rich.width, WIDTH) if self.terminal else WIDTH
         self._total = 0
-        self._live: Live | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -65,39 +56,32 @@ class Console:
             TimeRemainingColumn(),
             console=self._rich,
             expand=True,
+            disable=not self.terminal,
         )
-        self._rows: deque[list[str]] = deque(maxlen=ROWS_KEPT)
 
     def say(self, text: str) -> None:
         """A line of information."""
         self._rich.print(redacted(text), soft_wrap=not self.terminal)
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
-        """What is about to run, one fact a line."""
+        """What is about to run, one fact per line."""
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in facts.items():
             grid.add_row(name, redacted(value))
-        if self.terminal:
-            self._rich.print(Panel(grid, title=Text(title), title_align="left"))
-        else:
-            self.say(title)
-            self._rich.print(grid)
+        self.say(title)
+        self._rich.print(grid)
 
     @contextmanager
     def training(self, total: int, done: int = 0) -> Iterator[None]:
         """Show progress over `total` updates, `done` of which were made before a resume."""
         self._total = total
-        if not self.terminal:
-            yield
-            return
         task = self._progress.add_task("training", total=total, completed=done)
         try:
-            with Live(self._view(), console=self._rich, refresh_per_second=4) as self._live:
+            with self._progress:
                 yield
         finally:
-            self._live = None
             self._progress.remove_task(task)
 
     def stage(self, name: str) -> None:
@@ -107,27 +91,15 @@ class Console:
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One finished update; `metrics` as given to `Tracker.log`, whatever there is of them."""
-        cells = [_cell(metrics.get(name), form) for _, name, form in COLUMNS]
-        spent = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-        seconds = f"{spent:.1f}" if spent else ""
-        if self._live is None:
-            labels = [label for label, _, _ in COLUMNS]
-            fields = [f"{label} {cell}" for label, cell in zip(labels, cells, strict=True) if cell]
-            place = f"update {step:>{len(str(self._total))}}/{self._total}"
-            self.say("  ".join([place, *fields, *([f"{seconds} s"] if seconds else [])]))
-            return
-        self._rows.append([str(step), *cells, seconds])
+        fields = [f"update {step:>{len(str(self._total))}}/{self._total}"]
+        for label, name, form in COLUMNS:
+            if metrics.get(name) is not None:
+                fields.append(f"{label} {form.format(metrics[name])}")
+        if spent := sum(value for name, value in metrics.items() if name.startswith("seconds/")):
+            fields.append(f"{spent:.1f} s")
+        self.say("  ".join(fields))
         for task in self._progress.task_ids:
             self._progress.update(task, completed=step)
-        self._live.update(self._view())
-
-    def _view(self) -> Group:
-        table = Table(box=box.SIMPLE_HEAD, expand=True, pad_edge=False, header_style="dim")
-        for label in ("update", *(label for label, _, _ in COLUMNS), "s"):
-            table.add_column(label, justify="right", no_wrap=True)
-        for row in self._rows:
-            table.add_row(*row)
-        return Group(table, self._progress) if self._rows else Group(self._progress)
 
     def final_table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Held-out tasks before and after training; the arguments as in `summary.json`.
@@ -155,7 +127,3 @@ class Console:
                 f"[{', '.join(low_high)}]" if low_high else "-",
             )
         self._rich.print(table)
-
-
-def _cell(value: Any, form: str) -> str:
-    return "" if value is None else form.format(value)
