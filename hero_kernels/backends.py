@@ -6,7 +6,7 @@ import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -191,6 +191,12 @@ def choose(impl: str, request: Request) -> str:
     raise ValueError(
         f"No implementation takes {request.dtype}; expected float32, bfloat16, float16 or float64."
     )
+
+
+@torch.compiler.assume_constant_result
+def chosen(impl: str, *request: Any) -> str:
+    """`choose` by the fields of a `Request`; `torch.compile` does not trace into it."""
+    return choose(impl, Request(*request))
 
 
 @functools.cache

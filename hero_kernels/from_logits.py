@@ -71,10 +71,9 @@ def divergence_from_logits(
     )  # fmt: skip
     student, teacher = _matrix(student_logits), _matrix(teacher_logits.detach())
     need_grad = torch.is_grad_enabled() and student_logits.requires_grad
-    request = backends.Request(
-        str(student.device), student.dtype, str(what.divergence), str(what.support)
+    name = backends.chosen(
+        impl, str(student.device), student.dtype, str(what.divergence), str(what.support)
     )
-    name = backends.choose(impl, request)
     call = Call(name, 0, 0, vocab, need_hidden=need_grad, with_stats=return_stats)
     losses, stats, _ = _logits_divergence(
         student, teacher, *rows[:4], numbers_of(what), encoded(what, call.text)

@@ -102,8 +102,9 @@ def linear_logprobs(
         checks.targets("target_ids", targets, vocab, mask)
     device, vocab = str(hidden.device), operator.index(vocab)
     request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
+    name = backends.chosen(impl, *request)
     call = Call(
-        backends.choose(impl, request), options.tile_rows or default_rows(device, vocab), 0, vocab,
+        name, options.tile_rows or default_rows(device, vocab), 0, vocab,
         options.max_active_rows or 0, with_stats=return_entropy,
     )  # fmt: skip
     logprobs, entropy, _ = _linear_logprobs(

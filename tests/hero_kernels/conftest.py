@@ -8,7 +8,7 @@ import torch
 from hero_kernels import supports
 from hero_kernels.backends import IMPLEMENTATIONS
 
-DEVICE = {"cuda": "cuda", "triton": "cuda"}
+DEVICE = {"cuda": "cuda", "triton": "cuda", "triton_fused": "cuda"}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -155,6 +155,7 @@ def active_tokens(
     token_weights: Tensor | None = None,
     turn_ids: Tensor | None = None,
     turn_weights: Tensor | None = None,
+    trajectory_ids: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
     """[rows] bool: the tokens that count; the statistics of the others are 0."""
@@ -165,6 +166,8 @@ def active_tokens(
         active &= turn_ids >= 0
         if turn_weights is not None:
             active &= turn_weights[turn_ids.clamp(min=0)] != 0
+    if trajectory_ids is not None:
+        active &= trajectory_ids >= 0
     return active
 
 

@@ -19,19 +19,22 @@ from hero_kernels import (
     linear_logprobs,
 )
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.chunked import Head
-from hero_kernels.divergence_loop import RowTensors
-from hero_kernels.divergence_loop import run as run_loop
-from hero_kernels.layout import Plan
-from hero_kernels.options import Objective
+from hero_kernels.call import Call, encoded, numbers_of
+from hero_kernels.divergence import divergence as divergence_loop
+from hero_kernels.objective import Objective
+from hero_kernels.types import Head, RowTensors
 
-PLAIN = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 13, "full", 0, "student", True)
 EXTRA: dict[str, dict[str, Any]] = {
     "full": {},
     "scaled": {"softcap": 3.0, "temperature": 0.7, "logit_scale": 0.5},
-    "clipped": {"pointwise_clip": 0.05},
+    "temperatures": {"temperature": torch.tensor([0.5, 1.0, 2.0, 0.8, 1.3])},
     "topk": {"support": "topk", "top_k": 4},
-    "union": {"support": "topk", "top_k": 3, "top_k_source": "union", "top_k_tail": False},
+    "renormalised": {
+        "support": "topk",
+        "top_k": 3,
+        "top_k_source": "teacher",
+        "top_k_tail": False,
+    },
 }
 
 
@@ -43,28 +46,22 @@ def loss_of(problem: Problem, impl: str = "auto", **settings: Any) -> Tensor:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("case", EXTRA)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck(divergence: str, case: str, reduction: str) -> None:
+@pytest.mark.parametrize(
+    ("shared", "reduction"), [(True, "none"), (False, "mean")], ids=["shared", "own_head"]
+)
+def test_gradcheck(divergence: str, case: str, shared: bool, reduction: str) -> None:
     """In fp64. A shared W moves the teacher too, so W's gradient is checked with a head apart."""
-    weights = torch.rand(5)
-    common: dict[str, Any] = {
-        "divergence": divergence,
-        "beta": 0.3,
-        "reduction": reduction,
-        "token_weights": weights,
-    }
-    for shared in (True, False):
-        problem = make_problem(5, 4, 11, shared=shared, bias=True, dtype=torch.float64)
+    problem = make_problem(5, 4, 11, shared=shared, bias=True, dtype=torch.float64)
+    chosen: dict[str, Any] = {"divergence": divergence, "reduction": reduction, **EXTRA[case]}
+    chosen |= {"beta": 0.3, "token_weights": torch.rand(5), "teacher_bias": problem.teacher_bias}
 
-        def loss(hidden: Tensor, weight: Tensor, bias: Tensor, p: Problem = problem) -> Tensor:
-            chosen = {**common, **EXTRA[case], "student_bias": bias, "teacher_bias": p.teacher_bias}
-            return fused_linear_divergence(
-                hidden, weight, p.teacher_hidden, p.teacher_weight, **chosen
-            )
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        teacher = (problem.teacher_hidden, problem.teacher_weight)
+        return fused_linear_divergence(hidden, weight, *teacher, student_bias=bias, **chosen)
 
-        inputs = (problem.student_hidden, problem.student_weight, problem.student_bias)
-        frozen = [tensor.detach() if shared and i else tensor for i, tensor in enumerate(inputs)]
-        assert torch.autograd.gradcheck(loss, frozen)
+    inputs = (problem.student_hidden, problem.student_weight, problem.student_bias)
+    frozen = [tensor.detach() if shared and i else tensor for i, tensor in enumerate(inputs)]
+    assert torch.autograd.gradcheck(loss, frozen)
 
 
 def test_shared_head_gets_the_students_gradient_only(impl: str, device: str) -> None:
@@ -138,10 +135,9 @@ def test_gemm_count(impl: str, trunk: bool, head: bool, shared: bool) -> None:
     teacher = student._replace(hidden=problem.teacher_hidden)
     if problem.teacher_weight is not None:
         teacher = teacher._replace(weight=problem.teacher_weight)
-    plan = Plan(impl, 10, "float32", 0, trunk, head, False, False)
-    inputs = RowTensors(torch.ones(rows), None, None, None, None)
+    call = Call(impl, 10, 0, vocab, need_hidden=trunk, need_weight=head)
     with ProductCounter() as counter:
-        run_loop(student, teacher, inputs, PLAIN._replace(vocab_size=vocab), plan)
+        divergence_loop(student, teacher, RowTensors(torch.ones(rows)), Objective(), call)
     assert counter.flops == (2 + trunk + head) * 2 * rows * hidden * vocab
 
 
@@ -149,7 +145,7 @@ def test_gemm_count(impl: str, trunk: bool, head: bool, shared: bool) -> None:
     ("trunk", "head", "enabled"), [(True, True, True), (True, False, True), (True, True, False)]
 )
 def test_only_what_requires_grad_is_computed(trunk: bool, head: bool, enabled: bool) -> None:
-    """What the public function asks of the loop: one chunk, one product per GEMM, profiled."""
+    """What the public function asks of the loop: one tile, one product per GEMM, profiled."""
     problem = make_problem(24, 8, 50)
     problem.student_hidden.requires_grad_(trunk)
     problem.student_weight.requires_grad_(head)
@@ -162,11 +158,11 @@ def test_only_what_requires_grad_is_computed(trunk: bool, head: bool, enabled: b
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_chunks_do_not_matter(impl: str, device: str, dtype: torch.dtype) -> None:
+def test_tiles_do_not_matter(impl: str, device: str, dtype: torch.dtype) -> None:
     problem = make_problem(37, 9, 60, bias=True)
-    whole, first = run(problem, impl, device, dtype, options=KernelOptions(chunk_size=64))
+    whole, first = run(problem, impl, device, dtype, options=KernelOptions(tile_rows=64))
     for size in (1, 5, 36):
-        part, second = run(problem, impl, device, dtype, options=KernelOptions(chunk_size=size))
+        part, second = run(problem, impl, device, dtype, options=KernelOptions(tile_rows=size))
         torch.testing.assert_close(part.per_token, whole.per_token, rtol=1e-5, atol=1e-7)
         for name, value in first.gradients().items():
             tolerance = 1e-5 if dtype == torch.float32 else 4e-3
@@ -208,7 +204,7 @@ def test_micro_batches_add_up(impl: str, device: str) -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_bitwise_deterministic(impl: str, device: str, reduction: str) -> None:
     problem = make_problem(50, 9, 700)
-    settings: dict[str, Any] = {"options": KernelOptions(chunk_size=16), "reduction": reduction}
+    settings: dict[str, Any] = {"options": KernelOptions(tile_rows=16), "reduction": reduction}
     first, one = run(problem, impl, device, torch.float32, **settings)
     second, two = run(problem, impl, device, torch.float32, **settings)
     assert torch.equal(first.loss, second.loss)
@@ -242,23 +238,19 @@ def op_arguments(impl: str, per_row: bool, dtype: torch.dtype) -> tuple[Any, ...
         torch.tensor([0.2, 0.0, 0.1, 0.3, 0.0, 0.1, 0.1]),
         torch.randint(0, 13, (7,)),
         None,
+        torch.rand(7) + 0.5 if impl == "torch" else None,
         None,
         None,
-    )
-    needed = not per_row
-    return (
-        *tensors,
-        *PLAIN,
-        *Plan(impl, 3, "float32", 0, needed, needed, needed, True),
-        per_row,
         None,
     )
+    call = Call(impl, 3, 0, 13, 0, *[not per_row] * 3, with_stats=True, per_row=per_row)
+    return (*tensors, numbers_of(Objective()), encoded(Objective(), call.text))
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["scalar", "per_row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_opcheck(impl: str, per_row: bool, dtype: torch.dtype) -> None:
-    if impl in ("cuda", "triton"):
+def test_opcheck(impl: str, device: str, per_row: bool, dtype: torch.dtype) -> None:
+    if device == "cuda":
         pytest.skip("opcheck runs on CPU here")
     torch.library.opcheck(linear_divergence, op_arguments(impl, per_row, dtype))
 
@@ -338,7 +330,11 @@ def test_compiled_with_what_varies() -> None:
     plain: dict[str, Any] = {}
     varied: dict[str, list[tuple[tuple[int, int, int], dict[str, Any]]]] = {
         "temperature": [((9, 6, 13), {"temperature": t}) for t in (1.0, 0.7, 0.5)],
-        "clip": [((9, 6, 13), {"pointwise_clip": c}) for c in (0.1, 0.2, 0.3)],
+        "temperature of each token": [
+            ((9, 6, 13), {"temperature": torch.rand(9) + 0.5}) for _ in range(2)
+        ],
+        "beta": [((9, 6, 13), {"beta": b}) for b in (0.1, 0.2, 0.3)],
+        "softcap": [((9, 6, 13), {"softcap": c}) for c in (2.0, 3.0, 4.0)],
         "sizes": [((9, size, 2 * size), plain) for size in (6, 8, 10)],
         "rows": [((rows, 6, 13), plain) for rows in (9, 12, 7)],
         "rows within a budget": [budget(rows) for rows in (9, 12, 7)],
@@ -352,18 +348,21 @@ def test_compiled_with_what_varies() -> None:
             assert torch.equal(compiled(*inputs, **settings), loss(*inputs, **settings)), name
 
 
-@pytest.mark.parametrize("case", ["scalar", "per_row", "sliced", "logits", "inplace"])
+@pytest.mark.parametrize("case", ["scalar", "per_row", "split", "logits", "logprobs"])
 def test_second_order_is_refused(case: str) -> None:
     problem = make_problem(4, 5, 40)
-    if case in ("logits", "inplace"):
+    if case == "logits":
         logits = problem.student_hidden @ problem.student_weight.t()
-        teacher = torch.randn(4, 40)
-        loss = divergence_from_logits(logits, teacher, inplace_gradient=case == "inplace")
+        loss = divergence_from_logits(logits, torch.randn(4, 40))
         assert isinstance(loss, Tensor)
+    elif case == "logprobs":
+        ids = torch.arange(4)
+        loss = linear_logprobs(problem.student_hidden, problem.student_weight, ids).sum()
     else:
-        design = "sliced" if case == "sliced" else "auto"
+        columns = 16 if case == "split" else None
         reduction = "none" if case == "per_row" else "mean"
-        loss = loss_of(problem, reduction=reduction, options=KernelOptions(design=design)).sum()
+        options = KernelOptions(tile_columns=columns)
+        loss = loss_of(problem, reduction=reduction, options=options).sum()
     with pytest.raises(RuntimeError, match=r"no second-order gradients.*create_graph=True"):
         torch.autograd.grad(loss, problem.student_hidden, create_graph=True)
 
