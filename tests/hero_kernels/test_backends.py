@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hero_kernels.layout import chunk_sizes
 
 from hero_kernels import backends, explain, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS, Implementation, Request, choose, chunk_rows
 from hero_kernels.gemm import takes_16_bit
-from hero_kernels.layout import chunk_sizes
 
 
 def request(

@@ -179,8 +179,9 @@ def test_equals_the_fused_function(impl: str, device: str) -> None:
 
 
 def test_opcheck() -> None:
-    from hero_kernels.from_logits import _logits_divergence
     from hero_kernels.options import Objective
+
+    from hero_kernels.from_logits import _logits_divergence
 
     student, teacher = torch.randn(2, 6, 20)
     objective = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 20, "full", 0, "student", True)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import ProductCounter, make_problem, run
-
-from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs
 from hero_kernels.chunked import Head, active_rows
 from hero_kernels.divergence_loop import RowTensors
 from hero_kernels.divergence_loop import run as run_loop
 from hero_kernels.layout import Plan
 from hero_kernels.options import Objective
+from problems import ProductCounter, make_problem, run
+
+from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs
 
 MASK = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0])
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from hero_kernels.chunked import difference_operand
 from problems import DIVERGENCES, make_problem, relative_error, run, truth
 from torch import Tensor
 
 from hero_kernels import KernelOptions, fused_linear_divergence, reference
-from hero_kernels.chunked import difference_operand
 
 DISTANCES = [1.0, 0.3, 0.1, 0.03, 0.01, 3e-3]
 
