@@ -5,6 +5,7 @@ Exit codes: 0; 1 for a mistake or fault; 2 for a command line that cannot be rea
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,6 +43,8 @@ def _run(given: list[str]) -> int:
         command.run()
     except SystemExit as stop:  # the parser has printed help or what is wrong
         return int(stop.code or 0)
+    except BrokenPipeError:  # of `hero recipes | head`: nobody reads on, and nothing may be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, Fault) as mistake:
         hint = "\n".join(getattr(mistake, "__notes__", []))
         _complain(redacted(str(mistake)), redacted(hint), given)
