@@ -16,6 +16,7 @@ import torch
 from tile_cases import (
     DELTA,
     DIVERGENCES,
+    FORWARD_KL,
     JSD,
     REVERSE_KL,
     Case,
@@ -120,9 +121,8 @@ def test_everything_a_tile_may_have(kernel: RowKernel, divergence: str, delta: b
     check(kernel, case)
 
 
-@DIVERGENCES
-def test_a_ratio_without_a_bound(divergence: str) -> None:
-    case = make_case(divergence, True, rows=2, vocab=300, temperature=0.8)
+def test_a_ratio_without_a_bound() -> None:
+    case = make_case(FORWARD_KL, True, rows=2, vocab=300, temperature=0.8)
     case.target_ids, case.old_logprobs = torch.tensor([0, 299]), torch.tensor([-9.0, -1.0])
     check(whole_rows, case)
 
@@ -259,8 +259,7 @@ def test_columns_that_one_side_alone_masks(divergence: str, side: str) -> None:
     true_stats, true_grad = case.truth()
     logits[:, 100:230] = -torch.inf
     stats, grad = case.run(in_tiles(100, 230))
-    infinite = divergence == (REVERSE_KL if side == "teacher" else "forward_kl")
-    if not infinite:
+    if divergence != (REVERSE_KL if side == "teacher" else FORWARD_KL):  # else infinite
         torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
         assert relative_error(grad, true_grad) < 1e-5
     assert stats[:, 2:6].isfinite().all()
