@@ -16,6 +16,7 @@ import torch
 from tile_cases import (
     DELTA,
     DIVERGENCES,
+    FORWARD_KL,
     JSD,
     REVERSE_KL,
     Case,
@@ -75,15 +76,10 @@ def in_tiles(*cuts: int) -> RowKernel:
 
 
 def _columns(tile: Tile, part: slice) -> Tile:
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[..., part]
-
+    names = ("student", "teacher", "grad", "student_bias", "teacher_bias")
+    whole = {name: getattr(tile, name) for name in names}
     return tile._replace(
-        student=tile.student[:, part],
-        teacher=cut(tile.teacher),
-        grad=cut(tile.grad),
-        student_bias=cut(tile.student_bias),
-        teacher_bias=cut(tile.teacher_bias),
+        **{name: None if tensor is None else tensor[..., part] for name, tensor in whole.items()},
         first_column=part.start,
         num_real=min(max(tile.num_real - part.start, 0), part.stop - part.start),
     )
@@ -125,9 +121,8 @@ def test_everything_a_tile_may_have(kernel: RowKernel, divergence: str, delta: b
     check(kernel, case)
 
 
-@DIVERGENCES
-def test_a_ratio_without_a_bound(divergence: str) -> None:
-    case = make_case(divergence, True, rows=2, vocab=300, temperature=0.8)
+def test_a_ratio_without_a_bound() -> None:
+    case = make_case(FORWARD_KL, True, rows=2, vocab=300, temperature=0.8)
     case.target_ids, case.old_logprobs = torch.tensor([0, 299]), torch.tensor([-9.0, -1.0])
     check(whole_rows, case)
 
@@ -264,8 +259,7 @@ def test_columns_that_one_side_alone_masks(divergence: str, side: str) -> None:
     true_stats, true_grad = case.truth()
     logits[:, 100:230] = -torch.inf
     stats, grad = case.run(in_tiles(100, 230))
-    infinite = divergence == (REVERSE_KL if side == "teacher" else "forward_kl")
-    if not infinite:
+    if divergence != (REVERSE_KL if side == "teacher" else FORWARD_KL):  # else infinite
         torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
         assert relative_error(grad, true_grad) < 1e-5
     assert stats[:, 2:6].isfinite().all()
@@ -325,13 +319,6 @@ def test_few_long_rows_are_cut_into_pieces() -> None:
     case.target_ids = torch.tensor([16_499])
     assert kernels.pieces(1, 16_500, 128)[0] > 1
     check(whole_rows, case)
-
-
-def test_pieces_cover_the_columns_in_whole_blocks() -> None:
-    for rows, columns in ((1, 151_936), (7, 49_152), (1023, 151_936), (5000, 151_936), (3, 100)):
-        parts, piece = kernels.pieces(rows, columns, 1024)
-        assert piece % 1024 == 0 and (parts - 1) * piece < columns <= parts * piece
-    assert kernels.pieces(1024, 151_936, 1024)[0] == 1
 
 
 def test_no_gradient_no_rows_no_columns() -> None:
