@@ -35,10 +35,10 @@ class Weighting(NamedTuple):
             choice("reduction", self.reduction, Reduction)
         named = zip(self._fields[:4], self[:4], strict=True)
         for name, tensor in named:
-            if isinstance(tensor, Tensor) and name != "turn_weights":
-                checks.per_token(name, tensor, reference_name, reference, name.endswith("_ids"))
-            elif tensor is not None:
+            if tensor is not None and name == "turn_weights":
                 self._check_turn_weights(tensor)
+            elif tensor is not None:
+                checks.per_token(name, tensor, reference_name, reference, name.endswith("_ids"))
         if self.loss_aggregation == LossAggregation.TURN and self.turn_ids is None:
             raise ValueError("loss_aggregation='turn' needs turn_ids: the turn of each token.")
         if self.loss_aggregation == LossAggregation.TRAJECTORY and self.trajectory_ids is None:

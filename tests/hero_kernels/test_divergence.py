@@ -18,7 +18,7 @@ from problems import (
     truth,
 )
 
-from hero_kernels import KernelOptions, fused_linear_divergence, supports
+from hero_kernels import KernelOptions, fused_linear_divergence, reference, supports
 from hero_kernels.backends import IMPLEMENTATIONS
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ def test_teachers_favourite_vanishes(impl: str, device: str, divergence: str) ->
     assert_agrees(problem, impl, device, divergence=divergence)
 
 
-@pytest.mark.parametrize("vocab", [123, 32769, 49152, 151936, 152064])
+@pytest.mark.parametrize("vocab", [32769, 151936])
 def test_real_vocabularies(impl: str, device: str, vocab: int) -> None:
     assert_agrees(make_problem(3, 5, vocab), impl, device, tolerance=1e-4)
 
@@ -115,11 +115,13 @@ def test_importance_ratio_multiplies_loss_and_gradient(impl: str, device: str) -
 
 
 @pytest.mark.parametrize("aggregation", ["token", "turn", "trajectory"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize("num_items", [None, 13.0])
+@pytest.mark.parametrize(
+    ("reduction", "num_items"), [("mean", None), ("mean", 13.0), ("sum", None), ("none", None)]
+)
 def test_weights_and_aggregation(
     impl: str, device: str, aggregation: str, reduction: str, num_items: float | None
 ) -> None:
+    """How coefficients reach rows; what they are: test_aggregation.py."""
     problem = make_problem(12, 5, 31)
     assert_agrees(
         problem,
@@ -162,8 +164,6 @@ def test_reduction_none_takes_any_upstream_gradient(impl: str, device: str) -> N
     whole, _ = truth(problem, token_weights=weights, reduction="none")
     assert relative_error(loss, whole.loss) < 1e-5
 
-    from hero_kernels import reference
-
     true = reference.fused_linear_divergence(
         *exact.positional(), **exact.biases(), token_weights=weights, reduction="none"
     )
@@ -175,7 +175,8 @@ def test_reduction_none_takes_any_upstream_gradient(impl: str, device: str) -> N
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_random_problems(data: st.DataObject) -> None:
-    """Shapes, masks, weights, divergences and chunks at random, for all implementations on CPU."""
+    """Shapes, masks, weights, divergences and tiles at random, for all implementations on CPU."""
+    torch.manual_seed(0)  # for each example, or none could be reproduced
     rows = data.draw(st.integers(1, 40), label="rows")
     vocab = data.draw(st.integers(2, 300), label="vocab")
     problem = make_problem(
@@ -199,7 +200,7 @@ def test_random_problems(data: st.DataObject) -> None:
         "token_weights": torch.tensor(weights),
         "target_ids": torch.randint(0, vocab, (rows,)),
     }
-    options = KernelOptions(chunk_size=data.draw(st.integers(1, 50), label="chunk"))
+    options = KernelOptions(tile_rows=data.draw(st.integers(1, 50), label="tile"))
     expected, exact = truth(problem, **chosen)
     for name in IMPLEMENTATIONS:
         if supports(name) is not None:
@@ -229,6 +230,7 @@ def test_random_trajectories(data: st.DataObject) -> None:
     The reference sees the rounded inputs, in fp64. Bounds are those of test_precision.py and of
     test_random_problems, plus the rounding of the gradients to the inputs' type.
     """
+    torch.manual_seed(0)
     dtype = data.draw(st.sampled_from(sorted(GRADIENT_ERROR, key=str)), label="dtype")
     rows = data.draw(st.integers(1, 24), label="rows")
     vocab = data.draw(st.integers(2, 200), label="vocab")
@@ -246,11 +248,10 @@ def test_random_trajectories(data: st.DataObject) -> None:
 
     aggregation = data.draw(st.sampled_from(["token", "turn", "trajectory"]), label="aggregation")
     turns = data.draw(st.integers(1, 4), label="turns")
-    trajectories = per_row(st.integers(0, 2), "trajectories")
+    trajectories = per_row(st.integers(-1, 2), "trajectories")
     turn_ids = per_row(st.integers(-1, turns - 1), "turn_ids")
-    turn_ids = torch.where(
-        turn_ids < 0, -1, 3 * turn_ids + trajectories
-    )  # a turn is of one of them
+    # A turn belongs to one trajectory.
+    turn_ids = torch.where(turn_ids < 0, -1, 3 * turn_ids + trajectories.clamp(min=0))
     chosen: dict[str, Any] = {
         "divergence": data.draw(st.sampled_from(DIVERGENCES), label="divergence"),
         "token_weights": per_row(st.sampled_from([0.0, 0.0, 1.0, 0.25, 7.0]), "weights"),
@@ -263,10 +264,7 @@ def test_random_trajectories(data: st.DataObject) -> None:
             )
         ),
         "loss_aggregation": aggregation,
-        "reduction": data.draw(
-            st.sampled_from(["mean", "sum", "none"] if aggregation == "token" else ["mean", "sum"]),
-            label="reduction",
-        ),
+        "reduction": data.draw(st.sampled_from(["mean", "sum", "none"]), label="reduction"),
         "target_ids": torch.randint(0, vocab, (rows,)),
         "old_logprobs": -3.0 * torch.rand(rows) - 1.0,
         "is_clip": 1.5,
@@ -277,7 +275,7 @@ def test_random_trajectories(data: st.DataObject) -> None:
     garbage = {
         "target_ids": chosen["target_ids"].where(~masked, 10**6),
         "old_logprobs": chosen["old_logprobs"].where(~masked, torch.nan),
-        "options": KernelOptions(chunk_size=data.draw(st.integers(1, 30), label="chunk")),
+        "options": KernelOptions(tile_rows=data.draw(st.integers(1, 30), label="tile")),
     }
     scale = 2.0**12 if dtype == torch.float16 else 1.0  # as GradScaler does
     expected, exact = truth(problem, **chosen)
@@ -289,5 +287,5 @@ def test_random_trajectories(data: st.DataObject) -> None:
         assert relative_error(got.per_turn, expected.per_turn, floor=1e-9) < 2e-4, name
         assert got.per_token[masked].eq(0).all(), name
         for place, value in exact.gradients().items():
-            error = relative_error(student.gradients()[place] / scale, value, floor=1e-6)
+            error = relative_error(student.gradients()[place].double() / scale, value, floor=1e-6)
             assert error < GRADIENT_ERROR[dtype], (name, place)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 from hero_kernels import (
     FusedLinearDivergence,
     KernelOptions,
+    Objective,
     divergence_from_logits,
     fused_linear_divergence,
     linear_logprobs,
@@ -43,9 +46,34 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"student_weight": torch.randn(V, H).bfloat16()},
         "torch.float32.*torch.bfloat16.*autocast",
     ),
-    "integer hidden": ({"student_hidden": LONG[:, None].expand(N, H)}, "floating-point"),
-    "device": ({"student_weight": torch.randn(V, H, device="meta")}, r"meta.*cpu.*\.to\('cpu'\)"),
-    "student bias": ({"student_bias": torch.randn(3)}, r"student_bias is \[3\]; expected \[20\]"),
+    "integer hidden": ({"student_hidden": LONG[:, None].expand(N, H)}, "one type of float32"),
+    "meta": (
+        {"student_weight": torch.randn(V, H, device="meta")},
+        "student_weight is on the meta device, without data",
+    ),
+    "sparse": (
+        {"student_weight": torch.randn(V, H).to_sparse()},
+        r"student_weight is torch\.sparse_coo.*dense.*to_dense",
+    ),
+    "float8": (
+        {"student_weight": torch.randn(V, H).to(torch.float8_e4m3fn)},
+        r"student_weight is torch\.float8_e4m3fn",
+    ),
+    "float8 bias": (
+        {"student_bias": torch.randn(V).to(torch.float8_e4m3fn)},
+        r"student_bias is \[20\] of torch\.float8_e4m3fn",
+    ),
+    "float8 token weights": (
+        {"token_weights": torch.ones(N).to(torch.float8_e4m3fn)},
+        r"token_weights is torch\.float8_e4m3fn; expected real numbers",
+    ),
+    "H of 0": (
+        {name: torch.randn(size, 0) for name, size in (
+            ("student_hidden", N), ("student_weight", V), ("teacher_hidden", N))},
+        "neither V nor H being 0",
+    ),
+    "V of 0": ({"student_weight": torch.randn(0, H)}, "neither V nor H being 0"),
+    "student bias": ({"student_bias": torch.randn(3)}, r"student_bias is \[3\] of .*; expected \[20\]"),
     "teacher shape": (
         {"teacher_hidden": torch.randn(5, H)},
         r"got \[5, 6\].*expected \[4, 6\].*teacher_weight",
@@ -53,7 +81,12 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "teacher rows": ({"teacher_hidden": torch.randn(5, H), **OWN}, "same leading shape"),
     "teacher dtype": (
         {"teacher_hidden": torch.randn(N, H).half(), **OWN},
-        "one floating-point type",
+        "teacher_hidden is torch.float16 and teacher_weight is torch.float32: expected one type",
+    ),
+    "teacher precision": (
+        {name: torch.randn(V if "weight" in name else N, H).double()
+         for name in ("teacher_hidden", "teacher_weight")},
+        "student_hidden is torch.float32 and teacher_hidden torch.float64",
     ),
     "teacher grad": (
         {"teacher_hidden": torch.randn(N, H, requires_grad=True)},
@@ -93,20 +126,16 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "softcap": ({"softcap": -1.0}, "softcap must be.*or None to switch it off; got -1.0"),
     "top_k missing": ({"support": "topk"}, "top_k between 1 and 20.*got None"),
     "top_k too large": ({"support": "topk", "top_k": 21}, "top_k between 1 and 20.*got 21"),
-    "top_k idle": ({"top_k": 3}, "top_k=3 has no effect"),
+    "top_k idle": ({"top_k": 3}, "top_k=3 belongs to support='topk'"),
     "top_k source": (
         {"support": "topk", "top_k": 3, "top_k_source": "me"},
-        "'student', 'teacher', 'union'",
+        "'student', 'teacher'; got 'me'",
     ),
     "sampled": (
         {"support": "sampled", "target_ids": LONG},
         "divergence='reverse_kl'; got divergence='jsd'",
     ),
-    "sampled ids": ({"support": "sampled", "divergence": "reverse_kl"}, "target_ids missing"),
-    "clip of part": (
-        {"pointwise_clip": 0.1, "support": "topk", "top_k": 3},
-        "needs support='full'",
-    ),
+    "sampled ids": ({"support": "sampled", "divergence": "reverse_kl"}, "needs target_ids"),
     "is_clip": ({"is_clip": 2.0, "target_ids": LONG}, "is_clip needs old_logprobs"),
     "old_logprobs": ({"old_logprobs": torch.zeros(N)}, "old_logprobs needs target_ids"),
     "old nan": (
@@ -116,7 +145,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "target shape": ({"target_ids": LONG[:3]}, r"target_ids is \[3\]; expected \[4\]"),
     "target type": ({"target_ids": torch.zeros(N)}, "expected int64 indices"),
     "target range": ({"target_ids": LONG + V}, "between 0 and 19; got values from 20 to 20"),
-    "target masked": ({"target_ids": LONG - 100}, "weight 0 in token_weights"),
+    "target masked": ({"target_ids": LONG - 100}, "Give the other tokens weight 0"),
     "weights shape": (
         {"token_weights": torch.ones(N, 1)},
         r"token_weights is \[4, 1\]; expected \[4\]",
@@ -159,9 +188,70 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"impl": "cpu", "support": "topk", "top_k": 2},
         "support='topk' is implemented by 'torch'",
     ),
-    "impl clip": (
-        {"impl": "cpu", "pointwise_clip": 0.1},
-        "pointwise_clip is implemented by 'torch'",
+    "split support": (
+        {"options": KernelOptions(tile_columns=8), "support": "topk", "top_k": 2},
+        "options.tile_columns needs support='full', got support='topk'",
+    ),
+    "split impl": (
+        {"options": KernelOptions(tile_columns=8), "impl": "cpu"},
+        "impl='cpu' cannot serve .* the vocabulary is split",
+    ),
+    "budget": (
+        {"options": KernelOptions(memory_budget=1000)},
+        "memory_budget=1000 bytes is too small for 4 rows of 20 logits: the least is",
+    ),
+    "num_items of a sum": ({"num_items": 3.0, "reduction": "sum"}, "num_items is the divisor"),
+    "num_items of none": ({"num_items": 3.0, "reduction": "none"}, "num_items is the divisor"),
+    "num_items negative": ({"num_items": -1.0}, "num_items must be .*0 or more.*got -1.0"),
+    "num_items nan": ({"num_items": torch.tensor(torch.nan)}, "num_items must be .*finite.*nan"),
+    "signed token weights": (
+        {"token_weights": torch.tensor([1.0, -1.0, 1.0, 1.0])},
+        "token_weights has negative entries.*num_items.*reduction='sum'",
+    ),
+    "signed turn weights": (
+        {"turn_weights": torch.tensor([1.0, -1.0]), "turn_ids": LONG},
+        "turn_weights has negative entries",
+    ),
+    "turn in two trajectories": (
+        {
+            "turn_ids": torch.tensor([0, 1, 1, 2]),
+            "trajectory_ids": torch.tensor([0, 0, 1, 1]),
+            "loss_aggregation": "trajectory",
+        },
+        "turn_ids has 1 in more than one trajectory",
+    ),
+    "temperature of a token": (
+        {"temperature": torch.tensor([1.0, 0.0, 1.0, 1.0])},
+        "temperature must be above 0 for every token; got 0.0",
+    ),
+    "temperature shape": ({"temperature": torch.ones(3)}, r"temperature is \[3\]; expected \[4\]"),
+    "temperature infinite": (
+        {"temperature": torch.tensor([1.0, torch.inf, 1.0, 1.0])},
+        "temperature has 1 entries that are NaN or infinite",
+    ),
+    "learnable temperature": (
+        {"temperature": torch.tensor(1.0, requires_grad=True)},
+        r"temperature requires grad.*temperature\.detach\(\)",
+    ),
+    "server repeats": (
+        {"teacher_hidden": None, "support": "topk", "teacher_topk": (LONG[:, None].expand(N, 2),
+         torch.full((N, 2), -2.0))},
+        "names a token twice in a row",
+    ),
+    "server mass": (
+        {"teacher_hidden": None, "support": "topk",
+         "teacher_topk": (torch.arange(3).expand(N, 3), torch.full((N, 3), -0.5))},
+        r"teacher_topk\[1\] holds a mass of 1\.8196 in one row",
+    ),
+    "server probabilities": (
+        {"teacher_hidden": None, "support": "topk",
+         "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), 0.3))},
+        "numbers above 0.*pass their .log()",
+    ),
+    "server nan": (
+        {"teacher_hidden": None, "support": "topk",
+         "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), torch.nan))},
+        "holds NaN",
     ),
 }
 
@@ -176,8 +266,9 @@ def test_mistake(mistake: str) -> None:
 def test_module_or_list_in_place_of_a_tensor() -> None:
     with pytest.raises(TypeError, match=r"got the module Linear: pass its \.weight.*LoRA"):
         call(student_weight=nn.Linear(H, V))
-    with pytest.raises(TypeError, match=r"token_weights must be a tensor.*got list"):
-        call(token_weights=[1.0] * N)
+    for name in ("token_weights", "turn_ids", "trajectory_ids", "target_ids"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor.*got list"):
+            call(**{name: [1] * N})
 
 
 def test_dtensor_head() -> None:
@@ -199,9 +290,12 @@ def test_dtensor_head() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"chunk_size": 0}, "chunk_size must be at least 1.*got 0"),
+        ({"tile_rows": 0}, "tile_rows must be at least 1.*got 0"),
+        ({"tile_columns": 0}, "tile_columns must be at least 1.*got 0"),
+        ({"memory_budget": 0}, "memory_budget must be at least 1.*got 0"),
         ({"max_active_rows": -3}, "max_active_rows must be at least 1.*got -3"),
-        ({"storage": "bf16"}, "'float32' or 'mixed'; got 'bf16'"),
+        ({"memory_budget": 9, "tile_rows": 8}, "memory_budget chooses the tile"),
+        ({"memory_budget": 9, "tile_columns": 8}, "memory_budget chooses the tile"),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:
@@ -213,6 +307,131 @@ def test_settings_of_a_module_are_fixed() -> None:
     module = FusedLinearDivergence(beta=0.3)
     with pytest.raises(TypeError, match="beta: fixed when the module was made"):
         module(torch.randn(N, H), torch.randn(V, H), torch.randn(N, H), beta=0.5)
+
+
+def test_settings_that_cannot_learn() -> None:
+    """A tensor would get no gradient, silently."""
+    for name in ("logit_scale", "softcap", "beta"):
+        with pytest.raises(TypeError, match=f"{name} must be a number, got a tensor"):
+            call(**{name: torch.tensor(0.5, requires_grad=True)})
+    with pytest.raises(TypeError, match="temperature must be a number for linear_logprobs"):
+        linear_logprobs(torch.randn(N, H), torch.randn(V, H), LONG, temperature=torch.ones(N))
+
+
+FUNCTIONS: dict[str, Any] = {
+    "fused_linear_divergence": call,
+    "divergence_from_logits": lambda **changes: divergence_from_logits(
+        torch.randn(N, V), torch.randn(N, V), **changes
+    ),
+    "FusedLinearDivergence": FusedLinearDivergence,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_an_unknown_keyword(name: str) -> None:
+    message = rf"{name}\(\) got an unexpected keyword argument 'temprature'"
+    with pytest.raises(TypeError, match=message):
+        FUNCTIONS[name](temprature=0.5)
+    with pytest.raises(TypeError, match="linear_logprobs.*'temprature'"):
+        linear_logprobs(torch.randn(N, H), torch.randn(V, H), LONG, temprature=0.5)
+
+
+def messages(function: Any, right: dict[str, Any], changes: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for change in changes:
+        with pytest.raises((ValueError, TypeError)) as caught:
+            function(**{**right, **change})
+        found.append(str(caught.value))
+    return found
+
+
+WRONG_ROWS: list[dict[str, Any]] = [
+    {"target_ids": LONG[:3]},
+    {"target_ids": torch.zeros(N)},
+    {"target_ids": LONG + V},
+    {"vocab_size": V + 1},
+    {"impl": "none"},
+    {"softcap": -1.0},
+    {"logit_scale": 0.0},
+    {"temperature": 0.0},
+]
+WRONG_WEIGHTING: list[dict[str, Any]] = [
+    {"token_weights": torch.ones(3)},
+    {"token_weights": torch.full((N,), torch.nan)},
+    {"token_weights": -torch.ones(N)},
+    {"token_weights": torch.ones(N, requires_grad=True)},
+    {"turn_ids": LONG[:3]},
+    {"turn_weights": torch.ones(2)},
+    {"turn_weights": torch.ones(2), "turn_ids": LONG + 2},
+    {"loss_aggregation": "turn"},
+    {"loss_aggregation": "trajectory"},
+    {"reduction": "avg"},
+    {"num_items": 1.0, "reduction": "sum"},
+    {"old_logprobs": torch.zeros(N)},
+    {"old_logprobs": torch.full((N,), torch.nan), "target_ids": LONG},
+    {"is_clip": 2.0},
+    {"support": "topk"},
+    {"support": "sampled", "divergence": "reverse_kl"},
+    {"temperature": torch.ones(3)},
+    {"temperature": torch.zeros(N)},
+    {"beta": 1.0},
+]
+LOGITS = {"student_logits": torch.randn(N, V), "teacher_logits": torch.randn(N, V)}
+PLAIN = {"hidden": torch.randn(N, H), "weight": torch.randn(V, H), "target_ids": LONG}
+PROVOKED: dict[Any, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    divergence_from_logits: (
+        LOGITS,
+        [
+            *WRONG_ROWS,
+            *WRONG_WEIGHTING,
+            {"student_logits": torch.randn(3, V)},
+            {"student_logits": torch.randn(N, V + 1)},
+            {"student_logits": LONG[:, None].expand(N, V)},
+            {"student_logits": torch.randn(N, V, device="meta")},
+            {"student_logits": [1.0]},
+            {"student_logits": torch.randn(N, V).double()},
+            {"student_logits": torch.randn(N, 0), "teacher_logits": torch.randn(N, 0)},
+            {"teacher_logits": torch.randn(N, V, requires_grad=True)},
+            {"teacher_logits": torch.randn(N, V).to_sparse()},
+        ],
+    ),
+    linear_logprobs: (
+        PLAIN,
+        [
+            *WRONG_ROWS,
+            {"token_mask": torch.ones(3)},
+            {"hidden": torch.randn(N, H).half()},
+            {"hidden": torch.randn(N, H + 1)},
+            {"hidden": LONG[:, None].expand(N, H)},
+            {"weight": torch.randn(V, H, device="meta")},
+            {"weight": nn.Linear(H, V)},
+            {"bias": torch.randn(3)},
+            {"bias": torch.randn(V, device="meta")},
+            {"token_mask": torch.ones(N, requires_grad=True)},
+            {"temperature": torch.ones(N)},
+            *({"options": KernelOptions(**{n: 1 << 30})} for n in ("memory_budget", "tile_columns")),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("function", PROVOKED, ids=lambda f: f.__name__)
+def test_messages_name_arguments_that_exist(function: Any) -> None:
+    """No argument of another function, which the caller could not pass."""
+    right, changes = PROVOKED[function]
+    names = {
+        name
+        for other in (fused_linear_divergence, divergence_from_logits, linear_logprobs)
+        for name in inspect.signature(other).parameters
+    }
+    names |= set(Objective.__dataclass_fields__)
+    names -= {"objective", "hidden", "weight", "bias", "support"}  # words of any sentence
+    own = set(inspect.signature(function).parameters)
+    if "objective" in own:
+        own |= set(Objective.__dataclass_fields__)
+    for text in messages(function, right, changes):
+        foreign = {name for name in names - own if re.search(rf"\b{name}\b", text)}
+        assert not foreign, text
 
 
 def test_other_functions() -> None:

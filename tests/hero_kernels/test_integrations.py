@@ -119,13 +119,13 @@ def test_trl_generalized_jsd_loss(beta: float, labels: Tensor | None) -> None:
     torch.testing.assert_close(loss, kept.sum() / count, rtol=1e-4, atol=1e-6)
     total = generalized_jsd_loss(student, teacher, labels, beta, 2.0, "sum")
     torch.testing.assert_close(total, kept.sum(), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="'batchmean' or 'sum'; got 'mean'"):
+    with pytest.raises(ValueError, match="'batchmean', 'sum' or 'none'; got 'mean'"):
         generalized_jsd_loss(student, teacher, reduction="mean")
 
 
 def test_module_twin() -> None:
     problem = make_problem(5, 6, 30, bias=True)
-    module = FusedLinearDivergence("reverse_kl", temperature=2.0, reduction="none")
+    module = FusedLinearDivergence(divergence="reverse_kl", temperature=2.0, reduction="none")
     got = module(*problem.positional(), **problem.biases())
     expected = fused_linear_divergence(
         *problem.positional(),

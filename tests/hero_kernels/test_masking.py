@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hero_kernels.chunked import Head, active_rows
-from hero_kernels.divergence_loop import RowTensors
-from hero_kernels.divergence_loop import run as run_loop
-from hero_kernels.layout import Plan
-from hero_kernels.options import Objective
 from problems import ProductCounter, make_problem, run
 
 from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs
+from hero_kernels.call import Call
+from hero_kernels.divergence import active_rows, divergence
+from hero_kernels.objective import Objective
+from hero_kernels.types import Head, RowTensors
 
 MASK = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 0])
 
@@ -90,15 +89,10 @@ def test_bool_mask_and_turn_without_weight(impl: str, device: str) -> None:
 def test_masked_rows_cost_no_gemm() -> None:
     problem = make_problem(8, 6, 50)
     head = Head(problem.student_hidden.detach(), problem.student_weight.detach(), None)
-    objective = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 50, "full", 0, "student", True)
+    teacher = head._replace(hidden=problem.teacher_hidden)
+    call = Call("torch", 256, 0, 50, need_hidden=True, need_weight=True)
     with ProductCounter() as counter:
-        run_loop(
-            head,
-            head._replace(hidden=problem.teacher_hidden),
-            RowTensors(MASK, None, None, None, None),
-            objective,
-            Plan("torch", 256, "float32", 0, True, True, False, False),
-        )
+        divergence(head, teacher, RowTensors(MASK), Objective(), call)
     assert counter.flops == 4 * 2 * int(MASK.sum()) * 6 * 50
 
 
@@ -153,7 +147,7 @@ def test_logprobs_of_masked_rows_are_zero() -> None:
 def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
     """As an index uint8 would be a mask. Oracle: the same ids in int64."""
     problem = make_problem(9, 5, 40)
-    turns, trajectories = torch.arange(9) // 2, torch.arange(9) // 5
+    turns, trajectories = torch.arange(9) // 2, torch.arange(9) // 4
     losses = [
         fused_linear_divergence(
             *problem.positional(),
