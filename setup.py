@@ -190,7 +190,7 @@ def setting(variable: str) -> str:
 
 
 BUILD_CPP, BUILD_CUDA = setting("HERO_BUILD_CPP"), setting("HERO_BUILD_CUDA")
-SHARED = ["csrc/constants.h", "csrc/rows.h"]
+SHARED = sorted(map(str, Path("csrc").glob("*.h")))
 row_kernel = Extension(
     "hero_kernels._C",
     sources=sorted(map(str, Path("csrc/cpu").glob("*.cpp"))),

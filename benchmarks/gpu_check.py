@@ -19,6 +19,7 @@ to repeat one that failed.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
 import secrets
 import time
@@ -48,6 +49,9 @@ def run_group(subject: str, group: str, size: str, device: str, seed: int) -> An
             checks.append(check)
     except ValueError as reason:
         refused.add(str(reason))
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()  # the largest check of another process needs it
     return checks, refused
 
 

@@ -5,8 +5,8 @@
 #
 # The most valuable comes first. Within the first minute it is known which kernels launch, which are
 # right on three shapes, and what one call takes. Then: build, the same for what was built, every
-# implementation against fp64, the table of benchmarks, implementations compared, the tests that need
-# a GPU, compute-sanitizer, a sweep over the number of tokens, ncu, compiled contestants. Each stage
+# implementation against fp64, the table of benchmarks, implementations compared, the tests for a
+# GPU, compute-sanitizer, a sweep over the number of tokens, ncu, compiled contestants. Each stage
 # has a time limit of its own and the session one for all, so that what overruns takes time from the
 # last stages only. A stage that fails does not keep the others from running; the exit status is 1
 # if any did. Files are complete at any time, and session.json is written after every stage.
@@ -147,7 +147,8 @@ fi
 jobs=() # most of the time of the tests goes into compiling kernels
 "$python" -c 'import xdist' 2>/dev/null && jobs=(-n 8)
 look=("$python" -m benchmarks.gpu_check --first-look)
-check=("$python" -m benchmarks.gpu_check --quiet)
+check=("$python" -m benchmarks.gpu_check --quiet --groups)
+exact=rows,operation,logprobs,behaviour
 benchmark=("$python" -m pytest benchmarks -p no:cacheprovider "${more[@]}")
 # Only our kernels are instrumented; torch's own would take the whole session.
 mapfile -t kernels < <(sed -nE 's/^def (\w+_kernel)\(.*/\1/p' hero_kernels/triton/*.py)
@@ -160,7 +161,8 @@ done
 stage first 60 "${look[@]}" "${first[@]}" --seconds $((57 * patience)) --out "$out/first.json"
 gpu_stage build 45 env HERO_BUILD_CPP=1 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
 gpu_stage first-cuda 20 "${look[@]}" --subjects cuda --seconds 18 --out "$out/first-cuda.json"
-stage check 80 "${check[@]}" --seconds $((77 * patience)) --size "$size" --out "$out/check.json"
+stage check 80 "${check[@]}" "$exact,large" --seconds $((77 * patience)) --size "$size" \
+    --out "$out/check.json"
 stage benchmarks 100 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
     --contestants "$contestants" --results "$out/benchmark.json"
 stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds" \
@@ -168,9 +170,9 @@ stage comparison 45 "${benchmark[@]}" --cases "$comparison" --seconds "$seconds"
 gpu_stage tests 70 "$python" -m pytest tests/hero_kernels -p no:cacheprovider "${jobs[@]}" \
     -k '(triton or cuda or gpu) and not (interpreter or compile or emulator)'
 gpu_stage memcheck 28 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-    "${sanitizer[@]}" --tool memcheck "${check[@]}" --one-process --size smallest
-gpu_stage racecheck 28 "${sanitizer[@]}" --tool racecheck "${check[@]}" --one-process \
-    --size smallest
+    "${sanitizer[@]}" --tool memcheck "${check[@]}" "$exact" --one-process --size smallest
+gpu_stage racecheck 28 "${sanitizer[@]}" --tool racecheck "${check[@]}" "$exact" \
+    --one-process --size smallest
 stage sweep 40 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
     --contestants hero,eager --results "$out/sweep.json"
 # In what time is left. Compiling takes longer than all the rest: one case.

@@ -25,11 +25,15 @@ RECIPES = ("quickstart", "shop-env-only", "shop-grpo", "shop-full-demo", "shop-t
 
 def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
     """One training run; what its summary says of the 200 test goals."""
-    from hero.config import from_dict, load_recipe, merge
-    from hero.console import Console
+    import torch
+
+    from hero.checks import from_dict
+    from hero.recipes import load_recipe, merge
+    from hero.report.console import Console
     from hero.trainer import Trainer
 
-    changes = {"seed": seed, "updates": updates, "threads": 1, "eval": {"min_teacher_lift": None}}
+    torch.set_num_threads(1)
+    changes = {"seed": seed, "updates": updates, "eval": {"min_teacher_lift": None}}
     config = from_dict(merge(load_recipe(recipe), changes))
     with tempfile.TemporaryDirectory() as folder:
         summary = Trainer(config, Path(folder), recipe, Console(io.StringIO())).run()

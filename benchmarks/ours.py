@@ -7,7 +7,7 @@ know what there is. All options of the package that benchmarks set are named in 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -127,13 +127,3 @@ SUBJECTS_OF = {
     "cpu": ("cpu", "torch", "torch-split"),
 }
 """Those that are looked at if none is named, by device."""
-
-
-# TODAY: delete from here on once KernelOptions has tile_rows and tile_columns.
-if "tile_rows" not in KernelOptions.__dataclass_fields__:
-    _Old: Any = KernelOptions
-
-    def KernelOptions(  # type: ignore[no-redef]
-        tile_rows: int | None = None, tile_columns: int | None = None, **others: Any
-    ) -> Any:
-        return _Old(chunk_size=tile_rows, design="sliced" if tile_columns else "chunked", **others)

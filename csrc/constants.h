@@ -1,5 +1,5 @@
-// The numbers that C++ and CUDA share with hero_kernels/constants.py, by the same names, where their
-// meaning and a glossary stand; a test holds the two files together.
+// The numbers of C++ and CUDA. hero_kernels/constants.py has the same by the same names, and says
+// what they mean; a test holds the two files together.
 #pragma once
 
 namespace hero {

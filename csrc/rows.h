@@ -1,7 +1,7 @@
 // The C interface of the row kernels: one plain struct, no Python, no torch.
 //
-// hero_kernels/cpu.py mirrors this struct with ctypes. Whoever changes it raises HERO_ABI_VERSION in
-// both places, so that a library built from older sources is refused instead of misread.
+// hero_kernels/cpu.py mirrors this struct with ctypes. Whoever changes it raises HERO_ABI_VERSION
+// in both places, so that a library built from older sources is refused instead of misread.
 #pragma once
 
 #include <stdint.h>
@@ -33,3 +33,9 @@ struct RowsProblem {
     float beta, one_minus_beta;  // the second not from the first: that would be rounded
     float inv_temperature, softcap, logit_scale, is_clip;
 };
+
+// The work of the C++ kernel on one row, compiled for several instruction sets. `scratch` holds
+// HERO_SCRATCH_ARRAYS arrays of `scratch_stride` floats, aligned to 64 bytes.
+#define HERO_SCRATCH_ARRAYS 4
+typedef void HeroRowFunction(const RowsProblem&, int64_t row, float* scratch,
+                             int64_t scratch_stride);

@@ -167,14 +167,14 @@ def play(env: NoteEnv, task_id: str, slips: Sequence[str] = ()) -> Trajectory:
         reward += gain
         turns.append(
             Turn(
-                prompt_ids=[], action_ids=[], sampled_logprobs=[], loss_mask=[],
+                prompt_ids=[], action_ids=[], sampled_logprobs=[],
                 action_text=action, observation=observation,
             )
         )  # fmt: skip
     print(f"  reward {reward:.2f}")
     return Trajectory(
-        id="example", group_id=task_id, task_id=task_id, seed=0, instruction=info["instruction"],
-        turns=turns, reward=reward, success=ended, policy_version=0,
+        id="example", group_id=task_id, task_id=task_id, instruction=info["instruction"],
+        turns=turns, reward=reward, success=ended,
         stop_reason=StopReason.DONE if ended else StopReason.TRUNCATED,
     )  # fmt: skip
 
@@ -193,7 +193,7 @@ def main() -> None:
         print(f"  turn {diagnosis.turn}: {hint}")
     first = env.diagnose(clumsy)[0]
     print("What the teacher reads at the end of its first prompt:")
-    block = StandardPrompts().block(
+    context = StandardPrompts().privileged_context(
         Hindsight(
             observation=clumsy.turns[0].observation,
             reward=clumsy.reward,
@@ -202,7 +202,7 @@ def main() -> None:
             corrected_action=first.corrected_action,
         )
     )
-    print("\n".join(f"  {line}" for line in block.strip().splitlines()))
+    print("\n".join(f"  {line}" for line in context.strip().splitlines()))
 
 
 if __name__ == "__main__":

@@ -1,62 +1,70 @@
-"""The `hero` command: one mistake, one clear message, exit code 1."""
+"""The `hero` command: one mistake, one clear message.
+
+Exit codes: 0; 1 for a mistake or fault; 2 for a command line that cannot be read; 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
-
-USAGE = """\
-usage: hero COMMAND [arguments]
-
-  train [RECIPE]    train an agent (hero recipes lists the recipes)
-  sft [RECIPE]      warm start: supervised episodes, answers with hindsight, diagnoses
-  eval MODEL        success, score and turns of a model on held-out tasks
-  rollout MODEL     play episodes and print them, or write them as JSON lines
-  view RUN          make the run's report.html
-  model NAME        obtain a small language model offline
-  recipes [NAME]    list the recipes, or print one
-  doctor            what works on this machine, and what is missing
-
-hero COMMAND --help explains every setting."""
-
-COMMANDS = ("train", "sft", "eval", "rollout", "view", "model", "recipes", "doctor")
+from importlib.metadata import PackageNotFoundError, version
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 1 for a mistake or fault, 2 for usage, 130 after
-    Ctrl-C."""
+    """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if given else 2
-    name, rest = given[0], given[1:]
-    if name not in COMMANDS:
-        print(
-            f"error: Unknown command {name!r}: expected one of {', '.join(COMMANDS)}.",
-            file=sys.stderr,
-        )
-        return 2
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # as python -m does: `--env.name my_module:MyEnv` of this folder
+    if given == ["--version"]:
+        print(f"hero {_version()}")
+        return 0
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
     try:
-        from hero import commands  # here: it imports torch and transformers, which takes seconds
-        from hero.console import Console
-    except ImportError as missing:
-        print(
-            f"error: {missing}. Install what hero needs: pip install 'hero-kernels[train]'",
-            file=sys.stderr,
-        )
-        return 1
-    run = {"eval": commands.evaluate}.get(name) or getattr(commands, name)
-    try:
-        run(rest, Console())
+        return _run(given)
     except KeyboardInterrupt as interrupt:
-        Console(sys.stderr).error("Interrupted.", str(interrupt))
+        _complain("Interrupted.", str(interrupt), given)
         return 130
-    except commands.MISTAKES as mistake:
-        Console(sys.stderr).error(str(mistake), "\n".join(getattr(mistake, "__notes__", [])))
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").partition(".")[0] in ("hero", "hero_kernels"):
+            raise
+        print(f"error: {missing}. Run: pip install 'hero-kernels[train]'", file=sys.stderr)
+        return 1
+
+
+def _run(given: list[str]) -> int:
+    # Imported here, so that Ctrl-C while modules are loaded gets its one line too.
+    from hero.commands.arguments import parse
+    from hero.config import redacted
+    from hero.types import Fault
+
+    try:
+        command = parse(given)
+        command.run()
+    except SystemExit as stop:  # the parser has printed help or what is wrong
+        return int(stop.code or 0)
+    except BrokenPipeError:  # of `hero recipes | head`: nobody reads on, and nothing may be flushed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, Fault) as mistake:
+        hint = "\n".join(getattr(mistake, "__notes__", []))
+        _complain(redacted(str(mistake)), redacted(hint), given)
         return 1
     return 0
+
+
+def _complain(message: str, hint: str, given: list[str]) -> None:
+    if "--debug" in given:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+def _version() -> str:
+    try:
+        return version("hero-kernels")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 if __name__ == "__main__":

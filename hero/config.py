@@ -1,103 +1,121 @@
-"""Every setting of a run, with its default and where the default comes from.
+"""Every setting of a run: its default, where the default comes from, and the values it may take.
 
 Marks as in docs/method.md: [P] the paper or public notes on it, [L] its lineage's code, [D] our
-decision. A run is `TrainConfig`; YAML recipes and dotted command-line overrides fill the same
-fields. Docstrings below fields become the text of `--help`.
+decision. YAML recipes and command-line options fill the same fields; the docstring below a field
+is its text in `--help`.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field, is_dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-STRICT = ConfigDict(extra="forbid", strict=False)
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, ConfigDict
 
 Mode = Literal[
     "hero", "env_only", "reflection_only", "terminal", "full_demo", "sdpo", "grpo", "hero+grpo"
 ]
-EnvOption = str | int | float | bool | None
+PromptStyle = Literal["standard", "compact"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+EnvOptions = dict[str, str | int | float | bool | None]
+
+Count = Annotated[int, Gt(0)]
+CountOrZero = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Gt(0), Le(1)]
+
+
+class Settings:
+    """Unknown fields, NaN and infinities are mistakes."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _not_greedy(temperature: float) -> float:
+    if temperature <= 0:
+        raise ValueError("must be above 0: a greedy action has no probability to learn from")
+    return temperature
+
+
+def _inner_share(beta: float) -> float:
+    if not 0 < beta < 1:
+        raise ValueError(
+            "must be in (0, 1): JSD tends to 0 at both ends; for the KL divergences set "
+            "--loss.divergence forward_kl or reverse_kl"
+        )
+    return beta
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The student."""
 
-    __pydantic_config__ = STRICT
     path: str = "tiny-shop"
     """Folder or hub id of a transformers causal LM; `tiny-shop` is the shipped small agent."""
     device: str = "auto"
     """auto (cuda if there is one), cpu, cuda, cuda:1, …"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute type; trained weights are always kept in float32. auto: bfloat16 on cuda, float32 on
-    cpu."""
+    dtype: Dtype = "auto"
+    """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
     train_head: bool = True
-    """Train the lm_head (with tied embeddings: these too). False saves a quarter of the loss'
-    GEMMs."""
-    lora_rank: int = 0
-    """0 trains all weights; > 0 trains LoRA adapters of this rank (needs peft) and freezes the
-    rest."""
-    lora_alpha: int = 32
+    """Train the lm_head, and embeddings tied to it. False saves a quarter of the loss' GEMMs."""
+    lora_rank: CountOrZero = 0
+    """Rank of LoRA adapters, which alone are trained (needs peft); 0 trains all weights."""
+    lora_alpha: Count = 32
     """LoRA's alpha. [L]"""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
 
 
 @dataclass(kw_only=True)
-class EnvConfig:
+class EnvConfig(Settings):
     """The world."""
 
-    __pydantic_config__ = STRICT
     name: str = "shop"
-    """shop, desk, or `package.module:Class` of your own (docs/environments.md)."""
-    options: dict[str, EnvOption] = field(default_factory=dict)
-    """Constructor options of the environment."""
+    """shop, or `module:Class` of your own (docs/environments.md)."""
+    options: EnvOptions = field(default_factory=dict)
+    """Constructor options of the environment, on top of those that a recipe gives it."""
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Settings):
     """How the student acts while training."""
 
-    __pydantic_config__ = STRICT
-    tasks_per_update: int = 32
+    tasks_per_update: Count = 32
     """Tasks drawn for one update. [L]"""
-    group_size: int = 1
+    group_size: Count = 1
     """Episodes of one task: 1 is enough for HERO [P]; GRPO needs more."""
-    max_turns: int = 15
-    """Cap of turns an episode."""
-    max_turn_tokens: int = 512
-    """Cap of tokens a turn."""
-    max_episode_tokens: int = 4096
+    max_turns: Count = 15
+    """Cap of turns per episode."""
+    max_turn_tokens: Count = 512
+    """Cap of tokens per turn."""
+    max_episode_tokens: Count = 4096
     """Cap of the context: an episode that would pass it stops."""
-    temperature: float = 1.0
+    temperature: Annotated[float, AfterValidator(_not_greedy)] = 1.0
     """Sampling temperature [L]; log-probabilities are taken at it."""
-    top_p: float = 1.0
+    top_p: Share = 1.0
     """Nucleus sampling; 1.0 is off. [L]"""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Sequences decoded together."""
 
 
 @dataclass(kw_only=True)
-class ReflectionConfig:
-    """Hindsight: who reads the finished episode and writes a diagnosis of each turn. One call an
-    episode."""
+class ReflectionConfig(Settings):
+    """Hindsight: who reads a finished episode and writes a diagnosis of each turn, in one call."""
 
-    __pydantic_config__ = STRICT
     reflector: Literal["self", "teacher", "rules", "openai"] = "self"
-    """self: the student's weights now; teacher: the teacher's weights; rules: the environment's own
-    diagnosis; openai: any OpenAI-compatible endpoint."""
-    temperature: float = 0.7
+    """The student's or teacher's weights, the environment's rules, or an OpenAI-like endpoint."""
+    temperature: NotNegative = 0.7
     """Decoding temperature. [D]"""
-    max_tokens: int = 1024
+    max_tokens: Count = 1024
     """Cap of one reflection."""
-    retries: int = 1
+    retries: CountOrZero = 1
     """Further calls for a reflection of which nothing could be read."""
-    max_observation_tokens: int = 400
+    max_observation_tokens: Count = 400
     """Observations are shortened to this, head and tail kept."""
-    max_hint_tokens: int = 96
+    max_hint_tokens: CountOrZero = 96
     """A longer hint is dropped."""
     leak_filter: bool = True
     """Drop hints that name ids or numbers which could not be known at that turn."""
@@ -112,14 +130,12 @@ class ReflectionConfig:
 
 
 @dataclass(kw_only=True)
-class TeacherConfig:
+class TeacherConfig(Settings):
     """Who scores the student's actions with hindsight, and what it sees."""
 
-    __pydantic_config__ = STRICT
     weights: Literal["ema", "live", "frozen"] = "ema"
-    """ema [L], live (the student itself) or frozen (the starting weights). The lm_head is the
-    student's. [D]"""
-    update_rate: float = 0.05
+    """ema [L], live (the student itself) or frozen (as at the start); the lm_head is shared [D]."""
+    update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
     observation: bool = True
     """Show the observation that followed the action. [P]"""
@@ -129,101 +145,93 @@ class TeacherConfig:
     """Show the turn's failure cause and hint. [P]"""
     corrected_action: bool = True
     """Show the corrected action. [D]"""
-    max_observation_tokens: int = 512
+    max_observation_tokens: Count = 512
     """Observations are shortened to this, head and tail kept. [D]"""
-    max_block_tokens: int = 1024
-    """Cap of the whole privileged block. [L]"""
+    max_privileged_tokens: Count = 1024
+    """Cap of the whole privileged context. [L]"""
     packing: Literal["tree", "separate"] = "tree"
-    """tree: all turns of an episode in one forward pass, trunk once and a branch a turn; separate:
-    a row a turn."""
+    """tree: an episode in one pass, as a trunk with branches; separate: each turn is a row."""
 
 
 @dataclass(kw_only=True)
-class LossConfig:
+class LossConfig(Settings):
     """Token-level divergence between student and teacher, and the policy-gradient term."""
 
-    __pydantic_config__ = STRICT
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "jsd"
     """Jensen-Shannon. [P]"""
-    beta: float = 0.5
+    beta: Annotated[float, AfterValidator(_inner_share)] = 0.5
     """Teacher's share in JSD's mixture. [L]"""
     support: Literal["full", "topk"] = "full"
     """Whole vocabulary, or top-k with a tail bucket (SDPO). [D]"""
-    top_k: int = 100
+    top_k: Count = 100
     """k of support=topk. [L]"""
-    is_clip: float = 2.0
+    is_clip: NotNegative = 2.0
     """Clip of the detached importance ratio; 0 switches the ratio off. [L]"""
     loss_aggregation: Literal["token", "turn", "trajectory"] = "token"
     """Mean over tokens; over turns of token means; over trajectories of turn means."""
     skip_first_token: bool = False
-    """Leave out the first token of each action, whose divergence can explode after the generation
-    prompt. [D]"""
-    clip_low: float = 0.2
+    """Leave out the first token of each action: its divergence can explode. [D]"""
+    clip_low: NotNegative = 0.2
     """GRPO: lower clip. [L]"""
-    clip_high: float = 0.28
+    clip_high: NotNegative = 0.28
     """GRPO: upper clip. [L]"""
-    policy_weight: float = 1.0
+    pg_weight: NotNegative = 1.0
     """hero+grpo: weight of the GRPO term."""
     impl: Literal["auto", "torch", "cpu", "cuda", "triton"] = "auto"
     """Implementation of the divergence (hero_kernels.explain tells which auto takes)."""
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
+class OptimConfig(Settings):
     """AdamW."""
 
-    __pydantic_config__ = STRICT
-    learning_rate: float = 1e-6
+    learning_rate: Positive = 1e-6
     """Full fine-tuning 1e-6, LoRA 1e-4 … 3e-4 [L]; small models from scratch far more."""
-    warmup_steps: int = 10
+    warmup_steps: CountOrZero = 10
     """Linear warm-up. [L]"""
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
+    weight_decay: NotNegative = 0.0
+    adam_beta1: Annotated[float, Ge(0), Lt(1)] = 0.9
+    adam_beta2: Annotated[float, Ge(0), Lt(1)] = 0.999
+    max_grad_norm: Positive = 1.0
     """Clip of the gradient's norm. [L]"""
-    minibatches: int = 1
+    minibatches: Count = 1
     """Optimiser steps a rollout batch is split into (by trajectories)."""
-    inner_epochs: int = 1
+    inner_epochs: Count = 1
     """Passes over each rollout batch. [L]"""
-    micro_batch_tokens: int = 16384
-    """Padded tokens in one forward pass; gradients accumulate, with one denominator for the whole
-    minibatch."""
+    micro_batch_tokens: Count = 16384
+    """Padded tokens in one forward pass. Gradients accumulate: results do not depend on it."""
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """Held-out tasks."""
 
-    __pydantic_config__ = STRICT
-    every: int = 5
+    every: Count = 5
     """Updates between evaluations on the dev split; the best checkpoint is chosen on it."""
-    dev_tasks: int = 50
-    test_tasks: int = 100
+    dev_tasks: Count = 50
+    test_tasks: CountOrZero = 100
     """Tasks of the test split in the final table (before and after); 0 skips it."""
-    trials: int = 1
-    """Episodes a task."""
-    temperature: float = 1.0
+    trials: Count = 1
+    """Episodes per task."""
+    temperature: NotNegative = 1.0
     """Sampling temperature in evaluation; 0 is greedy."""
     min_teacher_lift: float | None = None
-    """Gate: stop before training if the hinted teacher does not act better than the student by this
-    much (share of right actions on turns with a hint); None only reports. Needs an environment that
-    diagnoses."""
-    stop_drop: float = 0.3
+    """Stop before training unless the hinted teacher acts better than the student by this share.
+
+    None only reports the lift: the share of right actions on turns with a hint, teacher minus
+    student. Needs an environment that diagnoses."""
+    stop_drop: NotNegative = 0.3
     """Stop when dev success falls this far below its best twice in a row (collapse)."""
 
 
 @dataclass(kw_only=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """A training run."""
 
-    __pydantic_config__ = STRICT
     mode: Mode = "hero"
-    """Which method: they differ in what the teacher sees and which turns are trained
-    (docs/method.md)."""
-    prompts: Literal["standard", "compact"] = "standard"
-    """Wording of teacher blocks and reflections: standard for language models, compact for the
-    shipped small one."""
+    """What the teacher sees and which turns are trained (docs/method.md)."""
+    prompts: PromptStyle = "standard"
+    """Wording of what teachers and reflectors read: compact is for the shipped small model."""
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -232,192 +240,88 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    updates: int = 100
+    updates: Count = 100
     """Rollout batches. [L]"""
-    max_env_turns: int | None = None
+    max_env_turns: Count | None = None
     """Budget of environment turns of the whole run; training ends when it is used up."""
     seed: int = 0
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads; None leaves torch's default."""
     output_dir: str = ""
     """Folder of the run; "" makes runs/NAME-DATE."""
     resume: str = "never"
     """never, auto (go on if output_dir holds a checkpoint), or the folder of a run."""
-    save_every: int = 10
+    save_every: Count = 10
     """Updates between checkpoints for resuming; the last state is always saved."""
-    save_trajectories: int = 8
-    """Trajectories an update kept for `hero view`."""
+    save_trajectories: CountOrZero = 8
+    """Trajectories of each update that are kept for `hero view`."""
     report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
     """Besides metrics.jsonl, which is always written."""
 
 
-def check(config: TrainConfig) -> None:
-    """Refuse settings that cannot mean what they say.
+@dataclass(kw_only=True)
+class ScratchConfig(Settings):
+    """Shape of a small model made from nothing."""
 
-    Raises:
-        ValueError: with what was got, what was expected and what to do.
-    """
-    positive = {
-        "updates": config.updates,
-        "rollout.tasks_per_update": config.rollout.tasks_per_update,
-        "rollout.group_size": config.rollout.group_size,
-        "rollout.max_turns": config.rollout.max_turns,
-        "rollout.max_turn_tokens": config.rollout.max_turn_tokens,
-        "rollout.batch_size": config.rollout.batch_size,
-        "optim.minibatches": config.optim.minibatches,
-        "optim.inner_epochs": config.optim.inner_epochs,
-        "optim.micro_batch_tokens": config.optim.micro_batch_tokens,
-        "optim.learning_rate": config.optim.learning_rate,
-        "eval.every": config.eval.every,
-        "eval.dev_tasks": config.eval.dev_tasks,
-        "eval.trials": config.eval.trials,
-        "save_every": config.save_every,
-        "optim.max_grad_norm": config.optim.max_grad_norm,
-        "reflection.max_tokens": config.reflection.max_tokens,
-        "threads": 1 if config.threads is None else config.threads,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
-    not_negative = {
-        "model.lora_rank": config.model.lora_rank,
-        "reflection.temperature": config.reflection.temperature,
-        "reflection.retries": config.reflection.retries,
-        "loss.is_clip": config.loss.is_clip,
-        "eval.temperature": config.eval.temperature,
-        "eval.test_tasks": config.eval.test_tasks,
-    }
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}.")
-    if config.mode in ("grpo", "hero+grpo") and config.rollout.group_size < 2:
-        raise ValueError(
-            f"mode={config.mode} compares episodes of one task: rollout.group_size must be at "
-            "least 2, "
-            f"got {config.rollout.group_size}. Set --rollout.group-size 8."
-        )
-    if config.optim.minibatches > config.rollout.tasks_per_update * config.rollout.group_size:
-        raise ValueError(
-            f"optim.minibatches={config.optim.minibatches} is more than the trajectories of an "
-            "update "
-            f"({config.rollout.tasks_per_update} tasks x {config.rollout.group_size})."
-        )
-    if config.rollout.temperature <= 0:
-        raise ValueError(
-            f"rollout.temperature must be above 0 in training, got {config.rollout.temperature}: "
-            "greedy actions have no log-probability to correct for."
-        )
-    if not 0 < config.rollout.top_p <= 1:
-        raise ValueError(f"rollout.top_p must be in (0, 1], got {config.rollout.top_p}.")
-    if not 0 < config.teacher.update_rate <= 1:
-        raise ValueError(
-            f"teacher.update_rate must be in (0, 1], got {config.teacher.update_rate}."
-        )
-    if not 0 < config.loss.beta < 1:
-        raise ValueError(
-            f"loss.beta must be in (0, 1), got {config.loss.beta}: JSD tends to 0 at both ends. "
-            "For the KL divergences set --loss.divergence forward_kl or reverse_kl."
-        )
-    if config.reflection.reflector == "openai" and not (
-        config.reflection.base_url and config.reflection.model
-    ):
-        raise ValueError(
-            "reflection.reflector=openai needs reflection.base_url and reflection.model."
-        )
-    if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
-        raise ValueError(
-            f"resume must be 'never', 'auto' or the folder of a run, got {config.resume!r}."
-        )
+    width: Count = 128
+    layers: Count = 3
+    heads: Count = 4
+    context: Count = 1024
+    init_std: Positive = 0.1
+    """transformers' 0.02 is far too small at this width."""
 
 
-def from_dict(data: dict[str, Any], cls: type = TrainConfig) -> Any:
-    """Build a config from nested dictionaries.
+@dataclass(kw_only=True)
+class SftConfig(Settings):
+    """A warm start."""
 
-    Raises:
-        ValueError: unknown fields or wrong types, each on a line with the fields that exist.
-    """
-    try:
-        return TypeAdapter(cls).validate_python(data)
-    except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            where = ".".join(str(part) for part in item["loc"]) or "config"
-            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-                known = ", ".join(_known_fields(cls, item["loc"][:-1]))
-                lines.append(f"  {where}: unknown field; known here: {known}")
-            else:
-                lines.append(f"  {where}: {item['msg']}, got {item['input']!r}")
-        raise ValueError("The configuration has mistakes:\n" + "\n".join(lines)) from None
-
-
-def _known_fields(cls: Any, location: tuple[int | str, ...]) -> list[str]:
-    instance: Any = cls()
-    for part in location:
-        instance = getattr(instance, str(part))
-    return sorted(vars(instance)) if is_dataclass(instance) else []
-
-
-RECIPES = Path(__file__).parent / "recipes"
-RECIPE_KINDS = ("train", "sft")
-
-
-def recipe_names(kind: str = "train") -> list[str]:
-    return sorted(path.stem for path in (RECIPES / kind).glob("*.yaml"))
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
+    """The model to start from; path "" is a new one of `scratch`'s shape."""
+    scratch: ScratchConfig = field(default_factory=ScratchConfig)
+    env: EnvConfig = field(default_factory=EnvConfig)
+    prompts: PromptStyle = "standard"
+    """Wording of what teachers and reflectors read."""
+    max_turns: Count = 8
+    """Cap of turns per episode."""
+    demonstrator_episodes: CountOrZero = 1500
+    """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
+    coverage_episodes: CountOrZero = 1500
+    """Near-perfect and noisy episodes: hindsight and diagnosis targets only."""
+    coverage_noise: Annotated[list[Annotated[float, Ge(0), Le(1)]], MinLen(1)] = field(
+        default_factory=lambda: [0.0, 0.15, 0.4]
+    )
+    """Share of random actions of the coverage episodes, in turn."""
+    steps: Count = 3000
+    """Optimiser steps."""
+    batch_size: Count = 4
+    """Episodes of each kind in a step."""
+    learning_rate: Positive = 5e-3
+    warmup_steps: CountOrZero = 50
+    seed: int = 0
+    threads: Count | None = None
+    """CPU threads; None leaves torch's default."""
+    output_dir: str = "models/sft"
+    """New folder for model and tokenizer."""
 
 
-def recipe_summary(name: str, kind: str = "train") -> str:
-    """The recipe's first line, a comment that says what it is for."""
-    first = (RECIPES / kind / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
-    return first.lstrip("# ")
+URL_SECRETS = re.compile(
+    r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])((?:api_?|access_)?(?:key|token)=)[^&\s]+"
+)
+SECRET_NAME = re.compile(r"(^|_)(api_?key|key|token|password|secret)$", re.IGNORECASE)
 
 
-def load_recipe(name: str, kind: str = "train") -> dict[str, Any]:
-    """The nested dictionary of a shipped recipe; `base: NAME` in it names the recipe it changes.
-
-    Raises:
-        ValueError: no recipe of that name.
-    """
-    path = RECIPES / kind / f"{name}.yaml"
-    if name not in recipe_names(kind):
-        raise ValueError(
-            f"Unknown recipe {name!r}: expected one of {', '.join(recipe_names(kind))}; your own "
-            "file goes "
-            "with --config FILE."
-        )
-    return _with_base(read_yaml(path), kind)
-
-
-def _with_base(data: dict[str, Any], kind: str) -> dict[str, Any]:
-    base = data.pop("base", None)
-    return merge(load_recipe(base, kind), data) if base else data
-
-
-def load_config_file(path: str | Path, kind: str = "train") -> dict[str, Any]:
-    """A user's YAML file; `base: RECIPE` in it names the recipe it changes."""
-    return _with_base(read_yaml(path), kind)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} must hold a mapping of settings, got {type(data).__name__}.")
-    return data
-
-
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` on top, nested."""
-    merged = dict(base)
-    for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The inverse of `from_dict`."""
-    return asdict(config)
+def redacted(value: Any) -> Any:
+    """What may be shown or stored of a text or of (nested) settings: passwords and keys are ***."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, str):
+        return URL_SECRETS.sub(lambda match: f"{match[1] or ''}***", value)
+    if isinstance(value, list | tuple):
+        return [redacted(item) for item in value]
+    if isinstance(value, dict):
+        return {
+            name: "***" if isinstance(item, str) and item and SECRET_NAME.search(name)
+            else redacted(item)
+            for name, item in value.items()
+        }  # fmt: skip
+    return value

@@ -1,13 +1,19 @@
-"""Held-out tasks: how often, how well and in how many turns."""
+"""Held-out tasks before and after training, and what the teacher knows before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from hero.rollout import Episode
-from hero.types import Trajectory
+from hero.envs.base import HasDiagnosis
+from hero.renderer import Renderer
+from hero.rollout import Assignment
+from hero.sampler import Sampler, Sampling
+from hero.teacher import TeacherWeights
+from hero.types import Diagnosis, Sample, Trajectory
+
+# ---- how often, how well and in how many turns ---------------------------------------------------
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,23 +31,13 @@ class Evaluation:
         return asdict(self)
 
 
-def evaluate(
-    tasks: Sequence[str],
-    *,
-    play: Callable[..., list[Trajectory]],
-    trials: int,
-    temperature: float,
-    seed: int,
-) -> tuple[Evaluation, list[Trajectory]]:
-    """Play each task `trials` times; `play` is `rollout` with its environments, sampler and
-    caps."""
-    episodes = [
-        Episode(id=f"{task}-t{trial}", group_id=task, task_id=task)
-        for trial in range(trials)
+def trials(tasks: Sequence[str], number: int) -> list[Assignment]:
+    """Each task `number` times."""
+    return [
+        Assignment(id=f"{task}-t{trial}", group_id=task, task_id=task)
+        for trial in range(number)
         for task in tasks
     ]
-    trajectories = play(episodes, seed=seed, temperature=temperature)
-    return summarise(trajectories), trajectories
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
@@ -67,4 +63,95 @@ def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
 
 
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+# ---- does the teacher know better? ---------------------------------------------------------------
+
+
+@dataclass(kw_only=True, slots=True)
+class Probe:
+    """Shares in 0..1; `turns` is how many turns were probed.
+
+    Teacher lift is the share of right actions when the hinted teacher answers a turn again, minus
+    the same share of the student without a hint, both in the restored state. Without lift there is
+    nothing to distil.
+    """
+
+    turns: int
+    student_right: float
+    teacher_right: float
+    diagnosis_agreement: float
+    """Share of turns on which reflector and environment agree whether there is a fault."""
+
+    @property
+    def lift(self) -> float:
+        return self.teacher_right - self.student_right
+
+    def __str__(self) -> str:
+        return (
+            f"Teacher probe on {self.turns} turns: right actions {self.student_right:.0%} without "
+            f"hindsight, {self.teacher_right:.0%} with it. The reflector finds fault where the "
+            f"environment does on {self.diagnosis_agreement:.0%} of turns."
+        )
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "probe/turns": self.turns,
+            "probe/student_right": self.student_right,
+            "probe/teacher_right": self.teacher_right,
+            "probe/teacher_lift": self.lift,
+            "probe/diagnosis_agreement": self.diagnosis_agreement,
+        }
+
+
+def probe_teacher(
+    env: HasDiagnosis,
+    trajectories: Sequence[Trajectory],
+    diagnoses: Sequence[Sequence[Diagnosis]],
+    samples: Sequence[Sample],
+    *,
+    sampler: Sampler,
+    weights: TeacherWeights,
+    renderer: Renderer,
+    max_turn_tokens: int,
+    seed: int,
+    max_turns: int = 128,
+) -> Probe:
+    """Let teacher and student answer the distilled turns again and have the environment judge.
+
+    Args:
+        env: judges by its own diagnosis: an action is right if it draws no hint.
+        trajectories: finished episodes.
+        diagnoses: the reflector's, for the agreement; may be empty lists.
+        samples: annotated turns of these trajectories; at most `max_turns` of them are probed.
+        sampler: samples from the policy.
+        weights: the teacher's, applied for its answers.
+        renderer: decodes answers.
+        max_turn_tokens: cap of an answer.
+        seed: of the sampling.
+    """
+    chosen = [sample for sample in samples if sample.distill_weight][:max_turns]
+    sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
+    plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
+    with weights.applied():
+        hinted = sampler.generate([sample.teacher_prompt_ids for sample in chosen], sampling)
+
+    def right(sample: Sample, answer: list[int]) -> float:
+        trajectory, k = trajectories[sample.trajectory], sample.turn
+        other = replace(trajectory.turns[k], action_text=renderer.decode(answer))
+        # Nothing follows: later turns belong to the action that was really taken.
+        judged = env.diagnose(replace(trajectory, turns=[*trajectory.turns[:k], other]))
+        return float(not judged[k].hint)
+
+    agreed = [
+        float(bool(own.hint) == bool(theirs.hint))
+        for trajectory, row in zip(trajectories, diagnoses, strict=True)
+        for own, theirs in zip(row, env.diagnose(trajectory), strict=False)
+    ]
+    return Probe(
+        turns=len(chosen),
+        student_right=_mean([right(s, c.ids) for s, c in zip(chosen, plain, strict=True)]),
+        teacher_right=_mean([right(s, c.ids) for s, c in zip(chosen, hinted, strict=True)]),
+        diagnosis_agreement=_mean(agreed),
+    )

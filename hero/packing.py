@@ -1,23 +1,29 @@
 """Samples to tensors: several turns of an episode in one forward pass.
 
 Turn k's prompt extends turn k-1's prompt and action, so the student needs one row for a whole
-episode, the *trunk*. The teacher re-scores each action behind a block of its own, a *branch* that
-leaves the trunk where the block is spliced in and sees the trunk up to there and itself. With two
-turns (p prompt, a action, o observation, b block, g generation prompt; the trunk's last action is
-not needed):
+episode, the *trunk*. The teacher re-scores each action behind a privileged context of its own, in a
+*branch* that leaves the trunk where that context is spliced in and sees the trunk up to there and
+itself. With two turns (p prompt, a action, o observation, h hindsight, g generation prompt; the
+trunk's last action is not needed):
 
-    tokens    p0 g0 a0 o1 g1 | b0 g0 a0 | b1 g1 a1        trunk, branch of turn 0, branch of turn 1
+    tokens    p0 g0 a0 o1 g1 | h0 g0 a0 | h1 g1 a1        trunk, branch of turn 0, branch of turn 1
     sees      causal         | p0 + own | p0 g0 a0 o1 + own
     position  0 1 2 3 4      | 1 2 3    | 4 5 6
 
 so a teacher's logits equal those of the same turn scored alone. Padding is at the right and never
 seen.
+
+Rows are planned once for each trajectory (`plan_rows`), grouped by their sizes (`micro_batches`)
+and only then turned into tensors (`pack`). Action tokens keep one order all the way, that of the
+samples: a row takes its samples in order, and rows follow each other in the order of their samples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,16 +31,64 @@ from torch import Tensor
 from hero.types import Sample
 
 
+class Branch(NamedTuple):
+    """What stands beside a trunk: hindsight, generation prompt and action of one turn."""
+
+    leaves_at: int
+    """Length of the trunk that it continues, and sees."""
+    ids: list[int]
+    num_actions: int
+    """Its last so many tokens are the action."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Row:
-    """One sequence to be: ids, positions, branches and where each sample's action is."""
+    """One sequence to be: a trunk, then its branches."""
 
-    ids: list[int]
-    positions: list[int]
-    branches: list[tuple[int, int, int]] = field(default_factory=list)
-    """(trunk length that is seen, start, end) of each branch, in row coordinates."""
+    trunk: list[int] = field(default_factory=list)
     actions: list[tuple[int, int]] = field(default_factory=list)
-    """(index of the sample in the batch, row coordinate of its first action token)."""
+    """(start, end) of each action in the trunk."""
+    branches: list[Branch] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.trunk) + sum(len(branch.ids) for branch in self.branches)
+
+
+@dataclass(kw_only=True, slots=True)
+class Weighted:
+    """A sample with the coefficients of its tokens, which hold the minibatch's denominator."""
+
+    sample: Sample
+    distill: Tensor
+    """[len(action_ids)] of the divergence."""
+    pg: Tensor
+    """[len(action_ids)] of the policy-gradient loss."""
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The terms of the loss that train this turn: "distillation", "policy gradient"."""
+        follows = self.sample.advantage != 0 and bool(self.pg.any())
+        distilled = ("distillation",) if bool(self.distill.any()) else ()
+        return (*distilled, "policy gradient") if follows else distilled
+
+
+@dataclass(kw_only=True, slots=True)
+class Rows:
+    """The planned rows of one or more whole trajectories."""
+
+    samples: list[Weighted]
+    student: list[Row]
+    teacher: list[Row]
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest row."""
+        return max(map(len, self.student + self.teacher))
+
+    @property
+    def height(self) -> int:
+        """Rows of the larger forward pass."""
+        return max(len(self.student), len(self.teacher))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,10 +117,9 @@ class Packed:
 
 @dataclass(kw_only=True, slots=True)
 class PackedBatch:
-    """One micro-batch: all that the loss needs, token by token (N action tokens, samples in
-    order)."""
+    """One micro-batch, token by token: N action tokens, samples in order."""
 
-    samples: list[Sample]
+    samples: list[Weighted]
     student: Packed
     teacher: Packed | None
     """Rows of the M <= N tokens whose sample is distilled; None if there are none."""
@@ -75,9 +128,9 @@ class PackedBatch:
     sampled_logprobs: Tensor
     """[N] float32"""
     distill_weights: Tensor
-    """[N] float32: token weights of the divergence; they already hold the batch's denominator."""
-    policy_weights: Tensor
-    """[N] float32: token weights of the policy-gradient loss, likewise."""
+    """[N] float32: coefficients of the divergence."""
+    pg_weights: Tensor
+    """[N] float32: coefficients of the policy-gradient loss."""
     advantages: Tensor
     """[N] float32"""
     distill_index: Tensor
@@ -85,146 +138,145 @@ class PackedBatch:
 
 
 def student_rows(samples: Sequence[Sample]) -> list[Row]:
-    """One trunk for each run of samples in which every prompt extends the last prompt and
-    action."""
+    """One trunk for each run of samples whose prompts extend the last prompt and action."""
     rows: list[Row] = []
     for i, sample in enumerate(samples):
-        sequence = sample.prompt_ids + sample.action_ids
-        if not (rows and _extends(sample.prompt_ids, rows[-1].ids) and _same_episode(samples, i)):
-            rows.append(Row(ids=[], positions=[]))
-        rows[-1].ids = sequence
-        rows[-1].actions.append((i, len(sample.prompt_ids)))
-    for row in rows:
-        row.positions = list(range(len(row.ids)))
+        if not (_same_trajectory(samples, i) and _extends(sample.prompt_ids, rows[-1].trunk)):
+            rows.append(Row())
+        rows[-1].trunk = sample.prompt_ids + sample.action_ids
+        rows[-1].actions.append((len(sample.prompt_ids), len(rows[-1].trunk)))
     return rows
 
 
 def teacher_rows(samples: Sequence[Sample], packing: str = "tree") -> list[Row]:
-    """Trunk and branches (`tree`), or a row for each turn (`separate`), of the distilled
-    samples."""
+    """Of the distilled samples: a trunk with branches (`tree`) or a row each (`separate`)."""
     rows: list[Row] = []
-    for i, sample in enumerate(samples):
-        if sample.distill_weight == 0:
-            continue
-        own = sample.block_ids + sample.prompt_ids[sample.branch_at :] + sample.action_ids
-        trunk = sample.prompt_ids[: sample.branch_at]
+    distilled = [sample for sample in samples if sample.distill_weight != 0]
+    for i, sample in enumerate(distilled):
         if packing == "separate":
-            ids = trunk + own
-            row = Row(ids=ids, positions=list(range(len(ids))))
-            row.actions.append((i, len(ids) - len(sample.action_ids)))
-            rows.append(row)
+            whole = sample.teacher_prompt_ids + sample.action_ids
+            rows.append(Row(trunk=whole, actions=[(len(sample.teacher_prompt_ids), len(whole))]))
             continue
-        if not (rows and _same_episode(samples, i) and _extends(trunk, _trunk(rows[-1]))):
-            rows.append(Row(ids=[], positions=[]))
-        _grow(rows[-1], trunk)
-        row = rows[-1]
-        start = len(row.ids)
-        row.branches.append((len(trunk), start, start + len(own)))
-        row.actions.append((i, start + len(own) - len(sample.action_ids)))
-        row.ids = row.ids + own
-        row.positions = row.positions + list(range(len(trunk), len(trunk) + len(own)))
+        trunk = sample.prompt_ids[: sample.branch_at]
+        own = sample.privileged_ids + sample.prompt_ids[sample.branch_at :] + sample.action_ids
+        if not (_same_trajectory(distilled, i) and _extends(trunk, rows[-1].trunk)):
+            rows.append(Row())
+        rows[-1].trunk = trunk  # longer than before: earlier branches still leave where they did
+        rows[-1].branches.append(Branch(len(trunk), own, len(sample.action_ids)))
     return rows
-
-
-def _trunk(row: Row) -> list[int]:
-    return row.ids[: row.branches[0][1]] if row.branches else row.ids
-
-
-def _grow(row: Row, trunk: list[int]) -> None:
-    """Lengthen the row's trunk; branches that are there move to the right."""
-    old = len(_trunk(row))
-    added = len(trunk) - old
-    row.ids = trunk + row.ids[old:]
-    row.positions = list(range(len(trunk))) + row.positions[old:]
-    row.branches = [(seen, start + added, end + added) for seen, start, end in row.branches]
-    row.actions = [(i, start + added) for i, start in row.actions]
 
 
 def _extends(longer: list[int], shorter: list[int]) -> bool:
     return len(longer) >= len(shorter) and longer[: len(shorter)] == shorter
 
 
-def _same_episode(samples: Sequence[Sample], i: int) -> bool:
+def _same_trajectory(samples: Sequence[Sample], i: int) -> bool:
     return i > 0 and samples[i - 1].trajectory == samples[i].trajectory
 
 
-def to_tensors(rows: Sequence[Row], samples: Sequence[Sample], device: torch.device) -> Packed:
-    """Pad to the longest row and build the block-sparse mask where there are branches."""
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    position_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = None
-    if any(row.branches for row in rows):
-        mask = torch.zeros(len(rows), 1, width, width, dtype=torch.bool)
-    index: dict[int, Tensor] = {}
-    for r, row in enumerate(rows):
-        length = len(row.ids)
-        input_ids[r, :length] = torch.tensor(row.ids)
-        position_ids[r, :length] = torch.tensor(row.positions)
-        if mask is not None:
-            _fill_mask(mask[r, 0], row)
-        for i, start in row.actions:
-            first = r * width + start - 1  # the state before a token predicts it
-            index[i] = torch.arange(first, first + len(samples[i].action_ids))
-    return Packed(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
-        attention_mask=None if mask is None else mask.to(device),
-        index=torch.cat([index[i] for i in sorted(index)]).to(device),
-    )
-
-
-def _fill_mask(mask: Tensor, row: Row) -> None:
-    mask.fill_diagonal_(True)  # padding sees itself, so that no softmax is empty
-    trunk = len(_trunk(row))
-    mask[:trunk, :trunk] = True
-    for seen, start, end in row.branches:
-        mask[start:end, :seen] = True
-        mask[start:end, start:end] = True
-    mask[: len(row.ids), : len(row.ids)].tril_()
-
-
-def pack(
-    samples: Sequence[Sample],
-    distill_weights: Sequence[Tensor],
-    policy_weights: Sequence[Tensor],
-    *,
-    packing: str,
-    device: torch.device,
-) -> PackedBatch:
-    """Tensors of one micro-batch.
+def plan_rows(samples: Sequence[Weighted], packing: str) -> list[Rows]:
+    """The rows of each trajectory.
 
     Args:
         samples: turns, those of one trajectory together and in order.
-        distill_weights: for each sample, token weights [len(action_ids)] of the divergence.
-        policy_weights: likewise of the policy-gradient loss.
         packing: "tree" or "separate", for the teacher.
-        device: of the tensors.
+    """
+    plans = []
+    for _, group in itertools.groupby(samples, key=lambda weighted: weighted.sample.trajectory):
+        own = list(group)
+        turns = [weighted.sample for weighted in own]
+        plans.append(
+            Rows(samples=own, student=student_rows(turns), teacher=teacher_rows(turns, packing))
+        )
+    return plans
+
+
+def micro_batches(plans: Sequence[Rows], max_tokens: int) -> Iterator[Rows]:
+    """Join trajectories so that no padded forward pass exceeds `max_tokens`.
+
+    A single trajectory that is larger goes alone.
+    """
+    batch = Rows(samples=[], student=[], teacher=[])
+    for plan in sorted(plans, key=lambda plan: (plan.width, plan.height)):
+        # Ascending, so the newest trajectory is the widest.
+        if batch.samples and plan.width * (batch.height + plan.height) > max_tokens:
+            yield batch
+            batch = Rows(samples=[], student=[], teacher=[])
+        batch.samples += plan.samples
+        batch.student += plan.student
+        batch.teacher += plan.teacher
+    if batch.samples:
+        yield batch
+
+
+def pack(rows: Rows, device: torch.device) -> PackedBatch:
+    """Tensors of one micro-batch.
 
     Raises:
         AssertionError: the packed ids are not the sampled ids (tokens in, tokens out).
     """
-    student = to_tensors(student_rows(samples), samples, device)
-    rows = teacher_rows(samples, packing)
-    teacher = to_tensors(rows, samples, device) if rows else None
-    target_ids = torch.cat([torch.tensor(s.action_ids) for s in samples]).to(device)
-    lengths = torch.tensor([len(s.action_ids) for s in samples])
-    distilled = torch.tensor([s.distill_weight != 0 for s in samples]).repeat_interleave(lengths)
+    samples = [weighted.sample for weighted in rows.samples]
+    lengths = torch.tensor([len(sample.action_ids) for sample in samples])
+
+    def per_token(values: list[float]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(lengths).to(device)
+
     batch = PackedBatch(
-        samples=list(samples),
-        student=student,
-        teacher=teacher,
-        target_ids=target_ids,
-        sampled_logprobs=torch.cat([torch.tensor(s.sampled_logprobs) for s in samples]).to(device),
-        distill_weights=torch.cat(list(distill_weights)).to(device),
-        policy_weights=torch.cat(list(policy_weights)).to(device),
-        advantages=torch.tensor([s.advantage for s in samples])
-        .repeat_interleave(lengths)
-        .to(device),
-        distill_index=distilled.nonzero().squeeze(1).to(device),
+        samples=rows.samples,
+        student=to_tensors(rows.student, device),
+        teacher=to_tensors(rows.teacher, device) if rows.teacher else None,
+        target_ids=torch.tensor([token for s in samples for token in s.action_ids]).to(device),
+        sampled_logprobs=torch.tensor([x for s in samples for x in s.sampled_logprobs]).to(device),
+        distill_weights=torch.cat([weighted.distill for weighted in rows.samples]).to(device),
+        pg_weights=torch.cat([weighted.pg for weighted in rows.samples]).to(device),
+        advantages=per_token([sample.advantage for sample in samples]),
+        distill_index=per_token([s.distill_weight for s in samples]).nonzero().squeeze(1),
     )
     guard_ids(batch)
     return batch
+
+
+def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
+    """Pad to the longest row and build the block-sparse mask where there are branches."""
+    shape = (len(rows), max(map(len, rows)))
+    input_ids = torch.zeros(shape, dtype=torch.long)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    mask = None
+    if any(row.branches for row in rows):
+        mask = torch.zeros(shape[0], 1, shape[1], shape[1], dtype=torch.bool)
+    index = []
+    for r, row in enumerate(rows):
+        ids, positions, actions = list(row.trunk), list(range(len(row.trunk))), list(row.actions)
+        seen = [(0, 0, len(ids))]  # tokens start:end see the trunk up to the first number
+        for branch in row.branches:
+            start, end = len(ids), len(ids) + len(branch.ids)
+            ids += branch.ids
+            positions += range(branch.leaves_at, branch.leaves_at + len(branch.ids))
+            actions.append((end - branch.num_actions, end))
+            seen.append((branch.leaves_at, start, end))
+        input_ids[r, : len(ids)] = torch.tensor(ids)
+        position_ids[r, : len(ids)] = torch.tensor(positions)
+        for start, end in actions:  # the state before a token predicts it
+            index.append(torch.arange(r * shape[1] + start - 1, r * shape[1] + end - 1))
+        if mask is not None:
+            _fill_mask(mask[r, 0], seen)
+    return Packed(
+        input_ids=input_ids.to(device),
+        position_ids=position_ids.to(device),
+        attention_mask=None if mask is None else mask.to(device),
+        index=torch.cat(index).to(device),
+    )
+
+
+def _fill_mask(mask: Tensor, seen: Sequence[tuple[int, int, int]]) -> None:
+    """Let tokens start:end see the row's first `trunk` tokens, and themselves causally.
+
+    Rows of `mask` [T, T] are the tokens that look, columns what they see.
+    """
+    mask.fill_diagonal_(True)  # padding sees itself, so that no softmax is empty
+    for trunk, start, end in seen:
+        mask[start:end, :trunk] = True
+        mask[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
 
 
 def guard_ids(batch: PackedBatch) -> None:
@@ -236,37 +288,3 @@ def guard_ids(batch: PackedBatch) -> None:
         if packed is not None:
             ids = packed.input_ids.flatten()[packed.index + 1]
             assert torch.equal(ids, targets), "packed action ids differ from the sampled ids"
-
-
-def micro_batches(samples: Sequence[Sample], max_tokens: int, packing: str) -> Iterator[list[int]]:
-    """Split a batch at trajectory borders so that no padded forward pass exceeds `max_tokens`.
-
-    A single trajectory that is larger goes alone. Yields indices into `samples`.
-    """
-    episodes: list[list[int]] = []
-    for i in range(len(samples)):
-        if not _same_episode(samples, i):
-            episodes.append([])
-        episodes[-1].append(i)
-    sizes = []
-    for episode in episodes:
-        own = [samples[i] for i in episode]
-        rows = [student_rows(own), teacher_rows(own, packing)]
-        sizes.append(
-            (
-                max((len(row.ids) for kind in rows for row in kind), default=0),
-                max(len(r) for r in rows),
-            )
-        )
-    order = sorted(range(len(episodes)), key=lambda e: sizes[e])
-    batch: list[int] = []
-    num_rows = 0
-    for e in order:
-        width, height = sizes[e]  # ascending: the newest is the widest
-        if batch and width * (num_rows + height) > max_tokens:
-            yield batch
-            batch, num_rows = [], 0
-        batch = batch + episodes[e]
-        num_rows += height
-    if batch:
-        yield batch

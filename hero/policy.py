@@ -1,5 +1,4 @@
-"""The student: a transformers causal LM taken as trunk and head, so that no full-vocabulary logits
-are needed."""
+"""The student: a transformers causal LM as trunk and head, so that logits are never held whole."""
 
 from __future__ import annotations
 
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.logging import disable_progress_bar
 
 from hero.config import ModelConfig
 from hero.renderer import Renderer
-
-disable_progress_bar()  # of weights being read and written, in the middle of a run's own output
+from hero_kernels import linear_logprobs
 
 SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 
@@ -70,9 +67,7 @@ class Policy:
             raise ValueError(
                 f"Cannot load the model {config.path!r}: {str(error).strip().splitlines()[0]}\n"
                 "Expected a folder with a transformers causal LM and its tokenizer, a hub id, or "
-                "one of "
-                f"{sorted(SHIPPED)}. SmolLM2-135M-Instruct can be had offline: hero model "
-                "smollm2-135m."
+                f"one of {sorted(SHIPPED)}. For SmolLM2-135M-Instruct: hero model smollm2-135m."
             ) from error
         return cls(model, tokenizer, config)
 
@@ -88,15 +83,13 @@ class Policy:
 
     @property
     def head_options(self) -> dict[str, Any]:
-        """What stands between the head's product and the logits: keyword arguments of
-        hero_kernels."""
+        """What stands between the head's output and the logits: arguments of hero_kernels."""
         config = self.model.config.get_text_config()
         scale = getattr(config, "logit_scale", None)
         divisor = getattr(config, "logits_scaling", None)
         return {
             "softcap": getattr(config, "final_logit_softcapping", None),
             "logit_scale": float(scale) if scale is not None else 1.0 / float(divisor or 1.0),
-            "bias": self.head.bias,
         }
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -115,15 +108,25 @@ class Policy:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., H]: for sampling, a few rows at a time."""
-        options = self.head_options
-        bias = options["bias"]
+        bias = self.head.bias
         logits = nn.functional.linear(
             hidden, self.head_weight, None if bias is None else bias.to(self.dtype)
         ).float()
-        logits = logits * options["logit_scale"]
-        if cap := options["softcap"]:
+        logits = logits * self.head_options["logit_scale"]
+        if cap := self.head_options["softcap"]:
             logits = cap * torch.tanh(logits / cap)
         return logits
+
+    def logprobs(
+        self, hidden: Tensor, ids: Tensor, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N] of ids [N] after states [N, H], and the entropies [N], in nats."""
+        result = linear_logprobs(
+            hidden, self.head_weight, ids, bias=self.head.bias, temperature=temperature,
+            return_entropy=True, **self.head_options,
+        )  # fmt: skip
+        assert isinstance(result, tuple)
+        return result
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""

@@ -1,23 +1,23 @@
-"""Every word that the method says to a model: teacher blocks and reflection requests, in two
+"""Every word that the method says to a model: privileged contexts and reflection requests, in two
 wordings.
 
 `standard` is for language models, `compact` for the shipped small agent, whose vocabulary has a few
-hundred words. Two rules come from measurement (docs/method.md): a block names only the corrected
-action, never the original one (small models raise whatever string is quoted), and it stands at the
-end of the last message.
+hundred words. Two rules come from measurement (docs/method.md): the privileged context names only
+the corrected action, never the original one (small models raise whatever string is quoted), and it
+stands at the end of the last message.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
-from hero.types import FeedbackKind, StopReason
+from hero.types import StopReason, Trajectory
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Hindsight:
-    """What a teacher's block may show of one turn; None or "" leaves a part out."""
+    """What a teacher may be shown of one turn; None or "" leaves a part out."""
 
     observation: str | None = None
     reward: float | None = None
@@ -28,37 +28,7 @@ class Hindsight:
     outcome: bool | None = None
     """True/False: the episode succeeded/failed (mode terminal)."""
     demonstration: tuple[tuple[str, str], ...] = ()
-    """(action, observation) of each turn of a successful episode of the same task (modes full_demo,
-    sdpo)."""
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class TurnView:
-    """One turn as a reflector reads it."""
-
-    action: str
-    observation: str
-    feedback_kind: FeedbackKind
-    parse_ok: bool
-
-
-class Prompts(Protocol):
-    """One wording."""
-
-    def block(self, hindsight: Hindsight) -> str:
-        """Text spliced in at the end of the last user or tool message."""
-        ...
-
-    def reflection(
-        self,
-        instruction: str,
-        policy: str,
-        turns: list[TurnView],
-        reward: float,
-        stop_reason: StopReason,
-    ) -> str:
-        """The whole request for the diagnoses of one episode, as one user message."""
-        ...
+    """(action, observation) of each turn of a successful episode of the same task."""
 
 
 UNREAD = " (could not be read as an action)"
@@ -70,11 +40,23 @@ STOP_SENTENCES = {
     StopReason.MAX_TOKENS: f"the context limit {CUT_OFF}",
 }
 
+REQUEST = """\
+Write one JSON object per turn, one a line, in order, and nothing else:
+{"turn": 1, "necessary": true, "valid": true, "failure_cause": "", "corrected_action": "", \
+"hint": ""}
+Rules: judge a turn by the observation that followed it. necessary: the action served the task. \
+valid: the environment accepted it. If a turn was fine, leave failure_cause, corrected_action and \
+hint empty. Otherwise hint says in at most two sentences what to do at that turn, using only what \
+could be known before it (say "look the order up first", not the id that was learnt later), and \
+corrected_action is the exact action that should have been taken, in the agent's action format. \
+Do not quote the original action in the hint."""
+
 
 class StandardPrompts:
     """For language models."""
 
-    def block(self, hindsight: Hindsight) -> str:
+    def privileged_context(self, hindsight: Hindsight) -> str:
+        """Text spliced in at the end of the last user or tool message."""
         lines = ["", "", "[Hindsight, for this turn only]"]
         if hindsight.demonstration:
             episode = "\n".join(f"{action}\n-> {seen}" for action, seen in hindsight.demonstration)
@@ -99,45 +81,33 @@ class StandardPrompts:
         return "\n".join(lines)
 
     def reflection(
-        self,
-        instruction: str,
-        policy: str,
-        turns: list[TurnView],
-        reward: float,
-        stop_reason: StopReason,
+        self, trajectory: Trajectory, rules: str, clip: Callable[[str], str] = str
     ) -> str:
-        policy_part = f"\n\nRules and tools of the agent:\n{policy}" if policy else ""
+        """The whole request for the diagnoses of one episode, as one user message.
+
+        Args:
+            trajectory: the finished episode.
+            rules: the environment's system prompt, "" for none.
+            clip: shortens each action and observation.
+        """
+        rules_part = f"\n\nRules and tools of the agent:\n{rules}" if rules else ""
         episode = "\n\n".join(
-            f"Turn {i}\nAction: {turn.action}{'' if turn.parse_ok else UNREAD}\n"
-            f"Then observed: {turn.observation}"
-            for i, turn in enumerate(turns, 1)
+            f"Turn {i}\nAction: {clip(turn.action_text)}{'' if turn.parse_ok else UNREAD}\n"
+            f"Then observed: {clip(turn.observation or '')}"
+            for i, turn in enumerate(trajectory.turns, 1)
         )
         return (
             "You review a finished episode of an agent and diagnose every one of its turns.\n\n"
-            f"Task:\n{instruction}{policy_part}\n\n{episode}\n\n"
-            f"Final reward: {reward:.2f} (1.00 is success). It ended because "
-            f"{STOP_SENTENCES[stop_reason]}.\n\n"
-            "Write one JSON object per turn, one a line, in order, and nothing else:\n"
-            '{"turn": 1, "necessary": true, "valid": true, "failure_cause": "", '
-            '"corrected_action": "", "hint": ""}\n'
-            "Rules: judge a turn by the observation that followed it. necessary: the action served "
-            "the task. valid: "
-            "the environment accepted it. If a turn was fine, leave failure_cause, "
-            "corrected_action and hint empty. "
-            "Otherwise hint says in at most two sentences what to do at that turn, using only what "
-            "could be known "
-            'before it (say "look the order up first", not the id that was learnt later), and '
-            "corrected_action is "
-            "the exact action that should have been taken, in the agent's action format. Do not "
-            "quote the original "
-            "action in the hint."
+            f"Task:\n{trajectory.instruction}{rules_part}\n\n{episode}\n\n"
+            f"Final reward: {trajectory.reward:.2f} (1.00 is success). It ended because "
+            f"{STOP_SENTENCES[trajectory.stop_reason]}.\n\n{REQUEST}"
         )
 
 
 class CompactPrompts:
     """For the shipped small agent: the same facts in few words."""
 
-    def block(self, hindsight: Hindsight) -> str:
+    def privileged_context(self, hindsight: Hindsight) -> str:
         parts = []
         if hindsight.demonstration:
             parts.append("demo " + " ".join(action for action, _ in hindsight.demonstration))
@@ -158,18 +128,17 @@ class CompactPrompts:
         return " | " + " ".join([*parts, "again"])
 
     def reflection(
-        self,
-        instruction: str,
-        policy: str,
-        turns: list[TurnView],
-        reward: float,
-        stop_reason: StopReason,
+        self, trajectory: Trajectory, rules: str, clip: Callable[[str], str] = str
     ) -> str:
         episode = " ".join(
-            f"turn {i} {turn.action} then {turn.observation}" for i, turn in enumerate(turns, 1)
+            f"turn {i} {clip(turn.action_text)} then {clip(turn.observation or '')}"
+            for i, turn in enumerate(trajectory.turns, 1)
         )
-        stop = stop_reason.value.replace("_", " ")
-        return f"review {instruction} {episode} reward {reward:.1f} {stop}"
+        stop = trajectory.stop_reason.value.replace("_", " ")
+        return f"review {trajectory.instruction} {episode} reward {trajectory.reward:.1f} {stop}"
+
+
+Prompts = StandardPrompts | CompactPrompts
 
 
 def make_prompts(style: str) -> Prompts:

@@ -7,7 +7,7 @@ answer. A prompt grows only at its end:
     prompt_0 = open . content . close            (close holds the generation prompt)
     prompt_1 = prompt_0 + action_0 + open' . observation . close
 
-so every turn's prompt extends the last one's prompt and action, and the teacher's block can be
+so every turn's prompt extends the last one's prompt and action, and the privileged context can be
 spliced in before `close` without touching a token of the student's own context.
 """
 
@@ -78,15 +78,13 @@ class Renderer:
         return self._encode_template(before) + self.encode(last["content"]) + list(close)
 
     def observe(self, action_ids: Sequence[int], role: str, text: str) -> list[int]:
-        """Ids that follow a sampled action: the end token where the action lacks one, then the
-        observation."""
+        """Ids that follow a sampled action: the end token if it lacks one, then the observation."""
         open_ids, close, end_id = self._pieces(role)
         ended = bool(action_ids) and action_ids[-1] in self.stop_ids
         return ([] if ended else [end_id]) + list(open_ids) + self.encode(text) + list(close)
 
     def branch_at(self, prompt_ids: Sequence[int]) -> int:
-        """Position in a prompt where its last message's content ends: there a block can be spliced
-        in."""
+        """Where the content of a prompt's last message ends: hindsight can be spliced in there."""
         for role in ("user", "tool"):
             try:
                 close = list(self._pieces(role)[1])
@@ -99,8 +97,7 @@ class Renderer:
         )
 
     def clip(self, text: str, max_tokens: int) -> str:
-        """`text` if it has at most `max_tokens` tokens, else its head and tail around an
-        ellipsis."""
+        """`text`, or its head and tail around an ellipsis if it has more than `max_tokens`."""
         ids = self.encode(text)
         if len(ids) <= max_tokens:
             return text

@@ -1,39 +1,60 @@
-"""Episodes: the student acts in many environments at once, one batched generation a turn."""
+"""Rollouts: the student acts in many environments at once, one batched generation for each turn."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hero.config import RolloutConfig
 from hero.envs.base import Environment, HasOracle
-from hero.generation.base import Generator, Sampling
 from hero.renderer import Renderer
-from hero.types import FeedbackKind, Message, StopReason, Trajectory, Turn
+from hero.sampler import Sampler, Sampling
+from hero.types import Fault, FeedbackKind, Message, StopReason, Trajectory, Turn
 
 
-class EnvironmentFault(RuntimeError):
+class EnvironmentFault(Fault):
     """An environment raised: which one, in which task and turn."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
-class Episode:
-    """What to play: a task and the group it belongs to."""
+class Assignment:
+    """An episode to come: its task and the group it belongs to."""
 
     id: str
     group_id: str
     task_id: str
 
 
+def assignments_of_update(
+    tasks: Sequence[str], config: RolloutConfig, seed: int, update: int
+) -> list[Assignment]:
+    """The episodes of one update, counted from 1.
+
+    Tasks go by in an order drawn anew for each epoch; a group shares its task.
+    """
+    first = config.tasks_per_update * (update - 1)
+    assignments = []
+    for position in range(first, first + config.tasks_per_update):
+        epoch, place = divmod(position, len(tasks))
+        order = random.Random(derive_seed(seed, epoch)).sample(range(len(tasks)), len(tasks))
+        group = f"u{update}-{position}"
+        assignments += [
+            Assignment(id=f"{group}-{member}", group_id=group, task_id=tasks[order[place]])
+            for member in range(config.group_size)
+        ]
+    return assignments
+
+
 class _Running:
     """An episode under way."""
 
-    def __init__(
-        self, env: Environment, episode: Episode, renderer: Renderer, seed: int, policy_version: int
-    ) -> None:
+    def __init__(self, env: Environment, assignment: Assignment, renderer: Renderer) -> None:
         self.env = env
-        with _blame(env, episode.task_id, 0):
-            observation, info = env.reset(episode.task_id)
+        self.renderer = renderer
+        with _blame(env, assignment.task_id, 0):
+            observation, info = env.reset(assignment.task_id)
         messages: list[Message] = []
         if env.system_prompt:
             messages.append({"role": "system", "content": env.system_prompt})
@@ -41,20 +62,31 @@ class _Running:
         self.prompt_ids = renderer.start(messages)
         self.stopped = False
         self.trajectory = Trajectory(
-            id=episode.id, group_id=episode.group_id, task_id=episode.task_id, seed=seed,
+            id=assignment.id, group_id=assignment.group_id, task_id=assignment.task_id,
             instruction=info.get("instruction", observation), turns=[], reward=0.0, success=False,
-            stop_reason=StopReason.MAX_TURNS, policy_version=policy_version,
+            stop_reason=StopReason.MAX_TURNS,
         )  # fmt: skip
 
     def stop(self, reason: StopReason) -> None:
         self.trajectory.stop_reason = reason
         self.stopped = True
 
-    def act(self, ids: list[int], logprobs: list[float], renderer: Renderer) -> None:
+    def stop_if_full(self, config: RolloutConfig) -> None:
+        """Stop if the context may not hold another turn."""
+        if len(self.prompt_ids) + config.max_turn_tokens <= config.max_episode_tokens:
+            return
+        if not self.trajectory.turns:
+            raise ValueError(
+                f"Task {self.trajectory.task_id} starts with {len(self.prompt_ids)} tokens; with "
+                f"rollout.max_turn_tokens={config.max_turn_tokens} this passes "
+                f"rollout.max_episode_tokens={config.max_episode_tokens}. Raise the latter."
+            )
+        self.stop(StopReason.MAX_TOKENS)
+
+    def act(self, ids: list[int], logprobs: list[float]) -> None:
         """Take the sampled action in the environment and write the turn down."""
-        turn_number = len(self.trajectory.turns)
-        text = renderer.decode(ids)
-        with _blame(self.env, self.trajectory.task_id, turn_number):
+        text = self.renderer.decode(ids)
+        with _blame(self.env, self.trajectory.task_id, len(self.trajectory.turns)):
             observation, reward, terminated, truncated, info = self.env.step(text)
             kind = FeedbackKind(info.get("feedback_kind", FeedbackKind.OK))
             if not isinstance(observation, str):
@@ -64,14 +96,11 @@ class _Running:
                 prompt_ids=self.prompt_ids,
                 action_ids=ids,
                 sampled_logprobs=logprobs,
-                loss_mask=[True] * len(ids),
                 action_text=text,
                 observation=observation,
-                observation_role=info.get("role", "user"),
                 feedback_kind=kind,
                 is_error=not info.get("valid", True),
                 parse_ok=info.get("parse_ok", True),
-                executed_action=info.get("executed_action"),
             )
         )
         self.trajectory.reward += float(reward)
@@ -79,31 +108,29 @@ class _Running:
             self.trajectory.success = bool(info.get("success", False))
             self.stop(StopReason.DONE if terminated else StopReason.TRUNCATED)
             return
-        role = info.get("role", "user")
-        self.prompt_ids = self.prompt_ids + ids + renderer.observe(ids, role, observation)
+        answer = self.renderer.observe(ids, info.get("role", "user"), observation)
+        self.prompt_ids = self.prompt_ids + ids + answer
 
 
 def rollout(
-    episodes: Sequence[Episode],
+    assignments: Sequence[Assignment],
     *,
     envs: Sequence[Environment],
-    generator: Generator,
+    sampler: Sampler,
     renderer: Renderer,
     config: RolloutConfig,
     seed: int,
-    policy_version: int = 0,
     temperature: float | None = None,
 ) -> list[Trajectory]:
-    """Play every episode to its end; `envs` are reused, one for each episode under way.
+    """Run every episode to its end; `envs` are reused, one for each episode under way.
 
     Args:
-        episodes: what to play.
+        assignments: which episodes.
         envs: at least one environment; as many episodes run at once as there are environments.
-        generator: the sampler.
+        sampler: of the student's actions.
         renderer: messages to ids.
         config: caps and sampling.
-        seed: of the sampling; the same seed, weights and episodes give the same trajectories.
-        policy_version: written into the trajectories.
+        seed: of the sampling; the same seed, weights and assignments give the same trajectories.
         temperature: instead of the config's (evaluation).
 
     Raises:
@@ -111,24 +138,15 @@ def rollout(
         ValueError: a first prompt already passes `max_episode_tokens`.
     """
     trajectories: list[Trajectory] = []
-    for start in range(0, len(episodes), len(envs)):
+    for start in range(0, len(assignments), len(envs)):
         batch = [
-            _Running(env, episode, renderer, seed, policy_version)
-            for env, episode in zip(envs, episodes[start : start + len(envs)], strict=False)
+            _Running(env, assignment, renderer)
+            for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
         ]
+        active = batch
         for turn in range(config.max_turns):
-            active = [running for running in batch if not running.stopped]
             for running in active:
-                if len(running.prompt_ids) + config.max_turn_tokens > config.max_episode_tokens:
-                    if turn == 0:
-                        raise ValueError(
-                            f"Task {running.trajectory.task_id} starts with "
-                            f"{len(running.prompt_ids)} tokens; with "
-                            f"rollout.max_turn_tokens={config.max_turn_tokens} this passes "
-                            "rollout.max_episode_tokens="
-                            f"{config.max_episode_tokens}. Raise the latter."
-                        )
-                    running.stop(StopReason.MAX_TOKENS)
+                running.stop_if_full(config)
             active = [running for running in active if not running.stopped]
             if not active:
                 break
@@ -138,32 +156,41 @@ def rollout(
                 temperature=config.temperature if temperature is None else temperature,
                 top_p=config.top_p,
             )
-            completions = generator.generate([running.prompt_ids for running in active], sampling)
+            completions = sampler.generate([running.prompt_ids for running in active], sampling)
             for running, completion in zip(active, completions, strict=True):
-                running.act(completion.ids, completion.logprobs, renderer)
+                running.act(completion.ids, completion.logprobs)
+            active = [running for running in active if not running.stopped]
         trajectories += [running.trajectory for running in batch]
     return trajectories
 
 
-def gold_episode(env: Environment, task_id: str, max_turns: int) -> tuple[tuple[str, str], ...]:
-    """(action, observation) of each turn of the environment's oracle; () if it does not end in
-    success."""
-    assert isinstance(env, HasOracle)
-    turns = []
-    with _blame(env, task_id, 0):
-        env.reset(task_id)
-        for _ in range(max_turns):
-            action = env.oracle()
-            observation, _, terminated, truncated, info = env.step(action)
-            turns.append((action, observation))
-            if terminated or truncated:
-                return tuple(turns) if info.get("success") else ()
-    return ()
+def gold_episodes(
+    env: Environment, tasks: Iterable[str], max_turns: int
+) -> dict[str, tuple[tuple[str, str], ...]]:
+    """(action, observation) of each turn of the oracle's episodes, by task.
+
+    Only those that succeed; none at all if the environment has no oracle.
+    """
+    if not isinstance(env, HasOracle):
+        return {}
+    gold: dict[str, tuple[tuple[str, str], ...]] = {}
+    for task in tasks:
+        turns: list[tuple[str, str]] = []
+        ended = False
+        with _blame(env, task, 0):
+            env.reset(task)
+            while not ended and len(turns) < max_turns:
+                action = env.oracle()
+                observation, _, terminated, truncated, info = env.step(action)
+                turns.append((action, observation))
+                ended = terminated or truncated
+            if ended and info.get("success"):
+                gold[task] = tuple(turns)
+    return gold
 
 
 def derive_seed(*parts: int) -> int:
-    """One 63-bit seed from several numbers (splitmix-style mixing), independent of Python's
-    hash."""
+    """One 63-bit seed from several numbers, mixed as in splitmix: the same in every process."""
     state = 0x9E3779B97F4A7C15
     for part in parts:
         state = (state ^ (part & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
@@ -172,14 +199,13 @@ def derive_seed(*parts: int) -> int:
     return state >> 1
 
 
-class _blame:
-    """Turns any exception of an environment into one that names environment, task and turn."""
-
-    def __init__(self, env: Environment, task_id: str, turn: int) -> None:
-        self.where = f"{type(env).__name__} raised in task {task_id!r}, turn {turn}"
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception):
-            raise EnvironmentFault(f"{self.where}: {type(error).__name__}: {error}") from error
+@contextmanager
+def _blame(env: Environment, task_id: str, turn: int) -> Iterator[None]:
+    """Turn any exception of an environment into one that names environment, task and turn."""
+    try:
+        yield
+    except Exception as error:
+        raise EnvironmentFault(
+            f"{type(env).__name__} raised in task {task_id!r}, turn {turn}: "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -11,12 +11,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hero.config import ScratchConfig
 from hero.types import Diagnosis
 
 SPECIAL = ["<|end|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
@@ -42,18 +42,6 @@ PROMPT_WORDS = (
 )
 WORD = r"p\d\d\d|[a-z]+|\d|[^\sa-z\d]"
 """What counts as one word: a product id, letters, one digit, one other character."""
-
-
-@dataclass(kw_only=True)
-class ScratchConfig:
-    """Shape of the small model."""
-
-    width: int = 128
-    layers: int = 3
-    heads: int = 4
-    context: int = 1024
-    init_std: float = 0.1
-    """transformers' 0.02 is far too small at this width."""
 
 
 def diagnosis_json(diagnosis: Diagnosis) -> str:

@@ -4,7 +4,7 @@ A small model needs to have met the method's texts before it can use them. Three
 are mixed:
 
 - plain: the demonstrator's own actions. This makes the student, with the demonstrator's faults.
-- hindsight: a turn with a block behind it, then the right action. This makes the teacher.
+- hindsight: a turn with a privileged context, then the right action. This makes the teacher.
 - diagnosis: the reflection request, then the environment's own diagnoses. This makes the reflector.
 
 The last two also come from near-perfect and from noisy episodes, so that they hold on the states
@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,58 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero import checkpoint
-from hero.config import STRICT, EnvConfig, ModelConfig, RolloutConfig
-from hero.console import Console
+from hero.config import RolloutConfig, SftConfig
 from hero.envs.base import make_env
-from hero.generation.base import Completion, Sampling
+from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
-from hero.prompts import Hindsight, TurnView, make_prompts
+from hero.prompts import Hindsight, Prompts, make_prompts
 from hero.renderer import Renderer
-from hero.rollout import Episode, derive_seed, rollout
-from hero.scratch import ScratchConfig, build_model, build_tokenizer, diagnosis_json
+from hero.report.console import Console
+from hero.rollout import Assignment, derive_seed, rollout
+from hero.sampler import Completion, Sampling
+from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
-from hero_kernels import linear_logprobs
 
-
-@dataclass(kw_only=True)
-class SftConfig:
-    """A warm start."""
-
-    __pydantic_config__ = STRICT
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
-    """path "" starts from nothing, with `scratch`'s shape and a tokenizer of the environment's
-    words."""
-    scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    env: EnvConfig = field(default_factory=EnvConfig)
-    prompts: str = "standard"
-    """standard or compact."""
-    max_turns: int = 8
-    demonstrator_episodes: int = 1500
-    """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
-    coverage_episodes: int = 1500
-    """Near-perfect and noisy episodes: hindsight and diagnosis targets only."""
-    coverage_noise: list[float] = field(default_factory=lambda: [0.0, 0.15, 0.4])
-    """Share of random actions of the coverage episodes, in turn."""
-    steps: int = 3000
-    batch_size: int = 4
-    """Episodes of each kind in a step."""
-    learning_rate: float = 5e-3
-    warmup_steps: int = 50
-    seed: int = 0
-    threads: int | None = None
-    output_dir: str = "models/sft"
-    """Where model and tokenizer go."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Material:
-    """Targets made from one episode."""
-
-    plain: list[Sample]
-    hindsight: list[Sample]
-    diagnosis: list[Sample]
+KINDS = ("plain", "hindsight", "diagnosis")
 
 
 def train_sft(config: SftConfig, console: Console) -> Path:
@@ -85,59 +47,50 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     Raises:
         ValueError: the environment cannot demonstrate or diagnose.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     env = make_env(config.env.name, **config.env.options)
-    missing = [
-        name
-        for name in ("demonstrate", "oracle", "diagnose", "random_action")
-        if not hasattr(env, name)
-    ]
-    if missing:
+    needed = ("demonstrate", "oracle", "diagnose", "random_action")
+    if missing := [name for name in needed if not hasattr(env, name)]:
         raise ValueError(
             f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none."
         )
     policy = _load(config, env)
     started = time.perf_counter()
-    materials = make_materials(config, env, policy.renderer)
-    plain = [m.plain for m in materials if m.plain]
-    hindsight = [m.hindsight for m in materials if m.hindsight]
-    diagnosis = [m.diagnosis for m in materials]
-    if not (plain and hindsight and diagnosis):
+    targets = make_targets(config, env, policy.renderer)
+    found = ", ".join(f"{len(targets[kind])} {kind}" for kind in KINDS)
+    if not all(targets.values()):
         raise ValueError(
-            f"A warm start needs episodes of all kinds, got {len(plain)} plain, {len(hindsight)} "
-            f"hindsight and {len(diagnosis)} diagnosis: raise --demonstrator-episodes."
+            f"A warm start needs episodes of all kinds, got {found}: raise --demonstrator-episodes."
         )
     console.say(
-        f"{policy.num_parameters:,} parameters; {len(plain)} plain, {len(hindsight)} hindsight and "
-        f"{len(diagnosis)} diagnosis episodes in {time.perf_counter() - started:.0f} s"
+        f"{policy.num_parameters:,} parameters; {found} episodes "
+        f"in {time.perf_counter() - started:.0f} s"
     )
     parameters = list(policy.trainable().values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
     )
     order = random.Random(derive_seed(config.seed, 1))
-    means = dict.fromkeys(("plain", "hindsight", "diagnosis"), 0.0)
+    means: dict[str, float] = {}
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
-        for name, pool in (("plain", plain), ("hindsight", hindsight), ("diagnosis", diagnosis)):
-            samples = _draw(pool, config.batch_size, order)
-            rows = teacher_rows(samples) if name == "hindsight" else student_rows(samples)
-            loss = nll(policy, to_tensors(rows, samples, policy.device), samples)
+        for kind in KINDS:
+            samples = _draw(targets[kind], config.batch_size, order)
+            rows = teacher_rows(samples) if kind == "hindsight" else student_rows(samples)
+            loss = nll(policy, to_tensors(rows, policy.device), samples)
             loss.backward()  # type: ignore[no-untyped-call]
-            means[name] = 0.98 * means[name] + 0.02 * loss.item() if step else loss.item()
+            means[kind] = 0.98 * means.get(kind, loss.item()) + 0.02 * loss.item()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+            losses = "  ".join(f"{kind} {value:.3f}" for kind, value in means.items())
             console.say(
                 f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s"
             )
     folder = Path(config.output_dir)
-    with checkpoint.Replacing(folder) as new:
+    with new_folder(folder) as new:
         policy.save(new)
     return folder
 
@@ -146,55 +99,48 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
     """Mean negative log-likelihood of the action tokens."""
     hidden = policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
     targets = torch.cat([torch.tensor(sample.action_ids) for sample in samples]).to(policy.device)
-    head = policy.head_options
-    logprobs = linear_logprobs(
-        hidden, policy.head_weight, targets, bias=head["bias"], softcap=head["softcap"],
-        logit_scale=head["logit_scale"],
-    )  # fmt: skip
-    assert isinstance(logprobs, Tensor)
-    return -logprobs.mean()
+    return -policy.logprobs(hidden, targets)[0].mean()
 
 
-def make_materials(config: SftConfig, env: Any, renderer: Renderer) -> list[Material]:
-    """Play all episodes on training tasks and turn them into targets."""
-    tasks = env.tasks("train")
-    materials = []
+def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, list[list[Sample]]]:
+    """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
+    tasks, prompts = env.tasks("train"), make_prompts(config.prompts)
+    targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
         rng = random.Random(derive_seed(config.seed, 2, number))
         demonstrated = number < config.demonstrator_episodes
         noise = config.coverage_noise[number % len(config.coverage_noise)]
         act = partial(env.demonstrate, rng) if demonstrated else partial(_cover, env, rng, noise)
         [trajectory] = rollout(
-            [Episode(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
-            envs=[env], generator=Scripted(act, renderer), renderer=renderer,
+            [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
+            envs=[env], sampler=Scripted(act, renderer), renderer=renderer,
             config=RolloutConfig(max_turns=config.max_turns), seed=number,
         )  # fmt: skip
         diagnoses = env.diagnose(trajectory)
-        materials.append(
-            Material(
-                plain=[_sample(turn.prompt_ids, turn.action_ids) for turn in trajectory.turns]
-                if demonstrated
-                else [],
-                hindsight=hindsight_samples(trajectory, diagnoses, config.prompts, renderer, rng),
-                diagnosis=[
-                    diagnosis_sample(trajectory, diagnoses, config, env.system_prompt, renderer)
-                ],
-            )
+        if demonstrated:
+            targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
+        if told := hindsight_samples(trajectory, diagnoses, prompts, renderer, rng):
+            targets["hindsight"].append(told)
+        request = renderer.start(
+            [{"role": "user", "content": prompts.reflection(trajectory, env.system_prompt)}]
         )
-    return materials
+        answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
+        ids = [*renderer.encode(answer), renderer.end_id]
+        targets["diagnosis"].append([_sample(request, ids)])
+    return targets
 
 
 class Scripted:
-    """A generator that says what a function says: demonstrations go the way of all rollouts."""
+    """A sampler that says what a function says: demonstrations go the way of all rollouts."""
 
     def __init__(self, act: Callable[[], str], renderer: Renderer) -> None:
         self.act = act
         self.renderer = renderer
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        """One scripted answer a prompt."""
+        """One scripted answer for each prompt."""
         answers = [[*self.renderer.encode(self.act()), self.renderer.end_id] for _ in prompts]
-        return [Completion(ids=ids, logprobs=[0.0] * len(ids), finished=True) for ids in answers]
+        return [Completion(ids=ids, logprobs=[0.0] * len(ids)) for ids in answers]
 
 
 def _cover(env: Any, rng: random.Random, noise: float) -> str:
@@ -205,17 +151,15 @@ def _cover(env: Any, rng: random.Random, noise: float) -> str:
 def hindsight_samples(
     trajectory: Trajectory,
     diagnoses: Sequence[Diagnosis],
-    style: str,
+    prompts: Prompts,
     renderer: Renderer,
     rng: random.Random,
 ) -> list[Sample]:
-    """Answers behind a block: the right action after a hint; after a good turn the same action
-    again.
+    """Answers with hindsight: the right action after a hint, the same action after a good turn.
 
-    Which parts a block shows is drawn at random, so that every mode's block has been met: all of
-    them, the diagnosis alone, observation and reward alone.
+    Which parts of the hindsight are shown is drawn at random, so that every mode's teacher has been
+    met: all of them, the diagnosis alone, observation and reward alone.
     """
-    prompts = make_prompts(style)
     samples = []
     for turn, diagnosis in zip(trajectory.turns, diagnoses, strict=True):
         right = diagnosis.corrected_action or turn.action_text
@@ -235,48 +179,23 @@ def hindsight_samples(
         else:
             continue
         sample = _sample(turn.prompt_ids, [*renderer.encode(right), renderer.end_id])
-        sample.block_ids = renderer.encode(prompts.block(seen))
+        sample.privileged_ids = renderer.encode(prompts.privileged_context(seen))
         sample.branch_at = renderer.branch_at(turn.prompt_ids)
         sample.distill_weight = 1.0
         samples.append(sample)
     return samples
 
 
-def diagnosis_sample(
-    trajectory: Trajectory,
-    diagnoses: Sequence[Diagnosis],
-    config: SftConfig,
-    policy: str,
-    renderer: Renderer,
-) -> Sample:
-    """The reflection request and the environment's own diagnoses as its answer."""
-    turns = [
-        TurnView(
-            action=turn.action_text, observation=turn.observation or "",
-            feedback_kind=turn.feedback_kind, parse_ok=turn.parse_ok,
-        )
-        for turn in trajectory.turns
-    ]  # fmt: skip
-    request = make_prompts(config.prompts).reflection(
-        trajectory.instruction, policy, turns, trajectory.reward, trajectory.stop_reason
-    )
-    answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
-    prompt_ids = renderer.start([{"role": "user", "content": request}])
-    return _sample(prompt_ids, [*renderer.encode(answer), renderer.end_id])
-
-
 def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
     """A supervised target; `trajectory` is set when a batch is drawn."""
-    count = len(action_ids)
     return Sample(
         trajectory=0, turn=0, prompt_ids=prompt_ids, action_ids=action_ids,
-        sampled_logprobs=[0.0] * count, loss_mask=[True] * count,
+        sampled_logprobs=[0.0] * len(action_ids),
     )  # fmt: skip
 
 
 def _draw(pool: Sequence[list[Sample]], size: int, order: random.Random) -> list[Sample]:
-    """The samples of `size` random episodes, numbered so that packing keeps each episode
-    together."""
+    """The samples of `size` random episodes, numbered so that packing keeps them apart."""
     samples = []
     for number in range(size):
         samples += [replace(sample, trajectory=number) for sample in order.choice(pool)]
@@ -297,8 +216,7 @@ def _load(config: SftConfig, env: Any) -> Policy:
     if not hasattr(env, "vocabulary"):
         raise ValueError(
             f"A model from nothing needs the words of {config.env.name}, but it has no "
-            "vocabulary(); name a "
-            "pretrained model with --model.path."
+            "vocabulary(); name a pretrained model with --model.path."
         )
     tokenizer = build_tokenizer(env.vocabulary())
     return Policy(build_model(config.scratch, tokenizer), tokenizer, config.model)

@@ -1,5 +1,4 @@
-"""The self-teacher: the student's own context with hindsight at its end, and the weights that read
-it."""
+"""The self-teacher: the student's own context plus hindsight, and the weights that read it."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from hero.types import Diagnosis, Trajectory
 
 
 class TeacherContext:
-    """Writes the privileged block of a turn."""
+    """Writes the privileged context of a turn."""
 
     def __init__(self, config: TeacherConfig, renderer: Renderer, prompts: Prompts) -> None:
         self.config = config
@@ -48,10 +47,10 @@ class TeacherContext:
             corrected_action=diagnosis.corrected_action if config.corrected_action else "",
         )
 
-    def block_ids(self, hindsight: Hindsight) -> list[int]:
-        """Ids of the block, at most `max_block_tokens` (head and tail kept)."""
-        text = self.prompts.block(hindsight)
-        return self.renderer.encode(self.renderer.clip(text, self.config.max_block_tokens))
+    def privileged_ids(self, hindsight: Hindsight) -> list[int]:
+        """Ids of the privileged context, at most `max_privileged_tokens` (head and tail kept)."""
+        text = self.prompts.privileged_context(hindsight)
+        return self.renderer.encode(self.renderer.clip(text, self.config.max_privileged_tokens))
 
 
 class TeacherWeights:
@@ -101,8 +100,8 @@ class TeacherWeights:
         if set(state) != set(self._teacher):
             raise ValueError(
                 f"The checkpoint's teacher has {len(state)} tensors, this run's "
-                f"{len(self._teacher)}: "
-                "teacher.weights or the trained parameters differ from the run that is resumed."
+                f"{len(self._teacher)}: teacher.weights or the trained parameters differ "
+                "from the run that is resumed."
             )
         for name, value in state.items():
             self._teacher[name].copy_(value)

@@ -3,57 +3,46 @@
 from __future__ import annotations
 
 import json
-import random
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hero import checkpoint
-from hero.algorithms import Episodes, make_algorithm
-from hero.algorithms.base import Demonstration
-from hero.config import TrainConfig, check, to_dict
-from hero.console import Console
-from hero.envs.base import HasDiagnosis, HasOracle, make_env
-from hero.evaluation import Evaluation, evaluate
-from hero.generation.hf import HFGenerator
+from hero.algorithms import MODES, Experience
+from hero.checks import check
+from hero.config import TrainConfig, redacted
+from hero.envs.base import HasDiagnosis, make_env
+from hero.evaluation import Evaluation, Probe, probe_teacher, summarise, trials
+from hero.files import (
+    BrokenCheckpoint,
+    find_checkpoint,
+    load_checkpoint,
+    replacing,
+    save_checkpoint,
+    write_atomic,
+)
 from hero.interrupt import Interrupt
-from hero.metrics import Clock, update_metrics
-from hero.optim import Learned, Learner
+from hero.learner import Learned, Learner
 from hero.policy import Policy
-from hero.probes import Probe, probe_teacher
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, make_reflector
-from hero.report import describe, reflector_reason, versions
-from hero.rollout import Episode, derive_seed, gold_episode, rollout
+from hero.report.console import Console
+from hero.report.facts import header, reflector_facts, versions
+from hero.report.metrics import Clock, update_metrics
+from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record
+from hero.rollout import assignments_of_update, derive_seed, gold_episodes, rollout
+from hero.sampler import HFSampler
+from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record, write_atomic
-from hero.types import Sample, Trajectory
+from hero.types import Fault, Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 
 
-@dataclass(kw_only=True, slots=True)
-class State:
-    """Counters that a resumed run goes on from."""
-
-    update: int = 0
-    env_turns: int = 0
-    generated_tokens: int = 0
-    steps_taken: int = 0
-    best_update: int = -1
-    best_dev: float = -1.0
-    bad_evaluations: int = 0
-    idle_updates: int = 0
-    """Updates in a row without an optimiser step."""
-    stopped: str = ""
-
-
-class TeacherGate(RuntimeError):
+class TeacherGate(Fault):
     """The hinted teacher does not act better than the student: training would teach nothing."""
 
 
@@ -66,59 +55,39 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run_dir: Path, recipe: str, console: Console) -> None:
         check(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.run_dir, self.recipe, self.console = config, run_dir, recipe, console
         size = config.rollout.batch_size
-        self.envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
-        self.env = self.envs[0]
+        envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
+        self.env = envs[0]
         self.policy = Policy.load(config.model)
         renderer = self.policy.renderer
         self.train_tasks = self.env.tasks("train")
         if not self.train_tasks:
             raise ValueError(f"Environment {config.env.name!r} has no task in its train split.")
-        self.generator = HFGenerator(self.policy, size)
-        self.play = partial(
-            rollout,
-            envs=self.envs,
-            generator=self.generator,
-            renderer=renderer,
-            config=config.rollout,
-        )
-        prompts = make_prompts(config.prompts)
-        self.teacher = TeacherWeights(self.policy, config.teacher)
-        self.algorithm = make_algorithm(
-            config.mode, TeacherContext(config.teacher, renderer, prompts)
-        )
-        longest = config.rollout.max_episode_tokens + config.teacher.max_block_tokens
+        longest = config.rollout.max_episode_tokens + config.teacher.max_privileged_tokens
         if config.teacher.packing == "tree" and not self.policy.sees_all(longest):
             raise ValueError(
                 f"teacher.packing=tree needs layers that see all of {longest} tokens, and those of "
                 f"{config.model.path!r} do not: set --teacher.packing separate."
             )
+        self.sampler = HFSampler(self.policy, size)
+        self.rollout = partial(
+            rollout, envs=envs, sampler=self.sampler, renderer=renderer, config=config.rollout
+        )
+        prompts = make_prompts(config.prompts)
+        self.teacher = TeacherWeights(self.policy, config.teacher)
+        context = TeacherContext(config.teacher, renderer, prompts)
+        self.algorithm = MODES[config.mode](context, config.loss.pg_weight)
         self.reflector = None
         if self.algorithm.needs_reflection:
             self.reflector = make_reflector(
-                config.reflection, env=self.env, generator=self.generator, renderer=renderer,
-                prompts=prompts, teacher_weights=self.teacher.applied,
-                max_prompt_tokens=self._reflection_room(),
+                config.reflection, env=self.env, sampler=self.sampler, renderer=renderer,
+                prompts=prompts, teacher_weights=self.teacher.applied, context=self.policy.context,
             )  # fmt: skip
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
         self.interrupt = Interrupt()
-
-    def _reflection_room(self) -> int | None:
-        """Tokens left for a reflection request; None if the model that reads it is not ours."""
-        config, context = self.config.reflection, self.policy.context
-        if config.reflector not in ("self", "teacher"):
-            return None
-        if config.max_tokens >= context:
-            raise ValueError(
-                f"reflection.max_tokens={config.max_tokens} leaves no room for the episode in the "
-                f"model's context of {context} tokens: lower --reflection.max-tokens."
-            )
-        return context - config.max_tokens
 
     # ---- the run ------------------------------------------------------------------------------
 
@@ -135,14 +104,14 @@ class Trainer:
         if resumed is None:
             for name in (METRICS, TRAJECTORIES):  # of a run that ended before its first checkpoint
                 (self.run_dir / name).unlink(missing_ok=True)
-        write_atomic(self.run_dir / "config.json", json.dumps(to_dict(self.config), indent=1))
-        self.console.header(recipe=self.recipe, **describe(self.config, self.policy))
-        tracker = Tracker(self.run_dir, self.config.report_to, to_dict(self.config), resumed)
+        write_atomic(self.run_dir / "config.json", json.dumps(redacted(self.config), indent=1))
+        self.console.header(f"hero train {self.recipe}", header(self.config, self.policy))
+        tracker = Tracker(self.run_dir, self.config.report_to, redacted(self.config), resumed)
         with self.interrupt:
             try:
                 self._train(tracker, resumed is None)
                 self.save()
-                summary = self._after(tracker)  # takes over the best weights: nothing is saved now
+                summary = self._after(tracker)  # loads the best weights, so do not save after this
             finally:
                 tracker.close()
         summary["seconds"] = time.perf_counter() - started
@@ -155,7 +124,7 @@ class Trainer:
             if from_start:
                 self._before(tracker)
             with self.console.training(self.config.updates, self.state.update):
-                while not self._finished():
+                while not self.state.finished(self.config):
                     self._update(tracker)
         except BaseException:
             if self.state.update > 0 and not self.interrupt.torn:
@@ -189,10 +158,9 @@ class Trainer:
         config, state, clock = self.config, self.state, Clock()
         number = state.update + 1
         self.console.stage("rollout")
-        trajectories = self.play(
-            self._episodes(number),
+        trajectories = self.rollout(
+            assignments_of_update(self.train_tasks, config.rollout, config.seed, number),
             seed=derive_seed(config.seed, ROLLOUT, number),
-            policy_version=state.update,
         )
         clock.lap("rollout")
         self.console.stage("reflection")
@@ -214,39 +182,18 @@ class Trainer:
         metrics |= update_metrics(trajectories, self.policy.renderer.stop_ids, learned)
         metrics |= reflections.stats.metrics() if self.reflector else {}
         metrics |= {"env_turns": state.env_turns, "generated_tokens": state.generated_tokens}
-        if number % config.eval.every == 0 or self._finished():  # the last weights are judged too
+        if number % config.eval.every == 0 or self.state.finished(
+            self.config
+        ):  # the last weights are judged too
             self.console.stage("evaluation")
             metrics |= self._evaluate_dev(number)
             clock.lap("evaluation")
         metrics |= clock.metrics()
         tracker.log(number, metrics)
-        kept = range(min(config.save_trajectories, len(trajectories)))
-        tracker.log_trajectories(
-            number, [self._record(t, trajectories, reflections, learned, number) for t in kept]
-        )
+        self._log_trajectories(tracker, number, "train", trajectories, reflections, learned)
         self.console.update(number, metrics)
         if number % config.save_every == 0:
             self.save()
-
-    def _finished(self) -> bool:
-        config, state = self.config, self.state
-        if state.update >= config.updates:
-            state.stopped = f"all {config.updates} updates done"
-        elif config.max_env_turns is not None and state.env_turns >= config.max_env_turns:
-            state.stopped = f"the budget of {config.max_env_turns} environment turns is used up"
-        elif state.bad_evaluations >= 2:
-            state.stopped = (
-                f"collapse: dev success was more than {config.eval.stop_drop:.2f} below its best "
-                f"({state.best_dev:.2f}, update {state.best_update}) twice in a row"
-            )
-        elif state.idle_updates >= 5:
-            state.stopped = (
-                "nothing was trained in five updates in a row: no turn had a hint, an observation "
-                "or an advantage to learn from, or no gradient was finite"
-            )
-        else:
-            state.stopped = ""
-        return bool(state.stopped)
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
@@ -260,8 +207,7 @@ class Trainer:
             "env_turns": self.state.env_turns,
             "device": str(self.policy.device),
             "versions": versions(),
-            "reflector": self.config.reflection.reflector if self.reflector else "none",
-            "reflector_reason": reflector_reason(self.config),
+            **reflector_facts(self.config),
         }
         earlier = self.run_dir / "before.json"
         if earlier.is_file():  # the tasks played then, also if a resumed run asks for others
@@ -275,136 +221,115 @@ class Trainer:
 
     # ---- stages -------------------------------------------------------------------------------
 
-    def _episodes(self, number: int) -> list[Episode]:
-        """Tasks go by in a fixed random order, epoch after epoch; a group shares its task."""
-        config, size = self.config, len(self.train_tasks)
-        episodes = []
-        for position in range(*(config.rollout.tasks_per_update * n for n in (number - 1, number))):
-            epoch, place = divmod(position, size)
-            order = random.Random(derive_seed(config.seed, epoch)).sample(range(size), size)
-            group = f"u{number}-{position}"
-            episodes += [
-                Episode(
-                    id=f"{group}-{member}", group_id=group, task_id=self.train_tasks[order[place]]
-                )
-                for member in range(config.rollout.group_size)
-            ]
-        return episodes
-
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
         return self.reflector.reflect(trajectories, seed)
 
     def _annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
-        gold: dict[str, Demonstration] = {}
-        if self.algorithm.needs_gold and isinstance(self.env, HasOracle):
-            tasks = {trajectory.task_id for trajectory in trajectories}
-            gold = {
-                task: gold_episode(self.env, task, self.config.rollout.max_turns) for task in tasks
-            }
+        tasks = {trajectory.task_id for trajectory in trajectories}
+        gold = {}
+        if self.algorithm.needs_gold:
+            gold = gold_episodes(self.env, tasks, self.config.rollout.max_turns)
         return self.algorithm.annotate(
-            Episodes(trajectories=trajectories, diagnoses=reflections.diagnoses, gold=gold)
+            Experience(trajectories=trajectories, diagnoses=reflections.diagnoses, gold=gold)
         )
 
     def _probe(self) -> Probe | None:
-        """Teacher lift on dev episodes; None where the environment cannot judge or nothing is
-        distilled."""
-        if self.config.mode == "grpo" or not isinstance(self.env, HasDiagnosis):
+        """Teacher lift on dev episodes; None if nothing is distilled or nobody can judge."""
+        if not self.algorithm.distils or not isinstance(self.env, HasDiagnosis):
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.env.tasks("dev")[: self.config.eval.dev_tasks]
-        _, trajectories = evaluate(
-            tasks, play=self.play, trials=1, temperature=self.config.rollout.temperature, seed=seed
-        )
+        trajectories = self.rollout(trials(tasks, 1), seed=seed)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
-            self.env, trajectories, reflections.diagnoses, samples, generator=self.generator,
+            self.env, trajectories, reflections.diagnoses, samples, sampler=self.sampler,
             weights=self.teacher, renderer=self.policy.renderer,
             max_turn_tokens=self.config.rollout.max_turn_tokens, seed=seed,
         )  # fmt: skip
 
-    def _evaluate(
-        self, split: str, tasks: int, purpose: int
-    ) -> tuple[Evaluation, list[Trajectory]]:
-        return evaluate(
-            self.env.tasks(split)[:tasks], play=self.play, trials=self.config.eval.trials,
-            temperature=self.config.eval.temperature, seed=derive_seed(self.config.seed, purpose),
+    def _held_out(self, split: str, tasks: int, purpose: int) -> list[Trajectory]:
+        config = self.config.eval
+        return self.rollout(
+            trials(self.env.tasks(split)[:tasks], config.trials),
+            seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
         )  # fmt: skip
 
     def _evaluate_dev(self, number: int) -> dict[str, float]:
-        """Play the dev tasks; keep the weights if they are the best so far."""
-        result, _ = self._evaluate("dev", self.config.eval.dev_tasks, DEV)
+        """Evaluate on the dev tasks; keep the weights if they are the best so far."""
+        result = summarise(self._held_out("dev", self.config.eval.dev_tasks, DEV))
         state = self.state
         with self.interrupt.deferred():
             if result.success > state.best_dev:
                 state.best_dev, state.best_update = result.success, number
-                with checkpoint.Replacing(self.run_dir / "best") as folder:
+                with replacing(self.run_dir / "best") as folder:
                     self.policy.save(folder)
             fell = result.success < state.best_dev - self.config.eval.stop_drop
             state.bad_evaluations = state.bad_evaluations + 1 if fell else 0
         return {"dev/success": result.success, "dev/score": result.score, "dev/turns": result.turns}
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
-        result, trajectories = self._evaluate("test", self.config.eval.test_tasks, TEST)
+        trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
         nothing = Reflections.none(trajectories)
-        kept = range(min(self.config.save_trajectories, len(trajectories)))
-        tracker.log_trajectories(
-            number, [self._record(t, trajectories, nothing, Learned(), number, split) for t in kept]
-        )
-        return result
+        self._log_trajectories(tracker, number, split, trajectories, nothing, Learned())
+        return summarise(trajectories)
 
-    def _record(
+    def _log_trajectories(
         self,
-        t: int,
-        trajectories: Sequence[Trajectory],
+        tracker: Tracker,
+        number: int,
+        split: str,
+        trajectories: list[Trajectory],
         reflections: Reflections,
         learned: Learned,
-        number: int,
-        split: str = "train",
-    ) -> dict[str, Any]:
-        turns = trajectories[t].turns
-        gaps = [learned.logprob_gap.get((t, k)) for k in range(len(turns))]
-        return trajectory_record(
-            trajectories[t],
-            reflections.diagnoses[t],
-            tokens=[self.policy.renderer.pieces(turn.action_ids) for turn in turns],
-            divergence=[learned.divergence.get((t, k)) for k in range(len(turns))],
-            logprob_gap=gaps,
-            trained=[gap is not None for gap in gaps]
-            if self.config.mode != "grpo"
-            else [True] * len(turns),
-            update=number,
-            split=split,
-        )
+    ) -> None:
+        """Write down the first trajectories with what was learnt from each turn."""
+        records = []
+        for t, trajectory in enumerate(trajectories[: self.config.save_trajectories]):
+            places = [(t, k) for k in range(len(trajectory.turns))]
+            records.append(
+                trajectory_record(
+                    trajectory,
+                    reflections.diagnoses[t],
+                    tokens=[
+                        self.policy.renderer.pieces(turn.action_ids) for turn in trajectory.turns
+                    ],
+                    divergence=[learned.divergence.get(place) for place in places],
+                    logprob_gap=[learned.logprob_gap.get(place) for place in places],
+                    trained=[learned.trained.get(place, ()) for place in places],
+                    update=number,
+                    split=split,
+                )
+            )
+        tracker.log_trajectories(records)
 
     # ---- saving -------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the state of the last finished update."""
         with self.interrupt.deferred():
-            checkpoint.save_state(
+            save_checkpoint(
                 self.run_dir,
                 state=asdict(self.state),
                 student={name: p.data for name, p in self.policy.trainable().items()},
                 teacher=self.teacher.state_dict(),
-                optimizer=self.learner.optimizer,
+                optimizer=self.learner.optimizer.state_dict(),
             )
 
     def _restore(self) -> int | None:
         """Go on from the run's checkpoint if asked to; returns the update it is at, or None."""
         wanted = self.config.resume
-        if wanted == "never" or (wanted == "auto" and checkpoint.find_state(self.run_dir) is None):
+        if wanted == "never" or (wanted == "auto" and find_checkpoint(self.run_dir) is None):
             return None
-        saved = checkpoint.load_state(self.run_dir, self.policy.device)
+        saved = load_checkpoint(self.run_dir, self.policy.device)
         trainable = self.policy.trainable()
         shapes = {name: value.shape for name, value in saved["student"].items()}
         if shapes != {name: value.shape for name, value in trainable.items()}:
-            raise checkpoint.BrokenCheckpoint(
+            raise BrokenCheckpoint(
                 f"The checkpoint of {self.run_dir} has other trained weights than this "
-                "configuration: resume "
-                "with the settings in its config.json."
+                "configuration: resume with the settings in its config.json."
             )
         with torch.no_grad():
             for name, value in saved["student"].items():

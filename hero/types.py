@@ -1,7 +1,7 @@
 """The nouns of the pipeline: what flows from `envs` to the optimiser.
 
-    envs -> rollout -> reflection -> teacher -> packing -> loss -> optimiser
-            Trajectory  Diagnosis     Sample     PackedBatch
+    envs -> rollout -> reflection -> algorithm -> packing -> loss -> learner
+            Trajectory  Diagnosis    Sample       PackedBatch
 
 Token ids are the currency: a prompt is the ids the sampler saw, an action is the ids it sampled
 (the end token included). Text is never tokenised a second time, so what is trained is what was
@@ -11,12 +11,15 @@ sampled.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
 
 Message = dict[str, str]
 """One chat message: `{"role": "system" | "user" | "assistant" | "tool", "content": text}`."""
+
+
+class Fault(RuntimeError):
+    """Ends a command with a message for the user, who can do something about it: not a bug."""
 
 
 class StrEnum(str, Enum):
@@ -55,26 +58,19 @@ class Turn:
     action_ids: list[int]
     """The exact ids it sampled, with the end token unless the turn was cut off by length."""
     sampled_logprobs: list[float]
-    """Log-probability of each action id at the sampling temperature; same length as
-    `action_ids`."""
-    loss_mask: list[bool]
-    """True where an action token may be trained; same length as `action_ids`."""
+    """Log-probability of each action id at the sampling temperature."""
     action_text: str
     observation: str | None = None
     """What followed; None only if the environment never answered."""
-    observation_role: str = "user"
     feedback_kind: FeedbackKind = FeedbackKind.OK
     is_error: bool = False
     parse_ok: bool = True
-    executed_action: str | None = None
-    """The action as the environment understood it; None if it could not be read."""
 
     def __post_init__(self) -> None:
-        lengths = (len(self.action_ids), len(self.sampled_logprobs), len(self.loss_mask))
-        if len(set(lengths)) != 1:
+        if len(self.action_ids) != len(self.sampled_logprobs):
             raise ValueError(
-                "action_ids, sampled_logprobs and loss_mask must have one length, got "
-                f"{lengths}: every sampled token needs its log-probability and its mask."
+                f"A turn has {len(self.action_ids)} action_ids and {len(self.sampled_logprobs)} "
+                "sampled_logprobs: every sampled token needs its log-probability."
             )
 
 
@@ -86,15 +82,11 @@ class Trajectory:
     group_id: str
     """Episodes of one group share task and initial state (GRPO, successful siblings)."""
     task_id: str
-    seed: int
-    """Seed of the batch of rollouts it was sampled in."""
     instruction: str
     turns: list[Turn]
     reward: float
     success: bool
     stop_reason: StopReason
-    policy_version: int
-    """Number of optimiser updates the sampling weights had seen."""
 
     @property
     def num_action_tokens(self) -> int:
@@ -118,12 +110,7 @@ class Diagnosis:
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One turn, annotated by an algorithm: what the loss needs and nothing else.
-
-    The teacher's prompt is `prompt_ids[:branch_at] + block_ids + prompt_ids[branch_at:]`: the
-    student's own context with a privileged block spliced in at the end of the last user or tool
-    message.
-    """
+    """One turn, annotated by an algorithm: what the loss needs and nothing else."""
 
     trajectory: int
     """Index into the batch's trajectories."""
@@ -131,41 +118,24 @@ class Sample:
     prompt_ids: list[int]
     action_ids: list[int]
     sampled_logprobs: list[float]
-    loss_mask: list[bool]
     branch_at: int = 0
-    block_ids: list[int] = field(default_factory=list)
-    """Privileged block; empty when the turn has no teacher."""
+    """Position in `prompt_ids` where the last message's content ends."""
+    privileged_ids: list[int] = field(default_factory=list)
+    """The teacher's privileged context; empty when the turn has no teacher."""
     distill_weight: float = 0.0
     """m_ik of the distillation loss: 0 masks the turn, and then no teacher pass is spent on it."""
-    policy_weight: float = 0.0
+    pg_weight: float = 0.0
     """Weight of the turn in the policy-gradient loss; 0 leaves it out."""
     advantage: float = 0.0
-    """Advantage of the policy-gradient loss; a turn of advantage 0 still counts in its
-    denominator."""
+    """For the policy-gradient loss; a turn of advantage 0 still counts in its denominator."""
 
     @property
     def teacher_prompt_ids(self) -> list[int]:
-        return (
-            self.prompt_ids[: self.branch_at] + self.block_ids + self.prompt_ids[self.branch_at :]
-        )
+        """The student's own context with the privileged context spliced in at `branch_at`."""
+        before, after = self.prompt_ids[: self.branch_at], self.prompt_ids[self.branch_at :]
+        return before + self.privileged_ids + after
 
 
-def to_json(item: Turn | Trajectory | Diagnosis | Sample) -> str:
-    """One line of JSON; the inverse for trajectories is `trajectory_from_dict`."""
-    return json.dumps(asdict(item), ensure_ascii=False)
-
-
-def trajectory_from_dict(data: dict[str, Any]) -> Trajectory:
-    """Read back a trajectory written by `to_json`; unknown keys are an error."""
-    data = dict(data)
-    known = {f.name for f in fields(Trajectory)}
-    if unknown := set(data) - known:
-        raise ValueError(
-            f"Unknown keys {sorted(unknown)} in a trajectory; expected {sorted(known)}."
-        )
-    turns = [
-        Turn(**{**turn, "feedback_kind": FeedbackKind(turn.get("feedback_kind", "ok"))})
-        for turn in data.pop("turns")
-    ]
-    data["stop_reason"] = StopReason(data["stop_reason"])
-    return Trajectory(turns=turns, **data)
+def to_json(trajectory: Trajectory) -> str:
+    """One line of JSON."""
+    return json.dumps(asdict(trajectory), ensure_ascii=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from hero_kernels.objective import KernelOptions, Objective
 from hero_kernels.types import RowTensors
@@ -77,6 +78,18 @@ def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
             f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
             "or compute it under torch.no_grad()."
         )
+
+
+def no_tangent(**tensors: Tensor | None) -> None:
+    """Forward-mode differentiation would get a tangent of 0, silently."""
+    if forward_ad._current_level < 0:
+        return
+    for name, value in tensors.items():
+        if value is not None and forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(
+                f"{name} has a forward-mode tangent (jvp), which the loss does not propagate: use "
+                "backward-mode gradients, or hero_kernels.reference, which has both."
+            )
 
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

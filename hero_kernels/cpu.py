@@ -44,26 +44,30 @@ class RowsProblem(ctypes.Structure):
     )
 
 
-@lru_cache(maxsize=1)
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason why there is none."""
-    path = next(iter(sorted(Path(__file__).parent.glob("_C*.so"))), None)
+def load_library(
+    stem: str, kernel: str, version_function: str, remedy: str
+) -> tuple[ctypes.CDLL | None, str]:
+    """The library `stem`*.so beside this file, or None and the reason why there is none."""
+    path = next(iter(sorted(Path(__file__).parent.glob(f"{stem}*.so"))), None)
     if path is None:
-        return (
-            None,
-            "the C++ row kernel is not built: install a C++ compiler, then `pip install` again",
-        )
+        return None, f"the {kernel} is not built: {remedy}"
     try:
         library = ctypes.CDLL(str(path))
-        version = library.hero_abi_version()
+        version = getattr(library, version_function)()
     except (OSError, AttributeError) as error:
-        return None, f"the C++ row kernel {path.name} cannot be loaded: {error}"
+        return None, f"the {kernel} {path.name} cannot be loaded: {error}"
     if version != ABI_VERSION:
         return None, (
-            f"the C++ row kernel {path.name} has interface version {version}, expected "
-            f"{ABI_VERSION}: it was built from other sources, `pip install` again"
+            f"the {kernel} {path.name} has interface version {version}, expected {ABI_VERSION}: "
+            "it was built from other sources, `pip install` again"
         )
     return library, ""
+
+
+@lru_cache(maxsize=1)
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    remedy = "install a C++ compiler, then `pip install` again"
+    return load_library("_C", "C++ row kernel", "hero_abi_version", remedy)
 
 
 def available() -> str | None:

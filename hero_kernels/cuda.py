@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import ctypes
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hero_kernels.constants import NUM_STATS
-from hero_kernels.cpu import ABI_VERSION, rows_problem
+from hero_kernels.cpu import load_library, rows_problem
 from hero_kernels.objective import Objective
 from hero_kernels.types import RowTensors, Tile
 
@@ -27,26 +26,11 @@ MAX_SIZE = 1 << 30
 
 @lru_cache(maxsize=1)
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or None and the reason why there is none."""
-    path = next(iter(sorted(Path(__file__).parent.glob("_cuda*.so"))), None)
-    if path is None:
-        return (
-            None,
-            "the CUDA row kernel is not built: install nvcc, then `pip install` again with "
-            "HERO_BUILD_CUDA=1",
-        )
-    try:
-        library = ctypes.CDLL(str(path))
-        version = library.hero_cuda_abi_version()
-    except (OSError, AttributeError) as error:
-        return None, f"the CUDA row kernel {path.name} cannot be loaded: {error}"
-    if version != ABI_VERSION:
-        return None, (
-            f"the CUDA row kernel {path.name} has interface version {version}, expected "
-            f"{ABI_VERSION}: it was built from other sources, `pip install` again"
-        )
-    library.hero_cuda_error.restype = ctypes.c_char_p
-    return library, ""
+    remedy = "install nvcc, then `pip install` again with HERO_BUILD_CUDA=1"
+    library, reason = load_library("_cuda", "CUDA row kernel", "hero_cuda_abi_version", remedy)
+    if library is not None:
+        library.hero_cuda_error.restype = ctypes.c_char_p
+    return library, reason
 
 
 def available() -> str | None:

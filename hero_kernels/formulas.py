@@ -52,11 +52,15 @@ def divergence_sums(
 def _jsd_sums(
     p_s: Tensor, p_t: Tensor, log_m: tuple[Tensor, Tensor], beta: float
 ) -> tuple[Tensor, Tensor]:
-    """The JSD's share and K's, from log(m / p_t) and log(m / p_s)."""
+    """The JSD's share and K's, from log(m / p_t) and log(m / p_s).
+
+    K is summed from the same logarithms as the gradient's bracket, so that for a confident student
+    the two cancel as they do in exact numbers.
+    """
     mixture = (beta * p_t).add_(p_s, alpha=1 - beta)
     student_part = weighted_phi(p_s, mixture, log_m[1]).sum(-1)
     teacher_part = weighted_phi(p_t, mixture, log_m[0]).sum(-1)
-    return beta * teacher_part + (1 - beta) * student_part, student_part
+    return beta * teacher_part + (1 - beta) * student_part, -(p_s * log_m[1]).sum(-1)
 
 
 def divergence_slope(
@@ -86,11 +90,23 @@ def dense_divergence(
 
 
 def log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """log(m / p_t) and log(m / p_s), each with full relative precision near 0."""
+    """log(m / p_t) and log(m / p_s), each with full relative precision near 0.
+
+    Far from it they are formed from the side that gives most of the mixture, so that the argument
+    of the logarithm stays away from 0: log(m / p_s) = log(1-beta) + log1p(exp(-x) beta / (1-beta)).
+    """
+    from_student_side = x > math.log(beta / (1 - beta))
     limit = _EXP_LIMIT[x.dtype]
-    x = x.clamp(-limit, limit)
-    from_student = torch.expm1(-x).mul_(beta).log1p_()
-    return x.expm1_().mul_(1 - beta).log1p_(), from_student
+    bounded_x = x.clamp(-limit, limit)
+    close = bounded_x.abs() < CLOSE_LOG_RATIO
+    near_s = torch.expm1(-bounded_x).mul_(beta).log1p_()
+    near_t = torch.expm1(bounded_x).mul_(1 - beta).log1p_()
+    # Where (1-beta) p_s is the larger part: log(1-beta) + log1p(exp(-x) beta / (1-beta)).
+    of_s = (-bounded_x + math.log(beta / (1 - beta))).exp_().log1p_().add_(math.log1p(-beta))
+    of_t = (bounded_x + math.log((1 - beta) / beta)).exp_().log1p_().add_(math.log(beta))
+    log_s = torch.where(from_student_side, of_s, of_t - x)
+    log_t = torch.where(from_student_side, of_s + x, of_t)
+    return near_t.where(close, log_t), near_s.where(close, log_s)
 
 
 def weighted_phi(p: Tensor, q: Tensor, u: Tensor) -> Tensor:

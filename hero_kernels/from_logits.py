@@ -90,6 +90,7 @@ def divergence_from_logits(
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     checks.is_tensor("student_logits", student, "[..., V]")
     checks.is_tensor("teacher_logits", teacher, "[..., V]")
+    checks.no_tangent(student_logits=student)
     checks.no_grad_wanted("teacher_logits", teacher, "the teacher")
     checks.same_device("teacher_logits", teacher, "student_logits", student)
     if teacher.shape[:-1] != student.shape[:-1] or not student.dim() or not student.shape[-1]:

@@ -106,6 +106,9 @@ def fused_linear_divergence(
     what, temperatures = checks.objective("fused_linear_divergence", objective)
     student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
     checks.head("student_", student_hidden, student_weight, student_bias)
+    checks.no_tangent(
+        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias
+    )
     if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
         teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
     if teacher_topk is None:
@@ -314,6 +317,11 @@ def _check_topk(
     if any(tensor is not None for tensor in own_teacher):
         raise ValueError(
             "teacher_weight and teacher_bias have no use beside teacher_topk: leave them out."
+        )
+    if not isinstance(topk, (tuple, list)) or len(topk) != 2:
+        raise TypeError(
+            f"teacher_topk must be a pair (ids [..., k], log-probabilities [..., k]), got "
+            f"{type(topk).__name__}."
         )
     ids, logprobs = topk
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):

@@ -164,7 +164,9 @@ def default_rows(device: str, vocab_size: int) -> int:
     return max(_CUDA_ROWS[0], min(_CUDA_ROWS[1], fitting))
 
 
-def tile_for(shape: Shape, budget: int, may_split: bool, in_torch: bool) -> tuple[int, int]:
+def tile_for(
+    shape: Shape, budget: int, may_split: bool, in_torch: bool, split_in_torch: bool
+) -> tuple[int, int]:
     """The largest tile (rows, columns; 0 for all) that fits `budget` bytes: of whole rows if
     `_LEAST_ROWS` of them fit, else of all rows and some columns.
 
@@ -172,7 +174,8 @@ def tile_for(shape: Shape, budget: int, may_split: bool, in_torch: bool) -> tupl
         shape: of the call.
         budget: bytes beyond inputs and gradients.
         may_split: whether the implementation can split the vocabulary.
-        in_torch: as for `workspace`.
+        in_torch: as for `workspace`, of whole rows.
+        split_in_torch: the same of split rows.
 
     Raises:
         ValueError: no tile fits.
@@ -185,10 +188,10 @@ def tile_for(shape: Shape, budget: int, may_split: bool, in_torch: bool) -> tupl
     least = workspace(shape, _LEAST_ROWS, 0, in_torch)
     if may_split:
         narrowest = min(_ALIGNMENT, shape.vocab_size)
-        smallest = workspace(shape, 0, narrowest, in_torch)
+        smallest = workspace(shape, 0, narrowest, split_in_torch)
         least = min(least, smallest)
         if smallest <= budget:
-            per_column = (workspace(shape, 0, narrowest + 128, in_torch) - smallest) / 128
+            per_column = (workspace(shape, 0, narrowest + 128, split_in_torch) - smallest) / 128
             fitting = narrowest + int((budget - smallest) // max(per_column, 1))
             count = -(-shape.vocab_size // max(fitting // _ALIGNMENT * _ALIGNMENT, narrowest))
             even = -(-shape.vocab_size // count)

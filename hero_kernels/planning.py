@@ -76,7 +76,7 @@ def traced_plan(objective: Objective, facts: Facts) -> Plan:
     """`plan` for `torch.compile`: facts are made constants, so that a size that would be a symbol
     is compiled for anew; the objective's numbers stay as they are."""
     constants = [operator.index(fact) if type(fact) is int else fact for fact in facts]
-    text, in_backward = _constant_call_of(*constants)
+    text, in_backward = _call_of(*constants)
     return Plan(encoded(objective, text), numbers_of(objective), in_backward)
 
 
@@ -93,7 +93,8 @@ def _call_of(*values: Any) -> tuple[str, bool]:
     return call.text, in_backward and any(needs)
 
 
-_constant_call_of = torch.compiler.assume_constant_result(_call_of)
+# As `torch.compiler.assume_constant_result` does, which would import torch._dynamo: seconds.
+_call_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decide(facts: Facts) -> tuple[str, int, int]:
@@ -111,8 +112,9 @@ def decide(facts: Facts) -> tuple[str, int, int]:
     may_split = facts.support == "full" and not facts.sharded
     if may_split and facts.impl != "auto":
         may_split = backends.refusal(facts.impl, _request(facts, split=True)) is None
+    split_in_torch = not facts.device.startswith("cuda") or facts.impl == "torch"
     rows, columns = tile_for(
-        shape_of(facts, name), facts.memory_budget, may_split, in_torch=name == "torch"
+        shape_of(facts, name), facts.memory_budget, may_split, name == "torch", split_in_torch
     )
     if columns:
         name = backends.choose(facts.impl, _request(facts, split=True))
@@ -196,13 +198,16 @@ def explain(
     for other, entry in backends.IMPLEMENTATIONS.items():
         if other != name:
             reason = backends.refusal(other, request)
-            if reason is None:
+            if reason is None and impl != "auto":
+                reason = f"{name} was named"
+            elif reason is None:
                 reason = f"{name} was preferred" if entry.in_auto else "only if named: not measured"
             lines.append(f"  not {other}: {reason}")
     shape = shape_of(facts, name)
     found = layout(shape, rows, columns)
     whole = max(found.sizes, default=0)
-    products = (6 if columns else 2) + trainable_trunk + trainable_head
+    passes = 1 if not columns else 3 if trainable_trunk or trainable_head else 2
+    products = 2 * passes + trainable_trunk + trainable_head  # logits of both sides in each pass
     asked = options.memory_budget or options.tile_rows or options.tile_columns
     lines.append(
         f"tile: {whole} of {num_rows} rows x {found.columns} of {vocab_size} columns "

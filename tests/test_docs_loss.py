@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from hero_kernels.options import Design
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -24,7 +25,6 @@ import hero_kernels
 from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS
 from hero_kernels.gemm import takes_16_bit
-from hero_kernels.options import Design
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # benchmarks/ is not installed

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from hero_kernels.layout import Plan, layout
 
 from hero_kernels import KernelOptions, explain
 from hero_kernels.gemm import takes_16_bit
-from hero_kernels.layout import Plan, layout
 
 MEBIBYTE = 2**20
 VOCAB, HIDDEN = 151936, 1024

@@ -22,9 +22,10 @@ import torch
 from safetensors.torch import load_file
 
 from hero import cli
-from hero.config import TrainConfig, recipe_names
+from hero.config import TrainConfig
 from hero.envs.base import Environment, make_env
 from hero.policy import SHIPPED
+from hero.recipes import recipe_names
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
 
 ROOT = Path(__file__).parents[1]
@@ -89,7 +90,6 @@ def played(env: Any, task: str, actions: list[str]) -> tuple[list[Diagnosis], fl
                 prompt_ids=[],
                 action_ids=[],
                 sampled_logprobs=[],
-                loss_mask=[],
                 action_text=action,
                 observation=observation,
             )
@@ -98,13 +98,11 @@ def played(env: Any, task: str, actions: list[str]) -> tuple[list[Diagnosis], fl
         id="t",
         group_id="g",
         task_id=task,
-        seed=0,
         instruction="",
         turns=turns,
         reward=reward,
         success=reward == 1.0,
         stop_reason=StopReason.DONE,
-        policy_version=0,
     )
     return env.diagnose(trajectory), reward
 

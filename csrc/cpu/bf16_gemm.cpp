@@ -6,10 +6,22 @@
 //   hidden     C [M, H] = G [M, V] W [V, H]
 //   weight     C [V, H] (+)= Gᵀ X              of G [M, V] and X [M, H]
 //
-// Everything is cut into blocks of 32 x 32 results. The right operand is packed into tiles of 16
-// pairs of k by 16 columns, as both instructions want it; the left one is read as it lies where its
-// k is contiguous. A result is the work of one thread from end to end: it does not depend on their
-// number.
+// Everything is cut into blocks of 32 x 32 results, whose k comes in steps of 32:
+//
+//        left                 right, packed                       block
+//     32 |  k ->           step: [pair of k] x [16 columns]      32 |         tiles 0 | 1
+//        |  as it lies  x   two such tiles of 16 pairs side   =     | 32 ->   -----------
+//        |                  by side: 32 k x 32 columns              |               2 | 3
+//
+//     one row of a packed tile:  c0 k0, c0 k1, c1 k0, c1 k1, ... c15 k0, c15 k1   (64 bytes)
+//
+// which is what both instructions want. Where k is contiguous in the right side (logits) it is packed
+// by transposing 32-bit pairs; where columns are (hidden, weight), by interleaving two rows. That is
+// cheap within 128-bit lanes only, so columns come out as 0-3, 8-11, 16-19, 24-27 | 4-7, 12-15, ...;
+// `unpermute` puts the results back. The left side needs a contiguous k. For `weight` it has none:
+// the transpose Xᵀ G is computed, and its blocks are turned.
+//
+// A result is the work of one thread from end to end: it does not depend on their number.
 
 #include "bf16_gemm.h"
 
@@ -40,6 +52,46 @@ class Scratch {
  private:
     void* memory_ = nullptr;
 };
+
+constexpr int64_t DEPTH = 1024;  // of k at once: packed panels stay in the cache
+
+// left · right for all rows and `count` blocks of columns from block `first` on: sums of [row
+// blocks][count] permuted blocks. `packed` holds count · DEPTH / STEP panels, `edge` 32 rows of DEPTH.
+void multiply_run(const Matrix& left, const Matrix& right, int64_t first, int64_t count,
+                  BlockFunction block, Bf16* packed, Bf16* edge, float* sums) {
+    for (int64_t k = 0; k == 0 || k < right.rows; k += DEPTH) {
+        const int64_t steps = blocks_of(std::min(DEPTH, right.rows - k), STEP);
+        for (int64_t j = 0; j < count; ++j)
+            pack_interleaved(right, k, (first + j) * SIDE, steps, packed + j * steps * PANEL);
+        for (int64_t i = 0; i < blocks_of(left.rows, SIDE); ++i) {
+            const bool whole =
+                (i + 1) * SIDE <= left.rows && k + steps * STEP <= left.columns;
+            if (!whole) copy_rows(left, i * SIDE, k, steps * STEP, edge);
+            for (int64_t j = 0; j < count; ++j)
+                block(whole ? left.data + i * SIDE * left.stride + k : edge,
+                      whole ? left.stride : steps * STEP, packed + j * steps * PANEL, steps,
+                      sums + (i * count + j) * BLOCK, SIDE, k > 0);
+        }
+    }
+}
+
+// A permuted block [32 a][32 b] as [32 b][32 a], in order.
+HERO_TARGET_BF16 void turn(const float* block, float* turned) {
+    alignas(64) float rows[BLOCK];
+    for (int64_t i = 0; i < SIDE; ++i) {
+        __m512 low, high;
+        unpermute(block + i * SIDE, low, high);
+        _mm512_store_ps(rows + i * SIDE, low);
+        _mm512_store_ps(rows + i * SIDE + 16, high);
+    }
+    for (int64_t a = 0; a < SIDE; a += 16)
+        for (int64_t b = 0; b < SIDE; b += 16) {
+            alignas(64) uint32_t tile[256];
+            transpose_16x16((const Bf16*)(rows + a * SIDE + b), 2 * SIDE, tile);
+            for (int64_t i = 0; i < 16; ++i)
+                memcpy(turned + (b + i) * SIDE + a, tile + 16 * i, 64);
+        }
+}
 
 }  // namespace
 
@@ -126,7 +178,6 @@ int hero_gemm_hidden(const HeroGemm* g) {
     const Matrix left = {static_cast<const Bf16*>(g->left), g->rows, g->depth, g->left_stride};
     const Matrix right = {static_cast<const Bf16*>(g->right), g->depth, g->columns,
                           g->right_stride};
-    constexpr int64_t DEPTH = 1024;  // of the vocabulary at once: panels stay in the cache
     const int64_t row_blocks = blocks_of(g->rows, SIDE);
     const int64_t column_blocks = blocks_of(g->columns, SIDE);
     const int64_t size = g->store == HERO_STORE_BF16 ? 2 : 4;
@@ -147,23 +198,8 @@ int hero_gemm_hidden(const HeroGemm* g) {
                 continue;
             }
             const Multiplier multiplier(g->kind);
-            const BlockFunction block = multiplier.block();
-            for (int64_t k = 0; k < g->depth; k += DEPTH) {
-                const int64_t steps = blocks_of(std::min(DEPTH, g->depth - k), STEP);
-                for (int64_t j = 0; j < count; ++j)
-                    pack_interleaved(right, k, (first + j) * SIDE, steps,
-                                     packed.as<Bf16>() + j * steps * PANEL);
-                for (int64_t i = 0; i < row_blocks; ++i) {
-                    const bool whole =
-                        (i + 1) * SIDE <= g->rows && k + steps * STEP <= g->depth;
-                    const Bf16* a = left.data + i * SIDE * left.stride + k;
-                    if (!whole) copy_rows(left, i * SIDE, k, steps * STEP, edge.as<Bf16>());
-                    for (int64_t j = 0; j < count; ++j)
-                        block(whole ? a : edge.as<Bf16>(), whole ? left.stride : steps * STEP,
-                              packed.as<Bf16>() + j * steps * PANEL, steps,
-                              sums.as<float>() + (i * count + j) * BLOCK, SIDE, k > 0);
-                }
-            }
+            multiply_run(left, right, first, count, multiplier.block(), packed.as<Bf16>(),
+                         edge.as<Bf16>(), sums.as<float>());
             for (int64_t i = 0; i < row_blocks; ++i)
                 for (int64_t j = 0; j < count; ++j) {
                     const int64_t column = (first + j) * SIDE;
@@ -179,19 +215,19 @@ int hero_gemm_hidden(const HeroGemm* g) {
 }
 
 // dW: computed as its transpose, X ᵀ G, so that G needs no transposing; the results are turned.
-HERO_TARGET_BF16 int hero_gemm_weight(const HeroGemm* g) {
-    // In the terms of the struct: left G [depth, rows], right X [depth, columns], out [rows, columns].
+int hero_gemm_weight(const HeroGemm* g) {
+    // As the struct has it: left G [depth, rows], right X [depth, columns], out [rows, columns].
     const Matrix grad = {static_cast<const Bf16*>(g->left), g->depth, g->rows, g->left_stride};
     const Matrix hidden = {static_cast<const Bf16*>(g->right), g->depth, g->columns,
                            g->right_stride};
     constexpr int64_t WIDE = 8;      // blocks of the vocabulary that a thread packs at once
-    constexpr int64_t DEPTH = 1024;  // tokens at once
     const int64_t vocab_blocks = blocks_of(g->rows, SIDE);
     const int64_t hidden_blocks = blocks_of(g->columns, SIDE);
     const int64_t depth = blocks_of(g->depth, STEP) * STEP;
     const int64_t size = g->store == HERO_STORE_BF16 ? 2 : 4;
     Scratch turned(hidden_blocks * SIDE * depth * sizeof(Bf16));  // X ᵀ [H, depth]
     if (!turned.as<Bf16>()) return 1;
+    const Matrix transposed = {turned.as<Bf16>(), hidden_blocks * SIDE, depth, depth};
     int failed = 0;
 #pragma omp parallel num_threads(g->num_threads) reduction(| : failed)
     {
@@ -199,7 +235,6 @@ HERO_TARGET_BF16 int hero_gemm_weight(const HeroGemm* g) {
         Scratch packed(WIDE * DEPTH / STEP * PANEL * sizeof(Bf16));
         failed = !sums.as<float>() || !packed.as<Bf16>();
         const Multiplier multiplier(g->kind);
-        const BlockFunction block = multiplier.block();
 #pragma omp for schedule(static)
         for (int64_t j = 0; j < hidden_blocks * SIDE; ++j) {
             Bf16* to = turned.as<Bf16>() + j * depth;
@@ -211,37 +246,12 @@ HERO_TARGET_BF16 int hero_gemm_weight(const HeroGemm* g) {
         for (int64_t wide = 0; wide < vocab_blocks; wide += WIDE) {
             if (failed) continue;
             const int64_t count = std::min(WIDE, vocab_blocks - wide);
-            for (int64_t k = 0; k < g->depth; k += DEPTH) {
-                const int64_t steps = blocks_of(std::min(DEPTH, g->depth - k), STEP);
-                for (int64_t v = 0; v < count; ++v)
-                    pack_interleaved(grad, k, (wide + v) * SIDE, steps,
-                                     packed.as<Bf16>() + v * steps * PANEL);
-                for (int64_t j = 0; j < hidden_blocks; ++j)
-                    for (int64_t v = 0; v < count; ++v)
-                        block(turned.as<Bf16>() + j * SIDE * depth + k, depth,
-                              packed.as<Bf16>() + v * steps * PANEL, steps,
-                              sums.as<float>() + (v * hidden_blocks + j) * BLOCK, SIDE, k > 0);
-            }
+            multiply_run(transposed, grad, wide, count, multiplier.block(), packed.as<Bf16>(),
+                         nullptr, sums.as<float>());
             for (int64_t v = 0; v < count; ++v)
                 for (int64_t j = 0; j < hidden_blocks; ++j) {
-                    const float* block_sums = sums.as<float>() + (v * hidden_blocks + j) * BLOCK;
-                    alignas(64) float rows[BLOCK];  // [32 hidden][32 vocab] in order
-                    for (int64_t i = 0; i < SIDE; ++i) {
-                        __m512 low, high;
-                        unpermute(block_sums + i * SIDE, low, high);
-                        _mm512_store_ps(rows + i * SIDE, low);
-                        _mm512_store_ps(rows + i * SIDE + 16, high);
-                    }
                     alignas(64) float columns[BLOCK];  // [32 vocab][32 hidden]
-                    for (int64_t half = 0; half < 2; ++half)
-                        for (int64_t other = 0; other < 2; ++other) {
-                            alignas(64) uint32_t tile[256];
-                            transpose_16x16((const Bf16*)(rows + 16 * half * SIDE + 16 * other),
-                                            2 * SIDE, tile);
-                            for (int64_t i = 0; i < 16; ++i)
-                                memcpy(columns + (16 * other + i) * SIDE + 16 * half, tile + 16 * i,
-                                       64);
-                        }
+                    turn(sums.as<float>() + (j * count + v) * BLOCK, columns);
                     store_block(columns, false, g->rows - (wide + v) * SIDE,
                                 g->columns - j * SIDE, g->store,
                                 static_cast<char*>(g->out) +

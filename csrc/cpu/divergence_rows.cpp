@@ -8,13 +8,15 @@
 #include <xmmintrin.h>
 #endif
 
-#include "row_kernel.h"
+#include "../rows.h"
+
+HeroRowFunction hero_row_baseline, hero_row_avx2, hero_row_avx512;
 
 namespace {
 
 enum InstructionSet { BASELINE = 0, AVX2 = 1, AVX512 = 2 };
 
-RowFunction row_function(int instruction_set) {
+HeroRowFunction* row_function(int instruction_set) {
 #ifdef HERO_X86
     if (instruction_set == AVX512) return hero_row_avx512;
     if (instruction_set == AVX2) return hero_row_avx2;
@@ -22,18 +24,14 @@ RowFunction row_function(int instruction_set) {
     return instruction_set == BASELINE ? hero_row_baseline : nullptr;
 }
 
-// Results below 1e-38 become 0 on this thread while it lives: tails of peaked distributions are full
-// of them, they count for nothing, and x86 is slow at them.
-class FlushSubnormals {
- public:
+// While it lives, results of this thread below 1e-38 become 0: tails of peaked distributions are
+// full of them, they count for nothing, and x86 is slow at them.
+struct FlushSubnormals {
 #ifdef HERO_X86
-    FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8000u); }
-    ~FlushSubnormals() { _mm_setcsr(saved_); }
-
- private:
-    const unsigned saved_;
+    const unsigned saved = _mm_getcsr();
+    FlushSubnormals() { _mm_setcsr(saved | 0x8000u); }
+    ~FlushSubnormals() { _mm_setcsr(saved); }
 #else
-    FlushSubnormals() {}
     ~FlushSubnormals() {}
 #endif
 };
@@ -73,11 +71,11 @@ void hero_advise_huge_pages(void* memory, int64_t bytes) {
 // Returns 0, 1 (out of memory) or 2 (unknown instruction set). A row is the work of one thread from
 // end to end, so the result does not depend on their number.
 int hero_divergence_rows(const RowsProblem* problem, int instruction_set) {
-    const RowFunction run = row_function(instruction_set);
+    HeroRowFunction* const run = row_function(instruction_set);
     if (!run) return 2;
     // Whole vectors; and no multiple of 4096 bytes, where a load waits for stores to other arrays.
     const int64_t stride = (problem->columns + 15) / 16 * 16 + 272;
-    const size_t bytes = SCRATCH_ARRAYS * stride * sizeof(float);
+    const size_t bytes = HERO_SCRATCH_ARRAYS * stride * sizeof(float);
     int out_of_memory = 0;
 #pragma omp parallel num_threads(problem->num_threads) reduction(| : out_of_memory)
     {

@@ -8,21 +8,15 @@
 //   JSD         sum b F(p, m, l) + (1-b) F(q, m, l - x)        gradient (1-b) q (x - l - K)
 //               m = b p + (1-b) q,  l = log m - log p,  K = KL(q || m)
 //
-// F(p, q, x) = q - p - p x = p (expm1 x - x) >= 0 is the column's share of KL(p || q) when log q -
-// log p = x. All values are sums of it, so they cannot come out negative, and they keep their
+// F is `kl_term`. All values are sums of it, so they cannot come out negative, and they keep their
 // relative accuracy for arbitrarily small divergences as long as delta does: nothing large cancels.
-// The general case only differs in forming delta = z_s - z_t, which is exact in fp32 where the two
-// are close.
-//
-// Sums run in fp32 within a block of columns and in fp64 across blocks; the order depends on the
-// shape alone.
-
-#include "row_kernel.h"
+// The general case only differs in forming delta = z_s - z_t, exact in fp32 where the two are close.
+// Sums run in fp32 within a block of columns and in fp64 across blocks, in an order that depends on
+// the shape alone.
 
 #include <math.h>
 
 #include "row_logits.h"
-#include "storage.h"
 #include "vector_math.h"
 
 namespace {
@@ -33,13 +27,6 @@ struct Sums {
     double teacher_log = 0, student_log = 0;  // sum exp(z - max) (z - max), for the entropies
 };
 
-// F(p, q, x).
-inline Floats kl_term(Floats p, Floats q, Floats x) {
-    const Floats near = p * (x * x) * quadratic_remainder(x);
-    const Floats far = (q - p) - p * x;
-    return choose(magnitude(x) <= CLOSE_LOG_RATIO, near, far);
-}
-
 // Pass 2: logits -> unnormalised probabilities. `wide`: some log ratio exceeds WIDE_LOG_RATIO.
 template <bool wide, bool entropies>
 Sums exponentiate(const Row& row, const Extremes& top, float shift, int64_t size) {
@@ -49,8 +36,8 @@ Sums exponentiate(const Row& row, const Extremes& top, float shift, int64_t size
         Floats sum_p = {}, sum_q = {}, sum_difference = {}, sum_log_p = {}, sum_log_q = {};
         for (int64_t i = begin; i < end; i += LANES) {
             const Floats a = load_floats(row.teacher + i) - top.teacher;
-            const Floats x = at_most(
-                at_least(load_floats(row.log_ratio + i) - shift, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT);
+            const Floats x0 = load_floats(row.log_ratio + i) - shift;
+            const Floats x = at_most(at_least(x0, -LOG_RATIO_LIMIT), LOG_RATIO_LIMIT);
             const Floats p = exponential(a);
             const auto e = both_exponentials(wide ? at_most(x, WIDE_LOG_RATIO) : x);
             // Not q = p + difference: that would round small q to the spacing of p.
@@ -98,33 +85,8 @@ struct Normaliser {
     float offset;                    // subtracted
 };
 
-// The mixture m = beta p + (1 - beta) q, whose logarithm is formed from the side that gives most of
-// it: from the student's where x exceeds the pivot, log(beta / (1 - beta)). There log m - log q is
-// log1p of something at most 1, and cannot cancel against x.
-struct Mixture {
-    float beta, other, pivot;
-
-    explicit Mixture(const RowsProblem& problem)
-        : beta(problem.beta),
-          other(problem.one_minus_beta),
-          pivot(at_most(at_least(logf(beta / other), -60.0f), 60.0f)) {}
-};
-
-// log m - log p and log m - log q.
-struct LogMixture {
-    Floats from_teacher, from_student;
-};
-inline LogMixture log_mixture(Floats x, const Mixture& mixture) {
-    const auto of_student = x > mixture.pivot;
-    const auto e = both_exponentials(choose(of_student, -x, x));
-    const Floats beta = all<Floats>(mixture.beta), other = all<Floats>(mixture.other);
-    const Floats near = choose(of_student, other, beta), far = choose(of_student, beta, other);
-    const Floats log_m = log_1_plus(far * e.minus_1, near + far * e.exponential);
-    return {choose(of_student, x + log_m, log_m), choose(of_student, log_m, log_m - x)};
-}
-
 struct Value {
-    double divergence, centre;  // what the gradient's bracket is centred by: its mean under q
+    double divergence, centre;  // centre: mean under q of the gradient's bracket
 };
 
 // Pass 3: the divergence. Leaves in log_ratio the gradient's bracket minus `reference`, or for
@@ -133,7 +95,7 @@ template <int divergence>
 __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                                            const Mixture& mixture, float reference, int64_t size) {
     Value value = {0, 0};
-    const float beta = mixture.beta, other = mixture.other;
+    const float beta = mixture.beta, other = mixture.other, minus_reference = -reference;
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
         const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
         Floats sum = {}, centre = {};
@@ -143,21 +105,19 @@ __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
             const Floats x = load_floats(row.log_ratio + i) - n.offset;
             Floats left;
             if (divergence == FORWARD_KL) {
-                const Floats remainder = quadratic_remainder(x);
-                const auto is_near = magnitude(x) <= CLOSE_LOG_RATIO;
-                const Floats difference = q - p;
-                sum += choose(is_near, p * (x * x) * remainder, difference - p * x);
-                left = choose(is_near, p * (x + x * x * remainder), difference);
+                const Floats near = p * (x + x * x * quadratic_remainder(x));
+                sum += kl_term(p, q, x);
+                left = choose(magnitude(x) <= CLOSE_LOG_RATIO, near, q - p);
             } else if (divergence == REVERSE_KL) {
                 sum += kl_term(q, p, -x);
-                left = x - reference;
+                left = minus_reference + x;
                 centre += q * left;
             } else {
-                const LogMixture log_m = log_mixture(x, mixture);
+                const LogMixture<Floats> log_m = log_mixture(x, mixture);
                 const Floats m = beta * p + other * q;
                 sum += beta * kl_term(p, m, log_m.from_teacher) +
                        other * kl_term(q, m, log_m.from_student);
-                left = -log_m.from_student - reference;
+                left = minus_reference - log_m.from_student;
                 centre += q * left;
             }
             store_floats(row.log_ratio + i, left);
@@ -173,7 +133,7 @@ __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
 // their difference is its gradient; so both are formed as small numbers.
 template <int divergence>
 Value centred(const Row& row, const Normaliser& n, const RowsProblem& problem, int64_t top) {
-    const Mixture mixture(problem);
+    const Mixture mixture(problem.beta, problem.one_minus_beta);
     float reference = 0.0f;
     if (divergence != FORWARD_KL) {
         alignas(64) float p[LANES] = {}, q[LANES] = {}, x[LANES];
@@ -182,14 +142,6 @@ Value centred(const Row& row, const Normaliser& n, const RowsProblem& problem, i
         reference = x[0];
     }
     return accumulate<divergence>(row, n, mixture, reference, problem.vocab_size);
-}
-
-Value centred(const Row& row, const Normaliser& n, const RowsProblem& problem, int64_t top) {
-    switch (problem.divergence) {
-        case FORWARD_KL: return centred<FORWARD_KL>(row, n, problem, top);
-        case REVERSE_KL: return centred<REVERSE_KL>(row, n, problem, top);
-        default: return centred<JSD>(row, n, problem, top);
-    }
 }
 
 // Pass 4: the gradient with respect to the raw student logits, times `scale`.
@@ -209,10 +161,6 @@ void write_gradient(const RowsProblem& problem, const Row& row, float inv_studen
         store(problem.grad_dtype, row.log_ratio + begin, begin, end - begin, grad);
     }
     clear(problem.grad_dtype, problem.vocab_size, problem.columns, grad);
-}
-
-void* row_of(const void* tensor, int32_t dtype, int64_t stride, int64_t row) {
-    return static_cast<char*>(const_cast<void*>(tensor)) + row * stride * (dtype == FLOAT32 ? 4 : 2);
 }
 
 // Log p of the target and the importance ratio, which is returned. `student` and `teacher` are its
@@ -265,7 +213,10 @@ Result compute(const RowsProblem& problem, const Row& row, const Extremes& top, 
         stats[ENTROPY_S] = at_least(static_cast<float>(of_student), 0.0f);
         stats[ENTROPY_T] = at_least(static_cast<float>(of_teacher), 0.0f);
     }
-    result.value = centred(row, n, problem, student_top);
+    result.value = (problem.divergence == JSD          ? centred<JSD>
+                    : problem.divergence == FORWARD_KL ? centred<FORWARD_KL>
+                                                       : centred<REVERSE_KL>)(row, n, problem,
+                                                                              student_top);
     return result;
 }
 
@@ -275,11 +226,12 @@ void HERO_ROW_FUNCTION(const RowsProblem& problem, int64_t index, float* scratch
                        int64_t scratch_stride) {
     const Row row = {scratch, scratch + scratch_stride, scratch + 2 * scratch_stride,
                      scratch + 3 * scratch_stride};
-    const void* teacher =
-        row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, index);
-    const void* student =
-        row_of(problem.student, problem.student_dtype, problem.student_stride, index);
-    void* grad = row_of(problem.grad, problem.grad_dtype, problem.grad_stride, index);
+    const auto row_of = [index](const void* tensor, int32_t dtype, int64_t stride) {
+        return (char*)tensor + index * stride * (dtype == FLOAT32 ? 4 : 2);
+    };
+    const void* teacher = row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride);
+    const void* student = row_of(problem.student, problem.student_dtype, problem.student_stride);
+    void* grad = row_of(problem.grad, problem.grad_dtype, problem.grad_stride);
     float* stats = problem.stats + index * NUM_STATS;
     for (int i = 0; i < NUM_STATS; ++i) stats[i] = 0.0f;
     const float inv_temperature =
@@ -296,11 +248,8 @@ void HERO_ROW_FUNCTION(const RowsProblem& problem, int64_t index, float* scratch
     // Garbage behind a mask must not poison the weighted sum.
     if (weight == 0.0f && !isfinite(stats[DIVERGENCE]))
         for (int i = 0; i < NUM_STATS; ++i) stats[i] = 0.0f;
-    if (!problem.grad) return;
-    if (weight == 0.0f) {
-        clear(problem.grad_dtype, 0, problem.columns, grad);
-        return;
-    }
+    if (problem.grad && weight == 0.0f) clear(problem.grad_dtype, 0, problem.columns, grad);
+    if (!problem.grad || weight == 0.0f) return;
     const float side = problem.divergence == JSD ? problem.one_minus_beta : 1.0f;
     const float scale = problem.logit_scale * inv_temperature * side * weight * result.ratio;
     write_gradient(problem, row, result.inv_student, static_cast<float>(result.value.centre), scale,

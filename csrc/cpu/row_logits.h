@@ -6,7 +6,6 @@
 #include <math.h>
 
 #include "../rows.h"
-#include "storage.h"
 #include "vector_math.h"
 
 namespace {
@@ -27,28 +26,6 @@ struct Extremes {
     float teacher = -INFINITY, student = -INFINITY, log_ratio = -INFINITY;
     int64_t teacher_block = 0, student_block = 0;  // first column of the block that has the maximum
 };
-
-// c tanh(z / c) in place for both logits; delta too, as a product of small factors instead of a
-// difference: tanh u - tanh v = sinh(u - v) / (cosh u cosh v).
-void soft_cap(float cap, bool delta, int64_t count, float* teacher, float* student, float* slope) {
-    const float inverse = 1.0f / cap;
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) {
-        const float v = teacher[i] * inverse;
-        const float d = student[i] * inverse;
-        const float u = delta ? v + d : d;
-        const float ev = exponential_minus_1(-2.0f * magnitude(v));
-        const float eu = exponential_minus_1(-2.0f * magnitude(u));
-        const float ed = exponential_minus_1(-2.0f * magnitude(d));
-        const float decay = exponential(at_most(magnitude(d) - magnitude(u) - magnitude(v), 0.0f));
-        const float difference = -2.0f * ed * decay / ((2.0f + eu) * (2.0f + ev));
-        const float capped = -eu / (2.0f + eu);
-        teacher[i] = cap * with_sign(ev / (2.0f + ev), v);
-        student[i] = cap * with_sign(delta ? difference : capped, d);
-        const float fall = exponential(-2.0f * magnitude(u));  // 1 + eu would cancel
-        slope[i] = 4.0f * fall / ((1.0f + fall) * (1.0f + fall));
-    }
-}
 
 // Whether a row is its own fp32 form already.
 bool is_plain(const RowsProblem& problem, float inv_temperature) {
@@ -82,7 +59,9 @@ void transform(const RowsProblem& problem, float inv_temperature, int64_t begin,
     if (inner != 1.0f)
         for (int64_t i = 0; i < count; ++i) teacher[i] *= inner, student[i] *= inner;
     if (!capped) return;
-    soft_cap(problem.softcap, delta, count, teacher, student, slope);
+    const float cap = problem.softcap;
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) slope[i] = soft_cap(cap, delta, teacher[i], student[i]);
     for (int64_t i = 0; i < count; ++i) teacher[i] *= inv_temperature, student[i] *= inv_temperature;
 }
 

@@ -2,13 +2,13 @@
 // extensions of GCC and Clang: the loops of the row kernel are vector code by construction, not by
 // the grace of an auto-vectoriser.
 //
-// Arithmetic and comparisons are lane by lane; `mask ? a : b` selects by the result of a
-// comparison. Everything lives in an unnamed namespace: this header is compiled once for each
-// instruction set.
+// Arithmetic and comparisons are lane by lane; `mask ? a : b` selects by the result of a comparison.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
+
+#include "storage.h"
 
 #if defined(__AVX512F__)
 #define HERO_LANES 16
@@ -23,7 +23,6 @@ namespace {
 typedef float Floats __attribute__((vector_size(4 * HERO_LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * HERO_LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * HERO_LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * HERO_LANES)));
 
 // Columns a pass may read and write beyond the end of a row: scratch rows are padded to it.
 constexpr int64_t LANES = HERO_LANES;
@@ -44,21 +43,11 @@ inline float sum_of(Floats value) {
     return total;
 }
 
-// The same for one float and for a vector of them, so that vector_math.h is written once.
-inline uint32_t as_words(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-inline Words as_words(Floats value) {
+// The same for one float (storage.h) and for a vector of them, so that formulas are written once.
+inline Words as_bits(Floats value) {
     return (Words)value;
 }
-inline float from_words(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-inline Floats from_words(Words bits) {
+inline Floats as_float(Words bits) {
     return (Floats)bits;
 }
 inline float to_float(uint32_t value) {

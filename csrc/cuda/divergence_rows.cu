@@ -33,17 +33,16 @@ Kernel kernel_for(const RowsProblem& problem) {
 // What a device and the code compiled for it offer. Makes the device current: this copy of the CUDA
 // runtime need not know what torch's has made current.
 cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
-    if (cudaError_t error = cudaSetDevice(device)) return error;
-    if (cudaError_t error = cudaDeviceGetAttribute(&limits->shared_per_block,
-                                                   cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
-        return error;
-    if (cudaError_t error = cudaDeviceGetAttribute(
-            &limits->shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device))
-        return error;
     cudaFuncAttributes attributes;
-    if (cudaError_t error =
-            cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)))
-        return error;
+    cudaError_t error = cudaSetDevice(device);
+    if (!error)
+        error = cudaDeviceGetAttribute(&limits->shared_per_block,
+                                       cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (!error)
+        error = cudaDeviceGetAttribute(&limits->shared_per_processor,
+                                       cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    if (!error) error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+    if (error) return error;
     limits->max_cluster = attributes.ptxVersion >= 90 ? hero::MAX_CLUSTER : 1;
     return cudaSuccess;
 }
@@ -52,21 +51,18 @@ cudaError_t get_limits(Kernel kernel, int device, hero::Limits* limits) {
 cudaError_t count_clusters(const void* kernel, int device, const hero::Plan& plan,
                            const hero::Limits& limits, cudaLaunchConfig_t* config, int* clusters) {
     // Always the most there is: another thread may launch the same kernel with another plan.
-    if (cudaError_t error = cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block))
-        return error;
+    cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limits.shared_per_block);
+    if (error) return error;
     if (plan.cluster_size == 1) {
-        int processors, blocks;
-        if (cudaError_t error =
-                cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))
-            return error;
-        if (cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-                &blocks, kernel, static_cast<int>(config->blockDim.x), plan.shared_bytes))
-            return error;
+        int processors = 0, blocks = 0;
+        error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+        if (!error)
+            error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+                &blocks, kernel, static_cast<int>(config->blockDim.x), plan.shared_bytes);
         *clusters = blocks * processors;
-        return cudaSuccess;
+        return error;
     }
-    cudaError_t error = cudaSuccess;
     if (plan.cluster_size > 8)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (!error) error = cudaOccupancyMaxActiveClusters(clusters, kernel, config);

@@ -1,5 +1,5 @@
-// What the row kernel asks of the machine, in PTX. From sm_90 on bulk copies and clusters; on sm_80 a
-// "cluster" is one block and copies are cp.async.
+// What the row kernel asks of the machine, in PTX. From sm_90 on bulk copies and clusters; on sm_80
+// a "cluster" is one block and copies are cp.async.
 //
 //   thread_index, block_index, block_count, shared_memory   where a thread is
 //   sync_warp, sync_threads, sync_cluster                   barriers
@@ -13,8 +13,7 @@
 //   exp2_approx, divide, highest, lowest                    fp32; a NaN gives a NaN
 //   bfloat16x2, float16x2, float_from_half                  conversions of storage
 //
-// Nothing else in this folder but divergence_rows.cu knows CUDA, so that a test can put an emulated
-// machine in this file's place (tests/hero_kernels/emulator/) and run the kernel on a CPU.
+// A test puts an emulated machine in this file's place (tests/hero_kernels/emulator/).
 #ifndef HERO_PTX_H
 #define HERO_PTX_H
 
@@ -113,42 +112,40 @@ HERO_DEVICE void arrive(Barrier* barrier) {
                  : "memory");
 }
 
+#define HERO_WAIT(instruction)                                                        \
+    for (uint32_t done = 0; !done;)                                                   \
+    asm volatile("{ .reg .pred p; " instruction " p, [%1], %2; selp.u32 %0, 1, 0, p; }" \
+                 : "=r"(done)                                                         \
+                 : "r"(shared_address(barrier)), "r"(parity)                          \
+                 : "memory")
+
 // Waits for the end of the phase of this parity; barriers begin in phase 0.
 HERO_DEVICE void wait(Barrier* barrier, uint32_t parity) {
-    uint32_t done = 0;
-    while (!done) {
 #if HERO_BULK_COPIES
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;"
-            " selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
+    HERO_WAIT("mbarrier.try_wait.parity.shared::cta.b64");
 #else
-        asm volatile(
-            "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2;"
-            " selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
+    HERO_WAIT("mbarrier.test_wait.parity.shared.b64");
 #endif
-    }
 }
 
 // `wait` for what other blocks send.
 HERO_DEVICE void wait_cluster(Barrier* barrier, uint32_t parity) {
 #if HERO_BULK_COPIES
-    uint32_t done = 0;
-    while (!done) {
-        asm volatile(
-            "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;"
-            " selp.u32 %0, 1, 0, p; }"
-            : "=r"(done)
-            : "r"(shared_address(barrier)), "r"(parity)
-            : "memory");
-    }
+    HERO_WAIT("mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64");
 #else
     wait(barrier, parity);
+#endif
+}
+
+// One arrival, after which `bytes` more make the phase.
+HERO_DEVICE void arrive_expecting(Barrier* barrier, uint32_t bytes) {
+#if HERO_BULK_COPIES
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+        "r"(bytes)
+        : "memory");
+#else
+    arrive(barrier);
 #endif
 }
 
@@ -168,26 +165,13 @@ HERO_DEVICE void send_to(uint32_t* pointer, int rank, uint32_t value, Barrier* b
 
 // The one arrival at a barrier that is sent to: `bytes` from the whole cluster make its phase.
 HERO_DEVICE void expect_sent(Barrier* barrier, uint32_t bytes) {
-#if HERO_BULK_COPIES
-    asm volatile(
-        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-        "r"(bytes)
-        : "memory");
-#else
-    arrive(barrier);
-#endif
+    arrive_expecting(barrier, bytes);
 }
 
 // A warp copies as a whole, in three steps: expect_copies with the bytes to come, any number of
 // copy_async, finish_copies. The barrier's phase then ends when all bytes have landed.
 HERO_DEVICE void expect_copies(Barrier* barrier, uint32_t bytes) {
-#if HERO_BULK_COPIES
-    if (threadIdx.x % 32 == 0)
-        asm volatile(
-            "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-            "r"(bytes)
-            : "memory");
-#endif
+    if (HERO_BULK_COPIES && threadIdx.x % 32 == 0) arrive_expecting(barrier, bytes);
 }
 
 // Both addresses and `bytes` are multiples of 16.

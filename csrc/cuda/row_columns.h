@@ -30,6 +30,10 @@ struct alignas(16) Words {
     uint32_t word[4];
 };
 
+HERO_DEVICE float from_half(int32_t dtype, uint32_t bits) {
+    return dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+}
+
 // Eight stored numbers as fp32. `tile` is where column 0 of the tile lies, `column` the thread's
 // first within the tile.
 HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const Lanes& lanes,
@@ -37,60 +41,19 @@ HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const 
     const bool half = dtype != FLOAT32;
     if (lanes.step == 1) {
         const Words* pieces = reinterpret_cast<const Words*>(tile + column * (half ? 2 : 4));
-        const Words first = load_shared(pieces);
-        if (!half) {
-            const Words second = load_shared(pieces + 1);
-            HERO_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                out[i] = as_float(first.word[i]);
-                out[4 + i] = as_float(second.word[i]);
-            }
-        } else if (dtype == BFLOAT16) {
-            HERO_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                out[2 * i] = as_float(first.word[i] << 16);
-                out[2 * i + 1] = as_float(first.word[i] & 0xffff0000u);
-            }
-        } else {
-            HERO_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                out[2 * i] = float_from_half(first.word[i] & 0xffffu);
-                out[2 * i + 1] = float_from_half(first.word[i] >> 16);
-            }
-        }
+        const Words first = load_shared(pieces), second = half ? first : load_shared(pieces + 1);
+        HERO_UNROLL
+        for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+            out[i] = half ? from_half(dtype, first.word[i / 2] >> i % 2 * 16 & 0xffffu)
+                          : as_float(i < 4 ? first.word[i] : second.word[i - 4]);
         return;
     }
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
         const int at = column + i * lanes.step;
-        if (!half) {
-            out[i] = load_shared(reinterpret_cast<const float*>(tile) + at);
-        } else {
-            const uint32_t bits = load_shared(reinterpret_cast<const uint16_t*>(tile) + at);
-            out[i] = dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
-        }
+        out[i] = half ? from_half(dtype, load_shared(reinterpret_cast<const uint16_t*>(tile) + at))
+                      : load_shared(reinterpret_cast<const float*>(tile) + at);
     }
-}
-
-// c tanh(z / c) in place for both logits; delta too, as a product of small factors instead of a
-// difference: tanh u - tanh v = sinh(u - v) / (cosh u cosh v).
-template <bool delta>
-HERO_DEVICE void soft_cap(float cap, float& teacher, float& stored, float& slope) {
-    const float v = divide(teacher, cap);
-    const float d = divide(stored, cap);
-    const float u = delta ? v + d : d;
-    const float ev = exponential_minus_1(-2.0f * magnitude(v));
-    const float fall = exponential(-2.0f * magnitude(u));  // 1 + eu would cancel
-    teacher = cap * with_sign(divide(ev, 2.0f + ev), v);
-    if (delta) {
-        const float ed = exponential_minus_1(-2.0f * magnitude(d));
-        const float decay = exponential(lowest(magnitude(d) - magnitude(u) - magnitude(v), 0.0f));
-        stored = cap * with_sign(2.0f * divide(ed * decay, (1.0f + fall) * (2.0f + ev)), d);
-    } else {
-        const float eu = exponential_minus_1(-2.0f * magnitude(u));
-        stored = cap * with_sign(divide(eu, 2.0f + eu), d);
-    }
-    slope = divide(4.0f * fall, (1.0f + fall) * (1.0f + fall));
 }
 
 // What a row's transform has of its own.
@@ -127,7 +90,7 @@ HERO_DEVICE void transform(const RowsProblem& problem, const Scaling& scaling, i
     raw_s *= scaling.inner;
     slope = 1.0f;
     if (problem.softcap > 0) {
-        soft_cap<delta>(problem.softcap, raw_t, raw_s, slope);
+        slope = soft_cap(problem.softcap, delta, raw_t, raw_s);
         raw_t *= scaling.inv_temperature;
         raw_s *= scaling.inv_temperature;
     }
@@ -138,9 +101,9 @@ HERO_DEVICE void transform(const RowsProblem& problem, const Scaling& scaling, i
 
 // The thread's columns of a tile; those from `vocab_size` on count as masked.
 template <bool delta>
-HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes, const Scaling& scaling,
-                               const char* teacher_tile, const char* student_tile, int in_tile,
-                               int column) {
+HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
+                               const Scaling& scaling, const char* teacher_tile,
+                               const char* student_tile, int in_tile, int column) {
     Logits logits;
     const int vocab_size = static_cast<int>(problem.vocab_size);
     load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
@@ -174,16 +137,15 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
     if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
         Words* pieces =
             reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
-        Words piece;
         HERO_UNROLL
-        for (int i = 0; i < 4; ++i)
-            piece.word[i] =
-                half ? pack(dtype, values[2 * i], values[2 * i + 1]) : as_bits(values[i]);
-        pieces[0] = piece;
-        if (half) return;
-        HERO_UNROLL
-        for (int i = 0; i < 4; ++i) piece.word[i] = as_bits(values[4 + i]);
-        pieces[1] = piece;
+        for (int part = 0; part < 2; ++part) {
+            Words piece;
+            HERO_UNROLL
+            for (int i = 0; i < 4; ++i)
+                piece.word[i] = half ? pack(dtype, values[2 * i], values[2 * i + 1])
+                                     : as_bits(values[4 * part + i]);
+            if (part == 0 || !half) pieces[part] = piece;
+        }
         return;
     }
     HERO_UNROLL

@@ -147,8 +147,7 @@ struct Target {
 
 HERO_DEVICE float load_element(const char* row, int32_t dtype, int64_t column) {
     if (dtype == FLOAT32) return reinterpret_cast<const float*>(row)[column];
-    const uint32_t bits = reinterpret_cast<const uint16_t*>(row)[column];
-    return dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
+    return from_half(dtype, reinterpret_cast<const uint16_t*>(row)[column]);
 }
 
 template <bool delta>
@@ -294,9 +293,9 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
                               if (!is_jsd && problem.grad) store(z, column, gradient);
                           });
         // Without a third sweep the sums are only to be written down.
-        values =
-            reduce_cluster(exchange, plan, work.rank, reductions++, third, values, no_values(),
-                           [&](const Values& sums) { return combine<divergence>(sums, with_stats); });
+        values = reduce_cluster(
+            exchange, plan, work.rank, reductions++, third, values, no_values(),
+            [&](const Values& sums) { return combine<divergence>(sums, with_stats); });
         if (is_jsd) centre.mean = values.centre;
         if (is_jsd && third)
             at = sweep<delta>(

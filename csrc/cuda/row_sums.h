@@ -231,7 +231,8 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
         const float log2_far =
             delta ? log2_p + x * LOG2_E : (z.student[i] - (sums.shift + sums.max_teacher)) * LOG2_E;
         const float near = p * (x + x * x * quadratic_remainder(x));
-        sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? near : exp2_approx(lowest(log2_far, 126.0f)) - p;
+        const float far = exp2_approx(lowest(log2_far, 126.0f)) - p;
+        sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? near : far;
         sums.teacher += p;
         sums.student += q;
         if (divergence == REVERSE_KL) sums.log_ratio += q * (x - reference);
@@ -325,7 +326,7 @@ HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture&
             sums.divergence += kl_term(q, p, -x);
             gradient[i] = q * ((x - centre.reference) - centre.mean);
         } else {
-            const LogMixture log_m = log_mixture(x, mixture);
+            const LogMixture<float> log_m = log_mixture(x, mixture);
             const float m = mixture.beta * p + mixture.other * q;
             sums.centre += q * (-log_m.from_student - centre.reference);
             sums.divergence += mixture.beta * kl_term(p, m, log_m.from_teacher) +

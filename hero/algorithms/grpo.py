@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
-from hero.algorithms.base import Algorithm, Episodes
+from hero.algorithms.base import Algorithm, Experience
 from hero.algorithms.distillation import Hero
 from hero.types import Sample, Trajectory
 
 
 def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
-    """(reward - group mean) / group standard deviation; 0 where all rewards of a group are
-    equal."""
+    """(reward - group mean) / group standard deviation; 0 in a group of equal rewards."""
     groups: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.group_id].append(trajectory.reward)
@@ -29,29 +29,34 @@ def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
 class Grpo(Algorithm):
     """No teacher: every turn shares its episode's advantage. Clip 0.2 / 0.28, no KL penalty. [L]"""
 
-    def annotate(self, episodes: Episodes) -> list[Sample]:
-        samples = []
-        advantages = group_advantages(episodes.trajectories)
-        for t, trajectory in enumerate(episodes.trajectories):
-            for k in range(len(trajectory.turns)):
-                sample = self.sample(episodes, t, k)
-                sample.policy_weight = 1.0
-                sample.advantage = advantages[t]
-                samples.append(sample)
-        return samples
+    needs_groups = True
+    distils = False
+
+    def annotate(self, experience: Experience) -> list[Sample]:
+        advantages = group_advantages(experience.trajectories)
+        return [
+            replace(sample, pg_weight=1.0, advantage=advantages[sample.trajectory])
+            for sample in self.turns(experience)
+        ]
 
 
 class HeroGrpo(Algorithm):
-    """HERO's distillation and GRPO's advantages on the same episodes."""
+    """HERO's distillation, and GRPO on all turns of the same episodes, weighted by λ. [D]
+
+    The policy-gradient loss is linear in the advantage, so λ multiplies that.
+    """
 
     needs_reflection = True
+    needs_groups = True
+    teacher_saw = Hero.teacher_saw
 
-    def annotate(self, episodes: Episodes) -> list[Sample]:
-        distilled = {(s.trajectory, s.turn): s for s in Hero(self.context).annotate(episodes)}
-        samples = Grpo(self.context).annotate(episodes)
-        for sample in samples:
-            if other := distilled.get((sample.trajectory, sample.turn)):
-                sample.block_ids = other.block_ids
-                sample.branch_at = other.branch_at
-                sample.distill_weight = other.distill_weight
-        return samples
+    def annotate(self, experience: Experience) -> list[Sample]:
+        distilled = {(s.trajectory, s.turn): s for s in Hero(self.context).annotate(experience)}
+        return [
+            replace(
+                distilled.get((sample.trajectory, sample.turn), sample),
+                pg_weight=1.0,
+                advantage=self.pg_weight * sample.advantage,
+            )
+            for sample in Grpo(self.context).annotate(experience)
+        ]

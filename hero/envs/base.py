@@ -22,8 +22,7 @@ StepResult = tuple[str, float, bool, bool, dict[str, Any]]
 
 @runtime_checkable
 class Environment(Protocol):
-    """A multi-turn text environment. Instances hold one episode and must be picklable (or say
-    so)."""
+    """A multi-turn text environment; an instance holds one episode."""
 
     @property
     def system_prompt(self) -> str:
@@ -39,8 +38,7 @@ class Environment(Protocol):
         ...
 
     def step(self, text: str) -> StepResult:
-        """Take the agent's turn. Never raises for what an agent may write: bad actions get
-        feedback."""
+        """Take the agent's turn; a bad action gets feedback and never raises."""
         ...
 
     def close(self) -> None: ...
@@ -60,15 +58,11 @@ class HasDiagnosis(Protocol):
     """Environments that supply their own deterministic reflector (`reflection.reflector=rules`)."""
 
     def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
-        """One diagnosis for each turn, from a replay of the executed actions; leaves the episode
-        alone."""
+        """One diagnosis for each turn; leaves the running episode alone."""
         ...
 
 
-BUILTIN = {
-    "shop": "hero.envs.shop:ShopEnv",
-    "desk": "hero.envs.desk:DeskEnv",
-}
+BUILTIN = {"shop": "hero.envs.shop:ShopEnv"}
 
 
 def make_env(name: str, **options: Any) -> Environment:

@@ -13,52 +13,32 @@ from hero.types import Diagnosis, Trajectory
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class ReflectionStats:
-    """What came of one call of `reflect`. All rates are shares of the turns."""
+    """What came of one call of `reflect`, in turns unless said otherwise."""
 
     turns: int
-    parsed: int
+    parsed: int = 0
     """Turns with a diagnosis that could be read."""
-    non_empty: int
-    """Turns with a hint, after the filters: those that are trained."""
-    leaked: int
+    non_empty: int = 0
+    """Turns with a hint, after the filters."""
+    leaked: int = 0
     """Turns that lost their hint or corrected action to the leak filter."""
-    too_long: int
+    too_long: int = 0
     """Turns that lost their hint to the length filter."""
-    retried: int
+    retried: int = 0
     """Further calls for episodes of which nothing could be read."""
-    generated_tokens: int
-    seconds: float
-
-    @property
-    def parsed_rate(self) -> float:
-        return self._share(self.parsed)
-
-    @property
-    def non_empty_rate(self) -> float:
-        return self._share(self.non_empty)
-
-    @property
-    def leaked_rate(self) -> float:
-        return self._share(self.leaked)
-
-    @property
-    def too_long_rate(self) -> float:
-        return self._share(self.too_long)
+    generated_tokens: int = 0
+    seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
+        """Rates are shares of the turns."""
+        rates = ("parsed", "non_empty", "leaked", "too_long")
         return {
             "reflection/turns": float(self.turns),
-            "reflection/parsed_rate": self.parsed_rate,
-            "reflection/non_empty_rate": self.non_empty_rate,
-            "reflection/leaked_rate": self.leaked_rate,
-            "reflection/too_long_rate": self.too_long_rate,
+            **{f"reflection/{n}_rate": getattr(self, n) / max(1, self.turns) for n in rates},
             "reflection/retried": float(self.retried),
             "reflection/generated_tokens": float(self.generated_tokens),
             "reflection/seconds": self.seconds,
         }
-
-    def _share(self, count: int) -> float:
-        return count / self.turns if self.turns else 0.0
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -70,17 +50,12 @@ class Reflections:
 
     A turn without a hint is masked, even if it has a corrected action."""
     stats: ReflectionStats
-    texts: list[str]
-    """What the reflector wrote, one text a trajectory; "" where nothing was asked."""
 
     @classmethod
     def none(cls, trajectories: Sequence[Trajectory]) -> Reflections:
         """What a method without reflection has: no diagnosis at all."""
-        stats = ReflectionStats(
-            turns=sum(len(trajectory.turns) for trajectory in trajectories),
-            parsed=0, non_empty=0, leaked=0, too_long=0, retried=0, generated_tokens=0, seconds=0.0,
-        )  # fmt: skip
-        return cls(diagnoses=[[] for _ in trajectories], stats=stats, texts=[])
+        turns = sum(len(trajectory.turns) for trajectory in trajectories)
+        return cls(diagnoses=[[] for _ in trajectories], stats=ReflectionStats(turns=turns))
 
 
 class Reflector(Protocol):
@@ -97,10 +72,9 @@ def collect(
     *,
     source: str,
     hint_filter: HintFilter,
-    texts: list[str],
-    retried: int,
-    generated_tokens: int,
     started: float,
+    retried: int = 0,
+    generated_tokens: int = 0,
 ) -> Reflections:
     """Filter what was found, fill the turns without a diagnosis, and count."""
     verdicts: list[Verdict] = []
@@ -124,4 +98,4 @@ def collect(
         generated_tokens=generated_tokens,
         seconds=time.perf_counter() - started,
     )
-    return Reflections(diagnoses=diagnoses, stats=stats, texts=texts)
+    return Reflections(diagnoses=diagnoses, stats=stats)

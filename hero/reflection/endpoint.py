@@ -1,4 +1,4 @@
-"""A stronger model behind an OpenAI-compatible endpoint as reflector: an ablation of the paper."""
+"""A stronger model behind an OpenAI-compatible endpoint reflects: an ablation of the paper."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from hero.config import ReflectionConfig
-from hero.prompts import Prompts
-from hero.reflection.reflectors import Answer, PromptedReflector
+from hero.reflection.models import Answer
 from hero.renderer import Renderer
+from hero.types import Fault
 
 WORKERS = 8
 """Requests under way at the same time."""
 
 
-class ReflectionError(RuntimeError):
+class ReflectionError(Fault):
     """The endpoint gave no answer. Nothing is trained on an episode that was not read."""
 
 
-class OpenAIReflector(PromptedReflector):
+class Endpoint:
     """Any endpoint that speaks OpenAI's chat completions: a hosted model, vLLM, llama.cpp, Ollama.
 
     Args:
-        renderer: tokens of the student, by which observations are shortened and hints are filtered.
+        config: address, model, temperature and length of an answer.
+        renderer: counts the tokens of answers where the endpoint does not.
         timeout: seconds to wait for one answer.
 
     Raises:
@@ -37,23 +38,8 @@ class OpenAIReflector(PromptedReflector):
     """
 
     def __init__(
-        self,
-        config: ReflectionConfig,
-        prompts: Prompts,
-        renderer: Renderer,
-        policy: str,
-        *,
-        max_prompt_tokens: int | None = None,
-        timeout: float = 120.0,
+        self, config: ReflectionConfig, renderer: Renderer, timeout: float = 120.0
     ) -> None:
-        super().__init__(
-            config,
-            prompts,
-            renderer,
-            source="openai",
-            policy=policy,
-            max_prompt_tokens=max_prompt_tokens,
-        )
         if not config.base_url or not config.model:
             raise ValueError(
                 "reflection.reflector=openai needs reflection.base_url and reflection.model, got "
@@ -66,11 +52,13 @@ class OpenAIReflector(PromptedReflector):
                 "reflection.reflector=openai needs the openai package: "
                 "pip install 'hero-kernels[openai]'"
             ) from error
+        self.config = config
+        self.renderer = renderer
         self.client = openai.OpenAI(
             base_url=config.base_url, api_key=_api_key(config), timeout=timeout
         )
 
-    def _answer(self, requests: Sequence[str], seed: int) -> list[Answer]:
+    def answer(self, requests: Sequence[str], seed: int) -> list[Answer]:
         # The first failure is raised at once; requests that have not been sent are dropped with it.
         with ThreadPoolExecutor(min(WORKERS, len(requests))) as pool:
             return list(pool.map(partial(self._ask, seed=seed), requests))

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+from hero.config import ReflectionConfig
+from hero.renderer import Renderer
 from hero.types import Diagnosis, StrEnum, Trajectory
 
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -39,23 +41,21 @@ class Verdict(StrEnum):
     TOO_LONG = "too_long"
 
 
-@dataclass(kw_only=True, frozen=True, slots=True)
 class HintFilter:
-    """Both filters, with the tokenizer they count and compare by."""
+    """Both filters, as `config` asks for them, with the tokenizer they count and compare by."""
 
-    encode: Callable[[str], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    max_hint_tokens: int
-    leak_filter: bool = True
+    def __init__(self, renderer: Renderer, config: ReflectionConfig) -> None:
+        self.renderer = renderer
+        self.config = config
 
     def apply(self, diagnosis: Diagnosis, trajectory: Trajectory) -> tuple[Diagnosis, Verdict]:
         """The diagnosis of one turn, its hint removed if it may not be shown.
 
         A leak in the hint or the corrected action removes both: one may paraphrase the other.
         """
-        if self.leak_filter and self._leaks(diagnosis, trajectory):
+        if self.config.leak_filter and self._leaks(diagnosis, trajectory):
             return replace(diagnosis, hint="", corrected_action=""), Verdict.LEAKED
-        if diagnosis.hint and len(self.encode(diagnosis.hint)) > self.max_hint_tokens:
+        if len(self.renderer.encode(diagnosis.hint)) > self.config.max_hint_tokens:
             return replace(diagnosis, hint=""), Verdict.TOO_LONG
         return diagnosis, Verdict.KEPT
 
@@ -63,7 +63,7 @@ class HintFilter:
         names = numbered_names(f"{diagnosis.hint}\n{diagnosis.corrected_action}")
         if not names:  # the usual case: spares decoding a long prompt
             return False
-        context = self.decode(trajectory.turns[diagnosis.turn].prompt_ids)
+        context = self.renderer.decode(trajectory.turns[diagnosis.turn].prompt_ids)
         return bool(unknown_names(names, f"{context}\n{trajectory.instruction}"))
 
 

@@ -31,7 +31,7 @@ EMPTY_WORDS = frozenset({"none", "null", "nil", "n/a", "na", "empty", "-"})
 DECODER = json.JSONDecoder(strict=False)  # line breaks inside strings are let through
 
 
-def parse_diagnoses(text: str, num_turns: int) -> tuple[list[Diagnosis], int]:
+def parse_diagnoses(text: str, num_turns: int) -> list[Diagnosis]:
     """Read the diagnoses of one episode out of a model's answer. Never raises, whatever the text.
 
     Turns are numbered from 1 in the text and from 0 in the result. Turns out of range are dropped,
@@ -42,17 +42,12 @@ def parse_diagnoses(text: str, num_turns: int) -> tuple[list[Diagnosis], int]:
         num_turns: number of turns of the episode.
 
     Returns:
-        The diagnoses in the order of their turns, without `source`; and the number of objects with
-        a turn number that could be read, whether or not they were of use.
+        The diagnoses in the order of their turns, without `source`.
     """
     found: dict[int, Diagnosis] = {}
-    readable = 0
     for item in _objects(_without_thoughts(text)):
         turn = _turn_number(item["turn"])
-        if turn is None:
-            continue
-        readable += 1
-        if 1 <= turn <= num_turns and turn - 1 not in found:
+        if turn is not None and 1 <= turn <= num_turns and turn - 1 not in found:
             found[turn - 1] = Diagnosis(
                 turn=turn - 1,
                 necessary=_flag(item.get("necessary")),
@@ -61,7 +56,7 @@ def parse_diagnoses(text: str, num_turns: int) -> tuple[list[Diagnosis], int]:
                 corrected_action=_text(item.get("corrected_action")),
                 hint=" ".join(_text(item.get("hint")).split()),
             )
-    return [found[turn] for turn in sorted(found)], readable
+    return [found[turn] for turn in sorted(found)]
 
 
 def _without_thoughts(text: str) -> str:
@@ -106,9 +101,7 @@ def _repair(piece: str) -> dict[str, Any]:
     piece = (piece[:end] if end else piece).rstrip(" \n\t,]`")
     try:
         value = json_repair.loads(piece)
-    except (
-        Exception
-    ):  # of a parser that guesses, on arbitrary text: whatever it is, the object is lost
+    except Exception:  # the parser guesses, and the text is arbitrary: this object is lost
         return {}
     if not isinstance(value, dict):
         return {}
@@ -144,7 +137,5 @@ def _text(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     except (RecursionError, ValueError):
         return ""
-    text = (
-        text.encode("utf-8", "ignore").decode("utf-8").strip()
-    )  # "\ud800" is valid JSON and no text
+    text = text.encode("utf-8", "ignore").decode("utf-8").strip()  # JSON may hold lone surrogates
     return "" if text.lower().rstrip(".") in EMPTY_WORDS else text

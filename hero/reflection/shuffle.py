@@ -58,7 +58,7 @@ def shuffle_hints(
 
 @dataclass(frozen=True, slots=True)
 class ShuffledReflector:
-    """A reflector whose hints go to the wrong tasks; statistics and texts stay as they were."""
+    """A reflector whose hints go to the wrong tasks; statistics stay as they were."""
 
     inner: Reflector
 

@@ -47,10 +47,19 @@ class FusedLinearJSD(nn.Module):
     """Takes the place of `LigerFusedLinearJSD`."""
 
     def __init__(
-        self, jsd_beta: float = 0.5, ignore_index: int = -100, temperature: float = 1.0
+        self,
+        jsd_beta: float = 0.5,
+        ignore_index: int = -100,
+        temperature: float = 1.0,
+        accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         named_divergence(jsd_beta)
+        if accum_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"accum_dtype is {accum_dtype}; sums over tokens are always kept in float32: pass "
+                "None or torch.float32."
+            )
         self.settings = (jsd_beta, ignore_index, temperature)
 
     def forward(

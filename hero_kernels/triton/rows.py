@@ -147,7 +147,7 @@ class _Launch:
         assert tile.teacher is not None
         self.tile, self.config = tile, row_config(tile.student.device, table)
         self.rows, columns = tile.student.shape
-        self.is_empty = self.rows == 0 or tile.num_real == 0
+        self.is_empty = tile.student.numel() == 0
         self.parts, piece = pieces(self.rows, columns, self.config.block_v)
         self.arguments: tuple[Any, ...] = (
             tile.student,

@@ -34,7 +34,7 @@ NUM_STATISTICS = tl.constexpr(constants.NUM_STATISTICS)
 
 _NEARBY_MAXIMA = tl.constexpr(constants.NEARBY_MAXIMA)
 _NEAR_GROWTH = tl.constexpr(constants.NEAR_GROWTH)
-_MERGE_ROWS, _MERGE_PARTS = 8, 64
+_MERGE_ROWS, _MERGE_PARTS = 8, 32
 
 
 @triton.jit

@@ -11,13 +11,12 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hero.config import ModelConfig, TeacherConfig
-from hero.generation.base import Sampling
-from hero.generation.hf import HFGenerator
+from hero.config import ModelConfig, ScratchConfig, TeacherConfig
 from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.renderer import Renderer
-from hero.scratch import ScratchConfig, build_model
+from hero.sampler import HFSampler, Sampling
+from hero.scratch import build_model
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
 
@@ -64,7 +63,6 @@ def episode(renderer: Renderer) -> Callable[..., Trajectory]:
                 prompt_ids=renderer.start([{"role": "user", "content": prompt}]),
                 action_ids=renderer.encode("act"),
                 sampled_logprobs=[-1.0] * 3,
-                loss_mask=[True] * 3,
                 action_text="act",
                 observation=f"obs {k}",
             )
@@ -74,13 +72,11 @@ def episode(renderer: Renderer) -> Callable[..., Trajectory]:
             id=f"{task}/0",
             group_id=task,
             task_id=task,
-            seed=0,
             instruction=instruction,
             turns=turns,
             reward=0.0,
             success=False,
             stop_reason=StopReason.DONE,
-            policy_version=0,
         )
 
     return make
@@ -103,20 +99,19 @@ def fresh_policy(policy: Policy) -> Policy:
 @pytest.fixture(scope="session")
 def played(policy: Policy) -> list[Trajectory]:
     """Four episodes of three turns each, sampled from `policy` with an environment of echoes."""
-    generator = HFGenerator(policy)
+    sampler = HFSampler(policy)
     renderer = policy.renderer
     trajectories = []
     for number in range(4):
         prompt = renderer.start([{"role": "user", "content": f"task {number}"}])
         turns = []
         for k in range(3):
-            [done] = generator.generate([prompt], Sampling(max_tokens=6, seed=10 * number + k))
+            [done] = sampler.generate([prompt], Sampling(max_tokens=6, seed=10 * number + k))
             turns.append(
                 Turn(
                     prompt_ids=prompt,
                     action_ids=done.ids,
                     sampled_logprobs=done.logprobs,
-                    loss_mask=[True] * len(done.ids),
                     action_text=renderer.decode(done.ids),
                     observation=f"seen {k}",
                 )
@@ -127,13 +122,11 @@ def played(policy: Policy) -> list[Trajectory]:
                 id=f"t{number}",
                 group_id=f"g{number // 2}",
                 task_id=f"task-{number // 2}",
-                seed=0,
                 instruction=f"task {number}",
                 turns=turns,
                 reward=float(number % 2),
                 success=number % 2 == 1,
                 stop_reason=StopReason.DONE,
-                policy_version=0,
             )
         )
     return trajectories

@@ -82,18 +82,16 @@ def oracle_actions(env: ShopEnv, task_id: str) -> list[str]:
 
 def trajectory(task_id: str, actions: list[str]) -> Trajectory:
     turns = [
-        Turn(prompt_ids=[], action_ids=[], sampled_logprobs=[], loss_mask=[], action_text=text)
+        Turn(prompt_ids=[], action_ids=[], sampled_logprobs=[], action_text=text)
         for text in actions
     ]
     return Trajectory(
         id="0",
         group_id="0",
         task_id=task_id,
-        seed=0,
         instruction="",
         turns=turns,
         reward=0.0,
         success=False,
         stop_reason=StopReason.DONE,
-        policy_version=0,
     )

@@ -3,50 +3,123 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 
+from hero.checks import from_dict
 from hero.cli import main
-from hero.config import TrainConfig, from_dict, load_recipe, recipe_names, to_dict
-from hero.sft import SftConfig
+from hero.commands.arguments import parse
+from hero.config import SftConfig
+from hero.recipes import load_recipe, recipe_names
+from hero.report.viewer import CHARTS
 
 SMALL = [
-    "--prompts", "compact", "--env.options", "profile", "tiny", "--rollout.tasks-per-update", "2",
-    "--rollout.batch-size", "4", "--rollout.max-turns", "2", "--rollout.max-turn-tokens", "4",
+    "--prompts", "compact", "--env.options", "profile", "tiny", "--rollout.tasks-per-update", "16",
+    "--rollout.batch-size", "16", "--rollout.max-turns", "4", "--rollout.max-turn-tokens", "4",
     "--reflection.reflector", "rules", "--eval.dev-tasks", "2", "--eval.test-tasks", "2",
     "--updates", "1", "--model.device", "cpu",
 ]  # fmt: skip
 
 
-def test_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    assert "hero COMMAND" in capsys.readouterr().out
+COMMANDS = ("train", "sft", "eval", "rollout", "view", "model", "recipes", "doctor")
+
+
+def hero(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, started as the console script starts it."""
+    code = (
+        "import sys; sys.path.remove(''); from hero.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    paths = {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=folder,
+        env={**os.environ, **paths},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_help_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], ["help"]):
+        assert main(arguments) == 0
+        text = capsys.readouterr().out
+        assert all(f"• {name} " in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("hero ")
     assert main([]) == 2
     assert main(["trian"]) == 2
-    assert "expected one of train" in capsys.readouterr().err
+    assert "train, sft, eval" in capsys.readouterr().err
 
 
-def test_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["train", "quickstart", "--help"])
-    assert stop.value.code == 0
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "--help"]) == main(["help", name]) == 0
+    assert capsys.readouterr().out.count(f"usage: hero {name} ") == 2
+
+
+def test_help_explains_every_field_with_the_recipe_s_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "quickstart", "--help"]) == 0
     text = capsys.readouterr().out
-    for name in (
-        "--teacher.update-rate",
-        "--loss.divergence",
-        "--reflection.leak-filter",
-        "--seed",
-    ):
+    for name in ("--teacher.update-rate", "--loss.divergence", "--reflection.leak-filter"):
         assert name in text
-    assert "Jensen" in text
+    assert "Jensen" in text and "(default: 0.0003)" in text
+
+
+def test_help_and_mistakes_are_answered_without_torch() -> None:
+    code = (
+        "import sys; from hero.cli import main; main(sys.argv[1:]); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    for arguments in (
+        ["trian"],
+        ["train", "quickstart", "--help"],
+        ["view", "nowhere"],
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True)
+        assert done.returncode == 0, arguments
+
+
+def test_the_folder_one_stands_in_is_not_imported_from(tmp_path: Path) -> None:
+    (tmp_path / "jinja2.py").write_text("raise SystemExit('the wrong jinja2')")
+    (tmp_path / "my_world.py").write_text(
+        "from hero.envs.shop import ShopEnv\nclass World(ShopEnv):\n    pass\n"
+    )
+    assert "holds nothing to show" in hero("view", ".", folder=tmp_path).stderr
+    own = ["--env.name", "my_world:World", "--env.options", "profile", "tiny", "--tasks", "1"]
+    caps = [
+        "--rollout.batch-size",
+        "1",
+        "--rollout.max-turns",
+        "1",
+        "--rollout.max-turn-tokens",
+        "2",
+    ]
+    done = hero("rollout", "tiny-shop", *own, *caps, folder=tmp_path)
+    assert done.returncode == 0 and "reward" in done.stdout, done.stderr
+
+
+def test_ctrl_c_while_modules_are_loaded_is_one_line(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, threading, hero.cli; "
+        "threading.Timer(0.4, os.kill, (os.getpid(), signal.SIGINT)).start(); "
+        "sys.exit(hero.cli.main(['doctor']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "error: Interrupted.\n")
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_valid_configuration(name: str) -> None:
     config = from_dict(load_recipe(name))
-    assert from_dict(to_dict(config)) == config
+    assert from_dict(asdict(config)) == config
 
 
 def test_sft_recipes_are_valid() -> None:
@@ -57,16 +130,22 @@ def test_sft_recipes_are_valid() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "quikstart"], "Unknown recipe 'quikstart': expected one of desk, quickstart"),
+        (["train"], "Take a recipe: hero train quickstart"),
+        (["train", "quikstart"], "Unknown recipe 'quikstart': expected one of quickstart, shop-"),
         (["train", "--config", "no.yaml"], "Cannot read the configuration no.yaml"),
         (["train", "--model.path", "no/model/here"], "Cannot load the model 'no/model/here'"),
-        (["train", "--resume", "no-run"], "expected the folder of a run"),
+        (["train", "--resume", "no-run"], "no-run is not the folder of a run"),
         (["train", "--env.name", "shopp"], "Unknown environment 'shopp': expected one of"),
         (["train", "--env.options", "profile", "huge"], "huge"),
         (["train", "--mode", "grpo"], "rollout.group_size must be at least 2"),
         (["train", "--loss.beta", "1.0"], "loss.beta must be in (0, 1)"),
         (["train", "--model.device", "cuda"], "torch sees no CUDA device"),
-        (["eval"], "name a model"),
+        (["train", "quickstart", "--updates", "0"], "updates must be greater than 0, got 0"),
+        (["sft", "--steps", "0"], "steps must be greater than 0, got 0"),
+        (["sft", "tiny-shop", "--batch-size", "0"], "batch_size must be greater than 0, got 0"),
+        (["eval", "tiny-shop", "--tasks", "0"], "tasks must be greater than 0, got 0"),
+        (["train", "--resume", "auto"], "--resume auto needs --output-dir"),
+        (["train", "quickstart", "--resume", "x"], "leave the recipe 'quickstart' out"),
         (["view", "nowhere"], "nowhere"),
         (["model", "gpt-5"], "Unknown model 'gpt-5': expected one of smollm2-135m"),
         (["recipes", "nothing"], "Unknown recipe"),
@@ -85,13 +164,41 @@ def test_mistakes_get_one_message_and_exit_code_1(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval"], "Missing from hero eval"),
+        (["train", "--updates", "many"], "Error parsing --updates"),
+        (["train", "--env.options", "profile"], "expected pairs of KEY and VALUE, got profile"),
+        (["train", "--num-generations", "8"], "--num-generations is --rollout.group-size"),
+        (["train", "--learning-rate", "1"], "--learning-rate is --optim.learning-rate"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_the_parser_refuses_ends_with_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["view", "nowhere", "--debug"]) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.splitlines()[-1].startswith("error: nowhere holds")
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("mode: heroo", "mode"),
-        ("optim: {lr: 1}", "optim.lr: unknown field; known here: adam_beta1"),
+        ("optim: {betas: 1}", "optim.betas: unknown field; known here: adam_beta1"),
+        ("num_generations: 8", "num_generations: unknown field; here it is rollout.group_size"),
+        ("learning_rate: 1", "learning_rate: unknown field; here it is optim.learning_rate"),
+        ("optim: {learning_rate: .nan}", "optim.learning_rate must be a finite number, got nan"),
+        ("rollout: {temperature: 0}", "rollout.temperature must be above 0, got 0: a greedy"),
         ("rollout: {group_size: many}", "rollout.group_size"),
         ("- a\n- b", "must hold a mapping"),
-        ("a: [", "no valid YAML"),
+        ("a: [", "is not valid YAML"),
         ("base: nothing", "Unknown recipe 'nothing'"),
     ],
 )
@@ -103,25 +210,58 @@ def test_mistakes_in_a_config_file(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_files_recipes_and_overrides_stack(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"base": "shop-grpo", "seed": 7}))
-    from hero.commands import _parse
-    from hero.config import load_config_file
-
-    data = load_config_file(tmp_path / "c.yaml")
-    config = _parse(TrainConfig, data, ["--optim.learning-rate", "0.5"], "hero train")
+def test_recipes_files_and_options_stack(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"base": "shop-grpo", "seed": 7}))
+    command = parse(["train", "--config", str(file), "--optim.learning-rate", "0.5"])
+    config = command.settings  # type: ignore[attr-defined]
     assert (config.mode, config.seed, config.optim.learning_rate) == ("grpo", 7, 0.5)
     assert config.env.options["profile"] == "tiny"  # from the base of the base
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kept"), [([], {}), (["quickstart"], {"profile": "tiny"})], ids=["none", "recipe"]
+)
+def test_options_of_the_environment_read_the_same_with_a_recipe(
+    recipe: list[str], kept: dict[str, str]
+) -> None:
+    words = ["--env.options", "mode", "raw", "size", "3", "strict", "false", "none", "null"]
+    config = parse(["train", *recipe, *words]).settings  # type: ignore[attr-defined]
+    given = {"mode": "raw", "size": 3, "strict": False, "none": None}
+    assert config.env.options == kept | given
+    other = parse(["train", *recipe, "--env.name", "my:World", *words]).settings  # type: ignore[attr-defined]
+    assert other.env.options == given  # a recipe's options are of its own environment
+
+
+def test_no_command_replaces_what_it_did_not_make(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json.txt").write_text("precious")
+    for arguments in (
+        ["train", "quickstart", "--output-dir", str(tmp_path)],
+        ["sft", "tiny-shop", "--output-dir", str(tmp_path)],
+        ["model", "smollm2-135m", "--output", str(tmp_path)],
+    ):
+        assert main(arguments) == 1
+        assert "nothing in it is replaced" in capsys.readouterr().err
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_train_eval_rollout_view(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "--output-dir", "run", *SMALL]) == 0
+    secret = ["--reflection.base-url", "http://me:s3cret@host/v1"]
+    assert main(["train", "--output-dir", "run", *SMALL, *secret]) == 0
+    assert not any("s3cret" in path.read_text() for path in Path("run").glob("*.*"))
     out = capsys.readouterr().out
     assert "Held-out tasks, before and after training" in out and "report.html" in out
     assert Path("run/report.html").stat().st_size > 5000
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    logged = set().union(*lines)
+    drawn = {line.metric for chart in CHARTS for line in chart.lines}
+    assert drawn <= logged
+    assert {name for name in logged if name.startswith("seconds/")} <= drawn
     assert main(["train", "--output-dir", "run", *SMALL]) == 1
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--updates", "2"]) == 0

@@ -8,28 +8,32 @@ import random
 import pytest
 import torch
 
-from hero.algorithms import Episodes, make_algorithm
+from hero.algorithms import MODES, Experience
 from hero.config import LossConfig, OptimConfig, RolloutConfig, TeacherConfig, TrainConfig
-from hero.loss import compute_loss, token_weights
-from hero.optim import Learner, split
-from hero.packing import pack
+from hero.learner import Learner, split
+from hero.loss import compute_loss, weigh
+from hero.packing import PackedBatch, Weighted, micro_batches, pack, plan_rows
 from hero.policy import Policy
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Diagnosis, Sample, Trajectory
 
 
 @pytest.fixture
-def episodes(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Episodes:
-    return Episodes(trajectories=copy.deepcopy(played), diagnoses=hints, gold={})
+def experience(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Experience:
+    return Experience(trajectories=copy.deepcopy(played), diagnoses=hints, gold={})
 
 
 @pytest.fixture
-def samples(episodes: Episodes, context: TeacherContext) -> list[Sample]:
-    return make_algorithm("hero", context).annotate(episodes)
+def samples(experience: Experience, context: TeacherContext) -> list[Sample]:
+    return MODES["hero"](context).annotate(experience)
 
 
-def ones(samples: list[Sample]) -> list[torch.Tensor]:
-    return [torch.ones(len(sample.action_ids)) for sample in samples]
+def packed(samples: list[Sample]) -> PackedBatch:
+    """All in one micro-batch, with weight 1 for every token."""
+    ones = [torch.ones(len(sample.action_ids)) for sample in samples]
+    items = [Weighted(sample=s, distill=w, pg=w) for s, w in zip(samples, ones, strict=True)]
+    [rows] = micro_batches(plan_rows(items, "tree"), 10**9)
+    return pack(rows, torch.device("cpu"))
 
 
 def config(mode: str = "hero", **optim: object) -> TrainConfig:
@@ -110,12 +114,12 @@ def test_tree_and_separate_packing_give_one_gradient(
         torch.testing.assert_close(first[name], gradient, atol=1e-5, rtol=1e-3)
 
 
-def test_a_teacher_without_a_block_gives_exactly_zero(
+def test_a_teacher_without_hindsight_gives_exactly_zero(
     fresh_policy: Policy, samples: list[Sample]
 ) -> None:
     """The classic mistake, a teacher that sees the student's own context: nothing is learnt."""
     for sample in samples:
-        sample.block_ids = []
+        sample.privileged_ids = []
     separate = config()
     separate.teacher.packing = "separate"
     grads = gradients(fresh_policy, separate, samples)
@@ -141,9 +145,11 @@ def test_masked_turns_have_exactly_no_gradient(fresh_policy: Policy, samples: li
 def test_observation_tokens_are_never_trained(
     fresh_policy: Policy, samples: list[Sample], played: list[Trajectory]
 ) -> None:
-    batch = pack(samples, ones(samples), ones(samples), packing="tree", device=torch.device("cpu"))
+    batch = packed(samples)
     width = batch.student.input_ids.shape[1]
     trained = {(int(i) // width, int(i) % width + 1) for i in batch.student.index}
+    order = list(dict.fromkeys(item.sample.trajectory for item in batch.samples))
+    trained = {(order[row], column) for row, column in trained}
     for row in range(len(played)):
         for turn in played[row].turns:
             start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.action_ids)
@@ -156,9 +162,7 @@ def test_observation_tokens_are_never_trained(
 
 def test_on_policy_importance_ratio_is_one(fresh_policy: Policy, samples: list[Sample]) -> None:
     def total(clip: float) -> float:
-        batch = pack(
-            samples, ones(samples), ones(samples), packing="tree", device=torch.device("cpu")
-        )
+        batch = packed(samples)
         teacher = TeacherWeights(fresh_policy, TeacherConfig(weights="live"))
         loss = LossConfig(is_clip=clip)
         return float(compute_loss(fresh_policy, teacher, batch, loss, 1.0).loss)
@@ -229,9 +233,9 @@ def test_training_moves_the_student_towards_its_teacher(
 
 
 def test_grpo_gradient_is_the_policy_gradient(
-    fresh_policy: Policy, episodes: Episodes, context: TeacherContext
+    fresh_policy: Policy, experience: Experience, context: TeacherContext
 ) -> None:
-    samples = make_algorithm("grpo", context).annotate(episodes)
+    samples = MODES["grpo"](context).annotate(experience)
     total, count = torch.zeros(()), 0
     for s in samples:
         logits = fresh_policy.model(torch.tensor([s.prompt_ids + s.action_ids])).logits[0]
@@ -245,18 +249,18 @@ def test_grpo_gradient_is_the_policy_gradient(
 
 
 def test_grpo_without_variance_does_nothing(
-    fresh_policy: Policy, episodes: Episodes, context: TeacherContext
+    fresh_policy: Policy, experience: Experience, context: TeacherContext
 ) -> None:
-    for trajectory in episodes.trajectories:
+    for trajectory in experience.trajectories:
         trajectory.reward = 0.5
-    samples = make_algorithm("grpo", context).annotate(episodes)
+    samples = MODES["grpo"](context).annotate(experience)
     assert learner(fresh_policy, config("grpo")).learn(samples, seed=0).steps == 0
 
 
-def make_sample(trajectory: int, length: int) -> Sample:
+def make_sample(trajectory: int, length: int, weight: float = 1.0) -> Sample:
     return Sample(
         trajectory=trajectory, turn=0, prompt_ids=[1], action_ids=[1] * length,
-        sampled_logprobs=[0.0] * length, loss_mask=[True] * length,
+        sampled_logprobs=[0.0] * length, distill_weight=weight,
     )  # fmt: skip
 
 
@@ -269,17 +273,45 @@ def make_sample(trajectory: int, length: int) -> Sample:
     ],
 )
 def test_aggregations_by_hand(aggregation: str, expected: list[float]) -> None:
-    """Trajectory 0: turns of 2 and 1 tokens; trajectory 1: a turn of 4 tokens and a masked one."""
-    samples = [make_sample(0, 2), make_sample(0, 1), make_sample(1, 4), make_sample(1, 3)]
-    weights = token_weights(samples, [1, 1, 1, 0], aggregation)
-    assert [float(w[0]) for w in weights[:3]] == pytest.approx(expected)
-    assert float(weights[3].abs().sum()) == 0.0
-    assert float(sum(w.sum() for w in weights)) == pytest.approx(1.0)
+    """Trajectory 7: turns of 2 and 1 tokens; trajectory 9: a turn of 4 tokens and a masked one."""
+    samples = [make_sample(7, 2), make_sample(7, 1), make_sample(9, 4), make_sample(9, 3, 0.0)]
+    loss = LossConfig(loss_aggregation=aggregation)  # type: ignore[arg-type]
+    weights = [item.distill for item in weigh(samples, loss)]
+    assert [w.tolist() for w in weights] == [
+        pytest.approx([w] * n) for w, n in zip(expected, [2, 1, 4], strict=True)
+    ]
 
 
 def test_skip_first_token() -> None:
-    weights = token_weights([make_sample(0, 3)], [1.0], "token", skip_first_token=True)
-    assert weights[0].tolist() == pytest.approx([0.0, 0.5, 0.5])
+    [item] = weigh([make_sample(0, 3)], LossConfig(skip_first_token=True))
+    assert item.distill.tolist() == pytest.approx([0.0, 0.5, 0.5])
+
+
+def test_what_is_recorded_as_trained_had_a_gradient(
+    fresh_policy: Policy, experience: Experience, context: TeacherContext
+) -> None:
+    """hero+grpo trains turns without a hint too: by their advantage, unless that is 0."""
+    experience.trajectories[2].reward = experience.trajectories[3].reward  # no variance: group g1
+    samples = MODES["hero+grpo"](context).annotate(experience)
+    moving = set()
+    for sample in samples:  # the oracle: does this turn alone give a gradient?
+        alone = gradients(fresh_policy, config("hero+grpo"), [sample]).values()
+        if any(bool(gradient.any()) for gradient in alone):
+            moving.add((sample.trajectory, sample.turn))
+    trained = learner(fresh_policy, config("hero+grpo")).learn(samples, seed=0).trained
+    both = ("distillation", "policy gradient")
+    assert trained == {
+        **{(t, k): both for t in (0, 1) for k in (0, 2)},
+        **{(t, 1): ("policy gradient",) for t in (0, 1)},
+        **{(t, k): ("distillation",) for t in (2, 3) for k in (0, 2)},
+    }
+    assert set(trained) == moving
+
+
+def test_a_skipped_step_trained_nothing(fresh_policy: Policy, samples: list[Sample]) -> None:
+    next(iter(fresh_policy.trainable().values())).register_hook(lambda g: g * float("nan"))
+    learned = learner(fresh_policy, config()).learn(samples, seed=0)
+    assert learned.trained == {} and learned.divergence
 
 
 def test_minibatches_keep_episodes_whole(samples: list[Sample]) -> None:

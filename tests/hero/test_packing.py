@@ -5,8 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hero.algorithms import Episodes, make_algorithm
-from hero.packing import guard_ids, micro_batches, pack, student_rows, teacher_rows
+from hero.algorithms import MODES, Experience
+from hero.packing import (
+    PackedBatch,
+    Weighted,
+    guard_ids,
+    micro_batches,
+    pack,
+    plan_rows,
+    student_rows,
+    teacher_rows,
+)
 from hero.policy import Policy
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
@@ -18,8 +27,8 @@ def samples(
 ) -> list[Sample]:
     for row in hints:  # all turns, so that the tree has three branches
         row[1].hint = "go on"
-    return make_algorithm("hero", context).annotate(
-        Episodes(trajectories=played, diagnoses=hints, gold={})
+    return MODES["hero"](context).annotate(
+        Experience(trajectories=played, diagnoses=hints, gold={})
     )
 
 
@@ -28,8 +37,14 @@ def states_alone(policy: Policy, prompt_ids: list[int], action_ids: list[int]) -
     return hidden[len(prompt_ids) - 1 : -1]
 
 
-def weights(samples: list[Sample]) -> list[torch.Tensor]:
-    return [torch.ones(len(sample.action_ids)) for sample in samples]
+def weighted(samples: list[Sample]) -> list[Weighted]:
+    ones = [torch.ones(len(sample.action_ids)) for sample in samples]
+    return [Weighted(sample=s, distill=w, pg=w) for s, w in zip(samples, ones, strict=True)]
+
+
+def packed(samples: list[Sample], packing: str = "tree") -> PackedBatch:
+    [rows] = micro_batches(plan_rows(weighted(samples), packing), 10**9)
+    return pack(rows, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("packing", ["tree", "separate"])
@@ -37,15 +52,16 @@ def weights(samples: list[Sample]) -> list[torch.Tensor]:
 def test_packed_states_equal_separate_scoring(
     policy: Policy, samples: list[Sample], packing: str
 ) -> None:
-    batch = pack(samples, weights(samples), weights(samples), packing=packing, device=policy.device)
+    batch = packed(samples, packing)
     assert batch.teacher is not None
-    for packed, prompts in (
-        (batch.student, [s.prompt_ids for s in samples]),
-        (batch.teacher, [s.teacher_prompt_ids for s in samples]),
+    ordered = [item.sample for item in batch.samples]
+    for rows, prompts in (
+        (batch.student, [s.prompt_ids for s in ordered]),
+        (batch.teacher, [s.teacher_prompt_ids for s in ordered]),
     ):
-        states = policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
+        states = policy.hidden(**rows.inputs()).flatten(0, 1)[rows.index]
         alone = [
-            states_alone(policy, p, s.action_ids) for p, s in zip(prompts, samples, strict=True)
+            states_alone(policy, p, s.action_ids) for p, s in zip(prompts, ordered, strict=True)
         ]
         torch.testing.assert_close(states, torch.cat(alone), atol=1e-4, rtol=0)
 
@@ -56,7 +72,7 @@ def test_one_trunk_an_episode(samples: list[Sample]) -> None:
     assert [len(row.branches) for row in tree] == [3, 3, 3, 3]
     separate = teacher_rows(samples, "separate")
     assert len(separate) == 12
-    assert sum(len(r.ids) for r in tree) < sum(len(r.ids) for r in separate)
+    assert sum(map(len, tree)) < sum(map(len, separate))
 
 
 def test_prompts_that_do_not_extend_get_rows_of_their_own(samples: list[Sample]) -> None:
@@ -68,9 +84,7 @@ def test_prompts_that_do_not_extend_get_rows_of_their_own(samples: list[Sample])
 
 
 def test_teacher_and_student_share_the_exact_action_ids(samples: list[Sample]) -> None:
-    batch = pack(
-        samples, weights(samples), weights(samples), packing="tree", device=torch.device("cpu")
-    )
+    batch = packed(samples)
     guard_ids(batch)
     assert batch.teacher is not None
     batch.teacher.input_ids.flatten()[batch.teacher.index[4] + 1] += 1
@@ -78,29 +92,29 @@ def test_teacher_and_student_share_the_exact_action_ids(samples: list[Sample]) -
         guard_ids(batch)
 
 
-def test_teacher_context_differs_from_the_students_only_by_the_block(samples: list[Sample]) -> None:
+def test_teacher_context_is_the_students_with_hindsight_spliced_in(samples: list[Sample]) -> None:
     for sample in samples:
         teacher = sample.teacher_prompt_ids
-        assert teacher != sample.prompt_ids and sample.block_ids
-        at, block = sample.branch_at, len(sample.block_ids)
-        assert teacher[:at] + teacher[at + block :] == sample.prompt_ids
+        assert teacher != sample.prompt_ids and sample.privileged_ids
+        start, end = sample.branch_at, sample.branch_at + len(sample.privileged_ids)
+        assert teacher[:start] + teacher[end:] == sample.prompt_ids
 
 
 def test_masked_turns_cost_no_teacher_pass(samples: list[Sample]) -> None:
     for sample in samples:
         sample.distill_weight = 0.0
-    batch = pack(
-        samples, weights(samples), weights(samples), packing="tree", device=torch.device("cpu")
-    )
+    batch = packed(samples)
     assert batch.teacher is None and batch.distill_index.numel() == 0
 
 
 def test_micro_batches_keep_episodes_whole_and_bounded(samples: list[Sample]) -> None:
-    batches = list(micro_batches(samples, 1200, "tree"))
-    assert sorted(i for batch in batches for i in batch) == list(range(len(samples)))
+    batches = list(micro_batches(plan_rows(weighted(samples), "tree"), 1200))
+    turns = [(item.sample.trajectory, item.sample.turn) for b in batches for item in b.samples]
+    assert sorted(turns) == [(s.trajectory, s.turn) for s in samples]
     assert len(batches) > 1
     for batch in batches:
-        episodes = {samples[i].trajectory for i in batch}
-        assert len(batch) == 3 * len(episodes)
-        rows = teacher_rows([samples[i] for i in batch])
-        assert len(rows) == 1 or max(len(r.ids) for r in rows) * len(rows) <= 1200
+        episodes = {item.sample.trajectory for item in batch.samples}
+        assert len(batch.samples) == 3 * len(episodes)
+        rows = teacher_rows([item.sample for item in batch.samples])
+        assert rows == batch.teacher
+        assert len(rows) == 1 or max(map(len, rows)) * len(rows) <= 1200

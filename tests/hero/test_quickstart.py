@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from hero.config import from_dict, load_recipe, merge
-from hero.console import Console
-from hero.tracking import read_jsonl
+from hero.checks import from_dict
+from hero.recipes import load_recipe, merge
+from hero.report.console import Console
+from hero.report.tracking import read_jsonl
 from hero.trainer import Trainer
 
 SHORT: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 
 from hero.config import ReflectionConfig
 from hero.prompts import StandardPrompts
-from hero.reflection import OpenAIReflector, ReflectionError
+from hero.reflection import Endpoint, ModelReflector, ReflectionError
 from hero.renderer import Renderer
 from hero.types import Trajectory
 
@@ -21,7 +21,7 @@ BARE = '{"turn": 1, "hint": "h"}'
 Episode = Callable[..., Trajectory]
 
 
-class Endpoint(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     """Answers chat completions with `server.reply(request)` -> (status, content type, body)."""
 
     def do_POST(self) -> None:
@@ -43,7 +43,7 @@ class Endpoint(BaseHTTPRequestHandler):
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests = []
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
@@ -68,9 +68,10 @@ def completion(content: str | None, tokens: int | None) -> tuple[int, str, bytes
     return 200, "application/json", json.dumps(body).encode()
 
 
-def openai_reflector(renderer: Renderer, url: str, **settings: Any) -> OpenAIReflector:
+def openai_reflector(renderer: Renderer, url: str, **settings: Any) -> ModelReflector:
     config = ReflectionConfig(reflector="openai", base_url=url, model="m", **settings)
-    return OpenAIReflector(config, StandardPrompts(), renderer, "be kind")
+    endpoint = Endpoint(config, renderer)
+    return ModelReflector(endpoint, config, StandardPrompts(), renderer, rules="be kind")
 
 
 def test_endpoint_answers_in_order_and_is_filtered(
@@ -126,7 +127,7 @@ def test_endpoint_errors_are_never_empty_hints(
 
 
 def test_closed_port(renderer: Renderer, episode: Episode, endpoint: Any) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endpoint) as closed:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
         url = f"http://127.0.0.1:{closed.server_port}/v1"
     reflector = openai_reflector(renderer, url)
     with pytest.raises(

@@ -13,7 +13,7 @@ import pytest
 from shop_helpers import finish, oracle_actions, trajectory
 
 from hero.envs.shop import ShopEnv
-from hero.envs.shop.hints import HINTS, Cause, hint_for
+from hero.envs.shop.wording import HINTS, Cause, hint_for
 from hero.types import Diagnosis
 
 TASK = "train-4"

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from hero.config import ModelConfig, from_dict, load_recipe, merge
-from hero.console import Console
+from hero.checks import from_dict
+from hero.config import ModelConfig
 from hero.fetch import fetch_model
-from hero.generation.base import Sampling
-from hero.generation.hf import HFGenerator
 from hero.policy import Policy
-from hero.tracking import read_jsonl
+from hero.recipes import load_recipe, merge
+from hero.report.console import Console
+from hero.report.tracking import read_jsonl
+from hero.sampler import HFSampler, Sampling
 from hero.trainer import Trainer
 
 pytestmark = pytest.mark.slow
@@ -40,9 +41,9 @@ def test_it_speaks(model_path: Path) -> None:
     question = "What is the capital of France? Answer with one word."
     prompt = policy.renderer.start([{"role": "user", "content": question}])
     sampling = Sampling(max_tokens=12, seed=0, temperature=0)
-    [answer] = HFGenerator(policy).generate([prompt], sampling)
+    [answer] = HFSampler(policy).generate([prompt], sampling)
     assert "Paris" in policy.renderer.decode(answer.ids)
-    assert answer.finished and answer.ids[-1] == policy.renderer.end_id
+    assert answer.ids[-1] == policy.renderer.end_id
     assert policy.renderer.decode([policy.renderer.end_id]) == ""
 
 

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from hero.comparison import bootstrap_interval, compare
-from hero.console import Console
-from hero.tracking import (
+from hero.files import write_atomic
+from hero.report.comparison import bootstrap_interval, compare
+from hero.report.console import Console
+from hero.report.tracking import (
     Tracker,
     read_jsonl,
     trajectory_record,
-    write_atomic,
 )
 from hero.types import Diagnosis, FeedbackKind, StopReason, Trajectory, Turn
 
@@ -42,7 +42,6 @@ def an_episode(observation: str = "No such button.") -> Trajectory:
             prompt_ids=[1, 2],
             action_ids=[3, 4],
             sampled_logprobs=[-0.5, -0.1],
-            loss_mask=[True, True],
             action_text="click[x]",
             observation=observation,
             feedback_kind=FeedbackKind.INVALID_ACTION,
@@ -52,7 +51,6 @@ def an_episode(observation: str = "No such button.") -> Trajectory:
             prompt_ids=[1],
             action_ids=[5],
             sampled_logprobs=[0.0],
-            loss_mask=[True],
             action_text="buy",
         ),
     ]
@@ -60,13 +58,11 @@ def an_episode(observation: str = "No such button.") -> Trajectory:
         id="e1",
         group_id="g1",
         task_id="t1",
-        seed=0,
         instruction="Buy a shirt.",
         turns=turns,
         reward=0.5,
         success=False,
         stop_reason=StopReason.DONE,
-        policy_version=3,
     )
 
 
@@ -79,7 +75,7 @@ def a_record(
         "tokens": [["click", "[x]"], ["buy"]],
         "divergence": [[0.1, 0.2], None],
         "logprob_gap": [[-1.0, 0.5], None],
-        "trained": [True, False],
+        "trained": [("distillation",), ()],
         "update": update,
         "split": "train",
     }
@@ -88,10 +84,10 @@ def a_record(
 
 def test_lines_are_strict_json_and_nan_is_null(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "runs" / "one", "none", {}, None)
-    tracker.log(1, {"loss": math.nan, "grad_norm": math.inf, "reflector": "rules", "turns": 7})
-    tracker.log_trajectories(3, [a_record(divergence=[[math.nan, 0.2], None])])
+    tracker.log(1, {"loss": math.nan, "grad_norm": math.inf, "turns": 7})
+    tracker.log_trajectories([a_record(divergence=[[math.nan, 0.2], None])])
     assert strict_lines(tmp_path / "runs/one/metrics.jsonl") == [
-        {"step": 1, "loss": None, "grad_norm": None, "reflector": "rules", "turns": 7}
+        {"step": 1, "loss": None, "grad_norm": None, "turns": 7}
     ]
     (record,) = strict_lines(tmp_path / "runs/one/trajectories.jsonl")
     assert record["turns"][0]["divergence"] == [None, 0.2]
@@ -101,7 +97,7 @@ def test_lines_are_strict_json_and_nan_is_null(tmp_path: Path) -> None:
 def test_a_crash_at_any_byte_loses_only_the_unfinished_line(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {}, None)
     for step in range(3):
-        tracker.log(step, {"loss": step / 7, "note": "é\u2028"})
+        tracker.log(step, {"loss": step / 7, "note é\u2028": 1.0})
     tracker.close()
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
@@ -125,8 +121,8 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {}, None)
     for step in range(1, 7):
         tracker.log(step, {"loss": float(step)})
-        tracker.log_trajectories(step, [a_record(step), a_record(step)])
-    tracker.log_trajectories(4, [a_record(4, split="after")])
+        tracker.log_trajectories([a_record(step), a_record(step)])
+    tracker.log_trajectories([a_record(4, split="after")])
     tracker.close()
     tracker = Tracker(tmp_path, "none", {}, resume_at=4)
     tracker.log(5, {"loss": 50.0})
@@ -153,7 +149,7 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
 
 def test_lone_surrogates_do_not_stop_a_run(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {}, None)
-    tracker.log_trajectories(3, [a_record(observation="broken \ud800 emoji")])
+    tracker.log_trajectories([a_record(observation="broken \ud800 emoji")])
     tracker.close()
     (record,) = read_jsonl(tmp_path / "trajectories.jsonl")
     assert record["turns"][0]["observation"] == "broken \ud800 emoji"
@@ -161,7 +157,7 @@ def test_lone_surrogates_do_not_stop_a_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b'{"a": 1}\n{"a"\n', "line 2 is no valid JSON"), (b"[1]\n", "line 1 must be a")],
+    [(b'{"a": 1}\n{"a"\n', "line 2 is not valid JSON"), (b"[1]\n", "line 1 must be a")],
 )
 def test_read_jsonl_names_the_broken_line(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "x.jsonl"
@@ -201,40 +197,16 @@ def test_a_record_holds_what_the_report_needs() -> None:
     assert (first["tokens"], first["divergence"], first["trained"]) == (
         ["click", "[x]"],
         [0.1, 0.2],
-        True,
+        ["distillation"],
     )
     assert (first["feedback_kind"], record["stop_reason"]) == ("invalid_action", "done")
     assert (second["diagnosis"], second["divergence"], second["observation"]) == (None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"split": "test"}, "split must be"),
-        ({"trained": [True]}, "trained must have 2 turns, got 1"),
-        (
-            {"tokens": [["click"], ["buy"]]},
-            "tokens of turn 0 must have one entry for each of the 2",
-        ),
-        ({"divergence": [[0.1, 0.2, 0.3], None]}, "divergence of turn 0"),
-    ],
-    ids=["split", "turns", "tokens", "divergence"],
-)
-def test_a_record_refuses_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        a_record(**changes)
-
-
-def test_records_of_another_update_are_refused(tmp_path: Path) -> None:
-    tracker = Tracker(tmp_path, "none", {}, None)
-    with pytest.raises(ValueError, match=r"must have update=4, got \[3\]"):
-        tracker.log_trajectories(4, [a_record(3)])
-    tracker.close()
-
-
-def test_unknown_dashboard(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Unknown report_to 'mlflow': expected one of none, wandb"):
-        Tracker(tmp_path, "mlflow", {}, None)
+@pytest.mark.parametrize("name", ["tokens", "divergence", "logprob_gap", "trained"])
+def test_a_record_refuses_figures_of_another_number_of_turns(name: str) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        a_record(**{name: [()]})
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio", "tensorboard"])
@@ -251,7 +223,7 @@ def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
 
     tracker = Tracker(tmp_path, "tensorboard", {}, None)
     for step in (1, 2):
-        tracker.log(step, {"loss": 0.5 * step, "reflector": "rules"})
+        tracker.log(step, {"loss": 0.5 * step})
     tracker.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
     assert [(event.step, event.value) for event in events] == [(1, 0.5), (2, 1.0)]
@@ -304,23 +276,14 @@ UPDATE = {"rewards/mean": 0.412, "rollout/success": 0.38, "reflection/non_empty_
 
 
 def show_a_run(console: Console) -> None:
-    console.header(
-        recipe="quickstart",
-        model="tiny-shop",
-        parameters=1_234_567,
-        device="cpu",
-        environment="shop",
-        mode="hero",
-        reflector="rules",
-        reflector_reason="the model is too small",
-        divergence="cpu",
-    )
+    facts = {"model": "tiny-shop (1.2M parameters)", "reflector": "rules: http://me:pw@host/v1"}
+    console.header("hero train quickstart", facts)
     with console.training(total=12, done=3):
         for step in (4, 5, 12):
             console.stage("rollout")
             console.update(step, {**UPDATE, "seconds/rollout": 2.0, "seconds/train": 1.5})
     console.final_table(evaluation({"a": 0.0, "b": 0.0}), evaluation({"a": 1.0, "b": 1.0}))
-    console.error("task [/bold] is unknown", "See [hero recipes].")
+    console.say("task [/bold] at http://me:pw@host/?api_key=abc is unknown")
 
 
 def test_logs_are_plain_and_have_one_line_an_update() -> None:
@@ -334,12 +297,12 @@ def test_logs_are_plain_and_have_one_line_an_update() -> None:
     assert len(updates) == 3
     for part in (
         "tiny-shop (1.2M parameters)",
-        "rules: the model is too small",
+        "rules: http://***@host/v1",
         "+100.0",
         "[+100.0, +100.0]",
     ):
         assert part in text
-    assert "error: task [/bold] is unknown\nhint: See [hero recipes].\n" in text
+    assert "task [/bold] at http://***@host/?api_key=*** is unknown\n" in text
 
 
 def test_a_terminal_gets_a_bar_and_a_table() -> None:
@@ -347,4 +310,4 @@ def test_a_terminal_gets_a_bar_and_a_table() -> None:
     show_a_run(Console(out, terminal=True))
     text = out.getvalue()
     assert "\x1b[" in text and "12/12" in text and "0.41" in text
-    assert "error: " in text and "[hero recipes]" in text
+    assert "[/bold]" in text and "pw@" not in text

@@ -17,15 +17,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hero import checkpoint
-from hero.config import TrainConfig, from_dict
-from hero.console import Console
+from hero.checks import from_dict
+from hero.config import ScratchConfig, TrainConfig
 from hero.envs.shop import ShopEnv
+from hero.files import BrokenCheckpoint, replacing
 from hero.interrupt import Interrupt
 from hero.policy import Policy
+from hero.report.console import Console
+from hero.report.tracking import read_jsonl
+from hero.report.viewer import render
 from hero.rollout import EnvironmentFault
-from hero.scratch import ScratchConfig, build_model, build_tokenizer
-from hero.tracking import read_jsonl
+from hero.scratch import build_model, build_tokenizer
 from hero.trainer import TeacherGate, Trainer
 
 
@@ -46,7 +48,7 @@ def settings(model_path: Path, **changes: Any) -> TrainConfig:
         "env": {"name": "shop", "options": {"profile": "tiny"}},
         "rollout": {"tasks_per_update": 4, "max_turns": 3, "max_turn_tokens": 6, "batch_size": 4},
         "reflection": {"reflector": "rules"},
-        "teacher": {"max_block_tokens": 500},
+        "teacher": {"max_privileged_tokens": 500},
         "optim": {"learning_rate": 1e-3},
         "eval": {"every": 2, "dev_tasks": 4, "test_tasks": 4},
         "updates": 4,
@@ -91,6 +93,31 @@ def test_every_kind_of_mode_runs(model_path: Path, tmp_path: Path, mode: str) ->
     config.updates = 1
     trainer(config, tmp_path).run()
     assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 2
+
+
+class Lottery(ShopEnv):
+    """A shop that pays for what is written, whatever it is: the episodes of a group differ."""
+
+    def step(self, text: str) -> Any:
+        observation, _, *rest = super().step(text)
+        return observation, len(text) / 100, *rest
+
+
+def test_turns_without_a_hint_are_recorded_as_what_they_are(
+    model_path: Path, tmp_path: Path
+) -> None:
+    changes = {"rollout": {"group_size": 2}, "reflection": {"max_hint_tokens": 0}, "updates": 1}
+    for mode in ("hero+grpo", "hero"):  # no turn has a hint: the second has nothing to train
+        config = settings(model_path, mode=mode, **changes)
+        config.env.name = f"{__name__}:Lottery"
+        trainer(config, tmp_path / mode).run()
+        steps = read_jsonl(tmp_path / mode / "metrics.jsonl")[-1]["optim/steps"]
+        records = read_jsonl(tmp_path / mode / "trajectories.jsonl")
+        trained = [t["trained"] for r in records if r["split"] == "train" for t in r["turns"]]
+        expected = ["policy gradient"] if mode == "hero+grpo" else []
+        assert steps == len(expected) and trained == [expected] * 24
+        report = render(tmp_path / mode).read_text(encoding="utf-8")
+        assert ("no hint: not trained" in report) == (mode == "hero")
 
 
 def test_the_same_seed_gives_the_same_weights(model_path: Path, tmp_path: Path) -> None:
@@ -147,14 +174,14 @@ def test_an_environment_that_raises_loses_no_update(
 
 def test_ctrl_c_saves_and_can_be_resumed(model_path: Path, tmp_path: Path) -> None:
     broken = trainer(settings(model_path), tmp_path)
-    play = broken.play
+    rollout = broken.rollout
 
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("policy_version") == 2:
+    def interrupted(assignments: Any, **kwargs: Any) -> Any:
+        if assignments[0].id.startswith("u3-"):
             os.kill(os.getpid(), signal.SIGINT)
-        return play(*args, **kwargs)
+        return rollout(assignments, **kwargs)
 
-    broken.play = interrupted  # type: ignore[assignment]
+    broken.rollout = interrupted  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["update"] == 2
@@ -213,14 +240,14 @@ def test_a_broken_checkpoint_is_named(model_path: Path, tmp_path: Path) -> None:
     trainer(settings(model_path, updates=1), tmp_path).run()
     (tmp_path / "checkpoint" / "student.safetensors").write_bytes(b"rubbish")
     resumed = trainer(settings(model_path, resume=str(tmp_path)), tmp_path)
-    with pytest.raises(checkpoint.BrokenCheckpoint, match=r"cannot be read .*best model so far"):
+    with pytest.raises(BrokenCheckpoint, match=r"cannot be read .*best model so far"):
         resumed.run()
 
 
 def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    with checkpoint.Replacing(tmp_path / "x") as folder:
+    with replacing(tmp_path / "x") as folder:
         (folder / "file").write_text("first")
-    with pytest.raises(RuntimeError), checkpoint.Replacing(tmp_path / "x") as folder:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "x") as folder:
         (folder / "file").write_text("second")
         raise RuntimeError
     assert (tmp_path / "x" / "file").read_text() == "first"

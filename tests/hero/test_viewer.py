@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hero.charts import Chart, Line, _ticks, draw
-from hero.config import TrainConfig, to_dict
-from hero.tracking import Tracker, trajectory_record
+from hero.config import TrainConfig
+from hero.report.charts import Chart, Line, _ticks, draw
+from hero.report.tracking import Tracker, trajectory_record
+from hero.report.viewer import render
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
-from hero.viewer import render
 
 ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 
@@ -61,7 +62,6 @@ def a_record(
             prompt_ids=[1],
             action_ids=[1, 2, 3],
             sampled_logprobs=[0.0] * 3,
-            loss_mask=[True] * 3,
             action_text="click[x]",
             observation=ATTACK,
             is_error=True,
@@ -70,7 +70,6 @@ def a_record(
             prompt_ids=[1],
             action_ids=[4],
             sampled_logprobs=[0.0],
-            loss_mask=[True],
             action_text="buy",
         ),
     ]
@@ -78,13 +77,11 @@ def a_record(
         id=f"e{update}",
         group_id="g",
         task_id="t",
-        seed=0,
         instruction=instruction,
         turns=turns,
         reward=0.25,
         success=split == "after",
         stop_reason=StopReason.MAX_TURNS,
-        policy_version=update,
     )
     arguments: dict[str, Any] = {
         "diagnoses": [
@@ -101,7 +98,7 @@ def a_record(
         "tokens": [["click", "<b>", "\n"], ["buy"]],
         "divergence": [[0.0, 0.1, 5.0], None],
         "logprob_gap": [[0.01, -1.0, 0.9], None],
-        "trained": [True, False],
+        "trained": [("distillation",), ()],
     }
     return trajectory_record(episode, **{**arguments, **changes}, update=update, split=split)
 
@@ -117,7 +114,7 @@ def a_run(path: Path, records: list[dict[str, Any]]) -> Path:
         }
         tracker.log(step, {**values, "grad_norm": math.nan if step == 2 else 1.5})
     for record in records:
-        tracker.log_trajectories(record["update"], [record])
+        tracker.log_trajectories([record])
     tracker.close()
     per_task = {"t": {"success": 0.2, "score": 0.25, "turns": 9.0}}
     gained = {"t": {"success": 0.7, "score": 0.75, "turns": 6.5}}
@@ -133,7 +130,7 @@ def a_run(path: Path, records: list[dict[str, Any]]) -> Path:
         "device": "cpu",
     }
     (path / "summary.json").write_text(json.dumps(summary))
-    (path / "config.json").write_text(json.dumps(to_dict(TrainConfig())))
+    (path / "config.json").write_text(json.dumps(asdict(TrainConfig())))
     return path
 
 
@@ -283,7 +280,7 @@ def test_a_run_that_has_not_finished(run_dir: Path, tmp_path: Path, present: str
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("summary.json", "{", "summary.json is no valid JSON"),
+        ("summary.json", "{", "summary.json is not valid JSON"),
         ("config.json", "[]", "config.json must hold a JSON object, got list"),
         (
             "trajectories.jsonl",

@@ -70,6 +70,12 @@ def test_weight_gradient(rows: int, hidden: int, vocab: int, dtype: torch.dtype)
         assert relative_error(total, 2 * expected) < EXACT
 
 
+def test_no_tokens_give_a_gradient_of_zero() -> None:
+    total = torch.full((20, 8), torch.nan)
+    cpu_gemm.weight_gradient_into(total, random(0, 20), random(0, 8), accumulate=False)
+    assert total.eq(0).all()
+
+
 def test_the_number_of_threads_does_not_matter() -> None:
     grad, weight, hidden = random(70, 900), random(900, 100), random(70, 100)
     before = torch.get_num_threads()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import subprocess
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +134,23 @@ def test_time_of_a_chunk(dtype: torch.dtype) -> None:
     setting = f"{dtype}, {torch.get_num_threads()} threads, {cpu.instruction_set()}"
     print(f"\n256 x 49152 {setting}: {min(seconds) * 1e3:.1f} ms")
     assert min(seconds) < 2.0
+
+
+CROSS = "aarch64-linux-gnu-g++"
+
+
+@pytest.mark.skipif(shutil.which(CROSS) is None, reason=f"there is no {CROSS}")
+@pytest.mark.parametrize("name", ["divergence_rows", "row_kernel", "bf16_gemm"])
+def test_another_processor_compiles(name: str, tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "csrc" / "cpu" / f"{name}.cpp"
+    command = [
+        CROSS,
+        "-std=c++17",
+        "-O2",
+        "-fopenmp",
+        "-Wall",
+        "-Werror",
+        "-DHERO_ROW_FUNCTION=row",
+        "-c",
+    ]
+    subprocess.run([*command, source, "-o", tmp_path / "object.o"], check=True, timeout=120)

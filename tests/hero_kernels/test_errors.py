@@ -68,12 +68,17 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"token_weights is torch\.float8_e4m3fn; expected real numbers",
     ),
     "H of 0": (
-        {name: torch.randn(size, 0) for name, size in (
-            ("student_hidden", N), ("student_weight", V), ("teacher_hidden", N))},
+        {
+            name: torch.randn(size, 0)
+            for name, size in (("student_hidden", N), ("student_weight", V), ("teacher_hidden", N))
+        },
         "neither V nor H being 0",
     ),
     "V of 0": ({"student_weight": torch.randn(0, H)}, "neither V nor H being 0"),
-    "student bias": ({"student_bias": torch.randn(3)}, r"student_bias is \[3\] of .*; expected \[20\]"),
+    "student bias": (
+        {"student_bias": torch.randn(3)},
+        r"student_bias is \[3\] of .*; expected \[20\]",
+    ),
     "teacher shape": (
         {"teacher_hidden": torch.randn(5, H)},
         r"got \[5, 6\].*expected \[4, 6\].*teacher_weight",
@@ -84,8 +89,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "teacher_hidden is torch.float16 and teacher_weight is torch.float32: expected one type",
     ),
     "teacher precision": (
-        {name: torch.randn(V if "weight" in name else N, H).double()
-         for name in ("teacher_hidden", "teacher_weight")},
+        {
+            name: torch.randn(V if "weight" in name else N, H).double()
+            for name in ("teacher_hidden", "teacher_weight")
+        },
         "student_hidden is torch.float32 and teacher_hidden torch.float64",
     ),
     "teacher grad": (
@@ -234,23 +241,35 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"temperature requires grad.*temperature\.detach\(\)",
     ),
     "server repeats": (
-        {"teacher_hidden": None, "support": "topk", "teacher_topk": (LONG[:, None].expand(N, 2),
-         torch.full((N, 2), -2.0))},
+        {
+            "teacher_hidden": None,
+            "support": "topk",
+            "teacher_topk": (LONG[:, None].expand(N, 2), torch.full((N, 2), -2.0)),
+        },
         "names a token twice in a row",
     ),
     "server mass": (
-        {"teacher_hidden": None, "support": "topk",
-         "teacher_topk": (torch.arange(3).expand(N, 3), torch.full((N, 3), -0.5))},
+        {
+            "teacher_hidden": None,
+            "support": "topk",
+            "teacher_topk": (torch.arange(3).expand(N, 3), torch.full((N, 3), -0.5)),
+        },
         r"teacher_topk\[1\] holds a mass of 1\.8196 in one row",
     ),
     "server probabilities": (
-        {"teacher_hidden": None, "support": "topk",
-         "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), 0.3))},
+        {
+            "teacher_hidden": None,
+            "support": "topk",
+            "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), 0.3)),
+        },
         "numbers above 0.*pass their .log()",
     ),
     "server nan": (
-        {"teacher_hidden": None, "support": "topk",
-         "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), torch.nan))},
+        {
+            "teacher_hidden": None,
+            "support": "topk",
+            "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), torch.nan)),
+        },
         "holds NaN",
     ),
 }
@@ -409,7 +428,10 @@ PROVOKED: dict[Any, tuple[dict[str, Any], list[dict[str, Any]]]] = {
             {"bias": torch.randn(V, device="meta")},
             {"token_mask": torch.ones(N, requires_grad=True)},
             {"temperature": torch.ones(N)},
-            *({"options": KernelOptions(**{n: 1 << 30})} for n in ("memory_budget", "tile_columns")),
+            *(
+                {"options": KernelOptions(**{n: 1 << 30})}
+                for n in ("memory_budget", "tile_columns")
+            ),
         ],
     ),
 }

@@ -166,7 +166,9 @@ def test_small_gradients_wait_in_fp32(impl: str, device: str) -> None:
     leaf, exact = student.clone().requires_grad_(), student.cpu().double().requires_grad_()
     loss = divergence_from_logits(leaf, teacher, impl=impl)
     (2.0**16 * loss).backward()
-    (2.0**16 * reference.token_divergence(exact, teacher.cpu().double(), Objective()).mean()).backward()
+    (
+        2.0**16 * reference.token_divergence(exact, teacher.cpu().double(), Objective()).mean()
+    ).backward()
     assert leaf.grad is not None and exact.grad is not None and leaf.grad.dtype == torch.float16
     assert exact.grad.abs().max() / 2**16 < 1e-5  # in fp16 numbers are 6e-8 apart there
     assert relative_error(leaf.grad, exact.grad) < 1e-3

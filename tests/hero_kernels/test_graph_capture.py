@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from hero_kernels.chunked import Gradients, Head
+from hero_kernels.divergence_loop import RowTensors
+from hero_kernels.layout import Plan
+from hero_kernels.options import Objective
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -24,10 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hero_kernels import KernelOptions, backends, divergence_loop, fused_linear_divergence
-from hero_kernels.chunked import Gradients, Head
-from hero_kernels.divergence_loop import RowTensors
-from hero_kernels.layout import Plan
-from hero_kernels.options import Objective
 
 N, H, V = 12, 8, 32
 HOST_WAITS = (DataDependentOutputException, DynamicOutputShapeException)

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
+from hero_kernels.chunked import Head
+from hero_kernels.layout import Plan
+from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from problems import ProductCounter, relative_error
 from torch import Tensor
 
 from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS
-from hero_kernels.chunked import Head
-from hero_kernels.layout import Plan
-from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from hero_kernels.reference import entropy, scaled_logits
 
 SETTINGS: dict[str, dict[str, Any]] = {

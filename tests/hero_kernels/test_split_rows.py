@@ -6,6 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from hero_kernels.chunked import Gradients, Head
+from hero_kernels.divergence_loop import RowTensors
+from hero_kernels.divergence_loop import run as run_loop
+from hero_kernels.layout import Plan
+from hero_kernels.options import Objective
+from hero_kernels.sliced import HeadSlices, run_slices
+from hero_kernels.workspace import DEFAULT_BUDGET, slice_width, workspace
 from problems import (
     DIVERGENCES,
     Problem,
@@ -20,13 +27,6 @@ from torch import Tensor
 
 from hero_kernels import KernelOptions, explain, fused_linear_divergence, phases
 from hero_kernels.autograd import linear_divergence
-from hero_kernels.chunked import Gradients, Head
-from hero_kernels.divergence_loop import RowTensors
-from hero_kernels.divergence_loop import run as run_loop
-from hero_kernels.layout import Plan
-from hero_kernels.options import Objective
-from hero_kernels.sliced import HeadSlices, run_slices
-from hero_kernels.workspace import DEFAULT_BUDGET, slice_width, workspace
 
 CPU = torch.device("cpu")
 PLAIN = Objective(0, 0.5, 1.0, 0.0, 1.0, 0.0, 0.0, 400, "full", 0, "student", True)

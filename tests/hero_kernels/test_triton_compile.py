@@ -1,9 +1,9 @@
 """Compiles the Triton kernels for GPUs this machine need not have; reads what ptxas made of them.
 
-No spills, registers that let enough warps run, shared memory that fits, wide loads and stores; of the
-GEMM tensor-core instructions, and on Hopper loads by the tensor memory accelerator. For every entry
-of the tuning tables. test_triton_cases.py tests that kernels compute the right thing; how fast they
-are, neither does.
+For every entry of the tuning tables: no spills, registers that let enough warps run, shared memory
+that fits, wide loads and stores; of the GEMM tensor-core instructions, and on Hopper loads by the
+tensor memory accelerator. test_triton_cases.py tests that kernels compute the right thing; how fast
+they are, neither does.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def test_merge(arch: int, one_side: bool) -> None:
         **dict.fromkeys(("parts_ptr", "statistics_ptr"), "*fp32"),
         **dict.fromkeys(("parts", "rows", "stride_pp", "stride_pr", "stride_pc"), "i32"),
     }
-    constants = {"ONE_SIDE": one_side, "BLOCK_P": 64, "BLOCK_R": 8}
+    constants = {"ONE_SIDE": one_side, "BLOCK_P": 32, "BLOCK_R": 8}
     compiled = compile_kernel(_merge_kernel, types, constants, arch=arch, num_warps=4)
     assert compiled.spills == 0 and not compiled.mnemonics & ATOMICS
     # A launch makes constants of integers that are 1, which the compiler treats otherwise.

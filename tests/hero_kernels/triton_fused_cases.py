@@ -1,7 +1,7 @@
-"""Cases of the fused maker of logits against fp64; run by test_triton_cases.py, in Triton's
-interpreter or on a GPU.
+"""Cases of the fused maker of logits, and of the loop around Triton's kernels, against fp64.
 
-In the interpreter its tiles are of 16 rows and 64 columns, with steps of 16 along the hidden size.
+Run by test_triton_cases.py, in Triton's interpreter or on a GPU. In the interpreter tiles of the
+GEMM have 16 rows and 64 columns, with steps of 16 along the hidden size.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from tile_cases import DIVERGENCES, Case, relative_error
 from torch import Tensor
 from triton_tools import DEVICE, mend_interpreter, to_device
 
+from hero_kernels import divergence as loop
+from hero_kernels import reference
+from hero_kernels.call import Call
 from hero_kernels.constants import SUM_S
 from hero_kernels.objective import Objective
 from hero_kernels.triton import fused, rows
@@ -23,7 +26,7 @@ from hero_kernels.types import Head, RowTensors, Tile
 
 if DEVICE == "cpu":
     mend_interpreter()
-ROWS, VOCAB, WIDTH = 19, 150, 160
+ROWS, VOCAB, WIDTH = 17, 100, 112
 
 
 class Inputs:
@@ -84,7 +87,6 @@ KINDS = pytest.mark.parametrize(
         pytest.param(1e-2, True, torch.bfloat16, 33, id="near"),
         pytest.param(0.1, True, torch.float16, 40, id="fp16"),
         pytest.param(0.0, False, torch.bfloat16, 40, id="own-heads"),
-        pytest.param(0.0, False, torch.float16, 33, id="own-heads-fp16"),
     ],
 )
 
@@ -165,6 +167,38 @@ def test_log_probabilities_without_logits(size: int) -> None:
     entropies, maxima = -(log_p.exp() * log_p).sum(-1), z.amax(-1)
     truth = torch.stack([logprobs, entropies, maxima, z.logsumexp(-1) - maxima], 1)
     torch.testing.assert_close(stats.double().cpu(), truth, rtol=1e-5, atol=1e-5)
+
+
+@DIVERGENCES
+@pytest.mark.parametrize(
+    ("impl", "tile_columns"), [("triton", 0), ("triton", 40), ("triton_fused", 0)]
+)
+def test_the_loop_over_tiles(impl: str, tile_columns: int, divergence: str) -> None:
+    """With masked rows that hold NaN, importance ratios, and a head with padding."""
+    generator = torch.Generator().manual_seed(0)
+    h_t, h_s = torch.randn(2, 5, 16, generator=generator).bfloat16()
+    weight = torch.randn(VOCAB + 3, 16, generator=generator).bfloat16()
+    bias = torch.randn(VOCAB + 3, generator=generator)
+    rows = RowTensors(
+        torch.tensor([1.0, 0.0, 0.5, 2.0, 1.0]), torch.arange(5), torch.full((5,), -3.0)
+    )
+    inputs = [tensor.double().requires_grad_() for tensor in (h_s, weight, bias)]
+    settings: dict[str, Any] = {"divergence": divergence, "is_clip": 2.0}
+    truth = reference.fused_linear_divergence(
+        inputs[0], inputs[1], h_t.double(), student_bias=inputs[2], vocab_size=VOCAB,
+        token_weights=rows.weights, target_ids=rows.target_ids, old_logprobs=rows.old_logprobs,
+        reduction="sum", **settings,
+    )  # fmt: skip
+    expected = torch.autograd.grad(truth.loss, inputs)
+    needed = {"need_hidden": True, "need_weight": True, "need_bias": True}
+    call = Call(impl, 2, tile_columns, VOCAB, **needed)
+    h_s[1] = torch.nan
+    student, teacher = (to_device(Head(hidden, weight, bias)) for hidden in (h_s, h_t))
+    teacher = teacher._replace(weight=student.weight)
+    result = loop.divergence(student, teacher, to_device(rows), Objective(**settings), call)
+    assert result.losses.sum().item() == pytest.approx(truth.loss.item(), rel=1e-3)
+    for gradient, exact in zip(result.gradients, expected, strict=True):
+        assert relative_error(gradient.cpu(), exact) < 5e-3
 
 
 def test_no_rows() -> None:

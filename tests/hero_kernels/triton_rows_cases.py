@@ -16,6 +16,7 @@ import torch
 from tile_cases import (
     DELTA,
     DIVERGENCES,
+    FORWARD_KL,
     JSD,
     REVERSE_KL,
     Case,
@@ -75,33 +76,25 @@ def in_tiles(*cuts: int) -> RowKernel:
 
 
 def _columns(tile: Tile, part: slice) -> Tile:
-    def cut(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor[..., part]
-
+    names = ("student", "teacher", "grad", "student_bias", "teacher_bias")
+    whole = {name: getattr(tile, name) for name in names}
     return tile._replace(
-        student=tile.student[:, part],
-        teacher=cut(tile.teacher),
-        grad=cut(tile.grad),
-        student_bias=cut(tile.student_bias),
-        teacher_bias=cut(tile.teacher_bias),
+        **{name: None if tensor is None else tensor[..., part] for name, tensor in whole.items()},
         first_column=part.start,
         num_real=min(max(tile.num_real - part.start, 0), part.stop - part.start),
     )
 
 
 KERNELS = pytest.mark.parametrize(
-    "kernel", [whole_rows, in_tiles(100, 230)], ids=["whole", "tiles"]
+    "kernel", [whole_rows, in_tiles(100, 230, 350)], ids=["whole", "tiles"]
 )
 
 
-@KERNELS
 @DIVERGENCES
-@pytest.mark.parametrize(
-    ("delta", "dtype"), [(True, torch.bfloat16), (True, torch.float16), (False, torch.float32)]
-)
-def test_dtypes(kernel: RowKernel, divergence: str, delta: bool, dtype: torch.dtype) -> None:
-    case = make_case(divergence, delta, rows=2, vocab=300)
-    check(kernel, replace(case, student=case.student.to(dtype)), dtype)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(divergence: str, dtype: torch.dtype) -> None:
+    case = make_case(divergence, True, rows=2, vocab=300)
+    check(whole_rows, replace(case, student=case.student.to(dtype)), dtype)
 
 
 @KERNELS
@@ -128,9 +121,8 @@ def test_everything_a_tile_may_have(kernel: RowKernel, divergence: str, delta: b
     check(kernel, case)
 
 
-@DIVERGENCES
-def test_a_ratio_without_a_bound(divergence: str) -> None:
-    case = make_case(divergence, True, rows=2, vocab=300, temperature=0.8)
+def test_a_ratio_without_a_bound() -> None:
+    case = make_case(FORWARD_KL, True, rows=2, vocab=300, temperature=0.8)
     case.target_ids, case.old_logprobs = torch.tensor([0, 299]), torch.tensor([-9.0, -1.0])
     check(whole_rows, case)
 
@@ -177,8 +169,7 @@ def test_distant_distributions(divergence: str, delta: bool) -> None:
 
 
 @DIVERGENCES
-@DELTA
-@pytest.mark.parametrize("constant", [2e4, -2e4])
+@pytest.mark.parametrize(("delta", "constant"), [(True, 2e4), (False, -2e4)])
 def test_far_maxima(divergence: str, delta: bool, constant: float) -> None:
     """A softmax ignores a constant, however large; the numbers are exact in fp32."""
     case = make_case(divergence, delta, rows=2, vocab=300)
@@ -239,7 +230,7 @@ def test_confident_students(divergence: str, delta: bool, rest: float) -> None:
 @DIVERGENCES
 @DELTA
 def test_masked_and_padding_columns(kernel: RowKernel, divergence: str, delta: bool) -> None:
-    """Whole tiles of them too: 100 to 230 is masked, 260 on is padding."""
+    """Whole tiles of them too: 100 to 230 is masked, 260 on is padding, in tiles also from 350."""
     case = make_case(divergence, delta, rows=2, vocab=420, with_stats=True)
     kept = torch.rand(420) < 0.6
     kept[100:230], kept[260:] = False, False
@@ -268,8 +259,7 @@ def test_columns_that_one_side_alone_masks(divergence: str, side: str) -> None:
     true_stats, true_grad = case.truth()
     logits[:, 100:230] = -torch.inf
     stats, grad = case.run(in_tiles(100, 230))
-    infinite = divergence == (REVERSE_KL if side == "teacher" else "forward_kl")
-    if not infinite:
+    if divergence != (REVERSE_KL if side == "teacher" else FORWARD_KL):  # else infinite
         torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
         assert relative_error(grad, true_grad) < 1e-5
     assert stats[:, 2:6].isfinite().all()
@@ -329,13 +319,6 @@ def test_few_long_rows_are_cut_into_pieces() -> None:
     case.target_ids = torch.tensor([16_499])
     assert kernels.pieces(1, 16_500, 128)[0] > 1
     check(whole_rows, case)
-
-
-def test_pieces_cover_the_columns_in_whole_blocks() -> None:
-    for rows, columns in ((1, 151_936), (7, 49_152), (1023, 151_936), (5000, 151_936), (3, 100)):
-        parts, piece = kernels.pieces(rows, columns, 1024)
-        assert piece % 1024 == 0 and (parts - 1) * piece < columns <= parts * piece
-    assert kernels.pieces(1024, 151_936, 1024)[0] == 1
 
 
 def test_no_gradient_no_rows_no_columns() -> None:

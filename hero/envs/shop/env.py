@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from hero.envs.base import StepResult
-from hero.envs.shop.feedback import Outcome, compact_line, text_line
 from hero.envs.shop.guide import Guide, guide_to
-from hero.envs.shop.hints import Cause, hint_for
 from hero.envs.shop.pages import RENDERERS, Page
 from hero.envs.shop.protocol import Action, State, View, advance, labels, parse_action
 from hero.envs.shop.reward import Score, score_purchase
 from hero.envs.shop.store import PROFILES, Shop, open_shop
-from hero.envs.shop.vocabulary import tiny_vocabulary
+from hero.envs.shop.wording import (
+    Cause,
+    Outcome,
+    compact_line,
+    hint_for,
+    text_line,
+    tiny_vocabulary,
+)
 from hero.types import Diagnosis, Trajectory
 
 MODES = ("feedback", "strict")

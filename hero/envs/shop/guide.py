@@ -12,10 +12,10 @@ from collections.abc import Collection
 from functools import lru_cache
 
 from hero.envs.shop.catalogue import Goal, Product
-from hero.envs.shop.hints import Cause
 from hero.envs.shop.protocol import BUY, NEXT, PREV, Action, State, View, advance, option_of
 from hero.envs.shop.reward import attribute_matches, option_matches, type_factor
 from hero.envs.shop.store import Shop
+from hero.envs.shop.wording import Cause
 
 
 class Guide:

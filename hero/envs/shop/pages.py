@@ -107,11 +107,7 @@ def _fragments(page: Page) -> list[Fragment]:
     if state.view is View.DONE:
         fragments = [("text", string) for string in _final_strings(page)]
     else:
-        fragments = [
-            ("text", "Instruction:"),
-            ("text", page.goal.instruction),
-            ("button", BACK),
-        ]
+        fragments = [("text", "Instruction:"), ("text", page.goal.instruction), ("button", BACK)]
         if state.view is View.RESULTS:
             fragments += _results_fragments(state, shop)
         elif state.view is View.ITEM:

@@ -1,16 +1,29 @@
-"""A shop that is ready to serve: catalogue, search index, goals and their split."""
+"""A shop that is ready to serve: catalogue, search (BM25), goals and their split."""
 
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from hero.envs.shop.catalogue import Goal, build_goals, load_products, read_webshop_files
-from hero.envs.shop.search import SearchIndex
-from hero.envs.shop.synthetic import build, max_products
+import bm25s
+import numpy as np
 
+from hero.envs.shop.catalogue import Goal, build_goals, load_products, read_webshop_files
+from hero.envs.shop.synthetic import build, max_products
+from hero.envs.shop.words import word_list
+
+K1, B = 0.9, 0.4
+"""The search server's parameters."""
+
+STOP_WORDS = frozenset(
+    word_list(
+        "a an and are as at be but by for if in into is it no not of on or such that the their "
+        "then there these they this to was will with"
+    )
+)
 MAX_RESULTS = 50
 GOAL_SHUFFLE_SEED = 233
 
@@ -63,7 +76,8 @@ class Shop:
             task: goal for tasks in self.splits.values() for task, goal in tasks.items()
         }
         self._position = {asin: position for position, asin in enumerate(self.asins)}
-        self._index = SearchIndex([product.search_text for product in products])
+        self._bm25 = bm25s.BM25(k1=K1, b=B)
+        self._bm25.index([words_of(p.search_text) for p in products], show_progress=False)
         self.search = lru_cache(maxsize=8192)(self._search)
 
     def _size(self, profile: str, num_products: int | None) -> int:
@@ -82,8 +96,18 @@ class Shop:
         return self._goal_of[task_id]
 
     def _search(self, query: str) -> tuple[str, ...]:
-        """Asins that the query finds, best first, at most 50."""
-        return tuple(self.asins[position] for position in self._index.search(query, MAX_RESULTS))
+        """Asins that share a word with the query, best first, at most 50.
+
+        Ties are in catalogue order, so that every process ranks alike. Words are compared as they
+        are written; the official server stems them (Porter), so on real data a page may differ
+        where only the inflection of a word does.
+        """
+        words = words_of(query)
+        if not words:
+            return ()
+        scores = self._bm25.get_scores(words)
+        ranked = np.argsort(-scores, kind="stable")[:MAX_RESULTS]
+        return tuple(self.asins[position] for position in ranked if scores[position] > 0)
 
     def results_page(self, query: str, number: int) -> list[str]:
         """Asins on the results page `number`, counted from 1; empty beyond the last."""
@@ -92,6 +116,10 @@ class Shop:
         if self.profile.pages_in_catalogue_order:
             page.sort(key=self._position.__getitem__)
         return page
+
+
+def words_of(text: str) -> list[str]:
+    return [word for word in re.findall(r"[^\W_]+", text.lower()) if word not in STOP_WORDS]
 
 
 def split_goals(goals: list[Goal], num_test: int, num_dev: int) -> dict[str, dict[str, Goal]]:

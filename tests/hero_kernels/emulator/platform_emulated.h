@@ -1,5 +1,5 @@
-// What csrc/cuda/ptx.h offers, on a CPU and in its place: each thread of each block is a fibre, and a
-// scheduler (emulator.cpp) runs them in random order, switching at every call below.
+// What csrc/cuda/ptx.h offers, on a CPU and in its place: each thread of each block is a fibre, and
+// a scheduler (emulator.cpp) runs them in random order, switching at every call below.
 //
 // What is not promised is made to fail: memory that a copy is to fill holds NaN until it lands, at
 // a random later time and in random pieces; what is sent to another block arrives late and in any

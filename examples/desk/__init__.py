@@ -1,0 +1,5 @@
+"""A customer-service desk in the spirit of tau-bench: JSON tools, a policy, a scripted customer."""
+
+from desk.env import DeskEnv
+
+__all__ = ["DeskEnv"]

@@ -1,0 +1,142 @@
+"""From nested dictionaries to settings, with one clear message for what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from hero.algorithms import MODES
+from hero.config import Settings, TrainConfig
+
+C = TypeVar("C", bound=Settings)
+
+FROM_TRL = {
+    "bf16": "model.dtype",
+    "beta": "loss.beta",
+    "epsilon": "loss.clip_low",
+    "epsilon_high": "loss.clip_high",
+    "eval_steps": "eval.every",
+    "gradient_accumulation_steps": "optim.micro_batch_tokens",
+    "lr": "optim.learning_rate",
+    "max_completion_length": "rollout.max_turn_tokens",
+    "max_prompt_length": "rollout.max_episode_tokens",
+    "max_steps": "updates",
+    "model_name_or_path": "model.path",
+    "num_generations": "rollout.group_size",
+    "num_iterations": "optim.inner_epochs",
+    "num_train_epochs": "updates",
+    "output_dir": "output_dir",
+    "per_device_train_batch_size": "rollout.tasks_per_update",
+    "resume_from_checkpoint": "resume",
+    "save_steps": "save_every",
+}
+"""What the arguments of TRL's trainers are called here, where the names differ."""
+
+
+def from_dict(data: dict[str, Any], cls: type[C] = TrainConfig) -> C:  # type: ignore[assignment]
+    """Settings of the class `cls` from nested dictionaries.
+
+    Raises:
+        ValueError: names every field that is unknown or out of range, what was got and what was
+        expected.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(data)
+    except ValidationError as error:
+        lines = [_explain(cls, item) for item in error.errors()]
+    if len(lines) == 1:
+        raise ValueError(f"{lines[0]}.")
+    raise ValueError("The configuration has mistakes:\n" + "\n".join(f"  {x}" for x in lines))
+
+
+def _explain(cls: type, item: Any) -> str:
+    """One mistake that pydantic found, with the name of the field as a user writes it."""
+    where = ".".join(str(part) for part in item["loc"]) or "The configuration"
+    if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        section, _, name = where.rpartition(".")
+        if meant := elsewhere(cls, name, where):
+            return f"{where}: unknown field; here it is {meant}"
+        inside = f"{section}." if section else ""
+        paths = [path.removeprefix(inside) for path in _paths(cls) if path.startswith(inside)]
+        known = sorted({path.partition(".")[0] for path in paths})
+        return f"{where}: unknown field; known here: {', '.join(known)}"
+    message = item["msg"].removeprefix("Value error, ").replace("Input should", "must")
+    expected, colon, reason = message.partition(":")
+    return f"{where} {expected}, got {item['input']!r}{colon}{reason}"
+
+
+def elsewhere(cls: type, name: str, where: str = "") -> str:
+    """The field of `cls` that is meant by the name of a field elsewhere, or in TRL; "" if none."""
+    paths = [path for path in _paths(cls) if path != where]
+    same = [path for path in paths if path.rpartition(".")[2] == name]
+    if FROM_TRL.get(name) in paths:
+        return FROM_TRL[name]
+    return " or ".join(same)
+
+
+def _paths(cls: Any) -> Iterator[str]:
+    """Dotted names of all fields, nested ones included."""
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        if is_dataclass(hints[item.name]):
+            yield from (f"{item.name}.{rest}" for rest in _paths(hints[item.name]))
+        else:
+            yield item.name
+
+
+def check(config: TrainConfig) -> None:
+    """Refuse settings of a training run that do not fit together.
+
+    Raises:
+        ValueError: with what was got, what was expected and what to do.
+    """
+    _check_batches(config)
+    _check_endpoint(config)
+    _check_secrets(config)
+    if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
+        raise ValueError(
+            f"resume must be 'never', 'auto' or the folder of a run, got {config.resume!r}."
+        )
+
+
+def _check_batches(config: TrainConfig) -> None:
+    rollout = config.rollout
+    if MODES[config.mode].needs_groups and rollout.group_size < 2:
+        raise ValueError(
+            f"mode={config.mode} compares episodes of one task: rollout.group_size must be at "
+            f"least 2, got {rollout.group_size}. Set --rollout.group-size 8."
+        )
+    episodes = rollout.tasks_per_update * rollout.group_size
+    if config.optim.minibatches > episodes:
+        raise ValueError(
+            f"optim.minibatches={config.optim.minibatches} must be at most the {episodes} episodes "
+            f"of an update ({rollout.tasks_per_update} tasks x {rollout.group_size}): lower "
+            "--optim.minibatches."
+        )
+
+
+def _check_endpoint(config: TrainConfig) -> None:
+    reflection = config.reflection
+    if reflection.reflector != "openai":
+        return
+    if not (reflection.base_url and reflection.model):
+        raise ValueError(
+            "reflection.reflector=openai needs --reflection.base-url and --reflection.model, got "
+            f"{reflection.base_url!r} and {reflection.model!r}."
+        )
+
+
+def _check_secrets(config: TrainConfig) -> None:
+    values = {f"env.options {name}": value for name, value in config.env.options.items()}
+    if config.reflection.reflector == "openai":
+        values["reflection.base_url"] = config.reflection.base_url
+    for name, value in values.items():
+        if "***" in str(value):
+            raise ValueError(
+                f"{name} was saved without its secret, got {value!r}: give it on the command line "
+                "again."
+            )

@@ -1,0 +1,98 @@
+"""From the words of a command line to a command with its settings."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from typing import Annotated, Any, get_origin
+
+import tyro
+import yaml
+from tyro.conf import subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from hero.checks import elsewhere, from_dict
+from hero.commands.base import Command
+from hero.commands.play import Eval, Play, Rollout
+from hero.commands.tools import Doctor, Model, Recipes, View
+from hero.commands.train import Sft, Train
+from hero.config import TrainConfig
+
+HELP = ("-h", "--help")
+AnyCommand = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Sft, subcommand("sft")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Rollout, subcommand("rollout")]
+    | Annotated[View, subcommand("view")]
+    | Annotated[Model, subcommand("model")]
+    | Annotated[Recipes, subcommand("recipes")]
+    | Annotated[Doctor, subcommand("doctor")]
+)
+
+
+def parse(arguments: list[str]) -> Command:
+    """The command of a command line, with its settings checked.
+
+    It is read twice: first to know the recipe, file or run, then with their settings as defaults.
+
+    Raises:
+        SystemExit: after help (0), or after saying what cannot be read (2).
+        ValueError: unknown recipes and settings that are out of range.
+    """
+    first: Any
+    default: Any
+    try:
+        first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
+        default = replace(first.with_defaults(), debug=False)  # else the flag turns it off
+    except SystemExit:
+        first = default = tyro.MISSING_NONPROP
+    try:
+        command = _read(arguments, default, True)
+    except SystemExit as stop:
+        if stop.code and arguments[:1] == ["train"]:
+            _hint_at_names(arguments)
+        raise
+    if isinstance(command, Train | Sft | Play):
+        data, env = asdict(command.settings), default.settings.env
+        kept = env.options if env.name == command.settings.env.name else {}
+        data["env"]["options"] = kept | first.settings.env.options
+        command.settings = from_dict(data, type(command.settings))
+    return command
+
+
+def _read(arguments: list[str], default: Any, is_shown: bool) -> Command:
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_pairs)
+    return tyro.cli(  # type: ignore[call-overload,no-any-return]
+        AnyCommand, prog="hero", args=arguments, default=default, registry=registry,
+        console_outputs=is_shown, description="HERO: agents that learn from hindsight.",
+    )  # fmt: skip
+
+
+def _pairs(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+    """Dictionaries are written `KEY VALUE KEY VALUE …`, with values as in YAML."""
+    if get_origin(info.type) is not dict:
+        return None
+
+    def read(words: list[str]) -> dict[str, Any]:
+        if len(words) % 2:
+            raise ValueError(f"expected pairs of KEY and VALUE, got {' '.join(words)}")
+        return dict(zip(words[::2], map(yaml.safe_load, words[1::2]), strict=True))
+
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="KEY VALUE …",
+        instance_from_str=read,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    )
+
+
+def _hint_at_names(arguments: list[str]) -> None:
+    """Say what an option of another tool is called here."""
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
+        if argument.startswith("--") and (meant := elsewhere(TrainConfig, name, name)):
+            flags = " or ".join(f"--{path}" for path in meant.replace("_", "-").split(" or "))
+            print(f"hint: {argument} is {flags} here", file=sys.stderr)

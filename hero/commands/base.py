@@ -1,0 +1,57 @@
+"""What all commands share.
+
+Whatever needs torch is imported where a command runs, so that help and mistakes are answered at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff
+
+
+@dataclass(kw_only=True)
+class Command:
+    """Base of all commands."""
+
+    debug: Annotated[bool, FlagCreatePairsOff] = False
+    """Show the traceback of a mistake."""
+
+    def with_defaults(self) -> Command:
+        """The command with the settings of the recipe, file or run that it names."""
+        return self
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+
+def saved_settings(run: Path) -> dict[str, Any]:
+    saved = run / "config.json"
+    try:
+        return dict(json.loads(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{run} is not the folder of a run: cannot read {saved}: {error}"
+        ) from error
+
+
+def make_importable(env_name: str) -> None:
+    """Let `--env.name module:Class` be found in this folder, after all that is installed."""
+    if ":" in env_name and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def prepare_torch(threads: int | None) -> None:
+    """Settings of the whole process."""
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # of weights being read and written, in the middle of our own output
+    if threads:
+        torch.set_num_threads(threads)

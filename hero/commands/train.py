@@ -1,0 +1,149 @@
+"""`hero train` and `hero sft`."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from hero import recipes
+from hero.checks import from_dict
+from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
+from hero.config import SftConfig, TrainConfig
+from hero.files import BrokenCheckpoint, find_checkpoint, refuse_to_replace
+from hero.report.console import Console
+from hero.report.tracking import METRICS
+
+if TYPE_CHECKING:
+    from hero.trainer import Trainer
+
+
+@dataclass(kw_only=True)
+class FromRecipe(Command):
+    """Base of the commands whose settings come from a recipe, a file and options, in this order."""
+
+    recipe: Annotated[str, Positional, arg(metavar="RECIPE")] = ""
+    """Name of a recipe; `hero recipes` lists them."""
+    config: str = ""
+    """YAML file of settings, on top of the recipe."""
+    settings: Any
+
+    def _stored(self, kind: str) -> dict[str, Any]:
+        data = recipes.load_recipe(self.recipe, kind) if self.recipe else {}
+        return recipes.merge(data, recipes.load_file(self.config, kind)) if self.config else data
+
+    def _refuse_nothing(self, command: str, recipe: str) -> None:
+        """Defaults alone are nobody's wish: say what the command needs."""
+        if not self.recipe and not self.config and self.settings == type(self.settings)():
+            raise ValueError(
+                f"{command} needs something to train. Take a recipe: {command} {recipe} (`hero "
+                f"recipes` lists them); or a file: {command} --config my.yaml; or say it in "
+                f"options: {command} --env.name my_module:MyEnv --model.path MODEL."
+            )
+
+
+@dataclass(kw_only=True)
+class Train(FromRecipe):
+    """Train an agent: a recipe or a file of settings, and options that override it."""
+
+    settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+
+    def with_defaults(self) -> Train:
+        data, resume = self._stored("train"), self.settings.resume
+        if resume not in ("never", "auto"):
+            if self.recipe:
+                raise ValueError(
+                    f"--resume {resume} goes on with the settings of that run: leave the recipe "
+                    f"{self.recipe!r} out, and give what shall change as options."
+                )
+            data = recipes.merge(saved_settings(Path(resume)), data)
+            data |= {"output_dir": resume, "resume": resume}
+        return replace(self, settings=from_dict(data))
+
+    def run(self) -> None:
+        self._refuse_nothing("hero train", "quickstart")
+        config = self.settings
+        name = self.recipe or (Path(self.config).stem if self.config else "train")
+        run_dir = _run_folder(config, name)
+        config.output_dir = str(run_dir)
+        make_importable(config.env.name)
+
+        from hero.report.viewer import render
+        from hero.trainer import Trainer
+        from hero.types import Fault
+
+        prepare_torch(config.threads)
+        console = Console()
+        trainer = Trainer(config, run_dir, name, console)
+        try:
+            trainer.run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_go_on(trainer)) from None
+        except BrokenCheckpoint:
+            raise
+        except (ValueError, OSError, Fault) as mistake:
+            mistake.__notes__ = [_how_to_go_on(trainer)]  # type: ignore[union-attr]  # Python 3.10
+            raise
+        report = render(run_dir)
+        console.say(f"Best model: {run_dir / 'best'}")
+        console.say(
+            f"Report:     {report}  (open it in a browser; hero view {run_dir} makes it again)"
+        )
+
+
+@dataclass(kw_only=True)
+class Sft(FromRecipe):
+    """Warm start: supervised episodes, answers with hindsight, diagnoses."""
+
+    settings: Annotated[SftConfig, arg(name="")] = field(default_factory=SftConfig)
+
+    def with_defaults(self) -> Sft:
+        return replace(self, settings=from_dict(self._stored("sft"), SftConfig))
+
+    def run(self) -> None:
+        self._refuse_nothing("hero sft", "tiny-shop")
+        config = self.settings
+        refuse_to_replace(Path(config.output_dir))
+        make_importable(config.env.name)
+
+        from hero.sft import train_sft
+
+        prepare_torch(config.threads)
+        console = Console()
+        console.say(f"Model: {train_sft(config, console)}")
+
+
+def _run_folder(config: TrainConfig, name: str) -> Path:
+    """Where the run goes: the folder to go on from, or one that holds nothing of anybody else's."""
+    if config.resume not in ("never", "auto"):
+        if Path(config.output_dir) != Path(config.resume):
+            raise ValueError(
+                f"--resume {config.resume} goes on in that folder, got --output-dir "
+                f"{config.output_dir} too: leave one of them out."
+            )
+        return Path(config.resume)
+    if config.resume == "auto" and not config.output_dir:
+        raise ValueError(
+            "--resume auto needs --output-dir: it goes on from the checkpoint there, if there is "
+            "one."
+        )
+    run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if find_checkpoint(run_dir) is None:
+        if not (run_dir / METRICS).is_file():  # of a run that ended before its first checkpoint
+            refuse_to_replace(run_dir)
+    elif config.resume == "never":
+        raise ValueError(
+            f"{run_dir} already holds a run: go on from it with --resume {run_dir}, or name "
+            "another --output-dir."
+        )
+    return run_dir
+
+
+def _how_to_go_on(trainer: Trainer) -> str:
+    if trainer.state.update == 0:
+        return "No update was finished, so nothing is lost."
+    update, run = trainer.state.update, trainer.run_dir
+    return f"Saved after update {update}. Go on with: hero train --resume {run}"

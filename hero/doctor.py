@@ -1,0 +1,41 @@
+"""What works on this machine: the lines of `hero doctor`."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator
+
+import torch
+
+import hero_kernels
+from hero.report.facts import versions
+
+EXTRAS = {
+    "peft": "LoRA (model.lora_rank)",
+    "openai": "reflection.reflector=openai",
+    "triton": "Triton kernels",
+    "wandb": "report_to=wandb",
+    "trackio": "report_to=trackio",
+    "tensorboard": "report_to=tensorboard",
+}
+
+
+def checkup() -> Iterator[str]:
+    """One finding a line; what is missing says what to do."""
+    yield "  ".join(f"{name} {number}" for name, number in versions().items())
+    yield f"{platform.platform()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        major, minor = torch.cuda.get_device_capability()
+        yield f"ok       CUDA device: {name}, sm_{major}{minor}"
+    else:
+        yield "missing  CUDA device: everything runs on the CPU"
+    for impl in ("torch", "cpu", "cuda", "triton"):
+        device = "cuda" if impl in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
+        reason = hero_kernels.supports(impl, device=device)
+        found = "ok      " if reason is None else "missing "
+        yield f"{found} divergence impl={impl}" + (f": {reason}" if reason else "")
+    for package, purpose in EXTRAS.items():
+        there = importlib.util.find_spec(package) is not None
+        yield f"{'ok      ' if there else 'missing '} {package}: {purpose}"

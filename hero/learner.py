@@ -1,0 +1,155 @@
+"""From annotated samples to optimiser steps: packing, loss, accumulation, clipping, EMA."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hero.config import TrainConfig
+from hero.loss import LossOutput, compute_loss, weigh
+from hero.packing import PackedBatch, micro_batches, pack, plan_rows
+from hero.policy import Policy
+from hero.teacher import TeacherWeights
+from hero.types import Sample
+
+Place = tuple[int, int]
+"""(trajectory, turn), as indices into the batch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Learned:
+    """What a batch of samples did."""
+
+    steps: int = 0
+    skipped_steps: int = 0
+    """Steps left out because the gradient was not finite."""
+    loss: float = 0.0
+    """Mean over steps."""
+    grad_norm: float = 0.0
+    """Mean over steps, before clipping."""
+    entropy: float = 0.0
+    """Mean over the tokens looked at, nats."""
+    trained: dict[Place, tuple[str, ...]] = field(default_factory=dict)
+    """The terms of the loss that trained each turn; turns that none trained are left out."""
+    divergence: dict[Place, list[float]] = field(default_factory=dict)
+    """Per-token divergence of each distilled turn, in nats, of the first pass."""
+    logprob_gap: dict[Place, list[float]] = field(default_factory=dict)
+    """log T(y) - log S(y), likewise."""
+
+
+class Learner:
+    """AdamW with warm-up; a step for each minibatch, one denominator for its micro-batches."""
+
+    def __init__(self, policy: Policy, teacher: TeacherWeights, config: TrainConfig) -> None:
+        self.policy = policy
+        self.teacher = teacher
+        self.config = config
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            policy.trainable().values(),
+            lr=optim.learning_rate,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            weight_decay=optim.weight_decay,
+        )
+        self.steps_taken = 0
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step: linear warm-up, then constant."""
+        warmup = self.config.optim.warmup_steps
+        return self.config.optim.learning_rate * min(1.0, (self.steps_taken + 1) / max(1, warmup))
+
+    def learn(self, samples: Sequence[Sample], seed: int) -> Learned:
+        """Go over a batch `inner_epochs` times in `minibatches` steps; no samples, no step."""
+        learned = Learned()
+        entropies: list[Tensor] = []
+        order = random.Random(seed)
+        for epoch in range(self.config.optim.inner_epochs):
+            for minibatch in split(samples, self.config.optim.minibatches, order):
+                done = self._accumulate(minibatch)
+                if not done:
+                    continue
+                stepped = self._step(learned, [output.loss for _, output in done])
+                for batch, output in done:
+                    entropies.append(output.entropy)
+                    _record(learned, batch, output, stepped, first_pass=epoch == 0)
+        learned.loss /= max(1, learned.steps + learned.skipped_steps)
+        learned.grad_norm /= max(1, learned.steps)
+        if entropies:
+            learned.entropy = float(torch.cat(entropies).mean())
+        return learned
+
+    def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
+        """Gradients of one step; [] if no token has weight."""
+        done = []
+        plans = plan_rows(weigh(samples, self.config.loss), self.config.teacher.packing)
+        for rows in micro_batches(plans, self.config.optim.micro_batch_tokens):
+            batch = pack(rows, self.policy.device)
+            with self.policy.recomputing():
+                output = compute_loss(
+                    self.policy, self.teacher, batch, self.config.loss,
+                    self.config.rollout.temperature,
+                )  # fmt: skip
+                output.loss.backward()  # type: ignore[no-untyped-call]
+            output.loss = output.loss.detach()
+            done.append((batch, output))
+        return done
+
+    def _step(self, learned: Learned, losses: Sequence[Tensor]) -> bool:
+        """Take an optimiser step unless the gradient is not finite; returns whether it was."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.policy.trainable().values(), self.config.optim.max_grad_norm
+        )
+        learned.loss += float(sum(losses))
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimizer.step()
+            self.teacher.update()
+            self.steps_taken += 1
+            learned.steps += 1
+            learned.grad_norm += float(norm)
+        else:
+            learned.skipped_steps += 1
+        self.optimizer.zero_grad(set_to_none=True)
+        return finite
+
+    def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
+        self.optimizer.load_state_dict(state)
+        self.steps_taken = steps_taken
+
+
+def split(samples: Sequence[Sample], minibatches: int, order: random.Random) -> list[list[Sample]]:
+    """Shuffle whole trajectories into `minibatches` parts; their turns stay in order."""
+    if minibatches == 1:
+        return [list(samples)]
+    trajectories: dict[int, list[Sample]] = {}
+    for sample in samples:
+        trajectories.setdefault(sample.trajectory, []).append(sample)
+    shuffled = list(trajectories.values())
+    order.shuffle(shuffled)
+    parts: list[list[Sample]] = [[] for _ in range(minibatches)]
+    for i, turns in enumerate(shuffled):
+        parts[i % minibatches] += turns
+    return parts
+
+
+def _record(
+    learned: Learned, batch: PackedBatch, output: LossOutput, stepped: bool, first_pass: bool
+) -> None:
+    """Write down by turns what a micro-batch did."""
+    divergence, gap = output.divergence.tolist(), output.logprob_gap.tolist()
+    for item in batch.samples:
+        place = (item.sample.trajectory, item.sample.turn)
+        if stepped:
+            learned.trained[place] = item.losses
+        if item.sample.distill_weight and first_pass:
+            length = len(item.sample.action_ids)
+            learned.divergence[place], divergence = divergence[:length], divergence[length:]
+            learned.logprob_gap[place], gap = gap[:length], gap[length:]

@@ -1,0 +1,64 @@
+"""Recipes: settings in YAML files, shipped here or the user's own, one based on another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).parent
+KINDS = ("train", "sft")
+"""Commands that take recipes."""
+
+
+def recipe_names(kind: str = "train") -> list[str]:
+    return sorted(path.stem for path in (FOLDER / kind).glob("*.yaml"))
+
+
+def recipe_summary(name: str, kind: str = "train") -> str:
+    """The recipe's first line, a comment that says what it is for."""
+    first = (FOLDER / kind / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ")
+
+
+def load_recipe(name: str, kind: str = "train") -> dict[str, Any]:
+    """The settings of a shipped recipe, nested, on top of those of its `base`.
+
+    Raises:
+        ValueError: there is no recipe of that name.
+    """
+    names = recipe_names(kind)
+    if name not in names:
+        raise ValueError(
+            f"Unknown recipe {name!r}: expected one of {', '.join(names)}. A file of your own goes "
+            "with --config FILE."
+        )
+    return load_file(FOLDER / kind / f"{name}.yaml", kind)
+
+
+def load_file(path: str | Path, kind: str = "train") -> dict[str, Any]:
+    """The settings in a YAML file; `base: RECIPE` in it names the recipe that it changes.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"Cannot read the configuration {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(data).__name__}.")
+    base = data.pop("base", None)
+    return merge(load_recipe(base, kind), data) if base else data
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` on top, nested."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

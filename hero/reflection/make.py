@@ -1,0 +1,71 @@
+"""From settings to a reflector."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from hero.config import ReflectionConfig
+from hero.envs.base import Environment, HasDiagnosis
+from hero.prompts import Prompts
+from hero.reflection.base import Reflector
+from hero.reflection.endpoint import Endpoint
+from hero.reflection.models import ChatModel, OwnModel
+from hero.reflection.reflectors import ModelReflector, RuleReflector
+from hero.reflection.shuffle import ShuffledReflector
+from hero.renderer import Renderer
+from hero.sampler import Sampler
+
+
+def make_reflector(
+    config: ReflectionConfig,
+    *,
+    env: Environment,
+    sampler: Sampler,
+    renderer: Renderer,
+    prompts: Prompts,
+    teacher_weights: Callable[[], AbstractContextManager[object]],
+    context: int,
+) -> Reflector:
+    """The reflector that `config` asks for, with its hints shuffled if `config.shuffle_hints`.
+
+    Args:
+        teacher_weights: makes a context in which `sampler` samples from the teacher's weights.
+        context: longest sequence of the model behind `sampler`.
+
+    Raises:
+        ValueError: `rules` for an environment that has no `diagnose`, or a setting that the
+            reflector cannot work with.
+    """
+    reflector: Reflector
+    if config.reflector == "rules":
+        if not isinstance(env, HasDiagnosis):
+            raise ValueError(
+                f"reflection.reflector=rules needs an environment with a diagnose method, and "
+                f"{type(env).__name__} has none: write diagnose(trajectory) -> list[Diagnosis], or "
+                "set --reflection.reflector self."
+            )
+        reflector = RuleReflector(env.diagnose, renderer, config)
+    else:
+        model: ChatModel
+        room: int | None = None  # the length of an endpoint's context is not known
+        if config.reflector == "openai":
+            model = Endpoint(config, renderer)
+        else:
+            weights = teacher_weights if config.reflector == "teacher" else nullcontext
+            model = OwnModel(sampler, renderer, config, weights)
+            room = _room(config, context)
+        reflector = ModelReflector(
+            model, config, prompts, renderer, rules=env.system_prompt, max_prompt_tokens=room
+        )
+    return ShuffledReflector(reflector) if config.shuffle_hints else reflector
+
+
+def _room(config: ReflectionConfig, context: int) -> int:
+    """Tokens left for a request."""
+    if config.max_tokens >= context:
+        raise ValueError(
+            f"reflection.max_tokens={config.max_tokens} leaves no room for the episode in the "
+            f"model's context of {context} tokens: lower --reflection.max-tokens."
+        )
+    return context - config.max_tokens

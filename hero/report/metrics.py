@@ -1,0 +1,73 @@
+"""The numbers of one update, under names users know where the meaning is the same."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+
+from hero.learner import Learned
+from hero.types import FeedbackKind, Trajectory
+
+
+class Clock:
+    """Seconds spent in each stage of an update."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._seconds[stage] += now - self._last
+        self._last = now
+
+    def metrics(self) -> dict[str, float]:
+        return {f"seconds/{stage}": seconds for stage, seconds in self._seconds.items()}
+
+
+def update_metrics(
+    trajectories: Sequence[Trajectory], stop_ids: Sequence[int], learned: Learned
+) -> dict[str, float]:
+    """Rewards, turns, divergence and the state of the optimiser.
+
+    `divergence/error_turns` and `divergence/clean_turns` are means over tokens of turns whose
+    observation reported an error or nothing found, and of all others: hindsight should disagree
+    more with the former.
+    """
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+    rewards: dict[str, list[float]] = defaultdict(list)
+    for trajectory in trajectories:
+        rewards[trajectory.group_id].append(trajectory.reward)
+    metrics = {
+        "rewards/mean": _mean([t.reward for t in trajectories]),
+        "rollout/success": _mean([float(t.success) for t in trajectories]),
+        "rollout/turns_mean": _mean([float(len(t.turns)) for t in trajectories]),
+        "rollout/error_rate": _mean([float(_is_error(turn.feedback_kind)) for turn in turns]),
+        "completions/mean_length": _mean([float(len(turn.action_ids)) for turn in turns]),
+        "completions/clipped_ratio": _mean(
+            [float(turn.action_ids[-1] not in stop_ids) for turn in turns]
+        ),
+        "frac_reward_zero_std": _mean([float(max(r) - min(r) < 1e-6) for r in rewards.values()]),
+        "optim/steps": learned.steps,
+        "optim/skipped_steps": learned.skipped_steps,
+        "loss": learned.loss,
+        "grad_norm": learned.grad_norm,
+        "entropy": learned.entropy,
+    }
+    by_kind: dict[str, list[float]] = {"mean": [], "error_turns": [], "clean_turns": []}
+    for (t, k), values in learned.divergence.items():
+        kind = trajectories[t].turns[k].feedback_kind
+        by_kind["error_turns" if _is_error(kind) else "clean_turns"] += values
+        by_kind["mean"] += values
+    return metrics | {
+        f"divergence/{name}": _mean(values) for name, values in by_kind.items() if values
+    }
+
+
+def _is_error(kind: FeedbackKind) -> bool:
+    return kind not in (FeedbackKind.OK, FeedbackKind.DONE)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

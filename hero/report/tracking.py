@@ -1,0 +1,239 @@
+"""What a run leaves on disk while it goes on: `metrics.jsonl` and `trajectories.jsonl`.
+
+Both files hold one JSON object a line and survive a crash at any moment: a line is written and
+flushed in one piece, an unfinished last line is cut off when the run is opened again, and a resumed
+run drops what was logged after the checkpoint it starts from. JSON is strict: NaN and infinities
+become null. Metrics can go to a dashboard too (wandb, trackio, tensorboard).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+from hero.files import write_atomic
+from hero.types import Diagnosis, Trajectory
+
+METRICS = "metrics.jsonl"
+TRAJECTORIES = "trajectories.jsonl"
+
+Metrics = Mapping[str, float]
+
+
+class Tracker:
+    """Appends metrics and trajectories to the files of a run, and metrics to a dashboard."""
+
+    def __init__(
+        self, run_dir: Path, report_to: str, config: dict[str, Any], resume_at: int | None
+    ) -> None:
+        """Open the run's files, repairing what a crash left behind.
+
+        Args:
+            run_dir: folder of the run; made if there is none.
+            report_to: none, wandb, trackio or tensorboard.
+            config: nested settings, shown by wandb and trackio.
+            resume_at: number of the last update that still counts; later lines are dropped. None
+                keeps every line: whether a folder may be used again is the caller's decision.
+
+        Raises:
+            ValueError: the package of `report_to` is missing, or a file holds a broken line.
+        """
+        self._dashboard = _open_dashboard(report_to, run_dir, config, resume_at)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        last = math.inf if resume_at is None else resume_at
+        _repair(run_dir / METRICS, lambda line: line["step"] <= last)
+        # A run that goes on has not come to its end: what was played there is played again.
+        ended = "after" if resume_at is not None else ""
+        _repair(
+            run_dir / TRAJECTORIES,
+            lambda record: record["update"] <= last and record["split"] != ended,
+        )
+        self._metrics = (run_dir / METRICS).open("ab")
+        self._trajectories = (run_dir / TRAJECTORIES).open("ab")
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Append one line; `step` is the number of the update, 0 what was measured before any."""
+        self._metrics.write(_json_line({"step": step, **metrics}))
+        self._metrics.flush()
+        if self._dashboard is not None:
+            self._dashboard.log(step, metrics)
+
+    def log_trajectories(self, records: Sequence[dict[str, Any]]) -> None:
+        """Append records made by `trajectory_record`."""
+        self._trajectories.write(b"".join(map(_json_line, records)))
+        self._trajectories.flush()
+
+    def close(self) -> None:
+        self._metrics.close()
+        self._trajectories.close()
+        if self._dashboard is not None:
+            self._dashboard.close()
+
+
+def trajectory_record(
+    trajectory: Trajectory,
+    diagnoses: Iterable[Diagnosis],
+    tokens: Sequence[Sequence[str]],
+    divergence: Sequence[Sequence[float] | None],
+    logprob_gap: Sequence[Sequence[float] | None],
+    trained: Sequence[Sequence[str]],
+    update: int,
+    split: str,
+) -> dict[str, Any]:
+    """One trajectory as `hero view` shows it.
+
+    Args:
+        trajectory: the episode, with N turns.
+        diagnoses: at most one for each turn, in any order.
+        tokens: text of the action tokens [N][T_n].
+        divergence: student against teacher at each action token, in nats [N][T_n]; None for a turn
+            without a teacher.
+        logprob_gap: log-probability of the sampled token, teacher minus student, in nats [N][T_n];
+            None for a turn without a teacher.
+        trained: the terms of the loss that trained the turn [N][], none for one left out.
+        update: number of the update; 0 is before training.
+        split: train, or before / after for the held-out tasks.
+    """
+    diagnosis_of = {diagnosis.turn: asdict(diagnosis) for diagnosis in diagnoses}
+    turns = []
+    for number, (turn, texts, nats, gap, terms) in enumerate(
+        zip(trajectory.turns, tokens, divergence, logprob_gap, trained, strict=True)
+    ):
+        diagnosis = diagnosis_of.get(number)
+        if diagnosis is not None:
+            del diagnosis["turn"]
+        turns.append(
+            {
+                "action_text": turn.action_text,
+                "observation": turn.observation,
+                "feedback_kind": str(turn.feedback_kind),
+                "parse_ok": turn.parse_ok,
+                "is_error": turn.is_error,
+                "tokens": list(texts),
+                "divergence": None if nats is None else list(nats),
+                "logprob_gap": None if gap is None else list(gap),
+                "diagnosis": diagnosis,
+                "trained": list(terms),
+            }
+        )
+    return {
+        "update": update,
+        "split": split,
+        "id": trajectory.id,
+        "task_id": trajectory.task_id,
+        "instruction": trajectory.instruction,
+        "reward": trajectory.reward,
+        "success": trajectory.success,
+        "stop_reason": str(trajectory.stop_reason),
+        "turns": turns,
+    }
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All complete lines of a file: an unfinished last one (a crash, a run going on) is left out.
+
+    Raises:
+        ValueError: there is no such file, or a complete line is not a JSON object.
+    """
+    try:
+        # Split at "\n" alone: str.splitlines would also split at U+2028, which JSON text may hold.
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {number} is not valid JSON: {error}. Remove the line."
+            ) from error
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number} must be a JSON object, got {type(record).__name__}."
+            )
+        records.append(record)
+    return records
+
+
+def finite_or_null(value: Any) -> Any:
+    """`value` with None for every NaN and infinity in it: strict JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_or_null(item) for item in value]
+    return value
+
+
+def _json_line(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False)
+    # Agents can produce lone surrogates; their backslash form is the JSON escape for them.
+    return text.encode("utf-8", errors="backslashreplace") + b"\n"
+
+
+def _repair(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Leave the complete lines that `keep` wants."""
+    if path.is_file():
+        write_atomic(path, b"".join(_json_line(line) for line in read_jsonl(path) if keep(line)))
+
+
+class _Dashboard(Protocol):
+    def log(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class _WandbLike:
+    """wandb, and trackio, which keeps its interface."""
+
+    def __init__(self, package: str, run_dir: Path, config: dict[str, Any]) -> None:
+        module = _import(package, package)
+        self._run = module.init(project="hero", name=run_dir.name, config=config)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log({n: v for n, v in metrics.items() if math.isfinite(v)}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _TensorBoard:
+    def __init__(self, run_dir: Path, resume_at: int | None) -> None:
+        module = _import("torch.utils.tensorboard", "tensorboard")
+        # Events from `purge_step` on are hidden: they belong to updates that are made again.
+        purge_step = None if resume_at is None else resume_at + 1
+        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _open_dashboard(
+    report_to: str, run_dir: Path, config: dict[str, Any], resume_at: int | None
+) -> _Dashboard | None:
+    if report_to == "none":
+        return None
+    if report_to == "tensorboard":
+        return _TensorBoard(run_dir, resume_at)
+    return _WandbLike(report_to, run_dir, config)
+
+
+def _import(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"report_to={extra} needs the package {extra}, which cannot be imported ({error}). "
+            f"Install it with: pip install 'hero-kernels[{extra}]'"
+        ) from error

@@ -1,0 +1,51 @@
+"""Where a run stands: the counters that a resumed run goes on from, and when it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hero.config import TrainConfig
+
+MAX_IDLE_UPDATES = 5
+MAX_BAD_EVALUATIONS = 2
+
+
+@dataclass(kw_only=True, slots=True)
+class State:
+    """Counters of a run.
+
+    Every seed is derived from the number of its update. So with the weights and the optimiser's
+    state these counters are all that a resumed run needs to end with the very same weights.
+    """
+
+    update: int = 0
+    env_turns: int = 0
+    generated_tokens: int = 0
+    steps_taken: int = 0
+    best_update: int = -1
+    best_dev: float = -1.0
+    bad_evaluations: int = 0
+    """Evaluations in a row whose dev success was far below the best."""
+    idle_updates: int = 0
+    """Updates in a row without an optimiser step."""
+    stopped: str = ""
+    """Why the run has ended; "" while it goes on."""
+
+    def finished(self, config: TrainConfig) -> bool:
+        """Whether the run has come to its end; `stopped` then says why."""
+        self.stopped = ""
+        if self.update >= config.updates:
+            self.stopped = f"all {config.updates} updates done"
+        elif config.max_env_turns is not None and self.env_turns >= config.max_env_turns:
+            self.stopped = f"the budget of {config.max_env_turns} environment turns is used up"
+        elif self.bad_evaluations >= MAX_BAD_EVALUATIONS:
+            self.stopped = (
+                f"collapse: dev success was more than {config.eval.stop_drop:.2f} below its best "
+                f"({self.best_dev:.2f}, update {self.best_update}) twice in a row"
+            )
+        elif self.idle_updates >= MAX_IDLE_UPDATES:
+            self.stopped = (
+                "nothing was trained in five updates in a row: no turn had a hint, an observation "
+                "or an advantage to learn from, or no gradient was finite"
+            )
+        return bool(self.stopped)
