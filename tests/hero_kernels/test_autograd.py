@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,33 @@ def test_shared_head_gets_the_students_gradient_only(impl: str, device: str) -> 
         assert relative_error(problem.gradients()[name], value) < 1e-4, name
 
 
-def test_own_weight_passed_as_teachers_is_the_shared_head(impl: str, device: str) -> None:
-    problem = make_problem(6, 5, 40, distance=1e-4).to(device, torch.float32)
+@pytest.mark.parametrize(
+    "own", [lambda w: w, Tensor.detach, lambda w: w.data], ids=["itself", "detached", "data"]
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_own_weight_passed_as_teachers_is_the_shared_head(
+    impl: str, device: str, own: Callable[[Tensor], Tensor], bias: bool
+) -> None:
+    """To the bit: for heads that are two the difference of the logits would have been rounded."""
+    problem = make_problem(6, 5, 40, distance=1e-4, bias=bias).to(device, torch.float32)
+    leaves = [problem.student_hidden, problem.student_weight]
     shared = loss_of(problem, impl)
-    problem.teacher_weight = problem.student_weight
-    assert torch.equal(loss_of(problem, impl), shared)
+    expected = torch.autograd.grad(shared, leaves)
+    problem.teacher_weight = own(problem.student_weight)
+    if problem.student_bias is not None:
+        problem.teacher_bias = own(problem.student_bias)
+    loss = loss_of(problem, impl)
+    assert torch.equal(loss, shared)
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_view_of_the_weight_is_another_head(impl: str, device: str) -> None:
+    """Memory at the same place, in another order."""
+    problem = make_problem(6, 40, 40).to(device, torch.float32)
+    shared = loss_of(problem, impl)
+    problem.teacher_weight = problem.student_weight.detach().t()
+    assert not torch.allclose(loss_of(problem, impl), shared)
 
 
 def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
