@@ -13,7 +13,7 @@ from hero_kernels import DivergenceOutput, KernelOptions, fused_linear_divergenc
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("source", ["student", "teacher", "union"])
+@pytest.mark.parametrize("source", ["student", "teacher"])
 @pytest.mark.parametrize("tail", [True, False], ids=["tail", "renormalised"])
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
 def test_topk_agrees_with_reference(divergence: str, source: str, tail: bool, shared: bool) -> None:
@@ -32,14 +32,14 @@ def test_topk_agrees_with_reference(divergence: str, source: str, tail: bool, sh
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("source", ["student", "teacher", "union"])
+@pytest.mark.parametrize("source", ["student", "teacher"])
 @pytest.mark.parametrize("short_of_all", [0, 1])
 def test_topk_of_all_is_the_full_divergence(
     divergence: str, source: str, short_of_all: int
 ) -> None:
     """With k = V - 1 the tail is the one token left; with k = V there is none."""
     problem = make_problem(9, 6, 40)
-    common: dict[str, Any] = {"divergence": divergence, "options": KernelOptions(chunk_size=4)}
+    common: dict[str, Any] = {"divergence": divergence, "options": KernelOptions(tile_rows=4)}
     full, exact = run(problem, "torch", "cpu", torch.float32, **common)
     chosen: dict[str, Any] = {"support": "topk", "top_k": 40 - short_of_all, "top_k_source": source}
     topk, student = run(problem, "torch", "cpu", torch.float32, **common, **chosen)
@@ -119,7 +119,7 @@ def test_server_agrees_with_reference(divergence: str, tail: bool) -> None:
         student_bias=ours.student_bias,
         teacher_topk=topk,
         return_stats=True,
-        options=KernelOptions(chunk_size=4),
+        options=KernelOptions(tile_rows=4),
         **settings,
     )
     assert isinstance(got, DivergenceOutput)
@@ -170,21 +170,7 @@ def test_server_that_knows_everything_has_an_empty_tail() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("clip", [1e-3, 0.05])
-def test_pointwise_clip_agrees_with_reference(divergence: str, clip: float) -> None:
-    problem = make_problem(9, 6, 60, shared=False)
-    assert_agrees(
-        problem, "torch", "cpu", divergence=divergence, pointwise_clip=clip, tolerance=1e-4
-    )
-    clipped, _ = run(
-        problem, "torch", "cpu", torch.float32, divergence=divergence, pointwise_clip=clip
-    )
-    plain, _ = run(problem, "torch", "cpu", torch.float32, divergence=divergence)
-    assert clipped.loss < plain.loss
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("source", ["student", "teacher", "union"])
+@pytest.mark.parametrize("source", ["student", "teacher"])
 def test_tail_that_only_the_student_masks(divergence: str, source: str) -> None:
     """With k = V - 1 and a token that the student excludes: the full divergence again."""
     problem = make_problem(9, 6, 40, shared=False, bias=True)
