@@ -351,7 +351,7 @@ def test_an_unknown_keyword(name: str) -> None:
     message = rf"{name}\(\) got an unexpected keyword argument 'temprature'"
     with pytest.raises(TypeError, match=message):
         FUNCTIONS[name](temprature=0.5)
-    with pytest.raises(TypeError, match="linear_logprobs.*'temprature'"):
+    with pytest.raises(TypeError, match=r"linear_logprobs.*'temprature'"):
         linear_logprobs(torch.randn(N, H), torch.randn(V, H), LONG, temprature=0.5)
 
 
