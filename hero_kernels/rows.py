@@ -27,7 +27,7 @@ from hero_kernels.objective import Objective
 from hero_kernels.rows_topk import LogProbs, restricted_divergence
 from hero_kernels.types import RowTensors, Tile
 
-SCRATCH_TENSORS = 16
+SCRATCH_TENSORS = 20
 """Bound on the temporaries of one block, in blocks of the wide type."""
 
 

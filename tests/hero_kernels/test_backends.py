@@ -64,6 +64,6 @@ def test_explain_names_all_that_were_not_taken() -> None:
     assert text.startswith("implementation: torch\n")
     assert "not triton: it runs on cuda, the tensors are on cpu" in text
     if supports("cpu") is None:
-        assert "not cpu: torch was preferred" in text
+        assert "not cpu: torch was named" in text
     with pytest.raises(ValueError, match=r"impl=.triton. cannot serve"):
         explain(1, 1, 1, impl="triton")

@@ -10,9 +10,11 @@ import torch
 from problems import make_problem, relative_error
 from torch import Tensor
 
-from hero_kernels import KernelOptions, explain, fused_linear_divergence, supports
+from hero_kernels import KernelOptions, Objective, explain, fused_linear_divergence, rows, supports
 from hero_kernels.gemm import takes_16_bit
 from hero_kernels.memory import Shape, default_rows, layout, tile_for, workspace
+from hero_kernels.rows import SCRATCH_TENSORS
+from hero_kernels.types import RowTensors, Tile
 
 SHAPE = Shape(1000, 64, 5000, torch.float32, "cpu", True, True, True, False)
 
@@ -54,7 +56,7 @@ def test_layout_by_hand() -> None:
 
 def test_a_budget_makes_tiles_smaller_and_then_splits_rows() -> None:
     def chosen(budget: int, shape: Shape = SHAPE) -> tuple[int, int]:
-        return tile_for(shape, budget, may_split=True, in_torch=False)
+        return tile_for(shape, budget, True, in_torch=False, split_in_torch=False)
 
     assert chosen(1 << 30) == (256, 0)
     assert chosen(6_000_000) == (128, 0)
@@ -68,7 +70,7 @@ def test_a_budget_makes_tiles_smaller_and_then_splits_rows() -> None:
     assert rows == 0 and columns % 128 == 0 and 0 < columns < 1 << 20
     assert workspace(tall, rows, columns, in_torch=False) <= 1 << 28
     with pytest.raises(ValueError, match="is too small"):
-        tile_for(tall, 1 << 28, may_split=False, in_torch=False)
+        tile_for(tall, 1 << 28, False, in_torch=False, split_in_torch=False)
 
 
 @pytest.mark.parametrize("budget", [1 << 22, 1 << 24, 1 << 27])
@@ -77,11 +79,11 @@ def test_a_budget_makes_tiles_smaller_and_then_splits_rows() -> None:
 def test_what_is_chosen_fits(budget: int, dtype: torch.dtype, in_torch: bool) -> None:
     shape = SHAPE._replace(dtype=dtype, vocab_size=60_000)
     try:
-        tile = tile_for(shape, budget, True, in_torch)
+        tile = tile_for(shape, budget, True, in_torch, in_torch)
     except ValueError as error:
         [least] = map(int, re.findall(r"the least is (\d+)", str(error)))
         assert least > budget
-        assert workspace(shape, *tile_for(shape, least, True, in_torch), in_torch) <= least
+        assert workspace(shape, *tile_for(shape, least, True, in_torch, in_torch), in_torch) <= least
     else:
         assert workspace(shape, *tile, in_torch) <= budget
 
@@ -89,7 +91,7 @@ def test_what_is_chosen_fits(budget: int, dtype: torch.dtype, in_torch: bool) ->
 def test_half_a_gigabyte_at_the_size_of_qwen3_8b() -> None:
     """(8192, 4096, 151936) in bf16 on CUDA, by the formula that is measured below."""
     shape = Shape(8192, 4096, 151936, torch.bfloat16, "cuda", True, True, True, False)
-    rows, columns = tile_for(shape, 500 << 20, may_split=True, in_torch=False)
+    rows, columns = tile_for(shape, 500 << 20, True, in_torch=False, split_in_torch=False)
     assert rows == 0 and columns >= 1024
 
 
@@ -123,7 +125,7 @@ def test_explain_adds_up() -> None:
     assert "products with the head: 4, gradients in the forward pass; 463.9 GFLOP" in text
     assert "teacher logits float32, delta float32, gradient" in text
     logits = 2 * 256 * (49152 + 127) * 4
-    operands, scratch = 256 * 576 * 8, 16 * (1 << 18) * 4
+    operands, scratch = 256 * 576 * 8, SCRATCH_TENSORS * (1 << 18) * 4
     kept, widened = 2048 * 576 * (2 + 2 * 2), 8192 * 576 * 4
     extra = 49152 * 576 * 4
     if takes_16_bit(torch.device("cpu"), torch.bfloat16):
@@ -149,6 +151,32 @@ def peak_bytes(function: Any) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("support", ["full", "topk"])
+def test_temporaries_of_the_row_kernels(divergence: str, support: str) -> None:
+    """In matrices of the size of a block; with biases and a soft cap, which take the most."""
+    student, teacher, grad = torch.randn(3, 200, 1000)
+    bias = torch.randn(1000)
+    tile = Tile(student, teacher, grad, True, bias, bias, num_real=1000)
+    given = RowTensors(torch.ones(200), torch.zeros(200).long(), None, torch.ones(200))
+    objective = Objective(
+        divergence, softcap=5.0, support=support, top_k=9 if support == "topk" else None
+    )
+    statistics = rows.row_statistics(tile, given, objective)
+    values = rows.row_values(tile, given, objective, statistics, True)
+    steps = [lambda: rows.divergence_rows(tile, given, objective, True)]
+    if support == "full":
+        steps += [
+            lambda: rows.row_statistics(tile, given, objective),
+            lambda: rows.row_values(tile, given, objective, statistics, True),
+            lambda: rows.row_gradient(
+                tile, given, objective, statistics, values, given.weights
+            ),
+        ]
+    most = max(peak_bytes(step) for step in steps)
+    assert SCRATCH_TENSORS / 3 < most / (4 * student.numel()) < SCRATCH_TENSORS
 
 
 ROWS, HIDDEN, VOCAB = 512, 96, 6000
