@@ -12,8 +12,13 @@ from torch import Tensor
 
 from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS
-from hero_kernels.call import Call, encoded
-from hero_kernels.logprobs import _forward, _gradients
+from hero_kernels.call import Call, encoded, numbers_of
+from hero_kernels.logprobs import (
+    _forward,
+    _gradients,
+    _linear_logprobs,
+    _linear_logprobs_backward,
+)
 from hero_kernels.objective import Objective
 from hero_kernels.reference import entropy, scaled_logits
 from hero_kernels.types import Head
@@ -96,7 +101,7 @@ def test_agrees_with_dense(
 
 
 @pytest.mark.parametrize("vocab", [123, 32769, 151936])
-def test_real_vocabularies_in_chunks(impl: str, device: str, vocab: int) -> None:
+def test_real_vocabularies_in_tiles(impl: str, device: str, vocab: int) -> None:
     hidden, weight, _, ids = tensors(torch.float32, vocab, device)
     options = KernelOptions(tile_rows=5)
     got = linear_logprobs(hidden, weight, ids, impl=impl, options=options, return_entropy=True)
@@ -151,18 +156,17 @@ def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no_head"])
 def test_gemm_count(trunk: bool, head: bool) -> None:
     """Forward one head GEMM; backward three, two for a frozen head or trunk; of rows that count."""
-    mask, upstream = torch.arange(24) % 3 > 0, torch.randn(24)
-    upstream[:11] = 0
-    student = Head(torch.randn(24, 8), torch.randn(50, 8), None)
-    ids, product = torch.randint(0, 50, (24,)), 2 * 8 * 50
-    call = Call("torch", 10, 0, 50, need_hidden=trunk, need_weight=head)
+    mask, upstream = torch.arange(24) % 3 > 0, torch.randn(24, 2)
+    given = Head(torch.randn(24, 8), torch.randn(50, 8), None), torch.arange(24)
+    call, product = Call("torch", 10, 0, 50, with_stats=True), 2 * 8 * 50
     with ProductCounter() as counter:
-        stats = _forward(student, ids, mask, Objective(), Call("torch", 10, 0, 50))
+        stats = _forward(*given, mask, Objective(), call)
     assert counter.flops == int(mask.sum()) * product
-    both = torch.stack([upstream, torch.zeros(24)], 1)
-    live = mask & (upstream != 0)
+    upstream[:11] = 0
+    live = mask & (upstream != 0).any(1)
+    needed = call.with_needs((trunk, head, False))
     with ProductCounter() as counter:
-        _gradients(student, ids, live, stats, both, Objective(), call)
+        _gradients(*given, live, stats, upstream, Objective(), needed)
     products = 1 + trunk + head if trunk or head else 0
     assert counter.flops == products * int(mask[11:].sum()) * product
 
@@ -232,17 +236,17 @@ def test_no_rows() -> None:
 
 
 def test_opcheck() -> None:
-    from hero_kernels.logprobs import _linear_logprobs, _linear_logprobs_backward
-
     hidden, weight, bias, ids = tensors(torch.float32)
-    mask = torch.arange(13) % 3 != 0
-    numbers = [0.5, 0.7, 0.0, 1.0, 0.0]
-    text = encoded(Objective(), Call("torch", 4, 0, 50, with_stats=True).text)
-    torch.library.opcheck(_linear_logprobs, (hidden, weight, bias, ids, mask, numbers, text))
+    mask, objective = torch.arange(13) % 3 != 0, Objective(temperature=0.7)
+    call = Call("torch", 4, 0, 50, with_stats=True)
+
+    def how(call: Call) -> tuple[Any, str]:
+        return numbers_of(objective), encoded(objective, call.text)
+
+    torch.library.opcheck(_linear_logprobs, (hidden, weight, bias, ids, mask, *how(call)))
     upstream, stats = torch.randn(13, 2), torch.randn(13, 4)
     frozen = (hidden.detach(), weight.detach(), bias.detach())
-    needs = Call("torch", 4, 0, 50, need_hidden=True, need_bias=True)
     torch.library.opcheck(
         _linear_logprobs_backward,
-        (*frozen, ids, mask, stats, upstream, numbers, encoded(Objective(), needs.text)),
+        (*frozen, ids, mask, stats, upstream, *how(call.with_needs((True, False, True)))),
     )

@@ -83,7 +83,9 @@ def test_what_is_chosen_fits(budget: int, dtype: torch.dtype, in_torch: bool) ->
     except ValueError as error:
         [least] = map(int, re.findall(r"the least is (\d+)", str(error)))
         assert least > budget
-        assert workspace(shape, *tile_for(shape, least, True, in_torch, in_torch), in_torch) <= least
+        assert (
+            workspace(shape, *tile_for(shape, least, True, in_torch, in_torch), in_torch) <= least
+        )
     else:
         assert workspace(shape, *tile, in_torch) <= budget
 
@@ -171,9 +173,7 @@ def test_temporaries_of_the_row_kernels(divergence: str, support: str) -> None:
         steps += [
             lambda: rows.row_statistics(tile, given, objective),
             lambda: rows.row_values(tile, given, objective, statistics, True),
-            lambda: rows.row_gradient(
-                tile, given, objective, statistics, values, given.weights
-            ),
+            lambda: rows.row_gradient(tile, given, objective, statistics, values, given.weights),
         ]
     most = max(peak_bytes(step) for step in steps)
     assert SCRATCH_TENSORS / 3 < most / (4 * student.numel()) < SCRATCH_TENSORS

@@ -170,6 +170,48 @@ def test_server_that_knows_everything_has_an_empty_tail() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("tail", [True, False], ids=["tail", "renormalised"])
+def test_server_fills_rows_up_with_sentinels(divergence: str, tail: bool) -> None:
+    """A server pads rows that have fewer tokens by -inf. Oracle: the call without these columns."""
+    problem = make_problem(5, 6, 30)
+    ids, logprobs = from_server(problem, 4)
+    padded = (
+        torch.cat([ids, torch.stack([(ids.max(1).values + 1 + i) % 30 for i in range(2)], 1)], 1),
+        torch.cat([logprobs, torch.full((5, 2), -torch.inf)], 1),
+    )
+    keep = [len(set(row.tolist())) == 6 for row in padded[0]]
+    rows = torch.tensor(keep).nonzero()[:, 0]
+    found = []
+    for given in (padded, (ids, logprobs)):
+        loss = fused_linear_divergence(
+            problem.student_hidden[rows],
+            problem.student_weight,
+            support="topk",
+            teacher_topk=(given[0][rows], given[1][rows]),
+            divergence=divergence,
+            top_k_tail=tail,
+        )
+        assert loss.isfinite()
+        grad = torch.autograd.grad(loss, problem.student_hidden)[0]
+        assert grad.isfinite().all()
+        found.append((loss.detach(), grad))
+    if tail and divergence == "forward_kl":
+        # The student's mass on the sentinels leaves its tail, the teacher's does not.
+        assert found[0][0] >= found[1][0]
+    exact = problem.to("cpu", torch.float64)
+    expected = reference.fused_linear_divergence(
+        exact.student_hidden[rows],
+        exact.student_weight,
+        support="topk",
+        teacher_topk=(padded[0][rows], padded[1][rows].double()),
+        divergence=divergence,
+        top_k_tail=tail,
+    ).loss
+    if divergence != "reverse_kl":  # infinite there, and bounded in the kernel
+        torch.testing.assert_close(found[0][0], expected.float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("source", ["student", "teacher"])
 def test_tail_that_only_the_student_masks(divergence: str, source: str) -> None:
     """With k = V - 1 and a token that the student excludes: the full divergence again."""
