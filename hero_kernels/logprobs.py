@@ -89,7 +89,6 @@ def linear_logprobs(
         )
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("", hidden, weight, bias)
-    checks.no_tangent(hidden=hidden, weight=weight, bias=bias)
     checks.per_token("target_ids", target_ids, "hidden", hidden, integer=True)
     if token_mask is not None:
         checks.per_token("token_mask", token_mask, "hidden", hidden)
