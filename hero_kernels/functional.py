@@ -106,9 +106,6 @@ def fused_linear_divergence(
     what, temperatures = checks.objective("fused_linear_divergence", objective)
     student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
     checks.head("student_", student_hidden, student_weight, student_bias)
-    checks.no_tangent(
-        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias
-    )
     if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
         teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
     if teacher_topk is None:
@@ -116,12 +113,10 @@ def fused_linear_divergence(
             teacher_hidden, teacher_weight, teacher_bias, student_hidden
         )
     else:
-        own_teacher = (teacher_hidden, teacher_weight, teacher_bias)
-        _check_topk(teacher_topk, own_teacher, student_hidden)
+        _check_topk(teacher_topk, (teacher_hidden, teacher_weight, teacher_bias), student_hidden)
     ranks = 1 if options.process_group is None else vocab_parallel.group_size(options.process_group)
     heads = (student_weight,) if teacher_weight is None else (student_weight, teacher_weight)
-    sizes = heads[0].shape[0] * ranks, heads[-1].shape[0] * ranks
-    vocab = checks.vocabulary(*sizes, vocab_size)
+    vocab = checks.vocabulary(heads[0].shape[0] * ranks, heads[-1].shape[0] * ranks, vocab_size)
     checks.objective_with(what, vocab, target_ids, old_logprobs, teacher_topk)
     weighting, rows = weighted_rows(
         ("student_hidden", student_hidden),
@@ -136,9 +131,7 @@ def fused_linear_divergence(
     if ranks > 1 or options.tile_columns:
         checks.split(options, what, heads)
     if ranks > 1:
-        vocab_parallel.check_shards(
-            options.process_group, student_hidden, heads, vocab, options.validate
-        )
+        vocab_parallel.check_shards(options, student_hidden, heads, vocab)
     hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
     facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what)
     facts = facts._replace(
@@ -149,8 +142,7 @@ def fused_linear_divergence(
     plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
     text, numbers, in_backward = plan(what, facts)
     if in_backward:
-        named = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        checks.savable("reduction='none' or a split vocabulary", named)
+        checks.savable(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
     loss, stats, *_ = linear_divergence(
         hidden,
         student_weight,
