@@ -104,10 +104,10 @@ def fused_linear_divergence(
     """
     options = options or _DEFAULTS
     what, temperatures = checks.objective("fused_linear_divergence", objective)
-    student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
-    checks.head("student_", student_hidden, student_weight, student_bias)
     if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
         teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
+    student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
+    checks.head("student_", student_hidden, student_weight, student_bias)
     if teacher_topk is None:
         teacher_hidden, teacher_weight = _checked_teacher(
             teacher_hidden, teacher_weight, teacher_bias, student_hidden
@@ -319,6 +319,12 @@ def _check_topk(
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
         checks.is_tensor(name, tensor, "[..., k]")
         checks.same_device(name, tensor, "student_hidden", student_hidden)
+    checks.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
+    if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
+        raise ValueError(
+            f"teacher_topk is of {ids.dtype} and {logprobs.dtype}; expected integer ids first and "
+            "log-probabilities second (torch.topk returns them the other way round)."
+        )
     leading = student_hidden.shape[:-1]
     if ids.shape != logprobs.shape or ids.shape[:-1] != leading or ids.shape[-1] < 1:
         raise ValueError(

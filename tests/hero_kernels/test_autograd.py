@@ -97,6 +97,16 @@ def test_own_weight_passed_as_teachers_is_the_shared_head(
         assert torch.equal(ours, theirs)
 
 
+def test_own_weight_as_teachers_under_autocast(impl: str, device: str) -> None:
+    """Which casts the student's: the two are one head all the same."""
+    problem = make_problem(6, 16, 60, distance=1e-3).to(device, torch.float32)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        shared = loss_of(problem, impl)
+        for own in (problem.student_weight, problem.student_weight.detach()):
+            problem.teacher_weight = own
+            assert torch.equal(loss_of(problem, impl), shared)
+
+
 def test_a_view_of_the_weight_is_another_head(impl: str, device: str) -> None:
     """Memory at the same place, in another order."""
     problem = make_problem(6, 40, 40).to(device, torch.float32)

@@ -240,6 +240,18 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"temperature": torch.tensor(1.0, requires_grad=True)},
         r"temperature requires grad.*temperature\.detach\(\)",
     ),
+    "server swapped": (
+        {"teacher_hidden": None, "support": "topk", "teacher_topk": TOPK[::-1]},
+        "teacher_topk is of torch.float32 and torch.int64; expected integer ids first",
+    ),
+    "server grad": (
+        {
+            "teacher_hidden": None,
+            "support": "topk",
+            "teacher_topk": (TOPK[0][:, :1], TOPK[1][:, :1].clone().requires_grad_()),
+        },
+        r"teacher_topk\[1\]\.detach\(\)",
+    ),
     "server repeats": (
         {
             "teacher_hidden": None,
