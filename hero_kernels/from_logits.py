@@ -136,7 +136,11 @@ def _logits_divergence(
     grad = None
     if how.need_hidden:
         grad = torch.empty_like(student, dtype=GRADIENT_DTYPE[student.dtype])
-    tile = Tile(student, teacher, grad, num_real=how.vocab_size)
+    width = min(student.shape[1], teacher.shape[1])  # padded to different lengths
+    tile = Tile(student[:, :width], teacher[:, :width], num_real=how.vocab_size)
+    if grad is not None:
+        grad[:, width:] = 0
+        tile = tile._replace(grad=grad[:, :width])
     stats = backends.row_kernels(how.impl).divergence_rows(tile, rows, what, how.with_stats)
     stats = stats.masked_fill((row_weights == 0)[:, None], 0.0)
     losses = row_weights * stats[:, c.RATIO] * stats[:, c.DIVERGENCE]

@@ -132,7 +132,7 @@ def fused_linear_divergence(
         checks.split(options, what, heads)
     if ranks > 1:
         vocab_parallel.check_shards(options, student_hidden, heads, vocab)
-    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+    hidden = _rows_of(student_hidden)
     facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what)
     facts = facts._replace(
         impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
@@ -147,7 +147,7 @@ def fused_linear_divergence(
         hidden,
         student_weight,
         student_bias,
-        None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
+        None if teacher_hidden is None else _rows_of(teacher_hidden.detach()),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         *rows,
@@ -192,6 +192,11 @@ def _facts(
         options.memory_budget or 0,
         options.max_active_rows or 0,
     )
+
+
+def _rows_of(hidden: Tensor) -> Tensor:
+    """[N, H] from [..., H]."""
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def is_shared(

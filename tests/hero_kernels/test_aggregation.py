@@ -282,3 +282,12 @@ def test_nothing_to_weigh(weights: Tensor, aggregation: str) -> None:
         weights, turn_ids=ids, trajectory_ids=ids, loss_aggregation=aggregation
     )
     assert got.dtype == torch.float32 and got.eq(0).all() and got.shape == weights.shape
+
+
+def test_any_leading_shape() -> None:
+    weights, turns = torch.rand(2, 3), torch.arange(6).view(2, 3) // 2
+    got = token_coefficients(weights, turn_ids=turns, loss_aggregation="turn")
+    flat = token_coefficients(weights.flatten(), turn_ids=turns.flatten(), loss_aggregation="turn")
+    assert torch.equal(got, flat.view(2, 3))
+    with pytest.raises(TypeError, match=r"token_weights must be a tensor .* got list"):
+        token_coefficients([1.0, 2.0])

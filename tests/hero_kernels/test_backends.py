@@ -65,5 +65,7 @@ def test_explain_names_all_that_were_not_taken() -> None:
     assert "not triton: it runs on cuda, the tensors are on cpu" in text
     if supports("cpu") is None:
         assert "not cpu: torch was named" in text
+    with pytest.raises(ValueError, match="support must be one of"):
+        explain(1, 1, 1, support="half")
     with pytest.raises(ValueError, match=r"impl=.triton. cannot serve"):
         explain(1, 1, 1, impl="triton")
