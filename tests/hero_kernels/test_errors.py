@@ -237,50 +237,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"temperature": torch.tensor(1.0, requires_grad=True)},
         r"temperature requires grad.*temperature\.detach\(\)",
     ),
-    "server swapped": (
-        {"teacher_hidden": None, "support": "topk", "teacher_topk": TOPK[::-1]},
-        "teacher_topk is of torch.float32 and torch.int64; expected integer ids first",
-    ),
-    "server grad": (
-        {
-            "teacher_hidden": None,
-            "support": "topk",
-            "teacher_topk": (TOPK[0][:, :1], TOPK[1][:, :1].clone().requires_grad_()),
-        },
-        r"teacher_topk\[1\]\.detach\(\)",
-    ),
-    "server repeats": (
-        {
-            "teacher_hidden": None,
-            "support": "topk",
-            "teacher_topk": (LONG[:, None].expand(N, 2), torch.full((N, 2), -2.0)),
-        },
-        "names a token twice in a row",
-    ),
-    "server mass": (
-        {
-            "teacher_hidden": None,
-            "support": "topk",
-            "teacher_topk": (torch.arange(3).expand(N, 3), torch.full((N, 3), -0.5)),
-        },
-        r"teacher_topk\[1\] holds a mass of 1\.8196 in one row",
-    ),
-    "server probabilities": (
-        {
-            "teacher_hidden": None,
-            "support": "topk",
-            "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), 0.3)),
-        },
-        "numbers above 0.*pass their .log()",
-    ),
-    "server nan": (
-        {
-            "teacher_hidden": None,
-            "support": "topk",
-            "teacher_topk": (torch.arange(2).expand(N, 2), torch.full((N, 2), torch.nan)),
-        },
-        "holds NaN",
-    ),
 }
 
 

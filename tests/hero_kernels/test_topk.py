@@ -263,3 +263,35 @@ def test_server_and_a_token_that_only_the_student_masks(
     assert loss.isfinite().all() and (loss >= 0).all()
     gradient = torch.autograd.grad(loss.sum(), problem.student_hidden)[0]
     assert gradient.isfinite().all()
+
+
+THREE = torch.arange(3).expand(4, 3)
+PAIRS: dict[str, tuple[Tensor, Tensor, str]] = {
+    "swapped": (
+        torch.full((4, 3), -2.0),
+        THREE,
+        "teacher_topk is of torch.float32 and torch.int64; expected integer ids first",
+    ),
+    "gradient": (
+        THREE,
+        torch.full((4, 3), -2.0, requires_grad=True),
+        r"teacher_topk\[1\]\.detach\(\)",
+    ),
+    "repeats": (THREE // 2, torch.full((4, 3), -2.0), "names a token twice in a row"),
+    "mass": (THREE, torch.full((4, 3), -0.5), r"teacher_topk\[1\] holds a mass of 1\.8196"),
+    "probabilities": (THREE, torch.full((4, 3), 0.3), r"numbers above 0.*pass their \.log\(\)"),
+    "nan": (THREE, torch.full((4, 3), torch.nan), "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_a_server_cannot_have_sent(name: str) -> None:
+    """In rows that count; in a masked row it may stand."""
+    ids, logprobs, message = PAIRS[name]
+    given: dict[str, Any] = {"teacher_topk": (ids, logprobs), "support": "topk"}
+    hidden, weight = torch.randn(4, 6), torch.randn(20, 6)
+    with pytest.raises(ValueError, match=message):
+        fused_linear_divergence(hidden, weight, **given)
+    if name not in ("swapped", "gradient"):
+        loss = fused_linear_divergence(hidden, weight, **given, token_weights=torch.zeros(4))
+        assert loss == 0
