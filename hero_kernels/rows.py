@@ -53,11 +53,10 @@ def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_sta
         statistics, from_t, from_s = _statistics(logits, part.target_ids, first_column=0)
         values = statistics.new_zeros(len(statistics), c.NUM_VALUES)
         if objective.support == "full":
-            p_t, p_s = (
-                from_t.div_(statistics[:, c.SUM_T, None]),
-                from_s.div_(statistics[:, c.SUM_S, None]),
-            )
-            log_ratio = _log_ratio(logits, statistics)
+            p_t, log_ratio = from_t.div_(statistics[:, c.SUM_T, None]), _log_ratio(logits, statistics)
+            # p_s from p_t where the two are close: there their difference counts, not their sizes.
+            own = from_s.div_(statistics[:, c.SUM_S, None])
+            p_s = (log_ratio.exp().mul_(p_t)).where(log_ratio.abs() < c.CLOSE_LOG_RATIO, own)
             values[:, c.VALUE], slope = dense_divergence(p_s, p_t, log_ratio, objective)
         if objective.support != "full" or with_stats:
             probs = _log_probs(logits, statistics)
