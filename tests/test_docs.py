@@ -14,7 +14,6 @@ PAGES = [
     page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if BLOCK.search(page.read_text(encoding="utf-8"))
 ]  # fmt: skip
-LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -27,11 +26,3 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         line = text[: match.start(1)].count("\n")
         source = "\n" * line + match[1]  # errors name the line of the page
         exec(compile(source, str(page), "exec"), names)
-
-
-@pytest.mark.parametrize("page", sorted(ROOT.glob("**/*.md")), ids=lambda page: page.stem)
-def test_links_lead_somewhere(page: Path) -> None:
-    if ".venv" in page.parts or "build" in page.parts:
-        return
-    for target in LINK.findall(page.read_text(encoding="utf-8")):
-        assert (page.parent / target).exists(), target
