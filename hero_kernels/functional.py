@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
-from hero_kernels.autograd import linear_divergence
+from hero_kernels.autograd import linear_divergence, same_memory
 from hero_kernels.objective import DivergenceOutput, KernelOptions, Objective, ObjectiveKwargs
 from hero_kernels.types import RowTensors
 
@@ -209,14 +207,7 @@ def is_shared(
     if teacher_weight is None or (teacher_bias is None) != (student_bias is None):
         return False
     pairs = ((student_weight, teacher_weight), (student_bias, teacher_bias))
-    return all(ours is theirs or _same_memory(ours, theirs) for ours, theirs in pairs)
-
-
-def _same_memory(a: Any, b: Any) -> bool:
-    if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return alike and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() != 0
+    return all(same_memory(ours, theirs) for ours, theirs in pairs)
 
 
 def weighted_rows(

@@ -109,3 +109,21 @@ def test_compiled_with_what_varies() -> None:
         for (rows, hidden, vocab), settings in calls:
             inputs = [torch.randn(size, hidden) for size in (rows, vocab, rows)]
             assert torch.equal(compiled(*inputs, **settings), loss(*inputs, **settings)), name
+
+
+def test_the_own_weight_as_the_teachers_is_the_shared_head() -> None:
+    """Also as a view that only the compiled code makes: h_s and h_t are too close for two heads."""
+
+    def loss(hidden: Tensor, weight: Tensor, teacher: Tensor) -> Tensor:
+        return fused_linear_divergence(hidden, weight, teacher, weight.detach())
+
+    teacher, weight = torch.randn(6, 16), torch.randn(60, 16, requires_grad=True)
+    hidden = (teacher + 1e-5 * torch.randn(6, 16)).requires_grad_()
+    eager, compiled = (
+        function(hidden, weight, teacher)
+        for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager"))
+    )
+    assert torch.equal(eager, compiled)
+    expected = torch.autograd.grad(eager, [hidden, weight])
+    for ours, theirs in zip(torch.autograd.grad(compiled, [hidden, weight]), expected, strict=True):
+        assert torch.equal(ours, theirs)
