@@ -60,7 +60,7 @@ class ModelConfig(Settings):
     dtype: Dtype = "auto"
     """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
     train_head: bool = True
-    """Train the lm_head, and embeddings tied to it. False saves a quarter of the loss' GEMMs."""
+    """Train the lm_head, and embeddings tied to it. False: teacher and student share the head."""
     lora_rank: CountOrZero = 0
     """Rank of LoRA adapters, which alone are trained (needs peft); 0 trains all weights."""
     lora_alpha: Count = 32
@@ -134,7 +134,7 @@ class TeacherConfig(Settings):
     """Who scores the student's actions with hindsight, and what it sees."""
 
     weights: Literal["ema", "live", "frozen"] = "ema"
-    """ema [L], live (the student itself) or frozen (as at the start); the lm_head is shared [D]."""
+    """ema [L], live (the student itself) or frozen (as at the start): all trained weights."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
     observation: bool = True

@@ -136,6 +136,12 @@ def test_resume_ends_with_the_weights_of_an_unbroken_run(model_path: Path, tmp_p
     resumed = settings(model_path, resume=str(tmp_path / "parts"))
     trainer(resumed, tmp_path / "parts").run()
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoint" / "teacher.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert_same(whole, parts)
+    assert whole.keys() == weights(tmp_path / "whole").keys()  # the teacher's head is among them
     steps = [line["step"] for line in read_jsonl(tmp_path / "parts" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3, 4]
 
