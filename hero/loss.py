@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ def divergence_term(
     policy: Policy,
     hidden: Tensor,
     teacher_hidden: Tensor,
-    teacher_head: dict[str, Tensor | None],
+    teacher_head: dict[str, Any],
     batch: PackedBatch,
     config: LossConfig,
     temperature: float,

@@ -85,7 +85,7 @@ class TeacherWeights:
         finally:
             self._swap()
 
-    def own_head(self, policy: Policy) -> dict[str, Tensor | None]:
+    def own_head(self, policy: Policy) -> dict[str, Any]:
         """The teacher's head as arguments of hero_kernels; {} if it is the student's.
 
         It is where the head is not trained (LoRA, `model.train_head=false`) and with live weights.
