@@ -77,6 +77,8 @@ class EnvConfig(Settings):
     """shop, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
     """Constructor options of the environment, on top of those that a recipe gives it."""
+    reward: Literal["score", "success"] = "score"
+    """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]"""
 
 
 @dataclass(kw_only=True)
@@ -243,7 +245,7 @@ class TrainConfig(Settings):
     updates: Count = 100
     """Rollout batches. [L]"""
     max_env_turns: Count | None = None
-    """Budget of environment turns of the whole run; training ends when it is used up."""
+    """Budget of environment turns of the whole run, never exceeded; None for no limit."""
     seed: int = 0
     threads: Count | None = None
     """CPU threads; None leaves torch's default."""

@@ -56,6 +56,8 @@ class ShopEnv:
             exactly; `feedback` forgives white space around them.
         observation: "text", "text_rich" or "compact"; None takes the profile's own ("compact" for
             tiny, else "text").
+        score_breakdown: after a purchase `feedback` tells which parts of the goal were met. WebShop
+            tells the score alone; with False so does this shop.
         max_steps: actions after which the episode is truncated; None takes 15 (full) or 8.
         catalogue_seed: draws the synthetic catalogue, and the price limits of the goals.
         num_products: size of the catalogue; None takes 1000 (full), 200 (small, tiny), or all of
@@ -74,6 +76,7 @@ class ShopEnv:
         data_dir: str | None = None,
         mode: str = "feedback",
         observation: str | None = None,
+        score_breakdown: bool = True,
         max_steps: int | None = None,
         catalogue_seed: int = 0,
         num_products: int | None = None,
@@ -98,6 +101,7 @@ class ShopEnv:
                 f"data_dir with profile={profile!r}, observation={self.observation!r}; expected "
                 "profile='full' and observation='text' or 'text_rich' for real data."
             )
+        self.score_breakdown = score_breakdown
         self.profile, self.mode, self.forget, self.noise = profile, mode, forget, noise
         resolved = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
         self._shop_key = (profile, num_products, catalogue_seed, resolved)
@@ -186,7 +190,9 @@ class ShopEnv:
         page = self._render(outcome.score)
         if self.mode == "strict":
             return page
-        line = (compact_line if self.observation == "compact" else text_line)(outcome)
+        line = (compact_line if self.observation == "compact" else text_line)(
+            outcome, self.score_breakdown
+        )
         return f"{page.rstrip()}\n{line}" if line else page
 
     def _render(self, score: Score | None) -> str:

@@ -51,8 +51,13 @@ class Outcome:
         return FeedbackKind.BUDGET if self.steps_left <= BUDGET_WARNING else FeedbackKind.OK
 
 
-def text_line(outcome: Outcome) -> str:
-    """In sentences; "" if there is nothing to say."""
+def text_line(outcome: Outcome, breakdown: bool) -> str:
+    """In sentences; "" if there is nothing to say.
+
+    Args:
+        outcome: of the action.
+        breakdown: say after a purchase which parts of the goal were met.
+    """
     sentences = []
     kind, action, after = outcome.kind, outcome.action, outcome.after
     if kind is FeedbackKind.PARSE_ERROR:
@@ -70,7 +75,7 @@ def text_line(outcome: Outcome) -> str:
             else "No more results."
         )
     elif outcome.score is not None:
-        return _text_score(outcome.score)
+        return _text_score(outcome.score) if breakdown else ""
     elif after is not None and after.asin == outcome.before.asin:
         changed = dict(after.options).items() - dict(outcome.before.options).items()
         sentences += [f"Selected {name}: {value}." for name, value in changed]
@@ -91,11 +96,13 @@ def _text_score(score: Score) -> str:
     return f"{', '.join(parts)} → {score.reward:.2f}"
 
 
-def compact_line(outcome: Outcome) -> str:
+def compact_line(outcome: Outcome, breakdown: bool) -> str:
     """In as few words as possible; the page itself shows the options chosen and the score."""
     words = []
     kind, score = outcome.kind, outcome.score
     if score is not None:
+        if not breakdown:
+            return ""
         price = "price ok" if score.price_ok else "price too high"
         attributes = f"attributes {score.matched_attributes} of {score.num_attributes}"
         return f"{attributes} options {score.matched_options} of {score.num_options} {price}"
