@@ -118,6 +118,11 @@ def _check_batches(config: TrainConfig) -> None:
             "lower --rollout.group-size or --rollout.max-turns."
         )
     episodes = rollout.tasks_per_update * rollout.group_size
+    if MODES[config.mode].needs_batch and episodes < 2:
+        raise ValueError(
+            f"mode={config.mode} compares the episodes of an update: there must be at least 2, got "
+            "1. Set --rollout.tasks-per-update 64."
+        )
     if config.optim.minibatches > episodes:
         raise ValueError(
             f"optim.minibatches={config.optim.minibatches} must be at most the {episodes} episodes "

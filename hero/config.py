@@ -15,8 +15,9 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, ConfigDict
 
 Mode = Literal[
-    "hero", "env_only", "reflection_only", "terminal", "full_demo", "sdpo", "grpo", "hero+grpo"
-]
+    "hero", "env_only", "reflection_only", "terminal", "full_demo", "sdpo", "grpo", "hero+grpo",
+    "reinforce", "rloo",
+]  # fmt: skip
 PromptStyle = Literal["standard", "compact"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 EnvOptions = dict[str, str | int | float | bool | None]

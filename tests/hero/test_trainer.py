@@ -88,7 +88,9 @@ def test_a_run_leaves_everything(model_path: Path, tmp_path: Path) -> None:
     assert splits == {"before", "train", "after"}
 
 
-@pytest.mark.parametrize("mode", ["hero+grpo", "env_only", "sdpo", "full_demo"])
+@pytest.mark.parametrize(
+    "mode", ["hero+grpo", "env_only", "sdpo", "full_demo", "reinforce", "rloo"]
+)
 def test_every_kind_of_mode_runs(model_path: Path, tmp_path: Path, mode: str) -> None:
     config = settings(model_path, mode=mode, rollout={"group_size": 2, "tasks_per_update": 2})
     config.updates = 1
