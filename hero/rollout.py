@@ -164,6 +164,12 @@ def rollout(
     return trajectories
 
 
+def pay_success(trajectories: Iterable[Trajectory]) -> None:
+    """Replace each reward by 1 for success and 0 for the rest (`env.reward=success`)."""
+    for trajectory in trajectories:
+        trajectory.reward = float(trajectory.success)
+
+
 def gold_episodes(
     env: Environment, tasks: Iterable[str], max_turns: int
 ) -> dict[str, tuple[tuple[str, str], ...]]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from typing import get_args
 
 import pytest
 
 from hero.algorithms import MODES, Experience
 from hero.algorithms.grpo import group_advantages
+from hero.checks import check, from_dict
 from hero.config import Mode
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
@@ -117,6 +119,59 @@ def test_advantages_by_hand_and_zero_without_variance(played: list[Trajectory]) 
     for trajectory in played:
         trajectory.reward = 0.7
     assert group_advantages(played) == [0.0] * 4
+
+
+def paid(played: list[Trajectory]) -> list[Trajectory]:
+    """Rewards 0, 1 in the first group and 0.5, 1 in the second."""
+    played = copy.deepcopy(played)
+    for trajectory, reward in zip(played, [0.0, 1.0, 0.5, 1.0], strict=True):
+        trajectory.reward = reward
+    return played
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("reinforce", [-0.625, 0.375, -0.125, 0.375]), ("rloo", [-1.0, 1.0, -0.5, 0.5])],
+)
+def test_baselines_by_hand(
+    context: TeacherContext, played: list[Trajectory], mode: str, expected: list[float]
+) -> None:
+    samples = annotate(
+        mode, context, Experience(trajectories=paid(played), diagnoses=[[]] * 4, gold={})
+    )
+    assert len(samples) == 12 and all(s.pg_weight == 1 and not s.distill_weight for s in samples)
+    assert [s.advantage for s in samples[::3]] == pytest.approx(expected)
+
+
+def test_rloo_takes_the_mean_of_the_others_only(
+    context: TeacherContext, played: list[Trajectory]
+) -> None:
+    trajectories = paid(played)
+    for trajectory in trajectories:
+        trajectory.group_id = "one"
+    samples = annotate(
+        "rloo", context, Experience(trajectories=trajectories, diagnoses=[], gold={})
+    )
+    expected = [0.0 - 2.5 / 3, 1.0 - 1.5 / 3, 0.5 - 2.0 / 3, 1.0 - 1.5 / 3]
+    assert [s.advantage for s in samples[::3]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tasks", "group", "remedy"),
+    [
+        ("rloo", 8, 1, "--rollout.group-size 8"),
+        ("reinforce", 1, 1, "--rollout.tasks-per-update"),
+        ("reinforce", 8, 1, None),
+        ("reinforce", 1, 2, None),
+        ("rloo", 1, 2, None),
+    ],
+)
+def test_what_a_baseline_needs_to_compare(
+    mode: str, tasks: int, group: int, remedy: str | None
+) -> None:
+    config = from_dict({"mode": mode, "rollout": {"tasks_per_update": tasks, "group_size": group}})
+    with pytest.raises(ValueError, match=remedy) if remedy else nullcontext():
+        check(config)
 
 
 def test_an_empty_hint_masks_every_turn(context: TeacherContext, played: list[Trajectory]) -> None:
