@@ -57,12 +57,15 @@ class Learner:
             weight_decay=optim.weight_decay,
         )
         self.steps_taken = 0
+        self.halvings = 0
+        """Of the learning rate, each after a collapse."""
 
     @property
     def learning_rate(self) -> float:
         """Of the next step: linear warm-up, then constant."""
         warmup = self.config.optim.warmup_steps
-        return self.config.optim.learning_rate * min(1.0, (self.steps_taken + 1) / max(1, warmup))
+        rate = self.config.optim.learning_rate / 2**self.halvings
+        return rate * min(1.0, (self.steps_taken + 1) / max(1, warmup))
 
     def learn(self, samples: Sequence[Sample], seed: int) -> Learned:
         """Go over a batch `inner_epochs` times in `minibatches` steps; no samples, no step."""

@@ -43,7 +43,7 @@ from hero.rollout import (
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.types import Fault, Sample, Trajectory
+from hero.types import Fault, Sample, StopReason, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 
@@ -140,7 +140,7 @@ class Trainer:
     def _before(self, tracker: Tracker) -> None:
         """Evaluate the starting weights, then measure whether the teacher knows better."""
         self.console.say("Evaluating the starting model …")
-        metrics: dict[str, float] = self._evaluate_dev(0)
+        metrics: dict[str, float] = self._evaluate_dev(0, {})
         if self.config.eval.test_tasks:
             before = self._evaluate_test(tracker, "before", 0)
             write_atomic(self.run_dir / "before.json", json.dumps(before.to_dict()))
@@ -192,14 +192,32 @@ class Trainer:
             self.config
         ):  # the last weights are judged too
             self.console.stage("evaluation")
-            metrics |= self._evaluate_dev(number)
+            metrics |= self._evaluate_dev(number, metrics)
             clock.lap("evaluation")
         metrics |= clock.metrics()
         tracker.log(number, metrics)
         self._log_trajectories(tracker, number, "train", trajectories, reflections, learned)
         self.console.update(number, metrics)
+        if state.collapse and state.rescues < config.eval.rescues:
+            self._rescue()
         if number % config.save_every == 0:
             self.save()
+
+    def _rescue(self) -> None:
+        """Go back to the best weights, with half the learning rate and no momentum."""
+        state = self.state
+        why = state.collapse
+        with self.interrupt.deferred():
+            self.policy.restore(self.run_dir / "best")
+            self.teacher.restart()
+            state.rescues, state.collapse, state.bad_evaluations = state.rescues + 1, "", 0
+            self.learner.optimizer.state.clear()
+            self.learner.halvings = state.rescues
+        self.console.say(
+            f"Collapse: {why}. Going on from the best weights (update {state.best_update}) with "
+            f"half the learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues} of "
+            f"{self.config.eval.rescues}, --eval.rescues)."
+        )
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
@@ -210,6 +228,7 @@ class Trainer:
             "recipe": self.recipe,
             "stopped": self.state.stopped,
             "best_update": self.state.best_update,
+            "rescues": self.state.rescues,
             "env_turns": self.state.env_turns,
             "device": str(self.policy.device),
             "versions": versions(),
@@ -288,18 +307,18 @@ class Trainer:
             seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
         )  # fmt: skip
 
-    def _evaluate_dev(self, number: int) -> dict[str, float]:
+    def _evaluate_dev(self, number: int, update: dict[str, float]) -> dict[str, float]:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
-        result = summarise(self._held_out("dev", self.config.eval.dev_tasks, DEV))
-        state = self.state
+        trajectories = self._held_out("dev", self.config.eval.dev_tasks, DEV)
+        result = summarise(trajectories)
+        cut = sum(t.stop_reason is not StopReason.DONE for t in trajectories) / len(trajectories)
+        metrics = {"dev/success": result.success, "dev/score": result.score}
+        metrics |= {"dev/turns": result.turns, "dev/cut_rate": cut}
         with self.interrupt.deferred():
-            if result.success > state.best_dev:
-                state.best_dev, state.best_update = result.success, number
+            if self.state.judge(update | metrics, number, self.config.eval.stop_drop):
                 with replacing(self.run_dir / "best") as folder:
                     self.policy.save(folder)
-            fell = result.success < state.best_dev - self.config.eval.stop_drop
-            state.bad_evaluations = state.bad_evaluations + 1 if fell else 0
-        return {"dev/success": result.success, "dev/score": result.score, "dev/turns": result.turns}
+        return metrics
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
         trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
@@ -368,4 +387,5 @@ class Trainer:
         self.teacher.load_state_dict(saved["teacher"])
         self.state = State(**saved["state"])
         self.learner.load_state_dict(saved["optimizer"], self.state.steps_taken)
+        self.learner.halvings = self.state.rescues
         return self.state.update
