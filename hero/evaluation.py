@@ -11,7 +11,7 @@ from hero.renderer import Renderer
 from hero.rollout import Assignment
 from hero.sampler import Sampler, Sampling
 from hero.teacher import TeacherWeights
-from hero.types import Diagnosis, Sample, Trajectory
+from hero.types import Diagnosis, Fault, Sample, StopReason, Trajectory
 
 # ---- how often, how well and in how many turns ---------------------------------------------------
 
@@ -62,11 +62,26 @@ def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
     return Evaluation(per_task=per_task, **means)
 
 
+def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What is logged of an evaluation; `cut_rate` is the share of episodes that ended at a cap."""
+    result = summarise(trajectories)
+    return {
+        "dev/success": result.success,
+        "dev/score": result.score,
+        "dev/turns": result.turns,
+        "dev/cut_rate": _mean([float(t.stop_reason is not StopReason.DONE) for t in trajectories]),
+    }
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
 # ---- does the teacher know better? ---------------------------------------------------------------
+
+
+class TeacherGate(Fault):
+    """The hinted teacher does not act better than the student: training would teach nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -94,6 +109,16 @@ class Probe:
             f"hindsight, {self.teacher_right:.0%} with it. The reflector finds fault where the "
             f"environment does on {self.diagnosis_agreement:.0%} of turns."
         )
+
+    def demand(self, lift: float | None) -> None:
+        """Raise TeacherGate if the lift is below `lift` (`eval.min_teacher_lift`)."""
+        if lift is not None and self.lift < lift:
+            raise TeacherGate(
+                f"The teacher's lift is {self.lift:+.2f}, below eval.min_teacher_lift={lift}: with "
+                "hindsight it does not act clearly better, so there is nothing to distil. Use a "
+                "better reflector (--reflection.reflector rules or openai), a stronger model, or "
+                "a warm start (hero sft)."
+            )
 
     def metrics(self) -> dict[str, float]:
         return {

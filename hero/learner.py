@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +123,13 @@ class Learner:
             learned.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+    def restart(self, best: Path) -> None:
+        """Go back to saved weights, without momentum and with half the learning rate."""
+        self.policy.restore(best)
+        self.teacher.restart()
+        self.optimizer.state.clear()
+        self.halvings += 1
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
         self.optimizer.load_state_dict(state)
