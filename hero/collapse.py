@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-WATCHED = ("dev/cut_rate", "entropy", "reflection/non_empty_rate")
+WATCHED = ("dev/cut_rate", "entropy", "reflection/non_empty_rate", "agreement/recall")
 """Metrics that are compared with those of the best evaluation, beside dev success."""
 
 MAX_BAD_EVALUATIONS = 2
@@ -16,7 +16,7 @@ def signs_of_collapse(
     """What speaks for a collapse, in words; [] while nothing needs to be done.
 
     Either success fell by more than half of `drop`, or episodes run into their cap; and a second
-    of the four signs is there too. Bounds: our decision.
+    of the five signs is there too. Bounds: our decision.
 
     Args:
         now: metrics of this evaluation; those that it lacks give no sign.
@@ -34,7 +34,8 @@ def signs_of_collapse(
         signs.append(f"mean turns climb to the cap: {cut:.0%} of episodes end there")
     if not signs:
         return []
-    for name, words in (("entropy", "entropy"), ("reflection/non_empty_rate", "share of hints")):
+    names = ("entropy", "share of hints", "reflector's recall of faults")
+    for name, words in zip(WATCHED[1:], names, strict=True):
         value, before = values.get(name, (0.0, 0.0))
         measured = value > 0 or name != "entropy"  # an update that trains nothing sees no entropy
         if measured and value < before / 2:

@@ -130,6 +130,33 @@ class Probe:
         }
 
 
+def agreement(
+    env: object, trajectories: Sequence[Trajectory], diagnoses: Sequence[Sequence[Diagnosis]]
+) -> dict[str, float]:
+    """How far a reflector agrees with the environment's rules; {} without one of the two.
+
+    `recall` and `precision` are shares of the turns in which the rules, or the reflector, find a
+    fault; `same_action` is the share of the common ones with the same correction.
+    """
+    if not isinstance(env, HasDiagnosis) or not any(diagnoses):
+        return {}
+    pairs = [
+        (own, rule)
+        for trajectory, row in zip(trajectories, diagnoses, strict=True)
+        for own, rule in zip(row, env.diagnose(trajectory), strict=True)
+    ]
+    hits = [(own, rule) for own, rule in pairs if own.hint and rule.hint]
+    corrected = [(a, b) for a, b in hits if a.corrected_action and b.corrected_action]
+    found = {
+        "recall": (len(hits), sum(bool(rule.hint) for _, rule in pairs)),
+        "precision": (len(hits), sum(bool(own.hint) for own, _ in pairs)),
+        "same_action": (
+            sum(a.corrected_action == b.corrected_action for a, b in corrected), len(corrected)
+        ),
+    }  # fmt: skip
+    return {f"agreement/{name}": part / whole for name, (part, whole) in found.items() if whole}
+
+
 def probe_teacher(
     env: HasDiagnosis,
     trajectories: Sequence[Trajectory],

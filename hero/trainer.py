@@ -15,7 +15,7 @@ from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs.base import HasDiagnosis, make_env
-from hero.evaluation import Evaluation, Probe, dev_metrics, probe_teacher, summarise, trials
+from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
 from hero.files import (
     BrokenCheckpoint,
     find_checkpoint,
@@ -133,7 +133,7 @@ class Trainer:
         metrics: dict[str, float] = self._evaluate_dev(0, {})
         if self.config.eval.test_tasks:
             before = self._evaluate_test(tracker, "before", 0)
-            write_atomic(self.run_dir / "before.json", json.dumps(before.to_dict()))
+            write_atomic(self.run_dir / "before.json", json.dumps(before))
         if probe := self._probe():
             metrics |= probe.metrics()
             self.console.say(str(probe))
@@ -173,6 +173,7 @@ class Trainer:
         last = self.state.finished(config)
         if number % config.eval.every == 0 or last:  # the last weights are judged too
             self.console.stage("evaluation")
+            metrics |= agreement(self.env, trajectories, reflections.diagnoses)
             metrics |= self._evaluate_dev(number, metrics)
             clock.lap("evaluation")
         metrics |= clock.metrics()
@@ -216,7 +217,7 @@ class Trainer:
             before = json.loads(earlier.read_text(encoding="utf-8"))
             self.config.eval.test_tasks = len(before["per_task"])
             self.policy.restore(self.run_dir / "best")
-            after = self._evaluate_test(tracker, "after", self.state.update).to_dict()
+            after = self._evaluate_test(tracker, "after", self.state.update)
             summary |= {"before": before, "after": after}
             self.console.final_table(before, after)
         return summary
@@ -284,11 +285,11 @@ class Trainer:
                     self.policy.save(folder)
         return metrics
 
-    def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
+    def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
         trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
         nothing = Reflections.none(trajectories)
         self._log_trajectories(tracker, number, split, trajectories, nothing, Learned())
-        return summarise(trajectories)
+        return summarise(trajectories).to_dict()
 
     def _log_trajectories(
         self,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
+from hero.envs.shop import ShopEnv
+from hero.evaluation import agreement
 from hero.state import State
+from hero.types import Diagnosis, Trajectory
 
 Curve = list[tuple[float, float, float, float]]
 """Dev success, share of episodes cut off, entropy, share of turns with a hint."""
@@ -45,6 +50,39 @@ RISING: Curve = [(0.1, 0.2, 0, 0), (0.3, 0.3, 0.5, 0.4), (0.6, 0.2, 0.4, 0.3)]
 )
 def test_collapse_is_seen_by_several_signs(then: Curve, expected: list[int]) -> None:
     assert alarms(RISING + then) == expected
+
+
+class Judge(ShopEnv):
+    """A shop that finds the first four of five turns faulty."""
+
+    def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
+        faults = [Diagnosis(turn=k, hint="no", corrected_action="go") for k in range(4)]
+        return [*faults, Diagnosis(turn=4)]
+
+
+def test_agreement_with_the_rules_by_hand(episode: Callable[..., Trajectory]) -> None:
+    own = [
+        Diagnosis(turn=0, hint="go", corrected_action="go"),
+        Diagnosis(turn=1, hint="stay", corrected_action="stay"),
+        Diagnosis(turn=2, hint="hm"),
+        Diagnosis(turn=3),
+        Diagnosis(turn=4, hint="why"),
+    ]
+    played = [episode(["s"] * 5)]
+    assert agreement(Judge("tiny"), played, [own]) == {
+        "agreement/recall": 3 / 4,
+        "agreement/precision": 3 / 4,
+        "agreement/same_action": 1 / 2,
+    }
+    assert agreement(Judge("tiny"), played, [[]]) == {}  # a mode without reflection
+    assert agreement(object(), played, [own]) == {}  # a world without rules
+
+
+def test_a_reflector_that_goes_blind_is_a_sign() -> None:
+    state = State()
+    for number, (success, recall) in enumerate([(0.6, 0.9), (0.4, 0.8), (0.4, 0.3)]):
+        state.judge({"dev/success": success, "agreement/recall": recall}, number, drop=0.3)
+    assert "recall" in state.collapse
 
 
 def test_an_agent_that_never_succeeds_can_collapse() -> None:

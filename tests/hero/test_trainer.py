@@ -81,7 +81,7 @@ def test_a_run_leaves_everything(model_path: Path, tmp_path: Path) -> None:
     last = read_jsonl(tmp_path / "metrics.jsonl")[-1]
     assert last["env_turns"] == 4 * 4 * 3 and last["optim/steps"] == 1
     assert 0 < last["reflection/non_empty_rate"] <= 1
-    assert {"dev/success", "divergence/mean", "entropy", "grad_norm"} <= last.keys()
+    assert {"dev/success", "divergence/mean", "entropy", "agreement/recall"} <= last.keys()
     assert summary["before"]["per_task"].keys() == summary["after"]["per_task"].keys()
     assert json.loads((tmp_path / "summary.json").read_text())["stopped"] == "all 4 updates done"
     assert Policy.load(settings(tmp_path / "best").model).num_parameters > 0
