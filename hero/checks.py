@@ -94,6 +94,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: with what was got, what was expected and what to do.
     """
+    if config.mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {config.mode!r}.")
     _check_batches(config)
     _check_endpoint(config)
     _check_secrets(config)

@@ -14,10 +14,6 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, ConfigDict
 
-Mode = Literal[
-    "hero", "env_only", "reflection_only", "terminal", "full_demo", "sdpo", "grpo", "hero+grpo",
-    "reinforce", "rloo",
-]  # fmt: skip
 PromptStyle = Literal["standard", "compact"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 EnvOptions = dict[str, str | int | float | bool | None]
@@ -234,8 +230,8 @@ class EvalConfig(Settings):
 class TrainConfig(Settings):
     """A training run."""
 
-    mode: Mode = "hero"
-    """What the teacher sees and which turns are trained (docs/method.md)."""
+    mode: str = "hero"
+    """What the teacher sees and which turns are trained: hero, grpo, ... (docs/method.md)."""
     prompts: PromptStyle = "standard"
     """Wording of what teachers and reflectors read: compact is for the shipped small model."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from contextlib import nullcontext
-from typing import get_args
 
 import pytest
 
 from hero.algorithms import MODES, Experience
 from hero.algorithms.grpo import group_advantages
 from hero.checks import check, from_dict
-from hero.config import Mode
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
 
@@ -180,5 +178,6 @@ def test_an_empty_hint_masks_every_turn(context: TeacherContext, played: list[Tr
     assert annotate("hero", context, experience) == []
 
 
-def test_every_mode_of_the_settings_is_there() -> None:
-    assert set(MODES) == set(get_args(Mode))
+def test_unknown_mode_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"mode must be one of hero, .*rloo; got 'heros'"):
+        check(from_dict({"mode": "heros"}))
