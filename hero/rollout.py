@@ -164,10 +164,11 @@ def rollout(
     return trajectories
 
 
-def pay_success(trajectories: Iterable[Trajectory]) -> None:
-    """Replace each reward by 1 for success and 0 for the rest (`env.reward=success`)."""
-    for trajectory in trajectories:
+def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:
+    """The trajectories; for `env.reward=success` each pays 1 for success and 0 for the rest."""
+    for trajectory in trajectories if kind == "success" else ():
         trajectory.reward = float(trajectory.success)
+    return trajectories
 
 
 def gold_episodes(
