@@ -13,15 +13,19 @@ from hero.types import Sample, Trajectory
 
 
 def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
-    """(reward - group mean) / group standard deviation; 0 in a group of equal rewards."""
+    """(reward - group mean) / group standard deviation; 0 in a group of equal rewards.
+
+    Episodes that their environment broke count in no group.
+    """
     groups: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
-        groups[trajectory.group_id].append(trajectory.reward)
+        if not trajectory.failed:
+            groups[trajectory.group_id].append(trajectory.reward)
     advantages = []
     for trajectory in trajectories:
         rewards = groups[trajectory.group_id]
-        mean = sum(rewards) / len(rewards)
-        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+        mean = sum(rewards) / max(1, len(rewards))
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / max(1, len(rewards)))
         advantages.append((trajectory.reward - mean) / std if std > 1e-6 else 0.0)
     return advantages
 

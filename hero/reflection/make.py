@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from hero.config import ReflectionConfig
 from hero.envs.base import Environment, HasDiagnosis
+from hero.envs.border import diagnose, system_prompt
 from hero.prompts import Prompts
 from hero.reflection.base import Reflector
 from hero.reflection.endpoint import Endpoint
@@ -45,7 +47,7 @@ def make_reflector(
                 f"{type(env).__name__} has none: write diagnose(trajectory) -> list[Diagnosis], or "
                 "set --reflection.reflector self."
             )
-        reflector = RuleReflector(env.diagnose, renderer, config)
+        reflector = RuleReflector(partial(diagnose, env), renderer, config)
     else:
         model: ChatModel
         room: int | None = None  # the length of an endpoint's context is not known
@@ -56,7 +58,7 @@ def make_reflector(
             model = OwnModel(sampler, renderer, config, weights)
             room = _room(config, context)
         reflector = ModelReflector(
-            model, config, prompts, renderer, rules=env.system_prompt, max_prompt_tokens=room
+            model, config, prompts, renderer, rules=system_prompt(env), max_prompt_tokens=room
         )
     return ShuffledReflector(reflector) if config.shuffle_hints else reflector
 

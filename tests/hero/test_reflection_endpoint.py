@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -130,9 +129,7 @@ def test_closed_port(renderer: Renderer, episode: Episode, endpoint: Any) -> Non
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
         url = f"http://127.0.0.1:{closed.server_port}/v1"
     reflector = openai_reflector(renderer, url)
-    with pytest.raises(
-        ReflectionError, match=r"APIConnectionError.*--reflection\.reflector self"
-    ) as caught:
+    with pytest.raises(ReflectionError, match=r"refused.*--reflection\.reflector self") as caught:
         reflector.reflect([episode(["s"])], seed=0)
     assert url in str(caught.value)
 
@@ -150,9 +147,6 @@ def test_api_key(
     assert stats.generated_tokens == len(BARE)  # the endpoint counted none: the student's tokens
 
 
-def test_missing_settings_and_package(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_settings(renderer: Renderer) -> None:
     with pytest.raises(ValueError, match=r"needs reflection\.base_url"):
         openai_reflector(renderer, "")
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"pip install 'hero-kernels\[openai\]'"):
-        openai_reflector(renderer, "http://localhost:1/v1")
