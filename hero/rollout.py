@@ -179,6 +179,12 @@ def stop_if_all_failed(trajectories: Sequence[Trajectory]) -> None:
         )
 
 
+def pay_success(trajectories: Iterable[Trajectory]) -> None:
+    """Replace each reward by 1 for success and 0 for the rest (`env.reward=success`)."""
+    for trajectory in trajectories:
+        trajectory.reward = float(trajectory.success)
+
+
 def gold_episodes(
     env: Environment, tasks: Iterable[str], max_turns: int
 ) -> dict[str, tuple[tuple[str, str], ...]]:

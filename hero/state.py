@@ -21,6 +21,9 @@ class State:
     update: int = 0
     env_turns: int = 0
     generated_tokens: int = 0
+    """Of actions and reflections."""
+    reflection_tokens: int = 0
+    reflection_seconds: float = 0.0
     steps_taken: int = 0
     best_update: int = -1
     best_dev: float = -1.0
@@ -31,13 +34,28 @@ class State:
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
 
+    def affordable(self, config: TrainConfig, played: int = 0) -> int:
+        """Episodes, in whole groups, that surely fit into the rest of the budget of turns.
+
+        Args:
+            played: turns of this update so far, which `env_turns` does not hold yet.
+        """
+        size = config.rollout.group_size
+        if config.max_env_turns is None:
+            return config.rollout.tasks_per_update * size
+        left = config.max_env_turns - self.env_turns - played
+        return left // (size * config.rollout.max_turns) * size
+
     def finished(self, config: TrainConfig) -> bool:
         """Whether the run has come to its end; `stopped` then says why."""
         self.stopped = ""
         if self.update >= config.updates:
             self.stopped = f"all {config.updates} updates done"
-        elif config.max_env_turns is not None and self.env_turns >= config.max_env_turns:
-            self.stopped = f"the budget of {config.max_env_turns} environment turns is used up"
+        elif not self.affordable(config):
+            self.stopped = (
+                f"the budget of {config.max_env_turns} environment turns is used up: after "
+                f"{self.env_turns}, what is left may not hold another group of episodes"
+            )
         elif self.bad_evaluations >= MAX_BAD_EVALUATIONS:
             self.stopped = (
                 f"collapse: dev success was more than {config.eval.stop_drop:.2f} below its best "

@@ -38,6 +38,7 @@ from hero.rollout import (
     assignments_of_update,
     derive_seed,
     gold_episodes,
+    pay_success,
     rollout,
     stop_if_all_failed,
 )
@@ -164,10 +165,7 @@ class Trainer:
         config, state, clock = self.config, self.state, Clock()
         number = state.update + 1
         self.console.stage("rollout")
-        trajectories = self.rollout(
-            assignments_of_update(self.tasks["train"], config.rollout, config.seed, number),
-            seed=derive_seed(config.seed, ROLLOUT, number),
-        )
+        trajectories = self._play(number)
         clock.lap("rollout")
         self.console.stage("reflection")
         reflections = self._reflect(trajectories, derive_seed(config.seed, REFLECT, number))
@@ -183,11 +181,14 @@ class Trainer:
             state.env_turns += sum(len(t.turns) for t in trajectories)
             state.generated_tokens += sum(t.num_action_tokens for t in trajectories)
             state.generated_tokens += reflections.stats.generated_tokens
+            state.reflection_tokens += reflections.stats.generated_tokens
+            state.reflection_seconds += reflections.stats.seconds
             state.idle_updates = 0 if learned.steps else state.idle_updates + 1
         clock.lap("train")
         metrics |= update_metrics(trajectories, self.policy.renderer.stop_ids, learned)
         metrics |= reflections.stats.metrics() if self.reflector else {}
-        metrics |= {"env_turns": state.env_turns, "generated_tokens": state.generated_tokens}
+        totals = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
+        metrics |= {name: getattr(state, name) for name in totals}
         if number % config.eval.every == 0 or self.state.finished(
             self.config
         ):  # the last weights are judged too
@@ -227,6 +228,30 @@ class Trainer:
 
     # ---- stages -------------------------------------------------------------------------------
 
+    def _play(self, number: int) -> list[Trajectory]:
+        """The episodes of an update, or as many of them as the budget of turns holds.
+
+        What an episode leaves of the turns set aside for it goes to further episodes, so that the
+        budget is met to the episode.
+        """
+        config = self.config
+        waiting = assignments_of_update(self.tasks["train"], config.rollout, config.seed, number)
+        played: list[Trajectory] = []
+        seed = derive_seed(config.seed, ROLLOUT, number)
+        while waiting:
+            fit = self.state.affordable(config, sum(len(t.turns) for t in played))
+            if not fit:
+                break
+            played += self.rollout(waiting[:fit], seed=seed + len(played))
+            waiting = waiting[fit:]
+        self._pay(played)
+        return played
+
+    def _pay(self, trajectories: list[Trajectory]) -> None:
+        """Give the reward that training sees; evaluations keep the environment's own."""
+        if self.config.env.reward == "success":
+            pay_success(trajectories)
+
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
@@ -250,6 +275,7 @@ class Trainer:
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
         trajectories = self.rollout(trials(tasks, 1), seed=seed)
+        self._pay(trajectories)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(

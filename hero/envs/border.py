@@ -25,6 +25,8 @@ MAX_REWARD = 1e6
 """Size of one reward: squares and sums of larger ones leave the range of float32."""
 MAX_CHARS = 1_000_000
 """Of one text where no context sets a smaller limit."""
+MAX_DIAGNOSIS = 10_000
+"""Of one text of a diagnosis."""
 MAX_ID = 200
 """Characters of a task id."""
 
@@ -148,7 +150,7 @@ def diagnose(env: HasDiagnosis, trajectory: Trajectory) -> list[Diagnosis]:
             for field in fields(Diagnosis):
                 name, value = field.name, getattr(diagnosis, field.name)
                 if field.type == "str":
-                    setattr(diagnosis, name, _text(f"diagnose(): {name}", value, MAX_CHARS))
+                    setattr(diagnosis, name, _text(f"diagnose(): {name}", value, MAX_DIAGNOSIS))
                 elif field.type == "bool":
                     setattr(diagnosis, name, _truth(f"diagnose(): {name}", value))
         return list(found)
@@ -177,7 +179,8 @@ def _truth(what: str, value: Any) -> bool:
 
 def _reward(value: Any) -> float:
     expected = f"a finite number from -{MAX_REWARD:.0e} to {MAX_REWARD:.0e}"
-    if not isinstance(value, Real) or not abs(float(value)) <= MAX_REWARD:  # NaN fails too
+    size: Any = abs(value) if isinstance(value, Real) else None
+    if size is None or not size <= MAX_REWARD:  # NaN fails too
         raise _breach("step(): reward", value, expected)
     return float(value)
 

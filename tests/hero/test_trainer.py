@@ -10,6 +10,7 @@ import io
 import json
 import os
 import signal
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def test_a_run_leaves_everything(model_path: Path, tmp_path: Path) -> None:
     assert splits == {"before", "train", "after"}
 
 
-@pytest.mark.parametrize("mode", ["hero+grpo", "env_only", "sdpo", "full_demo"])
+@pytest.mark.parametrize(
+    "mode", ["hero+grpo", "env_only", "sdpo", "full_demo", "reinforce", "rloo"]
+)
 def test_every_kind_of_mode_runs(model_path: Path, tmp_path: Path, mode: str) -> None:
     config = settings(model_path, mode=mode, rollout={"group_size": 2, "tasks_per_update": 2})
     config.updates = 1
@@ -136,6 +139,12 @@ def test_resume_ends_with_the_weights_of_an_unbroken_run(model_path: Path, tmp_p
     resumed = settings(model_path, resume=str(tmp_path / "parts"))
     trainer(resumed, tmp_path / "parts").run()
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    whole, parts = (
+        load_file(tmp_path / name / "checkpoint" / "teacher.safetensors")
+        for name in ("whole", "parts")
+    )
+    assert_same(whole, parts)
+    assert whole.keys() == weights(tmp_path / "whole").keys()  # the teacher's head is among them
     steps = [line["step"] for line in read_jsonl(tmp_path / "parts" / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3, 4]
 
@@ -201,13 +210,79 @@ def test_interrupt_waits_for_the_end_of_a_deferred_block() -> None:
 def test_a_budget_of_environment_turns_ends_the_run(model_path: Path, tmp_path: Path) -> None:
     summary = trainer(settings(model_path, max_env_turns=20), tmp_path).run()
     assert "budget of 20" in summary["stopped"]
-    assert summary["env_turns"] == 24  # whole updates of 12 turns
+    assert summary["env_turns"] == 18  # every episode takes all of its 3 turns: 4, then 2 of them
+
+
+class Hasty(ShopEnv):
+    """A shop that closes after one step in every second episode."""
+
+    def step(self, text: str) -> Any:
+        observation, reward, terminated, truncated, info = super().step(text)
+        hurried = zlib.crc32(str(self._task_id).encode()) % 2 == 0
+        return observation, reward, terminated or hurried, truncated, info
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_budget_is_met_to_the_episode(model_path: Path, tmp_path: Path, group: int) -> None:
+    config = settings(model_path, max_env_turns=32, rollout={"group_size": group}, updates=99)
+    config.env.name = f"{__name__}:Hasty"
+    summary = trainer(config, tmp_path).run()
+    assert 32 - 3 * group < summary["env_turns"] <= 32
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    turns = [line["env_turns"] for line in lines if "env_turns" in line]
+    assert turns[-1] == summary["env_turns"] and len(turns) <= 32 // (4 * group) + 1
+
+
+def test_a_budget_that_holds_no_group_is_refused(model_path: Path, tmp_path: Path) -> None:
+    config = settings(model_path, max_env_turns=5, rollout={"group_size": 2})
+    with pytest.raises(ValueError, match="at least 6"):
+        trainer(config, tmp_path)
+
+
+class Generous(ShopEnv):
+    """A shop that pays half for every step, and nobody succeeds."""
+
+    def step(self, text: str) -> Any:
+        observation, _, *rest, info = super().step(text)
+        return observation, 0.5, *rest, info | {"success": False}
+
+
+@pytest.mark.parametrize("reward", ["score", "success"])
+def test_training_pays_what_it_is_told_to(model_path: Path, tmp_path: Path, reward: str) -> None:
+    config = settings(model_path, env={"reward": reward}, updates=1)
+    config.env.name = f"{__name__}:Generous"
+    run = trainer(config, tmp_path)
+    contexts = []
+    annotate = run._annotate
+
+    def watched(trajectories: Any, reflections: Any) -> Any:
+        samples = annotate(trajectories, reflections)
+        contexts.extend(run.policy.renderer.decode(s.privileged_ids) for s in samples)
+        return samples
+
+    run._annotate = watched  # type: ignore[method-assign]
+    run.run()
+    last = read_jsonl(tmp_path / "metrics.jsonl")[-1]
+    assert last["rewards/mean"] == (1.5 if reward == "score" else 0.0)
+    assert last["dev/score"] == 1.5  # evaluations keep the environment's own
+    expected = "reward 1.5" if reward == "score" else "reward 0.0"
+    assert contexts and all(expected.replace(".", " . ") in text for text in contexts)
+
+
+def test_reflections_are_counted_beside_environment_turns(model_path: Path, tmp_path: Path) -> None:
+    config = settings(model_path, reflection={"reflector": "self", "max_tokens": 20}, updates=2)
+    trainer(config, tmp_path).run()
+    lines = read_jsonl(tmp_path / "metrics.jsonl")[1:]
+    tokens = [line["reflection/generated_tokens"] for line in lines]
+    seconds = [line["reflection/seconds"] for line in lines]
+    assert tokens[0] > 0 and lines[-1]["reflection_tokens"] == sum(tokens)
+    assert lines[-1]["reflection_seconds"] == pytest.approx(sum(seconds))
 
 
 def test_the_last_weights_are_judged_when_the_budget_ends_the_run(
     model_path: Path, tmp_path: Path
 ) -> None:
-    trainer(settings(model_path, max_env_turns=1), tmp_path).run()
+    trainer(settings(model_path, max_env_turns=3), tmp_path).run()
     assert "dev/success" in read_jsonl(tmp_path / "metrics.jsonl")[-1]
 
 
