@@ -36,6 +36,7 @@ def _run(given: list[str]) -> int:
     # Imported here, so that Ctrl-C while modules are loaded gets its one line too.
     from hero.commands.arguments import parse
     from hero.config import redacted
+    from hero.text import harmless
     from hero.types import Fault
 
     try:
@@ -47,7 +48,7 @@ def _run(given: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, Fault) as mistake:
         hint = "\n".join(getattr(mistake, "__notes__", []))
-        _complain(redacted(str(mistake)), redacted(hint), given)
+        _complain(harmless(redacted(str(mistake))), harmless(redacted(hint)), given)
         return 1
     return 0
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hero.envs.base import HasDiagnosis
+from hero.envs.border import EnvironmentFault, diagnose
 from hero.renderer import Renderer
 from hero.rollout import Assignment
 from hero.sampler import Sampler, Sampling
@@ -183,27 +184,42 @@ def probe_teacher(
         max_turn_tokens: cap of an answer.
         seed: of the sampling.
     """
+    faults: list[EnvironmentFault] = []  # an answer that cannot be judged is left out
     chosen = [sample for sample in samples if sample.distill_weight][:max_turns]
     sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
     plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
     with weights.applied():
         hinted = sampler.generate([sample.teacher_prompt_ids for sample in chosen], sampling)
 
-    def right(sample: Sample, answer: list[int]) -> float:
+    def judge(trajectory: Trajectory) -> list[Diagnosis]:
+        try:
+            return diagnose(env, trajectory)
+        except EnvironmentFault as fault:
+            faults.append(fault)
+            return []
+
+    def right(sample: Sample, answer: list[int]) -> list[float]:
         trajectory, k = trajectories[sample.trajectory], sample.turn
         other = replace(trajectory.turns[k], action_text=renderer.decode(answer))
         # Nothing follows: later turns belong to the action that was really taken.
-        judged = env.diagnose(replace(trajectory, turns=[*trajectory.turns[:k], other]))
-        return float(not judged[k].hint)
+        judged = judge(replace(trajectory, turns=[*trajectory.turns[:k], other]))
+        return [float(not diagnosis.hint) for diagnosis in judged[k:]]
 
     agreed = [
         float(bool(own.hint) == bool(theirs.hint))
         for trajectory, row in zip(trajectories, diagnoses, strict=True)
-        for own, theirs in zip(row, env.diagnose(trajectory), strict=False)
+        for own, theirs in zip(row, judge(trajectory) if row else (), strict=False)
     ]
+    pairs = [
+        both
+        for sample, one, other in zip(chosen, plain, hinted, strict=True)
+        if len(both := right(sample, one.ids) + right(sample, other.ids)) == 2
+    ]
+    if faults and not pairs:
+        raise faults[0]
     return Probe(
-        turns=len(chosen),
-        student_right=_mean([right(s, c.ids) for s, c in zip(chosen, plain, strict=True)]),
-        teacher_right=_mean([right(s, c.ids) for s, c in zip(chosen, hinted, strict=True)]),
+        turns=len(pairs),
+        student_right=_mean([student for student, _ in pairs]),
+        teacher_right=_mean([teacher for _, teacher in pairs]),
         diagnosis_agreement=_mean(agreed),
     )

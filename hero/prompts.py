@@ -38,6 +38,7 @@ STOP_SENTENCES = {
     StopReason.TRUNCATED: f"the environment's step limit {CUT_OFF}",
     StopReason.MAX_TURNS: f"the turn limit {CUT_OFF}",
     StopReason.MAX_TOKENS: f"the context limit {CUT_OFF}",
+    StopReason.ENV_ERROR: "the environment broke",
 }
 
 REQUEST = """\

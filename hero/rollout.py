@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hero.config import RolloutConfig
+from hero.envs import border
 from hero.envs.base import Environment, HasOracle
+from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
 from hero.sampler import Sampler, Sampling
-from hero.types import Fault, FeedbackKind, Message, StopReason, Trajectory, Turn
+from hero.types import Message, StopReason, Trajectory, Turn
 
-
-class EnvironmentFault(Fault):
-    """An environment raised: which one, in which task and turn."""
+CHARS_PER_TOKEN = 8
+"""Of `max_episode_tokens`: what is longer is cut before it is tokenised. Prose has four."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -50,65 +50,71 @@ def assignments_of_update(
 class _Running:
     """An episode under way."""
 
-    def __init__(self, env: Environment, assignment: Assignment, renderer: Renderer) -> None:
-        self.env = env
-        self.renderer = renderer
-        with _blame(env, assignment.task_id, 0):
-            observation, info = env.reset(assignment.task_id)
-        messages: list[Message] = []
-        if env.system_prompt:
-            messages.append({"role": "system", "content": env.system_prompt})
-        messages.append({"role": "user", "content": observation})
-        self.prompt_ids = renderer.start(messages)
+    def __init__(
+        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig
+    ) -> None:
+        self.env, self.renderer, self.config = env, renderer, config
+        self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
+        self.prompt_ids: list[int] = []
         self.stopped = False
         self.trajectory = Trajectory(
             id=assignment.id, group_id=assignment.group_id, task_id=assignment.task_id,
-            instruction=info.get("instruction", observation), turns=[], reward=0.0, success=False,
-            stop_reason=StopReason.MAX_TURNS,
+            instruction="", turns=[], reward=0.0, success=False, stop_reason=StopReason.MAX_TURNS,
         )  # fmt: skip
+        try:
+            rules = border.system_prompt(env)
+            observation, instruction = border.reset(env, assignment.task_id, self.max_chars)
+        except EnvironmentFault as fault:
+            self.fail(fault)
+            return
+        self.trajectory.instruction = instruction
+        messages: list[Message] = [{"role": "system", "content": rules}] if rules else []
+        messages.append({"role": "user", "content": observation})
+        self.prompt_ids = renderer.start(messages)
+
+    def fail(self, cause: object) -> None:
+        self.trajectory.fail(cause)
+        self.stopped = True
 
     def stop(self, reason: StopReason) -> None:
         self.trajectory.stop_reason = reason
         self.stopped = True
 
-    def stop_if_full(self, config: RolloutConfig) -> None:
+    def stop_if_full(self) -> None:
         """Stop if the context may not hold another turn."""
+        config = self.config
         if len(self.prompt_ids) + config.max_turn_tokens <= config.max_episode_tokens:
             return
-        if not self.trajectory.turns:
-            raise ValueError(
-                f"Task {self.trajectory.task_id} starts with {len(self.prompt_ids)} tokens; with "
-                f"rollout.max_turn_tokens={config.max_turn_tokens} this passes "
-                f"rollout.max_episode_tokens={config.max_episode_tokens}. Raise the latter."
-            )
-        self.stop(StopReason.MAX_TOKENS)
+        if self.trajectory.turns:
+            self.stop(StopReason.MAX_TOKENS)
+            return
+        self.fail(
+            f"{type(self.env).__name__}, task {self.trajectory.task_id!r}: it starts with "
+            f"{len(self.prompt_ids)} tokens; with rollout.max_turn_tokens={config.max_turn_tokens} "
+            f"this passes rollout.max_episode_tokens={config.max_episode_tokens}. Raise the latter."
+        )
 
     def act(self, ids: list[int], logprobs: list[float]) -> None:
         """Take the sampled action in the environment and write the turn down."""
-        text = self.renderer.decode(ids)
-        with _blame(self.env, self.trajectory.task_id, len(self.trajectory.turns)):
-            observation, reward, terminated, truncated, info = self.env.step(text)
-            kind = FeedbackKind(info.get("feedback_kind", FeedbackKind.OK))
-            if not isinstance(observation, str):
-                raise TypeError(f"the observation must be text, got {type(observation).__name__}")
-        self.trajectory.turns.append(
-            Turn(
-                prompt_ids=self.prompt_ids,
-                action_ids=ids,
-                sampled_logprobs=logprobs,
-                action_text=text,
-                observation=observation,
-                feedback_kind=kind,
-                is_error=not info.get("valid", True),
-                parse_ok=info.get("parse_ok", True),
-            )
+        trajectory, text = self.trajectory, self.renderer.decode(ids)
+        turn = Turn(
+            prompt_ids=self.prompt_ids, action_ids=ids, sampled_logprobs=logprobs, action_text=text
         )
-        self.trajectory.reward += float(reward)
-        if terminated or truncated:
-            self.trajectory.success = bool(info.get("success", False))
-            self.stop(StopReason.DONE if terminated else StopReason.TRUNCATED)
+        number = len(trajectory.turns)
+        trajectory.turns.append(turn)
+        try:
+            step = border.step(self.env, text, trajectory.task_id, number, self.max_chars)
+        except EnvironmentFault as fault:
+            self.fail(fault)
             return
-        answer = self.renderer.observe(ids, info.get("role", "user"), observation)
+        turn.observation, turn.feedback_kind = step.observation, step.feedback_kind
+        turn.is_error, turn.parse_ok = not step.valid, step.parse_ok
+        trajectory.reward += step.reward
+        if step.terminated or step.truncated:
+            trajectory.success = step.success
+            self.stop(StopReason.DONE if step.terminated else StopReason.TRUNCATED)
+            return
+        answer = self.renderer.observe(ids, step.role, step.observation)
         self.prompt_ids = self.prompt_ids + ids + answer
 
 
@@ -134,19 +140,18 @@ def rollout(
         temperature: instead of the config's (evaluation).
 
     Raises:
-        EnvironmentFault: an environment raised.
-        ValueError: a first prompt already passes `max_episode_tokens`.
+        EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
     """
     trajectories: list[Trajectory] = []
     for start in range(0, len(assignments), len(envs)):
         batch = [
-            _Running(env, assignment, renderer)
+            _Running(env, assignment, renderer, config)
             for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
         ]
-        active = batch
+        active = [running for running in batch if not running.stopped]
         for turn in range(config.max_turns):
             for running in active:
-                running.stop_if_full(config)
+                running.stop_if_full()
             active = [running for running in active if not running.stopped]
             if not active:
                 break
@@ -161,7 +166,17 @@ def rollout(
                 running.act(completion.ids, completion.logprobs)
             active = [running for running in active if not running.stopped]
         trajectories += [running.trajectory for running in batch]
+    stop_if_all_failed(trajectories)
     return trajectories
+
+
+def stop_if_all_failed(trajectories: Sequence[Trajectory]) -> None:
+    """Raise EnvironmentFault with the first cause if nothing is left to learn from."""
+    if trajectories and all(trajectory.failed for trajectory in trajectories):
+        raise EnvironmentFault(
+            f"All {len(trajectories)} episodes of a batch failed. The first: "
+            f"{trajectories[0].error}"
+        )
 
 
 def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:
@@ -177,22 +192,32 @@ def gold_episodes(
     """(action, observation) of each turn of the oracle's episodes, by task.
 
     Only those that succeed; none at all if the environment has no oracle.
+
+    Raises:
+        EnvironmentFault: of every task; a task of which it is raised among others has no episode.
     """
     if not isinstance(env, HasOracle):
         return {}
     gold: dict[str, tuple[tuple[str, str], ...]] = {}
+    faults, played = [], 0
     for task in tasks:
         turns: list[tuple[str, str]] = []
-        ended = False
-        with _blame(env, task, 0):
-            env.reset(task)
+        ended = success = False
+        played += 1
+        try:
+            border.reset(env, task)
             while not ended and len(turns) < max_turns:
-                action = env.oracle()
-                observation, _, terminated, truncated, info = env.step(action)
-                turns.append((action, observation))
-                ended = terminated or truncated
-            if ended and info.get("success"):
-                gold[task] = tuple(turns)
+                action = border.action(env, "oracle", where=f"task {task!r}")
+                step = border.step(env, action, task, len(turns))
+                turns.append((action, step.observation))
+                ended, success = step.terminated or step.truncated, step.success
+        except EnvironmentFault as fault:
+            faults.append(fault)
+            continue
+        if ended and success:
+            gold[task] = tuple(turns)
+    if faults and len(faults) == played:
+        raise faults[0]
     return gold
 
 
@@ -204,15 +229,3 @@ def derive_seed(*parts: int) -> int:
         state = (state ^ (state >> 29)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 32
     return state >> 1
-
-
-@contextmanager
-def _blame(env: Environment, task_id: str, turn: int) -> Iterator[None]:
-    """Turn any exception of an environment into one that names environment, task and turn."""
-    try:
-        yield
-    except Exception as error:
-        raise EnvironmentFault(
-            f"{type(env).__name__} raised in task {task_id!r}, turn {turn}: "
-            f"{type(error).__name__}: {error}"
-        ) from error

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from hero.config import RolloutConfig, SftConfig
+from hero.envs import border
 from hero.envs.base import make_env
 from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
@@ -104,13 +105,15 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
 
 def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, list[list[Sample]]]:
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
-    tasks, prompts = env.tasks("train"), make_prompts(config.prompts)
+    tasks, prompts = border.tasks(env, "train"), make_prompts(config.prompts)
+    rules = border.system_prompt(env)
     targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
         rng = random.Random(derive_seed(config.seed, 2, number))
         demonstrated = number < config.demonstrator_episodes
         noise = config.coverage_noise[number % len(config.coverage_noise)]
-        act = partial(env.demonstrate, rng) if demonstrated else partial(_cover, env, rng, noise)
+        demonstrate = partial(border.action, env, "demonstrate", rng)
+        act = demonstrate if demonstrated else partial(_cover, env, rng, noise)
         right: list[str] = []  # the oracle's action in the state of each turn
         sampler = Scripted(partial(_noting, env, right, act), renderer)
         played = rollout(
@@ -119,13 +122,13 @@ def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, l
             config=RolloutConfig(max_turns=config.max_turns), seed=number,
         )  # fmt: skip
         [trajectory] = rewarded(played, config.env.reward)
-        diagnoses = env.diagnose(trajectory)
+        diagnoses = border.diagnose(env, trajectory)
         if demonstrated:
             targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
         if told := hindsight_samples(trajectory, diagnoses, right, prompts, renderer, rng):
             targets["hindsight"].append(told)
         request = renderer.start(
-            [{"role": "user", "content": prompts.reflection(trajectory, env.system_prompt)}]
+            [{"role": "user", "content": prompts.reflection(trajectory, rules)}]
         )
         answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
         ids = [*renderer.encode(answer), renderer.end_id]
@@ -148,13 +151,15 @@ class Scripted:
 
 def _noting(env: Any, right: list[str], act: Callable[[], str]) -> str:
     """An action, after the oracle's was written down."""
-    right.append(str(env.oracle()))
+    right.append(border.action(env, "oracle"))
     return act()
 
 
 def _cover(env: Any, rng: random.Random, noise: float) -> str:
     """The oracle's action, or with probability `noise` a random one."""
-    return str(env.random_action(rng) if rng.random() < noise else env.oracle())
+    if rng.random() < noise:
+        return border.action(env, "random_action", rng)
+    return border.action(env, "oracle")
 
 
 def hindsight_samples(

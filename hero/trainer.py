@@ -15,7 +15,15 @@ from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs.base import HasDiagnosis, make_env
-from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
+from hero.envs.border import disjoint_tasks
+from hero.evaluation import (
+    Probe,
+    agreement,
+    dev_metrics,
+    probe_teacher,
+    summarise,
+    trials,
+)
 from hero.files import (
     BrokenCheckpoint,
     find_checkpoint,
@@ -33,7 +41,14 @@ from hero.report.console import Console
 from hero.report.facts import header, reflector_facts, versions
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record
-from hero.rollout import assignments_of_update, derive_seed, gold_episodes, rewarded, rollout
+from hero.rollout import (
+    assignments_of_update,
+    derive_seed,
+    gold_episodes,
+    rewarded,
+    rollout,
+    stop_if_all_failed,
+)
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
@@ -58,9 +73,8 @@ class Trainer:
         self.env = envs[0]
         self.policy = Policy.load(config.model)
         renderer = self.policy.renderer
-        self.train_tasks = self.env.tasks("train")
-        if not self.train_tasks:
-            raise ValueError(f"Environment {config.env.name!r} has no task in its train split.")
+        splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
+        self.tasks = disjoint_tasks(self.env, splits)
         longest = config.rollout.max_episode_tokens + config.teacher.max_privileged_tokens
         if config.teacher.packing == "tree" and not self.policy.sees_all(longest):
             raise ValueError(
@@ -231,7 +245,7 @@ class Trainer:
         budget is met to the episode.
         """
         config, played = self.config, list[Trajectory]()
-        waiting = assignments_of_update(self.train_tasks, config.rollout, config.seed, number)
+        waiting = assignments_of_update(self.tasks["train"], config.rollout, config.seed, number)
         seed = derive_seed(config.seed, ROLLOUT, number)
         while fit := self.state.affordable(config, sum(len(t.turns) for t in played)):
             if not (batch := waiting[len(played) :][:fit]):
@@ -242,7 +256,9 @@ class Trainer:
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
-        return self.reflector.reflect(trajectories, seed)
+        reflections = self.reflector.reflect(trajectories, seed)
+        stop_if_all_failed(trajectories)  # diagnose() of the environment can break an episode too
+        return reflections
 
     def _annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
         tasks = {trajectory.task_id for trajectory in trajectories}
@@ -258,7 +274,7 @@ class Trainer:
         if not self.algorithm.distils or not isinstance(self.env, HasDiagnosis):
             return None
         seed = derive_seed(self.config.seed, PROBE)
-        tasks = self.env.tasks("dev")[: self.config.eval.dev_tasks]
+        tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
         trajectories = rewarded(self.rollout(trials(tasks, 1), seed=seed), self.config.env.reward)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
@@ -271,7 +287,7 @@ class Trainer:
     def _held_out(self, split: str, tasks: int, purpose: int) -> list[Trajectory]:
         config = self.config.eval
         return self.rollout(
-            trials(self.env.tasks(split)[:tasks], config.trials),
+            trials(self.tasks[split][:tasks], config.trials),
             seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
         )  # fmt: skip
 

@@ -35,6 +35,7 @@ class StopReason(StrEnum):
     TRUNCATED = "truncated"  # the environment's own limit
     MAX_TURNS = "max_turns"  # the trainer's cap of turns an episode
     MAX_TOKENS = "max_tokens"  # the trainer's cap of tokens an episode
+    ENV_ERROR = "env_error"  # the environment raised or broke its contract: nothing is learnt
 
 
 class FeedbackKind(StrEnum):
@@ -87,6 +88,16 @@ class Trajectory:
     reward: float
     success: bool
     stop_reason: StopReason
+    error: str = ""
+    """What went wrong, if `stop_reason` is `env_error`."""
+
+    def fail(self, cause: object) -> None:
+        """End the episode because of its environment: it did not succeed and is not trained."""
+        self.stop_reason, self.error, self.success = StopReason.ENV_ERROR, str(cause), False
+
+    @property
+    def failed(self) -> bool:
+        return self.stop_reason is StopReason.ENV_ERROR
 
     @property
     def num_action_tokens(self) -> int:

@@ -60,8 +60,10 @@ class Algorithm(ABC):
         """A sample for each turn that is trained, those of a trajectory together and in order."""
 
     def turns(self, experience: Experience) -> Iterator[Sample]:
-        """Every turn, without annotation."""
+        """Every turn, without annotation; none of an episode that its environment broke."""
         for t, trajectory in enumerate(experience.trajectories):
+            if trajectory.failed:
+                continue
             for k, turn in enumerate(trajectory.turns):
                 yield Sample(
                     trajectory=t,

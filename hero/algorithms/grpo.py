@@ -14,10 +14,11 @@ from hero.types import Sample, Trajectory
 
 
 def by_group(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
-    """Rewards of each group."""
+    """Rewards of each group, without episodes that their environment broke."""
     groups: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
-        groups[trajectory.group_id].append(trajectory.reward)
+        if not trajectory.failed:
+            groups[trajectory.group_id].append(trajectory.reward)
     return groups
 
 
@@ -27,8 +28,8 @@ def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
     advantages = []
     for trajectory in trajectories:
         rewards = groups[trajectory.group_id]
-        mean = sum(rewards) / len(rewards)
-        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / len(rewards))
+        mean = sum(rewards) / max(1, len(rewards))
+        std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / max(1, len(rewards)))
         advantages.append((trajectory.reward - mean) / std if std > 1e-6 else 0.0)
     return advantages
 

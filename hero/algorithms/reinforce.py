@@ -17,7 +17,8 @@ class Reinforce(PolicyGradient):
     needs_batch = True
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        mean = sum(t.reward for t in trajectories) / max(1, len(trajectories))
+        rewards = [t.reward for t in trajectories if not t.failed]
+        mean = sum(rewards) / max(1, len(rewards))
         return [t.reward - mean for t in trajectories]
 
 
@@ -32,5 +33,6 @@ class Rloo(PolicyGradient):
         for trajectory in trajectories:
             rewards = groups[trajectory.group_id]
             others = (sum(rewards) - trajectory.reward) / max(1, len(rewards) - 1)
-            advantages.append(trajectory.reward - others)
+            alone = trajectory.failed or len(rewards) == 1  # nothing to compare it with
+            advantages.append(0.0 if alone else trajectory.reward - others)
         return advantages

@@ -69,6 +69,7 @@ class Play(Command):
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
+        from hero.envs.border import tasks
         from hero.evaluation import trials
         from hero.policy import Policy
         from hero.rollout import rollout
@@ -81,9 +82,9 @@ class Play(Command):
         policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
-        tasks = envs[0].tasks(config.split)[: config.tasks]
+        chosen = tasks(envs[0], config.split)[: config.tasks]
         return rollout(
-            trials(tasks, config.trials), envs=envs, sampler=HFSampler(policy, size),
+            trials(chosen, config.trials), envs=envs, sampler=HFSampler(policy, size),
             renderer=policy.renderer, config=config.rollout, seed=config.seed,
             temperature=config.temperature,
         )  # fmt: skip
@@ -123,3 +124,5 @@ class Rollout(Play):
             for number, turn in enumerate(trajectory.turns, 1):
                 console.say(f"  {number}. {turn.action_text}\n     {turn.observation}")
             console.say(f"  reward {trajectory.reward:.2f}, {trajectory.stop_reason}")
+            if trajectory.error:
+                console.say(f"  {trajectory.error}")

@@ -13,7 +13,11 @@ under which the observation is shown, default "user"), `success` (bool, when the
 from __future__ import annotations
 
 import importlib
-from typing import Any, Protocol, runtime_checkable
+import inspect
+import reprlib
+import traceback
+from types import ModuleType
+from typing import Any, Protocol, cast, runtime_checkable
 
 from hero.types import Diagnosis, Trajectory
 
@@ -62,6 +66,7 @@ class HasDiagnosis(Protocol):
         ...
 
 
+CONTRACT = ("system_prompt", "tasks", "reset", "step", "close")
 BUILTIN = {"shop": "hero.envs.shop:ShopEnv"}
 
 
@@ -80,16 +85,29 @@ def make_env(name: str, **options: Any) -> Environment:
         )
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"Environment {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"Environment {name!r} cannot be imported: {raised(error)}") from error
     try:
         env = factory(**options)
-    except TypeError as error:
+    except ValueError:  # of options: it says itself what is wrong
+        raise
+    except (Exception, SystemExit) as error:
         raise ValueError(
-            f"Environment {name!r} does not take these options {options}: {error}"
+            f"Environment {name!r} cannot be made with the options {options}: {raised(error)}"
         ) from error
-    if not isinstance(env, Environment):
+    missing = [name for name in CONTRACT if inspect.getattr_static(env, name, None) is None]
+    if missing or isinstance(env, type):
         raise ValueError(
-            f"{target} is no Environment: it needs system_prompt, tasks, reset, step, close."
+            f"{target} is not an environment: it gave {reprlib.repr(env)}, expected an object with "
+            f"{', '.join(CONTRACT)}; missing: {', '.join(missing) or 'nothing, but it is a class'}."
         )
-    return env
+    return cast(Environment, env)
+
+
+def raised(error: BaseException, module: ModuleType | None = None) -> str:
+    """What an exception says, and where it came from: a line of `module` if it passed there."""
+    said = "".join(traceback.format_exception_only(error)).strip()[:500]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
+    [*_, frame] = own or frames
+    return f"{said}. See {frame.filename}, line {frame.lineno}."

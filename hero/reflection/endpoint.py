@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from base64 import b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from http.client import HTTPException
 from ipaddress import ip_address
-from urllib.parse import urlsplit
+from typing import Any
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from hero.config import ReflectionConfig
 from hero.reflection.models import Answer
+from hero.reflection.wire import post
 from hero.renderer import Renderer
+from hero.text import harmless
 from hero.types import Fault
 
 WORKERS = 8
 """Requests under way at the same time."""
+
+
+NO_KEY = "none"
+RETRIES = 2
+"""Of a request that may succeed the second time: no connection, too many requests, 5xx."""
+PAUSE = 0.5
+"""Seconds before the first retry; doubled for the next."""
+CHARS_PER_TOKEN = 64
+"""Of `max_tokens`: an endpoint that sends more does not keep to them, and is not read further."""
+MAX_TOKENS = 10**9
+"""Of one answer, as the endpoint counts them: more is no count."""
 
 
 class ReflectionError(Fault):
@@ -29,10 +46,9 @@ class Endpoint:
     Args:
         config: address, model, temperature and length of an answer.
         renderer: counts the tokens of answers where the endpoint does not.
-        timeout: seconds to wait for one answer.
+        timeout: seconds for one answer, retries included, however slowly it comes.
 
     Raises:
-        ImportError: the openai package is missing.
         ValueError: no base_url, no model, or no API key for an endpoint elsewhere than on this
             machine.
     """
@@ -45,18 +61,10 @@ class Endpoint:
                 "reflection.reflector=openai needs reflection.base_url and reflection.model, got "
                 f"{config.base_url!r} and {config.model!r}."
             )
-        try:
-            import openai
-        except ImportError as error:
-            raise ImportError(
-                "reflection.reflector=openai needs the openai package: "
-                "pip install 'hero-kernels[openai]'"
-            ) from error
         self.config = config
         self.renderer = renderer
-        self.client = openai.OpenAI(
-            base_url=config.base_url, api_key=_api_key(config), timeout=timeout
-        )
+        self.timeout = timeout
+        self.url, self.headers = _address(config)
 
     def answer(self, requests: Sequence[str], seed: int) -> list[Answer]:
         # The first failure is raised at once; requests that have not been sent are dropped with it.
@@ -64,41 +72,107 @@ class Endpoint:
             return list(pool.map(partial(self._ask, seed=seed), requests))
 
     def _ask(self, request: str, seed: int) -> Answer:
-        import openai
-
+        body = {
+            "model": self.config.model,
+            "messages": [{"role": "user", "content": request}],
+            "temperature": self.config.temperature,
+            "max_tokens": self.config.max_tokens,
+            "seed": seed,
+        }
         try:
-            reply = self.client.chat.completions.create(
-                model=self.config.model,
-                messages=[{"role": "user", "content": request}],
-                temperature=self.config.temperature,
-                max_tokens=self.config.max_tokens,
-                seed=seed,
-            )
-        except (openai.OpenAIError, json.JSONDecodeError) as error:
+            text, num_tokens = _read_completion(self._post(body))
+        except (OSError, ValueError, RecursionError, HTTPException) as error:
             raise self._error(f"{type(error).__name__}: {error}") from error
-        # The client does not validate: an error page arrives as a str, an error without choices.
-        choices = getattr(reply, "choices", None)
-        if not choices:
-            raise self._error(f"no chat completion, but {str(reply)[:200]!r}")
-        text = choices[0].message.content or ""
-        usage = reply.usage
-        num_tokens = usage.completion_tokens if usage else len(self.renderer.encode(text))
+        text = text[: CHARS_PER_TOKEN * self.config.max_tokens]
+        if num_tokens is None:
+            num_tokens = len(self.renderer.encode(text))
         return Answer(text=text, num_tokens=num_tokens)
 
+    def _post(self, body: dict[str, Any]) -> bytes:
+        """The body of the answer, asked for again where that may help and time is left."""
+        end = time.monotonic() + self.timeout
+        for attempt in range(RETRIES + 1):
+            pause = PAUSE * 2**attempt
+            last = attempt == RETRIES or time.monotonic() + pause >= end
+            try:
+                status, data = post(self.url, body, self.headers, end - time.monotonic())
+            except TimeoutError:
+                raise TimeoutError(f"no complete answer after {self.timeout:g} s") from None
+            except (OSError, HTTPException):
+                if last:
+                    raise
+            else:
+                if status == 200:
+                    return data
+                if last or (status not in (408, 409, 429) and status < 500):
+                    raise ValueError(f"HTTP {status}, {_shown(data)}")
+            time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
     def _error(self, cause: str) -> ReflectionError:
+        secret = self.headers["Authorization"].partition(" ")[2]
+        if secret != NO_KEY:  # an endpoint may echo it
+            cause = cause.replace(secret, "***")
         return ReflectionError(
             f"The reflector at {self.config.base_url} (model {self.config.model!r}) failed:"
-            f" {cause}. Check that the endpoint runs and that reflection.base_url, reflection.model"
-            f" and the key in {self.config.api_key_env} are right, or set "
+            f" {harmless(cause)}. Check that the endpoint runs and that reflection.base_url,"
+            f" reflection.model and the key in {self.config.api_key_env} are right, or set "
             "--reflection.reflector self."
         )
 
 
+def _read_completion(data: bytes) -> tuple[str, int | None]:
+    """Text of a chat completion, and its tokens if they were counted.
+
+    A refusal, whose content is null, is an empty text.
+
+    Raises:
+        ValueError: the answer is anything else.
+    """
+    try:
+        reply = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"an answer that is not JSON ({error}): {_shown(data)}") from error
+    try:
+        choice = reply["choices"][0]
+        text, usage = choice["message"]["content"], reply.get("usage")
+        num_tokens = None if usage is None else usage.get("completion_tokens")
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"no chat completion, but {_shown(data)}") from error
+    if not isinstance(text, str | None):
+        raise ValueError(f"no text, but {_shown(data)}")
+    if num_tokens is not None and (type(num_tokens) is not int or not 0 <= num_tokens < MAX_TOKENS):
+        raise ValueError(f"no number of tokens, but {_shown(data)}")
+    return harmless(text or ""), num_tokens
+
+
+def _shown(data: bytes) -> str:
+    return repr(data[:200].decode("utf-8", "replace"))
+
+
+def _address(config: ReflectionConfig) -> tuple[str, dict[str, str]]:
+    """Where to ask, and as whom: a user and password in the address go into a header."""
+    parts = urlsplit(config.base_url)
+    _, _, host = parts.netloc.rpartition("@")
+    url = urlunsplit(
+        (parts.scheme, host, f"{parts.path.rstrip('/')}/chat/completions", parts.query, "")
+    )
+    if parts.username:
+        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        return url, {"Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+    return url, {"Authorization": f"Bearer {_api_key(config)}"}
+
+
 def _api_key(config: ReflectionConfig) -> str:
-    if key := os.environ.get(config.api_key_env):
+    if key := os.environ.get(config.api_key_env, "").strip():
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(
+                f"The environment variable {config.api_key_env} holds no API key: expected "
+                "printable ASCII characters. Copy the key again."
+            )
         return key
     if _is_loopback(config.base_url):
-        return "none"  # local servers ask for no key, but the client insists on one
+        return NO_KEY  # local servers ask for no key, but some insist on a header
     raise ValueError(
         f"The environment variable {config.api_key_env} holds no API key for {config.base_url}: "
         "export it, or name another variable with --reflection.api-key-env."

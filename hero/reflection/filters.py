@@ -37,6 +37,8 @@ WORD = re.compile(r"[^\W\d_]{2,}")
 ARGUMENT = re.compile(r"""\[([^\[\]]*)\]|\(([^()]*)\)|"([^"]*)"|(?<!\w)'([^']*)'(?!\w)""")
 INSIDE_SENTENCE = re.compile(r"(?<=[\w,;] )\w+")
 LONGEST_NAME = 6
+MAX_ID_CHARS = 1000
+"""Of all ids of a hint and its action: more of them is a list of what was found, not a hint."""
 PIECE = re.compile(r"\d+|[^\W\d_]+")
 
 
@@ -62,14 +64,17 @@ class HintFilter:
 
         A leak in the hint or the corrected action removes both: one may paraphrase the other.
         """
+        verdict = Verdict.KEPT
+        if len(self.renderer.encode(diagnosis.hint)) > self.config.max_hint_tokens:
+            diagnosis, verdict = replace(diagnosis, hint=""), Verdict.TOO_LONG
         if self.config.leak_filter and self._leaks(diagnosis, trajectory):
             return replace(diagnosis, hint="", corrected_action=""), Verdict.LEAKED
-        if len(self.renderer.encode(diagnosis.hint)) > self.config.max_hint_tokens:
-            return replace(diagnosis, hint=""), Verdict.TOO_LONG
-        return diagnosis, Verdict.KEPT
+        return diagnosis, verdict
 
     def _leaks(self, diagnosis: Diagnosis, trajectory: Trajectory) -> bool:
         names = numbered_names(f"{diagnosis.hint}\n{diagnosis.corrected_action}")
+        if sum(map(len, names)) > MAX_ID_CHARS:  # each is looked for in the whole context
+            return True
         if names and unknown_names(names, self._known(diagnosis, trajectory)):
             return True
         return self.is_specific(diagnosis, trajectory)

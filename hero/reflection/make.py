@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from hero.config import ReflectionConfig
 from hero.envs.base import Environment, HasDiagnosis
+from hero.envs.border import diagnose, system_prompt
 from hero.prompts import Prompts
 from hero.reflection.base import Reflector
 from hero.reflection.endpoint import Endpoint
@@ -46,7 +48,7 @@ def make_reflector(
                 f"{type(env).__name__} has none: write diagnose(trajectory) -> list[Diagnosis], or "
                 "set --reflection.reflector self."
             )
-        reflector = RuleReflector(env.diagnose, renderer, config, shared)
+        reflector = RuleReflector(partial(diagnose, env), renderer, config, shared)
     else:
         model: ChatModel
         room: int | None = None  # the length of an endpoint's context is not known
@@ -61,7 +63,7 @@ def make_reflector(
             config,
             prompts,
             renderer,
-            rules=env.system_prompt,
+            rules=system_prompt(env),
             max_prompt_tokens=room,
             shared=shared,
         )

@@ -14,6 +14,10 @@ from typing import Any
 
 from hero.types import Diagnosis
 
+MAX_CHARS = 100_000
+"""Of an answer without its thoughts: nothing after them is read."""
+MAX_BRACES = 2000
+"""Opening braces that are tried: every turn of a long episode has a handful."""
 MAX_OBJECT_CHARS = 4096
 """No diagnosis is longer; bounds what one opening brace can cost."""
 
@@ -45,7 +49,7 @@ def parse_diagnoses(text: str, num_turns: int) -> list[Diagnosis]:
         The diagnoses in the order of their turns, without `source`.
     """
     found: dict[int, Diagnosis] = {}
-    for item in _objects(_without_thoughts(text)):
+    for item in _objects(_without_thoughts(text)[:MAX_CHARS]):
         turn = _turn_number(item["turn"])
         if turn is not None and 1 <= turn <= num_turns and turn - 1 not in found:
             found[turn - 1] = Diagnosis(
@@ -68,10 +72,12 @@ def _without_thoughts(text: str) -> str:
 def _objects(text: str) -> Iterator[dict[str, Any]]:
     """Objects with a key `turn`, keys in lower case, in order of appearance.
 
-    An opening brace costs at most `MAX_OBJECT_CHARS`: the time is linear in the length of the text.
+    An opening brace costs at most `MAX_OBJECT_CHARS`, and no more than `MAX_BRACES` are tried.
     """
     at = 0
-    while (start := text.find("{", at)) >= 0:
+    for _ in range(MAX_BRACES):
+        if (start := text.find("{", at)) < 0:
+            return
         window = text[start : start + MAX_OBJECT_CHARS]
         try:
             value, length = DECODER.raw_decode(window)

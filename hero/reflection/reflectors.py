@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hero.config import ReflectionConfig
+from hero.envs.border import EnvironmentFault
 from hero.prompts import Prompts
 from hero.reflection.base import Reflections, collect
 from hero.reflection.filters import HintFilter
@@ -63,7 +64,9 @@ class ModelReflector:
         started = time.perf_counter()
         found: list[list[Diagnosis]] = [[] for _ in trajectories]
         retried = generated_tokens = 0
-        unread = {i: self._request(t) for i, t in enumerate(trajectories) if t.turns}
+        unread = {
+            i: self._request(t) for i, t in enumerate(trajectories) if t.turns and not t.failed
+        }
         for attempt in range(1 + self.retries):
             if not unread:
                 break
@@ -120,18 +123,16 @@ class RuleReflector:
     def reflect(self, trajectories: Sequence[Trajectory], seed: int) -> Reflections:
         """Diagnose every turn of every trajectory; `seed` changes nothing.
 
-        Raises:
-            ValueError: the environment diagnosed a turn that does not exist.
+        A trajectory whose diagnosis fails is marked as failed.
         """
         started = time.perf_counter()
-        found = [self.diagnose(trajectory) for trajectory in trajectories]
-        for trajectory, diagnoses in zip(trajectories, found, strict=True):
-            num_turns = len(trajectory.turns)
-            if wrong := [d.turn for d in diagnoses if not 0 <= d.turn < num_turns]:
-                raise ValueError(
-                    f"diagnose() of the environment returned turns {wrong} for "
-                    f"{trajectory.id}; expected 0-based turns below {num_turns}."
-                )
+        found: list[list[Diagnosis]] = [[] for _ in trajectories]
+        for i, trajectory in enumerate(trajectories):
+            if not trajectory.failed:
+                try:
+                    found[i] = self.diagnose(trajectory)
+                except EnvironmentFault as fault:
+                    trajectory.fail(fault)
         return collect(
             trajectories, found, source="rules", hint_filter=self.hint_filter, started=started
         )

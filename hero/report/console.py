@@ -18,6 +18,7 @@ from rich.table import Table
 
 from hero.config import redacted
 from hero.report.comparison import compare
+from hero.text import harmless
 
 WIDTH = 100
 COLUMNS = (
@@ -61,7 +62,7 @@ class Console:
 
     def say(self, text: str) -> None:
         """A line of information."""
-        self._rich.print(redacted(text), soft_wrap=not self.terminal)
+        self._rich.print(harmless(redacted(text)), soft_wrap=not self.terminal)
 
     def header(self, title: str, facts: Mapping[str, str]) -> None:
         """What is about to run, one fact per line."""
@@ -69,7 +70,7 @@ class Console:
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
         for name, value in facts.items():
-            grid.add_row(name, redacted(value))
+            grid.add_row(name, harmless(redacted(value)))
         self.say(title)
         self._rich.print(grid)
 

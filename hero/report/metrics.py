@@ -38,10 +38,12 @@ def update_metrics(
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     rewards: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
-        rewards[trajectory.group_id].append(trajectory.reward)
+        if not trajectory.failed:
+            rewards[trajectory.group_id].append(trajectory.reward)
     metrics = {
-        "rewards/mean": _mean([t.reward for t in trajectories]),
+        "rewards/mean": _mean([t.reward for t in trajectories if not t.failed]),
         "rollout/success": _mean([float(t.success) for t in trajectories]),
+        "rollout/env_errors": float(sum(t.failed for t in trajectories)),
         "rollout/turns_mean": _mean([float(len(t.turns)) for t in trajectories]),
         "rollout/error_rate": _mean([float(_is_error(turn.feedback_kind)) for turn in turns]),
         "completions/mean_length": _mean([float(len(turn.action_ids)) for turn in turns]),

@@ -130,6 +130,7 @@ def trajectory_record(
         "reward": trajectory.reward,
         "success": trajectory.success,
         "stop_reason": str(trajectory.stop_reason),
+        "error": trajectory.error,
         "turns": turns,
     }
 

@@ -213,7 +213,7 @@ def _trajectory_view(record: dict[str, Any], algorithm: type[Algorithm]) -> dict
         else f"{record['split']} training",
         "success": record["success"],
         "reward": "unknown" if record["reward"] is None else f"{record['reward']:.2f}",
-        "stop_reason": record["stop_reason"],
+        "stop_reason": ": ".join(filter(None, (record["stop_reason"], record.get("error")))),
         "turns": turns,
     }
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import desk
 import pytest
 from desk import DeskEnv
+from desk.actions import parse_action, wrapped
 from desk.database import initial_database
 from desk.tasks import FAMILIES, TASK_IDS, load_task
 from desk_helpers import call, database, finish, identified, order_with, refused, task_of
@@ -258,3 +262,28 @@ def test_one_confirmation_covers_one_change() -> None:
     assert database(env).orders[pending].status == "cancelled"
     refused(env, call("return_items", order_id=delivered, item_ids=[item_id]), "not confirmed")
     refused(env, call("cancel_order", order_id=pending, reason="no longer needed"), "only pending")
+
+
+@pytest.mark.parametrize(
+    "piece", ["```{", "<tool_call>", "```", "```{} ", "{", "} ```", "</tool_call>"]
+)
+def test_actions_are_read_in_linear_time(piece: str) -> None:
+    def seconds(text: str) -> float:
+        started = time.perf_counter()
+        parse_action(text)
+        return time.perf_counter() - started
+
+    half = seconds(piece * 50_000)
+    assert seconds(piece * 100_000) < 5 * half + 0.5
+
+
+def test_wrapped_calls_are_what_the_plain_pattern_finds() -> None:
+    pattern = re.compile(r"<tool_call>(.*?)</tool_call>|```(?:json)?\s*(\{.*?\})\s*```", re.DOTALL)
+    pieces = ["<tool_call>", "</tool_call>", "```", "json", "{", "}", "`", " ", "x"]
+    rng, found = random.Random(0), 0
+    for _ in range(20_000):
+        text = "".join(rng.choices(pieces, k=rng.randrange(12)))
+        expected = [match[1] or match[2] or "" for match in pattern.finditer(text)]
+        assert wrapped(text) == expected
+        found += bool(expected)
+    assert found > 1000

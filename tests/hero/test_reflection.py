@@ -16,7 +16,6 @@ from hero.config import ReflectionConfig
 from hero.prompts import StandardPrompts
 from hero.reflection import (
     ModelReflector,
-    RuleReflector,
     ShuffledReflector,
     make_reflector,
     shuffle_hints,
@@ -190,9 +189,10 @@ class TalkingEnv(QuietEnv):
     """An environment whose rule is that every turn but the last should have been the last."""
 
     def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
+        last = trajectory.turns[-1]
         return [
-            Diagnosis(turn=k, hint=f"stop {trajectory.task_id}")
-            for k in range(len(trajectory.turns) - 1)
+            Diagnosis(turn=k, hint=f"stop {trajectory.task_id}" if turn is not last else "")
+            for k, turn in enumerate(trajectory.turns)
         ]
 
 
@@ -221,18 +221,6 @@ def test_rules_of_the_environment(renderer: Renderer, episode: Episode) -> None:
 def test_an_environment_without_rules_is_told_what_to_do(renderer: Renderer) -> None:
     with pytest.raises(ValueError, match=r"QuietEnv has none.*reflection\.reflector self"):
         rules(QuietEnv(), renderer)
-
-
-def test_of_two_rules_for_a_turn_the_first_counts_and_wrong_turns_are_errors(
-    renderer: Renderer,
-    episode: Episode,
-) -> None:
-    both = [Diagnosis(turn=0, hint="first"), Diagnosis(turn=0, hint="second")]
-    reflector = RuleReflector(lambda _: both, renderer, ReflectionConfig())
-    assert reflector.reflect([episode(["s"])], seed=0).diagnoses[0][0].hint == "first"
-    reflector = RuleReflector(lambda _: [Diagnosis(turn=1)], renderer, ReflectionConfig())
-    with pytest.raises(ValueError, match=r"turns \[1\] for t/0.*below 1"):
-        reflector.reflect([episode(["s"])], seed=0)
 
 
 # --- shuffled hints -----------------------------------------------------------------------------

@@ -12,13 +12,13 @@ Left out are the official server's debugging queries, which begin with `<r>`, `<
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 
 from hero.envs.shop.store import Shop
 from hero.types import StrEnum
 
-ACTION_PATTERN = re.compile(r"(.+)\[(.+)\]")
+MAX_ACTION = 2000
+"""Characters of an action; a longer text is none."""
 BUY, BACK, NEXT, PREV = "Buy Now", "Back to Search", "Next >", "< Prev"
 DETAILS = ("Description", "Features", "Reviews")
 
@@ -72,10 +72,16 @@ def parse_action(text: str, tolerant: bool) -> Action | None:
         text: what the agent wrote.
         tolerant: forgive white space around the whole, the verb and the argument.
     """
-    match = ACTION_PATTERN.match(text.strip() if tolerant else text)
-    if match is None:
+    if len(text) > MAX_ACTION:
         return None
-    verb, argument = match.groups()
+    # What the official `(.+)\[(.+)\]` matches, without its backtracking: on the first line the last
+    # bracket that closes and the last before it that opens.
+    line = (text.strip() if tolerant else text).partition("\n")[0]
+    end = line.rfind("]")
+    start = line.rfind("[", 0, max(end - 1, 0))
+    if start < 1:
+        return None
+    verb, argument = line[:start], line[start + 1 : end]
     if tolerant:
         verb, argument = verb.strip(), argument.strip()
     if verb not in ("search", "click") or not argument:
