@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -59,6 +60,7 @@ class Policy:
         """
         path = find_model(config.path)
         try:
+            _find_out(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa"
@@ -206,6 +208,16 @@ def find_model(name: str) -> str:
         return str(SHIPPED[name])
     fetched = Path("models") / name
     return str(fetched) if fetched.is_dir() else name
+
+
+def _find_out(path: str) -> None:
+    """Ask the hub once for a model that is neither here nor cached: loading would ask for a minute.
+
+    Raises:
+        Exception: of the hub's classes, or of its connection's.
+    """
+    if not Path(path).is_dir() and not try_to_load_from_cache(path, "config.json"):
+        model_info(path, timeout=5)
 
 
 def resolve_device(name: str) -> torch.device:

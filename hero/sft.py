@@ -56,7 +56,8 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         )
     policy = _load(config, env)
     started = time.perf_counter()
-    targets = make_targets(config, env, policy.renderer)
+    with console.counting("episodes") as count:
+        targets = make_targets(config, env, policy.renderer, count)
     found = ", ".join(f"{len(targets[kind])} {kind}" for kind in KINDS)
     if not all(targets.values()):
         raise ValueError(
@@ -72,6 +73,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     )
     order = random.Random(derive_seed(config.seed, 1))
     means: dict[str, float] = {}
+    began = time.perf_counter()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
@@ -86,8 +88,10 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
             losses = "  ".join(f"{kind} {value:.3f}" for kind, value in means.items())
+            spent = time.perf_counter() - began
+            left = spent / (step + 1) * (config.steps - step - 1)
             console.say(
-                f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s"
+                f"step {step + 1}/{config.steps}  {losses}  {spent:.0f} s, {left:.0f} s left"
             )
     folder = Path(config.output_dir)
     with new_folder(folder) as new:
@@ -102,7 +106,9 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
     return -policy.logprobs(hidden, targets)[0].mean()
 
 
-def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, list[list[Sample]]]:
+def make_targets(
+    config: SftConfig, env: Any, renderer: Renderer, count: Callable[[int, int], None]
+) -> dict[str, list[list[Sample]]]:
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
     tasks, prompts = env.tasks("train"), make_prompts(config.prompts)
     targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
@@ -111,6 +117,7 @@ def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, l
         demonstrated = number < config.demonstrator_episodes
         noise = config.coverage_noise[number % len(config.coverage_noise)]
         act = partial(env.demonstrate, rng) if demonstrated else partial(_cover, env, rng, noise)
+        count(number, config.demonstrator_episodes + config.coverage_episodes)
         [trajectory] = rollout(
             [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
             envs=[env], sampler=Scripted(act, renderer), renderer=renderer,

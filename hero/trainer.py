@@ -133,18 +133,13 @@ class Trainer:
 
     def _before(self, tracker: Tracker) -> None:
         """Evaluate the starting weights, then measure whether the teacher knows better."""
-        self.console.say("Evaluating the starting model …")
-        metrics: dict[str, float] = self._evaluate_dev(0)
-        if self.config.eval.test_tasks:
-            before = self._evaluate_test(tracker, "before", 0)
-            write_atomic(self.run_dir / "before.json", json.dumps(before.to_dict()))
-        if probe := self._probe():
+        metrics: dict[str, float] = {}
+        if probe := self._probe():  # the gate stands before the long evaluations
             metrics |= probe.metrics()
             self.console.say(str(probe))
-        tracker.log(0, metrics)
-        if probe:
             needed = self.config.eval.min_teacher_lift
             if needed is not None and probe.lift < needed:
+                tracker.log(0, metrics)
                 raise TeacherGate(
                     f"The teacher's lift is {probe.lift:+.2f}, below "
                     f"eval.min_teacher_lift={needed}: with hindsight it does not act clearly "
@@ -152,6 +147,12 @@ class Trainer:
                     "(--reflection.reflector rules or openai), a stronger model, or a warm start "
                     "(hero sft)."
                 )
+        self.console.say("Evaluating the starting model …")
+        metrics |= self._evaluate_dev(0)
+        if self.config.eval.test_tasks:
+            before = self._evaluate_test(tracker, "before", 0)
+            write_atomic(self.run_dir / "before.json", json.dumps(before.to_dict()))
+        tracker.log(0, metrics)
 
     def _update(self, tracker: Tracker) -> None:
         """One batch of episodes and what is learnt from it."""
@@ -241,7 +242,8 @@ class Trainer:
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.env.tasks("dev")[: self.config.eval.dev_tasks]
-        trajectories = self.rollout(trials(tasks, 1), seed=seed)
+        with self.console.counting("probe") as count:
+            trajectories = self.rollout(trials(tasks, 1), seed=seed, count=count)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
@@ -252,10 +254,11 @@ class Trainer:
 
     def _held_out(self, split: str, tasks: int, purpose: int) -> list[Trajectory]:
         config = self.config.eval
-        return self.rollout(
-            trials(self.env.tasks(split)[:tasks], config.trials),
-            seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
-        )  # fmt: skip
+        with self.console.counting(f"{split} tasks") as count:
+            return self.rollout(
+                trials(self.env.tasks(split)[:tasks], config.trials), count=count,
+                seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
+            )  # fmt: skip
 
     def _evaluate_dev(self, number: int) -> dict[str, float]:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
