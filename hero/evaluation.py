@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hero.envs.base import HasDiagnosis
+from hero.episodes import Assignment
 from hero.renderer import Renderer
-from hero.rollout import Assignment
 from hero.sampler import Sampler, Sampling
 from hero.teacher import TeacherWeights
-from hero.types import Diagnosis, Sample, Trajectory
+from hero.types import Diagnosis, Fault, Sample, Trajectory
 
 # ---- how often, how well and in how many turns ---------------------------------------------------
 
@@ -103,6 +103,25 @@ class Probe:
             "probe/teacher_lift": self.lift,
             "probe/diagnosis_agreement": self.diagnosis_agreement,
         }
+
+
+class TeacherGate(Fault):
+    """The hinted teacher does not act better than the student: training would teach nothing."""
+
+    @classmethod
+    def of(cls, probe: Probe, needed: float) -> TeacherGate:
+        """What to say and do: a weak reflector and a model that cannot use hints look different."""
+        if probe.turns == 0:
+            why = "No turn of the dev episodes got a hint, so there is nothing to distil"
+        elif probe.teacher_right == 0:
+            why = "Nothing is right, with hindsight or without, so there is nothing to distil"
+        else:
+            why = "It does not act clearly better with hindsight, so there is nothing to distil"
+        return cls(
+            f"The teacher's lift is {probe.lift:+.2f}, below eval.min_teacher_lift={needed}. "
+            f"{why}. Use a better reflector (--reflection.reflector rules or openai), a stronger "
+            "model, or a warm start (hero sft)."
+        )
 
 
 def probe_teacher(

@@ -27,13 +27,13 @@ from torch import Tensor
 
 from hero.config import RolloutConfig, SftConfig
 from hero.envs.base import make_env
+from hero.episodes import Assignment, derive_seed, rollout
 from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
 from hero.prompts import Hindsight, Prompts, make_prompts
 from hero.renderer import Renderer
 from hero.report.console import Console
-from hero.rollout import Assignment, derive_seed, rollout
 from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory

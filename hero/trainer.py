@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,9 @@ import torch
 from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
-from hero.envs.base import HasDiagnosis, make_env
-from hero.evaluation import Evaluation, Probe, probe_teacher, summarise, trials
+from hero.envs.base import Environment, HasDiagnosis, make_env
+from hero.episodes import assignments_of_update, derive_seed, gold_episodes, rollout
+from hero.evaluation import Evaluation, Probe, TeacherGate, probe_teacher, summarise, trials
 from hero.files import (
     BrokenCheckpoint,
     find_checkpoint,
@@ -28,22 +31,17 @@ from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
 from hero.policy import Policy
 from hero.prompts import make_prompts
-from hero.reflection import Reflections, make_reflector
+from hero.reflection import Reflections, Reflector, make_reflector
 from hero.report.console import Console
 from hero.report.facts import header, reflector_facts, versions
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record
-from hero.rollout import assignments_of_update, derive_seed, gold_episodes, rollout
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.types import Fault, Sample, Trajectory
+from hero.types import Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
-
-
-class TeacherGate(Fault):
-    """The hinted teacher does not act better than the student: training would teach nothing."""
 
 
 class Trainer:
@@ -53,14 +51,29 @@ class Trainer:
     best/ (the best model on dev), checkpoint/ (to go on from) and summary.json.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path, recipe: str, console: Console) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        run_dir: Path,
+        recipe: str = "",
+        console: Console | None = None,
+        *,
+        environment: Callable[[], Environment] | None = None,
+        policy: Policy | None = None,
+        reflector: Reflector | None = None,
+        callbacks: Sequence[Callable[[int, dict[str, float]], None]] = (),
+    ) -> None:
+        """Objects take the place of what settings would make; `callbacks` get (update, metrics)."""
         check(config)
+        console = console or Console(io.StringIO(), terminal=False)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.run_dir, self.recipe, self.console = config, run_dir, recipe, console
         size = config.rollout.batch_size
-        envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
+        make = environment or partial(make_env, config.env.name, **config.env.options)
+        envs = [make() for _ in range(size)]
         self.env = envs[0]
-        self.policy = Policy.load(config.model)
+        self.callbacks = callbacks
+        self.policy = policy or Policy.load(config.model)
         renderer = self.policy.renderer
         self.train_tasks = self.env.tasks("train")
         if not self.train_tasks:
@@ -79,8 +92,8 @@ class Trainer:
         self.teacher = TeacherWeights(self.policy, config.teacher)
         context = TeacherContext(config.teacher, renderer, prompts)
         self.algorithm = MODES[config.mode](context, config.loss.pg_weight)
-        self.reflector = None
-        if self.algorithm.needs_reflection:
+        self.reflector = reflector if self.algorithm.needs_reflection else None
+        if self.algorithm.needs_reflection and reflector is None:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, sampler=self.sampler, renderer=renderer,
                 prompts=prompts, teacher_weights=self.teacher.applied, context=self.policy.context,
@@ -140,13 +153,7 @@ class Trainer:
             needed = self.config.eval.min_teacher_lift
             if needed is not None and probe.lift < needed:
                 tracker.log(0, metrics)
-                raise TeacherGate(
-                    f"The teacher's lift is {probe.lift:+.2f}, below "
-                    f"eval.min_teacher_lift={needed}: with hindsight it does not act clearly "
-                    "better, so there is nothing to distil. Use a better reflector "
-                    "(--reflection.reflector rules or openai), a stronger model, or a warm start "
-                    "(hero sft)."
-                )
+                raise TeacherGate.of(probe, needed)
         self.console.say("Evaluating the starting model …")
         metrics |= self._evaluate_dev(0)
         if self.config.eval.test_tasks:
@@ -183,9 +190,8 @@ class Trainer:
         metrics |= update_metrics(trajectories, self.policy.renderer.stop_ids, learned)
         metrics |= reflections.stats.metrics() if self.reflector else {}
         metrics |= {"env_turns": state.env_turns, "generated_tokens": state.generated_tokens}
-        if number % config.eval.every == 0 or self.state.finished(
-            self.config
-        ):  # the last weights are judged too
+        # The last weights are judged too.
+        if number % config.eval.every == 0 or self.state.finished(config):
             self.console.stage("evaluation")
             metrics |= self._evaluate_dev(number)
             clock.lap("evaluation")
@@ -193,18 +199,20 @@ class Trainer:
         tracker.log(number, metrics)
         self._log_trajectories(tracker, number, "train", trajectories, reflections, learned)
         self.console.update(number, metrics)
+        for callback in self.callbacks:
+            callback(number, metrics)
         if number % config.save_every == 0:
             self.save()
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
-        self.console.say(
-            f"Stopped: {self.state.stopped}. Best update on dev: {self.state.best_update}."
-        )
+        best = self.state.best_update or "0, training did not help"
+        self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
         summary: dict[str, Any] = {
             "recipe": self.recipe,
             "stopped": self.state.stopped,
             "best_update": self.state.best_update,
+            "trained_parameters": sum(p.numel() for p in self.policy.trainable().values()),
             "env_turns": self.state.env_turns,
             "device": str(self.policy.device),
             "versions": versions(),
@@ -289,16 +297,14 @@ class Trainer:
         learned: Learned,
     ) -> None:
         """Write down the first trajectories with what was learnt from each turn."""
-        records = []
+        records, pieces = [], self.policy.renderer.pieces
         for t, trajectory in enumerate(trajectories[: self.config.save_trajectories]):
             places = [(t, k) for k in range(len(trajectory.turns))]
             records.append(
                 trajectory_record(
                     trajectory,
                     reflections.diagnoses[t],
-                    tokens=[
-                        self.policy.renderer.pieces(turn.action_ids) for turn in trajectory.turns
-                    ],
+                    tokens=[pieces(turn.action_ids) for turn in trajectory.turns],
                     divergence=[learned.divergence.get(place) for place in places],
                     logprob_gap=[learned.logprob_gap.get(place) for place in places],
                     trained=[learned.trained.get(place, ()) for place in places],
