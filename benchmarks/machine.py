@@ -43,7 +43,7 @@ def describe(device: str) -> dict[str, Any]:
         "bf16_products": cpu_gemm.kind() if device == "cpu" else None,
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"python": platform.python_version(), **_versions()},
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "commit": _commit(),
     }
 

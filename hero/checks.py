@@ -94,6 +94,8 @@ def check(config: TrainConfig) -> None:
     Raises:
         ValueError: with what was got, what was expected and what to do.
     """
+    if config.mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}; got {config.mode!r}.")
     _check_batches(config)
     _check_endpoint(config)
     _check_secrets(config)
@@ -110,7 +112,19 @@ def _check_batches(config: TrainConfig) -> None:
             f"mode={config.mode} compares episodes of one task: rollout.group_size must be at "
             f"least 2, got {rollout.group_size}. Set --rollout.group-size 8."
         )
+    group = rollout.group_size * rollout.max_turns
+    if config.max_env_turns is not None and config.max_env_turns < group:
+        raise ValueError(
+            f"max_env_turns={config.max_env_turns} holds no group of {rollout.group_size} episodes "
+            f"of up to {rollout.max_turns} turns: raise --max-env-turns to at least {group}, or "
+            "lower --rollout.group-size or --rollout.max-turns."
+        )
     episodes = rollout.tasks_per_update * rollout.group_size
+    if MODES[config.mode].needs_batch and episodes < 2:
+        raise ValueError(
+            f"mode={config.mode} compares the episodes of an update: there must be at least 2, got "
+            "1. Set --rollout.tasks-per-update 64."
+        )
     if config.optim.minibatches > episodes:
         raise ValueError(
             f"optim.minibatches={config.optim.minibatches} must be at most the {episodes} episodes "

@@ -14,9 +14,6 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, ConfigDict
 
-Mode = Literal[
-    "hero", "env_only", "reflection_only", "terminal", "full_demo", "sdpo", "grpo", "hero+grpo"
-]
 PromptStyle = Literal["standard", "compact"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 EnvOptions = dict[str, str | int | float | bool | None]
@@ -60,7 +57,7 @@ class ModelConfig(Settings):
     dtype: Dtype = "auto"
     """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
     train_head: bool = True
-    """Train the lm_head, and embeddings tied to it. False saves a quarter of the loss' GEMMs."""
+    """Train the lm_head, and embeddings tied to it. False: teacher and student share the head."""
     lora_rank: CountOrZero = 0
     """Rank of LoRA adapters, which alone are trained (needs peft); 0 trains all weights."""
     lora_alpha: Count = 32
@@ -77,6 +74,8 @@ class EnvConfig(Settings):
     """shop, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
     """Constructor options of the environment, on top of those that a recipe gives it."""
+    reward: Literal["score", "success"] = "score"
+    """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]"""
 
 
 @dataclass(kw_only=True)
@@ -134,7 +133,7 @@ class TeacherConfig(Settings):
     """Who scores the student's actions with hindsight, and what it sees."""
 
     weights: Literal["ema", "live", "frozen"] = "ema"
-    """ema [L], live (the student itself) or frozen (as at the start); the lm_head is shared [D]."""
+    """ema [L], live (the student itself) or frozen (as at the start): all trained weights."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
     observation: bool = True
@@ -221,15 +220,18 @@ class EvalConfig(Settings):
     None only reports the lift: the share of right actions on turns with a hint, teacher minus
     student. Needs an environment that diagnoses."""
     stop_drop: NotNegative = 0.3
-    """Stop when dev success falls this far below its best twice in a row (collapse)."""
+    """Collapse: dev success falls this far below its best twice in a row, or half as far with
+    another sign (docs/method.md)."""
+    rescues: CountOrZero = 2
+    """Times that a collapsed run goes back to its best weights at half the rate; then it stops."""
 
 
 @dataclass(kw_only=True)
 class TrainConfig(Settings):
     """A training run."""
 
-    mode: Mode = "hero"
-    """What the teacher sees and which turns are trained (docs/method.md)."""
+    mode: str = "hero"
+    """What the teacher sees and which turns are trained: hero, grpo, ... (docs/method.md)."""
     prompts: PromptStyle = "standard"
     """Wording of what teachers and reflectors read: compact is for the shipped small model."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -243,7 +245,7 @@ class TrainConfig(Settings):
     updates: Count = 100
     """Rollout batches. [L]"""
     max_env_turns: Count | None = None
-    """Budget of environment turns of the whole run; training ends when it is used up."""
+    """Budget of environment turns of the whole run, never exceeded; None for no limit."""
     seed: int = 0
     threads: Count | None = None
     """CPU threads; None leaves torch's default."""

@@ -167,6 +167,13 @@ def rollout(
     return trajectories
 
 
+def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:
+    """The trajectories; for `env.reward=success` each pays 1 for success and 0 for the rest."""
+    for trajectory in trajectories if kind == "success" else ():
+        trajectory.reward = float(trajectory.success)
+    return trajectories
+
+
 def gold_episodes(
     env: Environment, tasks: Iterable[str], max_turns: int
 ) -> dict[str, tuple[tuple[str, str], ...]]:

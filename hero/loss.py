@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,10 @@ def compute_loss(
     if batch.teacher is not None:
         with torch.no_grad(), teacher_weights.applied():
             teacher_hidden = _action_states(policy, batch.teacher)
-        terms.append(divergence_term(policy, hidden, teacher_hidden, batch, config, temperature))
+        head = teacher_weights.own_head(policy)
+        terms.append(
+            divergence_term(policy, hidden, teacher_hidden, head, batch, config, temperature)
+        )
     if any("policy gradient" in weighted.losses for weighted in batch.samples):
         terms.append(policy_gradient_term(policy, hidden, batch, config, temperature))
     # What was seen is reported by the first term: the divergence, where there is one.
@@ -102,6 +106,7 @@ def divergence_term(
     policy: Policy,
     hidden: Tensor,
     teacher_hidden: Tensor,
+    teacher_head: dict[str, Any],
     batch: PackedBatch,
     config: LossConfig,
     temperature: float,
@@ -112,6 +117,7 @@ def divergence_term(
         policy: for its head.
         hidden: [N, H] the student's states of all action tokens.
         teacher_hidden: [M, H] the teacher's, of the distilled ones.
+        teacher_head: its own head, {} if it is the student's.
         batch: targets and weights.
         config: which divergence.
         temperature: divides the logits of both.
@@ -134,6 +140,7 @@ def divergence_term(
         reduction="sum",
         return_stats=True,
         impl=config.impl,
+        **teacher_head,
         **policy.head_options,
     )
     assert isinstance(result, DivergenceOutput)

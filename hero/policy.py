@@ -42,7 +42,7 @@ class Policy:
         self.model = model.to(self.device)  # type: ignore[arg-type]
         self.model.eval()  # no dropout: student and sampler must be one distribution
         if not config.train_head:
-            self.head.weight.requires_grad_(False)
+            self.head.requires_grad_(False)
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(
                 torch.float32 if parameter.requires_grad else self.dtype

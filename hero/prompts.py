@@ -52,6 +52,12 @@ corrected_action is the exact action that should have been taken, in the agent's
 Do not quote the original action in the hint."""
 
 
+def reward_text(reward: float, fewest: int) -> str:
+    """Two digits, of which zeros may go down to `fewest`; only a reward of 1 reads as 1."""
+    shown = f"{reward if reward >= 1 else min(reward, 0.99):.2f}"
+    return shown[:-1] if fewest == 1 and shown.endswith("0") else shown
+
+
 class StandardPrompts:
     """For language models."""
 
@@ -66,7 +72,7 @@ class StandardPrompts:
         if hindsight.observation is not None:
             lines.append(f"Your answer was followed by: {hindsight.observation}")
         if hindsight.reward is not None:
-            lines.append(f"The episode's final reward was {hindsight.reward:.2f}.")
+            lines.append(f"The episode's final reward was {reward_text(hindsight.reward, 2)}.")
         if hindsight.outcome is not None:
             lines.append(
                 f"The episode {'succeeded' if hindsight.outcome else 'failed'} in the end."
@@ -99,8 +105,8 @@ class StandardPrompts:
         return (
             "You review a finished episode of an agent and diagnose every one of its turns.\n\n"
             f"Task:\n{trajectory.instruction}{rules_part}\n\n{episode}\n\n"
-            f"Final reward: {trajectory.reward:.2f} (1.00 is success). It ended because "
-            f"{STOP_SENTENCES[trajectory.stop_reason]}.\n\n{REQUEST}"
+            f"Final reward: {reward_text(trajectory.reward, 2)} (1.00 is success). It ended "
+            f"because {STOP_SENTENCES[trajectory.stop_reason]}.\n\n{REQUEST}"
         )
 
 
@@ -116,7 +122,7 @@ class CompactPrompts:
         if hindsight.observation is not None:
             parts.append(f"then {hindsight.observation}")
         if hindsight.reward is not None:
-            parts.append(f"reward {hindsight.reward:.1f}")
+            parts.append(f"reward {reward_text(hindsight.reward, 1)}")
         if hindsight.outcome is not None:
             parts.append("success" if hindsight.outcome else "failed")
         if hindsight.failure_cause:
@@ -135,7 +141,8 @@ class CompactPrompts:
             for i, turn in enumerate(trajectory.turns, 1)
         )
         stop = trajectory.stop_reason.value.replace("_", " ")
-        return f"review {trajectory.instruction} {episode} reward {trajectory.reward:.1f} {stop}"
+        reward = reward_text(trajectory.reward, 1)
+        return f"review {trajectory.instruction} {episode} reward {reward} {stop}"
 
 
 Prompts = StandardPrompts | CompactPrompts

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from hero.config import RolloutConfig, SftConfig
 from hero.envs.base import make_env
-from hero.episodes import Assignment, derive_seed, rollout
+from hero.episodes import Assignment, derive_seed, rewarded, rollout
 from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
@@ -107,26 +107,32 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
 
 
 def make_targets(
-    config: SftConfig, env: Any, renderer: Renderer, count: Callable[[int, int], None]
+    config: SftConfig,
+    env: Any,
+    renderer: Renderer,
+    count: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[list[Sample]]]:
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
     tasks, prompts = env.tasks("train"), make_prompts(config.prompts)
     targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
+        count(number, config.demonstrator_episodes + config.coverage_episodes)
         rng = random.Random(derive_seed(config.seed, 2, number))
         demonstrated = number < config.demonstrator_episodes
         noise = config.coverage_noise[number % len(config.coverage_noise)]
         act = partial(env.demonstrate, rng) if demonstrated else partial(_cover, env, rng, noise)
-        count(number, config.demonstrator_episodes + config.coverage_episodes)
-        [trajectory] = rollout(
+        right: list[str] = []  # the oracle's action in the state of each turn
+        sampler = Scripted(partial(_noting, env, right, act), renderer)
+        played = rollout(
             [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
-            envs=[env], sampler=Scripted(act, renderer), renderer=renderer,
+            envs=[env], sampler=sampler, renderer=renderer,
             config=RolloutConfig(max_turns=config.max_turns), seed=number,
         )  # fmt: skip
+        [trajectory] = rewarded(played, config.env.reward)
         diagnoses = env.diagnose(trajectory)
         if demonstrated:
             targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
-        if told := hindsight_samples(trajectory, diagnoses, prompts, renderer, rng):
+        if told := hindsight_samples(trajectory, diagnoses, right, prompts, renderer, rng):
             targets["hindsight"].append(told)
         request = renderer.start(
             [{"role": "user", "content": prompts.reflection(trajectory, env.system_prompt)}]
@@ -150,6 +156,12 @@ class Scripted:
         return [Completion(ids=ids, logprobs=[0.0] * len(ids)) for ids in answers]
 
 
+def _noting(env: Any, right: list[str], act: Callable[[], str]) -> str:
+    """An action, after the oracle's was written down."""
+    right.append(str(env.oracle()))
+    return act()
+
+
 def _cover(env: Any, rng: random.Random, noise: float) -> str:
     """The oracle's action, or with probability `noise` a random one."""
     return str(env.random_action(rng) if rng.random() < noise else env.oracle())
@@ -158,18 +170,25 @@ def _cover(env: Any, rng: random.Random, noise: float) -> str:
 def hindsight_samples(
     trajectory: Trajectory,
     diagnoses: Sequence[Diagnosis],
+    oracle: Sequence[str],
     prompts: Prompts,
     renderer: Renderer,
     rng: random.Random,
 ) -> list[Sample]:
     """Answers with hindsight: the right action after a hint, the same action after a good turn.
 
+    The right action is the corrected one, or the oracle's in the state of the turn (`oracle`). A
+    turn is left out if it was faulty and nothing better is known.
+
     Which parts of the hindsight are shown is drawn at random, so that every mode's teacher has been
     met: all of them, the diagnosis alone, observation and reward alone.
     """
     samples = []
-    for turn, diagnosis in zip(trajectory.turns, diagnoses, strict=True):
-        right = diagnosis.corrected_action or turn.action_text
+    for turn, diagnosis, best in zip(trajectory.turns, diagnoses, oracle, strict=True):
+        faulty = diagnosis != Diagnosis(turn=diagnosis.turn, source=diagnosis.source)
+        right = diagnosis.corrected_action or best if faulty else turn.action_text
+        if faulty and right.strip() in ("", turn.action_text.strip()):
+            continue
         raw = Hindsight(
             observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
         )
@@ -181,7 +200,7 @@ def hindsight_samples(
         both = replace(told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok)
         if diagnosis.hint:
             seen = rng.choice([both, both, told, raw, replace(both, corrected_action="")])
-        elif rng.random() < 0.3:
+        elif not faulty and rng.random() < 0.3:
             seen = raw
         else:
             continue

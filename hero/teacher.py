@@ -57,16 +57,13 @@ class TeacherWeights:
     """live: the student's weights; frozen: those at the start; ema: θ_T ← (1-r)·θ_T + r·θ after
     each step.
 
-    Kept are only the trained parameters other than the lm_head, which teacher and student share, so
-    that the divergence takes the precise shared-head path (docs/method.md). With tied embeddings
-    the embedding is shared as well.
+    frozen and ema keep a copy of *every* trained parameter, lm_head and tied embedding included.
     """
 
     def __init__(self, policy: Policy, config: TeacherConfig) -> None:
         self.kind = config.weights
         self.rate = config.update_rate
-        head = policy.head.weight
-        self._student = {n: p for n, p in policy.trainable().items() if p is not head}
+        self._student = policy.trainable()
         self._teacher: dict[str, Tensor] = {}
         if self.kind != "live":
             self._teacher = {n: p.detach().clone() for n, p in self._student.items()}
@@ -79,6 +76,13 @@ class TeacherWeights:
         for name, parameter in self._student.items():
             self._teacher[name].lerp_(parameter, self.rate)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """After the student's weights were replaced: an average begins anew at them."""
+        if self.kind == "ema":
+            for name, parameter in self._student.items():
+                self._teacher[name].copy_(parameter)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the policy's model computes with the teacher's weights (inference only)."""
@@ -87,6 +91,21 @@ class TeacherWeights:
             yield
         finally:
             self._swap()
+
+    def own_head(self, policy: Policy) -> dict[str, Any]:
+        """The teacher's head as arguments of hero_kernels; {} if it is the student's.
+
+        It is where the head is not trained (LoRA, `model.train_head=false`) and with live weights.
+        """
+        trained = any(parameter.requires_grad for parameter in policy.head.parameters())
+        if self.kind == "live" or not trained:
+            return {}
+        with self.applied():
+            bias = policy.head.bias
+            return {
+                "teacher_weight": policy.head_weight.detach(),
+                "teacher_bias": None if bias is None else bias.detach(),
+            }
 
     def _swap(self) -> None:
         for name, weight in self._teacher.items():

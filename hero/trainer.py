@@ -17,8 +17,8 @@ from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs.base import Environment, HasDiagnosis, make_env
-from hero.episodes import assignments_of_update, derive_seed, gold_episodes, rollout
-from hero.evaluation import Evaluation, Probe, TeacherGate, probe_teacher, summarise, trials
+from hero.episodes import assignments_of_update, derive_seed, gold_episodes, rewarded, rollout
+from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
 from hero.files import (
     BrokenCheckpoint,
     find_checkpoint,
@@ -35,7 +35,7 @@ from hero.reflection import Reflections, Reflector, make_reflector
 from hero.report.console import Console
 from hero.report.facts import header, reflector_facts, versions
 from hero.report.metrics import Clock, update_metrics
-from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record
+from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_records
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
@@ -52,17 +52,11 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        run_dir: Path,
-        recipe: str = "",
-        console: Console | None = None,
-        *,
-        environment: Callable[[], Environment] | None = None,
-        policy: Policy | None = None,
+        self, config: TrainConfig, run_dir: Path, recipe: str = "", console: Console | None = None,
+        *, environment: Callable[[], Environment] | None = None, policy: Policy | None = None,
         reflector: Reflector | None = None,
         callbacks: Sequence[Callable[[int, dict[str, float]], None]] = (),
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Objects take the place of what settings would make; `callbacks` get (update, metrics)."""
         check(config)
         console = console or Console(io.StringIO(), terminal=False)
@@ -85,9 +79,8 @@ class Trainer:
                 f"{config.model.path!r} do not: set --teacher.packing separate."
             )
         self.sampler = HFSampler(self.policy, size)
-        self.rollout = partial(
-            rollout, envs=envs, sampler=self.sampler, renderer=renderer, config=config.rollout
-        )
+        played_by: dict[str, Any] = {"envs": envs, "sampler": self.sampler, "renderer": renderer}
+        self.rollout = partial(rollout, config=config.rollout, **played_by)
         prompts = make_prompts(config.prompts)
         self.teacher = TeacherWeights(self.policy, config.teacher)
         context = TeacherContext(config.teacher, renderer, prompts)
@@ -145,31 +138,27 @@ class Trainer:
             raise
 
     def _before(self, tracker: Tracker) -> None:
-        """Evaluate the starting weights, then measure whether the teacher knows better."""
+        """Measure whether the teacher knows better, then evaluate the starting weights."""
         metrics: dict[str, float] = {}
-        if probe := self._probe():  # the gate stands before the long evaluations
-            metrics |= probe.metrics()
-            self.console.say(str(probe))
-            needed = self.config.eval.min_teacher_lift
-            if needed is not None and probe.lift < needed:
-                tracker.log(0, metrics)
-                raise TeacherGate.of(probe, needed)
-        self.console.say("Evaluating the starting model …")
-        metrics |= self._evaluate_dev(0)
-        if self.config.eval.test_tasks:
-            before = self._evaluate_test(tracker, "before", 0)
-            write_atomic(self.run_dir / "before.json", json.dumps(before.to_dict()))
-        tracker.log(0, metrics)
+        try:
+            if probe := self._probe():
+                metrics |= probe.metrics()
+                self.console.say(str(probe))
+                probe.demand(self.config.eval.min_teacher_lift)
+            self.console.say("Evaluating the starting model …")
+            metrics |= self._evaluate_dev(0, {})
+            if self.config.eval.test_tasks:
+                before = self._evaluate_test(tracker, "before", 0)
+                write_atomic(self.run_dir / "before.json", json.dumps(before))
+        finally:
+            tracker.log(0, metrics)
 
     def _update(self, tracker: Tracker) -> None:
         """One batch of episodes and what is learnt from it."""
         config, state, clock = self.config, self.state, Clock()
         number = state.update + 1
         self.console.stage("rollout")
-        trajectories = self.rollout(
-            assignments_of_update(self.train_tasks, config.rollout, config.seed, number),
-            seed=derive_seed(config.seed, ROLLOUT, number),
-        )
+        trajectories = self._play(number)
         clock.lap("rollout")
         self.console.stage("reflection")
         reflections = self._reflect(trajectories, derive_seed(config.seed, REFLECT, number))
@@ -185,15 +174,19 @@ class Trainer:
             state.env_turns += sum(len(t.turns) for t in trajectories)
             state.generated_tokens += sum(t.num_action_tokens for t in trajectories)
             state.generated_tokens += reflections.stats.generated_tokens
+            state.reflection_tokens += reflections.stats.generated_tokens
+            state.reflection_seconds += reflections.stats.seconds
             state.idle_updates = 0 if learned.steps else state.idle_updates + 1
         clock.lap("train")
         metrics |= update_metrics(trajectories, self.policy.renderer.stop_ids, learned)
         metrics |= reflections.stats.metrics() if self.reflector else {}
-        metrics |= {"env_turns": state.env_turns, "generated_tokens": state.generated_tokens}
-        # The last weights are judged too.
-        if number % config.eval.every == 0 or self.state.finished(config):
+        totals = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
+        metrics |= {name: getattr(state, name) for name in totals}
+        last = self.state.finished(config)
+        if number % config.eval.every == 0 or last:  # the last weights are judged too
             self.console.stage("evaluation")
-            metrics |= self._evaluate_dev(number)
+            metrics |= agreement(self.env, trajectories, reflections.diagnoses)
+            metrics |= self._evaluate_dev(number, metrics)
             clock.lap("evaluation")
         metrics |= clock.metrics()
         tracker.log(number, metrics)
@@ -201,8 +194,21 @@ class Trainer:
         self.console.update(number, metrics)
         for callback in self.callbacks:
             callback(number, metrics)
+        if state.collapse and state.rescues < config.eval.rescues:
+            self._rescue()
         if number % config.save_every == 0:
             self.save()
+
+    def _rescue(self) -> None:
+        """Go back to the best weights, with half the learning rate and no momentum."""
+        state, why = self.state, self.state.collapse
+        with self.interrupt.deferred():
+            self.learner.restart(self.run_dir / "best")
+            state.rescues, state.collapse, state.bad_evaluations = self.learner.halvings, "", 0
+        self.console.say(
+            f"Collapse: {why}. From the best weights (update {state.best_update}) at half the "
+            f"learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues}; --eval.rescues)."
+        )
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
@@ -212,7 +218,7 @@ class Trainer:
             "recipe": self.recipe,
             "stopped": self.state.stopped,
             "best_update": self.state.best_update,
-            "trained_parameters": sum(p.numel() for p in self.policy.trainable().values()),
+            "rescues": self.state.rescues,
             "env_turns": self.state.env_turns,
             "device": str(self.policy.device),
             "versions": versions(),
@@ -223,12 +229,27 @@ class Trainer:
             before = json.loads(earlier.read_text(encoding="utf-8"))
             self.config.eval.test_tasks = len(before["per_task"])
             self.policy.restore(self.run_dir / "best")
-            after = self._evaluate_test(tracker, "after", self.state.update).to_dict()
+            after = self._evaluate_test(tracker, "after", self.state.update)
             summary |= {"before": before, "after": after}
             self.console.final_table(before, after)
         return summary
 
     # ---- stages -------------------------------------------------------------------------------
+
+    def _play(self, number: int) -> list[Trajectory]:
+        """The episodes of an update, as many as the budget of turns holds.
+
+        What an episode leaves of the turns set aside for it goes to further ones, so that the
+        budget is met to the episode.
+        """
+        config, played = self.config, list[Trajectory]()
+        waiting = assignments_of_update(self.train_tasks, config.rollout, config.seed, number)
+        seed = derive_seed(config.seed, ROLLOUT, number)
+        while fit := self.state.affordable(config, sum(len(t.turns) for t in played)):
+            if not (batch := waiting[len(played) :][:fit]):
+                break
+            played += self.rollout(batch, seed=seed + len(played))
+        return rewarded(played, config.env.reward)
 
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
@@ -251,7 +272,8 @@ class Trainer:
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.env.tasks("dev")[: self.config.eval.dev_tasks]
         with self.console.counting("probe") as count:
-            trajectories = self.rollout(trials(tasks, 1), seed=seed, count=count)
+            played = self.rollout(trials(tasks, 1), seed=seed, count=count)
+        trajectories = rewarded(played, self.config.env.reward)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
@@ -268,51 +290,31 @@ class Trainer:
                 seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
             )  # fmt: skip
 
-    def _evaluate_dev(self, number: int) -> dict[str, float]:
+    def _evaluate_dev(self, number: int, update: dict[str, float]) -> dict[str, float]:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
-        result = summarise(self._held_out("dev", self.config.eval.dev_tasks, DEV))
-        state = self.state
+        trajectories = self._held_out("dev", self.config.eval.dev_tasks, DEV)
+        metrics = dev_metrics(trajectories)
         with self.interrupt.deferred():
-            if result.success > state.best_dev:
-                state.best_dev, state.best_update = result.success, number
+            if self.state.judge(update | metrics, number, self.config.eval.stop_drop):
                 with replacing(self.run_dir / "best") as folder:
                     self.policy.save(folder)
-            fell = result.success < state.best_dev - self.config.eval.stop_drop
-            state.bad_evaluations = state.bad_evaluations + 1 if fell else 0
-        return {"dev/success": result.success, "dev/score": result.score, "dev/turns": result.turns}
+        return metrics
 
-    def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
+    def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
         trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
-        nothing = Reflections.none(trajectories)
-        self._log_trajectories(tracker, number, split, trajectories, nothing, Learned())
-        return summarise(trajectories)
+        read = Reflections.none(trajectories)
+        self._log_trajectories(tracker, number, split, trajectories, read, Learned())
+        return summarise(trajectories).to_dict()
 
     def _log_trajectories(
-        self,
-        tracker: Tracker,
-        number: int,
-        split: str,
-        trajectories: list[Trajectory],
-        reflections: Reflections,
-        learned: Learned,
-    ) -> None:
+        self, tracker: Tracker, number: int, split: str, trajectories: list[Trajectory],
+        reflections: Reflections, learned: Learned,
+    ) -> None:  # fmt: skip
         """Write down the first trajectories with what was learnt from each turn."""
-        records, pieces = [], self.policy.renderer.pieces
-        for t, trajectory in enumerate(trajectories[: self.config.save_trajectories]):
-            places = [(t, k) for k in range(len(trajectory.turns))]
-            records.append(
-                trajectory_record(
-                    trajectory,
-                    reflections.diagnoses[t],
-                    tokens=[pieces(turn.action_ids) for turn in trajectory.turns],
-                    divergence=[learned.divergence.get(place) for place in places],
-                    logprob_gap=[learned.logprob_gap.get(place) for place in places],
-                    trained=[learned.trained.get(place, ()) for place in places],
-                    update=number,
-                    split=split,
-                )
-            )
-        tracker.log_trajectories(records)
+        tracker.log_trajectories(trajectory_records(
+            trajectories[: self.config.save_trajectories], reflections.diagnoses, learned,
+            pieces=self.policy.renderer.pieces, update=number, split=split,
+        ))  # fmt: skip
 
     # ---- saving -------------------------------------------------------------------------------
 
@@ -320,12 +322,10 @@ class Trainer:
         """Write the state of the last finished update."""
         with self.interrupt.deferred():
             save_checkpoint(
-                self.run_dir,
-                state=asdict(self.state),
+                self.run_dir, state=asdict(self.state), teacher=self.teacher.state_dict(),
                 student={name: p.data for name, p in self.policy.trainable().items()},
-                teacher=self.teacher.state_dict(),
                 optimizer=self.learner.optimizer.state_dict(),
-            )
+            )  # fmt: skip
 
     def _restore(self) -> int | None:
         """Go on from the run's checkpoint if asked to; returns the update it is at, or None."""
@@ -346,4 +346,5 @@ class Trainer:
         self.teacher.load_state_dict(saved["teacher"])
         self.state = State(**saved["state"])
         self.learner.load_state_dict(saved["optimizer"], self.state.steps_taken)
+        self.learner.halvings = self.state.rescues
         return self.state.update

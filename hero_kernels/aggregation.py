@@ -253,15 +253,15 @@ def token_coefficients(
     also where a turn or a trajectory is cut.
 
     Args:
-        token_weights: [N] weight of each token, 0 to mask it; bool or floating point.
-        turn_ids: [N] turn of each token, negative for none.
+        token_weights: [...] weight of each token, 0 to mask it; bool or floating point.
+        turn_ids: [...] turn of each token, negative for none.
         turn_weights: [K] weight of each turn; ids are then less than K.
-        trajectory_ids: [N] trajectory of each token, negative for none.
+        trajectory_ids: [...] trajectory of each token, negative for none.
         loss_aggregation: "token", "turn" or "trajectory", as for `fused_linear_divergence`.
         num_items: replaces the divisor of the mean.
 
     Returns:
-        [N] fp32 (fp64 for fp64 weights). They sum to 1, or to 0 if no token has weight.
+        [...] fp32 (fp64 for fp64 weights). They sum to 1, or to 0 if no token has weight.
 
     Raises:
         ValueError: shapes that do not match, or ids that are missing for the aggregation.
@@ -269,8 +269,10 @@ def token_coefficients(
     weighting = Weighting(
         token_weights, turn_ids, turn_weights, trajectory_ids, loss_aggregation, "mean", num_items
     )
+    checks.is_tensor("token_weights", token_weights, "[...]")
     weighting.check("token_weights", token_weights[..., None], validate=False)
-    return weighting.flat().coefficients(token_weights.numel(), token_weights)
+    coefficients = weighting.flat().coefficients(token_weights.numel(), token_weights)
+    return coefficients.reshape(token_weights.shape)
 
 
 def _group_sum(values: Tensor, ids: Tensor) -> Tensor:

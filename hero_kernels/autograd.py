@@ -45,6 +45,16 @@ class Inputs(NamedTuple):
     call: str  # as `call.encoded` returns it
 
 
+def same_memory(a: Any, b: Any) -> bool:
+    """Whether two tensors, or None, are one. Traced ones have no address yet: False for views."""
+    if a is b:
+        return True
+    if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return False
+    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+    return alike and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() != 0
+
+
 def _schema() -> str:
     kinds: dict[Any, str] = {Tensor: "Tensor", Tensor | None: "Tensor?", str: "str"}
     kinds[Sequence[float]] = "float[]"
@@ -69,7 +79,10 @@ def linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     if inputs.teacher_hidden is not None:
         teacher = student._replace(hidden=inputs.teacher_hidden)
         if inputs.teacher_weight is not None:
-            teacher = Head(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias)
+            own = Head(inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias)
+            # To torch.compile a detached view of the student's weight was another tensor.
+            if not all(same_memory(*pair) for pair in zip(student[1:], own[1:], strict=True)):
+                teacher = own
     objective = decoded_objective(inputs.call, *inputs.numbers)
     result = divergence(student, teacher, RowTensors(*inputs[6:12]), objective, call, inputs.saved)
     saved = result.saved if call.tile_columns else None

@@ -193,10 +193,13 @@ def choose(impl: str, request: Request) -> str:
     )
 
 
-@torch.compiler.assume_constant_result
 def chosen(impl: str, *request: Any) -> str:
     """`choose` by the fields of a `Request`; `torch.compile` does not trace into it."""
     return choose(impl, Request(*request))
+
+
+# As `torch.compiler.assume_constant_result` does, which would import torch._dynamo: seconds.
+chosen._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -80,10 +80,8 @@ def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
         )
 
 
-def no_tangent(**tensors: Tensor | None) -> None:
-    """Forward-mode differentiation would get a tangent of 0, silently."""
-    if forward_ad._current_level < 0:
-        return
+def no_tangent(tensors: dict[str, Tensor | None]) -> None:
+    """Within forward-mode differentiation, which would get a tangent of 0, silently."""
     for name, value in tensors.items():
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(
@@ -107,14 +105,14 @@ def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to(dtype) if is_eligible else tensor
 
 
-def savable(reason: str, tensors: dict[str, Tensor | None]) -> None:
+def savable(**tensors: Tensor | None) -> None:
     """Autograd keeps no tensor made under torch.inference_mode for a backward pass."""
     for name, value in tensors.items():
         if value is not None and not torch.compiler.is_compiling() and value.is_inference():
             raise ValueError(
-                f"{name} was made under torch.inference_mode, but {reason} keeps it for the "
-                "backward pass: compute it under torch.no_grad() instead, or pass "
-                f"{name}.clone()."
+                f"{name} was made under torch.inference_mode, but reduction='none' and a split "
+                "vocabulary keep it for the backward pass: compute it under torch.no_grad() "
+                f"instead, or pass {name}.clone()."
             )
 
 
@@ -129,6 +127,8 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     """
     is_tensor(f"{side}hidden", hidden, "[..., H]")
     is_tensor(f"{side}weight", weight, "[V, H]")
+    if forward_ad._current_level >= 0:
+        no_tangent({f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias})
     if (
         hidden.dim() < 1
         or weight.dim() != 2

@@ -92,8 +92,8 @@ def dense_divergence(
 def log_mixture(x: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(m / p_t) and log(m / p_s), each with full relative precision near 0.
 
-    Seen from the side that gives most of the mixture, where the argument of the logarithm stays
-    away from 0: log(m / p_s) = log1p(beta expm1(-x)) or log(beta) - x + log1p(exp(x) (1-beta)/beta).
+    Far from it they are formed from the side that gives most of the mixture, so that the argument
+    of the logarithm stays away from 0: log(m / p_s) = log(1-beta) + log1p(exp(-x) beta / (1-beta)).
     """
     from_student_side = x > math.log(beta / (1 - beta))
     limit = _EXP_LIMIT[x.dtype]

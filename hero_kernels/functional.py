@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
-from hero_kernels.autograd import linear_divergence
+from hero_kernels.autograd import linear_divergence, same_memory
 from hero_kernels.objective import DivergenceOutput, KernelOptions, Objective, ObjectiveKwargs
 from hero_kernels.types import RowTensors
 
@@ -104,24 +102,19 @@ def fused_linear_divergence(
     """
     options = options or _DEFAULTS
     what, temperatures = checks.objective("fused_linear_divergence", objective)
-    student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
-    checks.head("student_", student_hidden, student_weight, student_bias)
-    checks.no_tangent(
-        student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias
-    )
     if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
         teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
+    student_hidden, student_weight = checks.autocast(student_hidden, student_weight)
+    checks.head("student_", student_hidden, student_weight, student_bias)
     if teacher_topk is None:
         teacher_hidden, teacher_weight = _checked_teacher(
             teacher_hidden, teacher_weight, teacher_bias, student_hidden
         )
     else:
-        own_teacher = (teacher_hidden, teacher_weight, teacher_bias)
-        _check_topk(teacher_topk, own_teacher, student_hidden)
+        _check_topk(teacher_topk, (teacher_hidden, teacher_weight, teacher_bias), student_hidden)
     ranks = 1 if options.process_group is None else vocab_parallel.group_size(options.process_group)
     heads = (student_weight,) if teacher_weight is None else (student_weight, teacher_weight)
-    sizes = heads[0].shape[0] * ranks, heads[-1].shape[0] * ranks
-    vocab = checks.vocabulary(*sizes, vocab_size)
+    vocab = checks.vocabulary(heads[0].shape[0] * ranks, heads[-1].shape[0] * ranks, vocab_size)
     checks.objective_with(what, vocab, target_ids, old_logprobs, teacher_topk)
     weighting, rows = weighted_rows(
         ("student_hidden", student_hidden),
@@ -136,10 +129,8 @@ def fused_linear_divergence(
     if ranks > 1 or options.tile_columns:
         checks.split(options, what, heads)
     if ranks > 1:
-        vocab_parallel.check_shards(
-            options.process_group, student_hidden, heads, vocab, options.validate
-        )
-    hidden = student_hidden.reshape(-1, student_hidden.shape[-1])
+        vocab_parallel.check_shards(options, student_hidden, heads, vocab)
+    hidden = _rows_of(student_hidden)
     facts = _facts((hidden, student_weight, student_bias), heads, vocab, options, what)
     facts = facts._replace(
         impl=impl, shared=teacher_hidden is not None and len(heads) == 1,
@@ -149,13 +140,12 @@ def fused_linear_divergence(
     plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
     text, numbers, in_backward = plan(what, facts)
     if in_backward:
-        named = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight}
-        checks.savable("reduction='none' or a split vocabulary", named)
+        checks.savable(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
     loss, stats, *_ = linear_divergence(
         hidden,
         student_weight,
         student_bias,
-        None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2),
+        None if teacher_hidden is None else _rows_of(teacher_hidden.detach()),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
         *rows,
@@ -202,6 +192,11 @@ def _facts(
     )
 
 
+def _rows_of(hidden: Tensor) -> Tensor:
+    """[N, H] from [..., H]."""
+    return hidden.reshape(-1, hidden.shape[-1])
+
+
 def is_shared(
     student_weight: Tensor,
     student_bias: Tensor | None,
@@ -212,14 +207,7 @@ def is_shared(
     if teacher_weight is None or (teacher_bias is None) != (student_bias is None):
         return False
     pairs = ((student_weight, teacher_weight), (student_bias, teacher_bias))
-    return all(ours is theirs or _same_memory(ours, theirs) for ours, theirs in pairs)
-
-
-def _same_memory(a: Any, b: Any) -> bool:
-    if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-    return alike and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() != 0
+    return all(same_memory(ours, theirs) for ours, theirs in pairs)
 
 
 def weighted_rows(
@@ -327,6 +315,12 @@ def _check_topk(
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
         checks.is_tensor(name, tensor, "[..., k]")
         checks.same_device(name, tensor, "student_hidden", student_hidden)
+    checks.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
+    if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
+        raise ValueError(
+            f"teacher_topk is of {ids.dtype} and {logprobs.dtype}; expected integer ids first and "
+            "log-probabilities second (torch.topk returns them the other way round)."
+        )
     leading = student_hidden.shape[:-1]
     if ids.shape != logprobs.shape or ids.shape[:-1] != leading or ids.shape[-1] < 1:
         raise ValueError(

@@ -89,7 +89,6 @@ def linear_logprobs(
         )
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("", hidden, weight, bias)
-    checks.no_tangent(hidden=hidden, weight=weight, bias=bias)
     checks.per_token("target_ids", target_ids, "hidden", hidden, integer=True)
     if token_mask is not None:
         checks.per_token("token_mask", token_mask, "hidden", hidden)
@@ -156,29 +155,8 @@ def _linear_logprobs_backward(
 
 
 class _LogprobWork:
-    """Log-probabilities and entropies of the rows of a tile."""
-
-    num_stats = NUM_LOGPROB_STATS
-
-    def __init__(
-        self, kernels: ModuleType, ids: Tensor, plan: Layout, objective: Objective, entropy: bool
-    ) -> None:
-        self.kernels, self.objective, self.with_entropy = kernels, objective, entropy
-        self.ids = ids.split(plan.sizes)
-
-    def of_rows(self, tiles: Tiles, i: int) -> Tensor:
-        (tile,) = tiles
-        stats: Tensor = self.kernels.logprob_rows(
-            tile, self.ids[i], self.objective, self.with_entropy
-        )
-        return stats
-
-    def gradient(self, tile: Tile, i: int) -> None:
-        raise AssertionError("gradients are those of _GradientWork")
-
-
-class _GradientWork:
-    """Their gradient, by the numbers kept and the upstream gradients."""
+    """Log-probabilities and entropies of the rows of a tile; or, with the numbers kept of them and
+    upstream gradients, their gradient."""
 
     num_stats = NUM_LOGPROB_STATS
 
@@ -188,15 +166,23 @@ class _GradientWork:
         ids: Tensor,
         plan: Layout,
         objective: Objective,
-        stats: Tensor,
-        upstream: Tensor,
+        with_entropy: bool,
+        kept: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        self.kernels, self.objective = kernels, objective
-        self.ids, self.stats = ids.split(plan.sizes), stats.split(plan.sizes)
-        self.upstream = upstream.split(plan.sizes)
+        self.kernels, self.objective, self.with_entropy = kernels, objective, with_entropy
+        self.ids = ids.split(plan.sizes) if plan.sizes else ()
+        if kept is not None:
+            self.stats, self.upstream = (tensor.split(plan.sizes) for tensor in kept)
+        self.kept = kept
 
     def of_rows(self, tiles: Tiles, i: int) -> Tensor:
-        return self.stats[i]
+        if self.kept is not None:
+            return self.stats[i]
+        (tile,) = tiles
+        stats: Tensor = self.kernels.logprob_rows(
+            tile, self.ids[i], self.objective, self.with_entropy
+        )
+        return stats
 
     def gradient(self, tile: Tile, i: int) -> None:
         self.kernels.logprob_gradient(
@@ -277,7 +263,7 @@ def _gradients(
     kernels = backends.logprob_kernels(name)
     ids = target_ids.where(live, -1)
     with without_autocast(head.hidden.device.type):
-        work = _GradientWork(kernels, ids, plan, objective, stats, upstream)
+        work = _LogprobWork(kernels, ids, plan, objective, False, (stats, upstream))
         _, grads = walk(sides, work, call, plan, Shards())
     if scale is not None:
         grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))

@@ -146,8 +146,13 @@ def workspace(shape: Shape, tile_rows: int, tile_columns: int, in_torch: bool = 
         total += min(blocks, rows.SCRATCH_TENSORS * longest * plan.columns) * wide
     if tile_columns:
         total += shape.num_rows * (shape.hidden_size * wide + 8 * SAVED * wide)  # sum of dX, sums
-        if narrow < wide and shape.on_cpu:
-            total += shape.hidden_size * plan.columns * wide  # weight or dW of a tile, widened
+    if shape.on_cpu:
+        # Rows that count, gathered from both sides; dX in parts, and these joined.
+        joined = 0 if tile_columns else 2 * GRADIENT_DTYPE[shape.dtype].itemsize - narrow
+        total += shape.num_rows * shape.hidden_size * (2 * narrow + joined)
+        if narrow < wide:  # a part of the head or of dW, widened
+            part = plan.columns if tile_columns else min(plan.columns, gemm.SLICE_ROWS)
+            total += shape.hidden_size * part * wide
     return total
 
 

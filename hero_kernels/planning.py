@@ -15,7 +15,7 @@ import torch
 from hero_kernels import backends
 from hero_kernels.call import Call, encoded, numbers_of
 from hero_kernels.memory import Shape, default_rows, layout, tile_for, workspace
-from hero_kernels.objective import KernelOptions, Objective
+from hero_kernels.objective import KernelOptions, Objective, Support, choice
 
 
 class Facts(NamedTuple):
@@ -187,6 +187,7 @@ def explain(
             "explain describes the work of one process: pass the shard's vocab_size and leave "
             "options.process_group None."
         )
+    choice("support", support, Support)
     facts = Facts(
         str(torch.device(device)), dtype, divergence, support, num_rows, hidden_size, vocab_size,
         vocab_size, trainable_trunk, trainable_head, False, options.tile_rows or 0,

@@ -1,8 +1,7 @@
 """The row kernels in torch: any device, any floating-point type, every support.
 
 `RowKernels` in types.py says what each function returns. A tile is worked on in blocks of rows that
-fit the cache. Whole rows take the same steps as tiles of some columns, block by block, so that
-scaled logits and probabilities are formed once.
+fit the cache; whole rows take the same steps as tiles of some columns, block by block.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from hero_kernels.objective import Objective
 from hero_kernels.rows_topk import LogProbs, restricted_divergence
 from hero_kernels.types import RowTensors, Tile
 
-SCRATCH_TENSORS = 16
+SCRATCH_TENSORS = 20
 """Bound on the temporaries of one block, in blocks of the wide type."""
 
 
@@ -53,11 +52,13 @@ def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_sta
         statistics, from_t, from_s = _statistics(logits, part.target_ids, first_column=0)
         values = statistics.new_zeros(len(statistics), c.NUM_VALUES)
         if objective.support == "full":
-            p_t, p_s = (
+            p_t, log_ratio = (
                 from_t.div_(statistics[:, c.SUM_T, None]),
-                from_s.div_(statistics[:, c.SUM_S, None]),
+                _log_ratio(logits, statistics),
             )
-            log_ratio = _log_ratio(logits, statistics)
+            # p_s from p_t where the two are close: there their difference counts, not their sizes.
+            own = from_s.div_(statistics[:, c.SUM_S, None])
+            p_s = (log_ratio.exp().mul_(p_t)).where(log_ratio.abs() < c.CLOSE_LOG_RATIO, own)
             values[:, c.VALUE], slope = dense_divergence(p_s, p_t, log_ratio, objective)
         if objective.support != "full" or with_stats:
             probs = _log_probs(logits, statistics)
@@ -197,7 +198,7 @@ def row_blocks(tile: Tile) -> Iterator[slice]:
 
 
 def block_elements(device: torch.device) -> int:
-    """Logits worked on at once: few enough for the CPU's cache, or for little memory of the GPU."""
+    """Logits worked on at once: few enough for the CPU's cache, or for the GPU's memory."""
     return 1 << 18 if device.type == "cpu" else 1 << 22
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hero_kernels import checks
+from hero_kernels.objective import KernelOptions
 
 
 class Shards(NamedTuple):
@@ -99,11 +100,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_shards(
-    group: Any,
-    student_hidden: Tensor,
-    heads: tuple[Tensor, ...],
-    vocab_size: int,
-    validate: bool,
+    options: KernelOptions, student_hidden: Tensor, heads: tuple[Tensor, ...], vocab_size: int
 ) -> None:
     """Raise ValueError, on all ranks, unless all pass shards and rows of the same size and type.
 
@@ -113,15 +110,17 @@ def check_shards(
     wait.
 
     Args:
-        group: of size above 1.
+        options: with a group of size above 1.
         student_hidden: [..., H].
         heads: the student's weight [V/P, H], and the teacher's own [V/P, H_t] if it has one.
         vocab_size: real tokens of the whole vocabulary.
-        validate: compare even what was compared before.
     """
     student_weight = heads[0]
     teacher = [0, 0] if len(heads) == 1 else list(heads[1].shape)
-    always = checks.values_readable(student_hidden, validate)
+    group, always = (
+        options.process_group,
+        checks.values_readable(student_hidden, options.validate),
+    )
     facts = (
         *student_weight.shape,
         student_hidden.shape[:-1].numel(),

@@ -3,6 +3,7 @@
 from hero.algorithms.base import Algorithm, Experience
 from hero.algorithms.distillation import EnvOnly, FullDemo, Hero, ReflectionOnly, Sdpo, Terminal
 from hero.algorithms.grpo import Grpo, HeroGrpo
+from hero.algorithms.reinforce import Reinforce, Rloo
 
 MODES: dict[str, type[Algorithm]] = {
     "hero": Hero,
@@ -13,6 +14,8 @@ MODES: dict[str, type[Algorithm]] = {
     "sdpo": Sdpo,
     "grpo": Grpo,
     "hero+grpo": HeroGrpo,
+    "reinforce": Reinforce,
+    "rloo": Rloo,
 }
 
 __all__ = ["MODES", "Algorithm", "Experience"]

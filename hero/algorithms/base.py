@@ -44,6 +44,8 @@ class Algorithm(ABC):
     """Can use the environment's own solution of a task."""
     needs_groups = False
     """Compares episodes of one task: `rollout.group_size` must be at least 2."""
+    needs_batch = False
+    """Compares the episodes of an update: there must be at least 2."""
     distils = True
     """Has a teacher."""
     teacher_saw = ""

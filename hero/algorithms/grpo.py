@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,11 +13,17 @@ from hero.algorithms.distillation import Hero
 from hero.types import Sample, Trajectory
 
 
-def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
-    """(reward - group mean) / group standard deviation; 0 in a group of equal rewards."""
+def by_group(trajectories: Sequence[Trajectory]) -> dict[str, list[float]]:
+    """Rewards of each group."""
     groups: dict[str, list[float]] = defaultdict(list)
     for trajectory in trajectories:
         groups[trajectory.group_id].append(trajectory.reward)
+    return groups
+
+
+def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
+    """(reward - group mean) / group standard deviation; 0 in a group of equal rewards."""
+    groups = by_group(trajectories)
     advantages = []
     for trajectory in trajectories:
         rewards = groups[trajectory.group_id]
@@ -26,18 +33,30 @@ def group_advantages(trajectories: Sequence[Trajectory]) -> list[float]:
     return advantages
 
 
-class Grpo(Algorithm):
+class PolicyGradient(Algorithm):
     """No teacher: every turn shares its episode's advantage. Clip 0.2 / 0.28, no KL penalty. [L]"""
 
-    needs_groups = True
     distils = False
 
+    @abstractmethod
+    def advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        """One for each episode of the update."""
+
     def annotate(self, experience: Experience) -> list[Sample]:
-        advantages = group_advantages(experience.trajectories)
+        advantages = self.advantages(experience.trajectories)
         return [
             replace(sample, pg_weight=1.0, advantage=advantages[sample.trajectory])
             for sample in self.turns(experience)
         ]
+
+
+class Grpo(PolicyGradient):
+    """Advantages within a group of episodes of one task, in standard deviations. [L]"""
+
+    needs_groups = True
+
+    def advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        return group_advantages(trajectories)
 
 
 class HeroGrpo(Algorithm):

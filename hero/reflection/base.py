@@ -20,6 +20,12 @@ class ReflectionStats:
     """Turns with a diagnosis that could be read."""
     non_empty: int = 0
     """Turns with a hint, after the filters."""
+    hinted: int = 0
+    """Turns with a hint, before the filters."""
+    specific: int = 0
+    """Those of them that give away a name which could not be known at their turn."""
+    naming: int = 0
+    """Those of them that name their corrected action: an answer, not a rule."""
     leaked: int = 0
     """Turns that lost their hint or corrected action to the leak filter."""
     too_long: int = 0
@@ -30,11 +36,13 @@ class ReflectionStats:
     seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
-        """Rates are shares of the turns."""
+        """Rates are shares of the turns; `specific_rate` and `naming_rate` of those with a hint."""
         rates = ("parsed", "non_empty", "leaked", "too_long")
         return {
             "reflection/turns": float(self.turns),
             **{f"reflection/{n}_rate": getattr(self, n) / max(1, self.turns) for n in rates},
+            "reflection/specific_rate": self.specific / max(1, self.hinted),
+            "reflection/naming_rate": self.naming / max(1, self.hinted),
             "reflection/retried": float(self.retried),
             "reflection/generated_tokens": float(self.generated_tokens),
             "reflection/seconds": self.seconds,
@@ -78,12 +86,17 @@ def collect(
 ) -> Reflections:
     """Filter what was found, fill the turns without a diagnosis, and count."""
     verdicts: list[Verdict] = []
+    hinted: list[Diagnosis] = []
+    specific = 0
     diagnoses: list[list[Diagnosis]] = []
     for trajectory, of_trajectory in zip(trajectories, found, strict=True):
         of_turns = [Diagnosis(turn=turn) for turn in range(len(trajectory.turns))]
         for diagnosis in reversed(of_trajectory):  # so that of several for one turn the first stays
             of_turns[diagnosis.turn] = replace(diagnosis, source=source)
         for turn, diagnosis in enumerate(of_turns):
+            if diagnosis.hint:
+                hinted.append(diagnosis)
+                specific += hint_filter.is_specific(diagnosis, trajectory)
             of_turns[turn], verdict = hint_filter.apply(diagnosis, trajectory)
             verdicts.append(verdict)
         diagnoses.append(of_turns)
@@ -92,6 +105,9 @@ def collect(
         turns=len(all_turns),
         parsed=sum(bool(diagnosis.source) for diagnosis in all_turns),
         non_empty=sum(bool(diagnosis.hint) for diagnosis in all_turns),
+        hinted=len(hinted),
+        specific=specific,
+        naming=sum(bool(d.corrected_action) and d.corrected_action in d.hint for d in hinted),
         leaked=verdicts.count(Verdict.LEAKED),
         too_long=verdicts.count(Verdict.TOO_LONG),
         retried=retried,

@@ -3,8 +3,11 @@
 **Leak filter.** A hint is knowledge from the end of the episode. It may say what to do; it may not
 hand over an order number that was found three turns later, because then the student is trained to
 guess numbers. So every *id or number* of a hint and of its corrected action, that is every token
-with a digit in it, must occur in the turn's own context h_k (the decoded prompt ids) or in the
-instruction. The failure cause is not filtered: it explains an observation that the teacher may see.
+with a digit in it, must occur in the turn's own context h_k (the decoded prompt ids), in the
+instruction or in what every task shares. So must every *name*: words between brackets or quotation
+marks in the corrected action (option values, arguments), and words of the hint with a capital
+inside a sentence that occur in the corrected action or were observed later. The failure cause is
+not filtered: it explains an observation that the teacher may see.
 
 **How texts are compared.** h_k went through a tokenizer, and word-level tokenizers give back `p42`
 as `p42`, `p 42` or `p 4 2`. Both texts are therefore normalised (Unicode form, case, `1,200` =
@@ -30,6 +33,10 @@ THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 BETWEEN_SINGLE_DIGITS = re.compile(r"(?<=(?<!\d)\d)\s(?=\d(?!\d))")
 TOKEN = re.compile(r"[^\W_]+(?:(?<=\d)[.:/-](?=\d)[^\W_]+)*")
 """Letters and digits, joined by punctuation only between digits: `b07xyz`, `12.99`, `10:30`."""
+WORD = re.compile(r"[^\W\d_]{2,}")
+ARGUMENT = re.compile(r"""\[([^\[\]]*)\]|\(([^()]*)\)|"([^"]*)"|(?<!\w)'([^']*)'(?!\w)""")
+INSIDE_SENTENCE = re.compile(r"(?<=[\w,;] )\w+")
+LONGEST_NAME = 6
 PIECE = re.compile(r"\d+|[^\W\d_]+")
 
 
@@ -44,9 +51,11 @@ class Verdict(StrEnum):
 class HintFilter:
     """Both filters, as `config` asks for them, with the tokenizer they count and compare by."""
 
-    def __init__(self, renderer: Renderer, config: ReflectionConfig) -> None:
+    def __init__(self, renderer: Renderer, config: ReflectionConfig, shared: str = "") -> None:
+        """`shared` is text that is known in every task: rules, the words of the action format."""
         self.renderer = renderer
         self.config = config
+        self.shared = shared
 
     def apply(self, diagnosis: Diagnosis, trajectory: Trajectory) -> tuple[Diagnosis, Verdict]:
         """The diagnosis of one turn, its hint removed if it may not be shown.
@@ -61,10 +70,36 @@ class HintFilter:
 
     def _leaks(self, diagnosis: Diagnosis, trajectory: Trajectory) -> bool:
         names = numbered_names(f"{diagnosis.hint}\n{diagnosis.corrected_action}")
-        if not names:  # the usual case: spares decoding a long prompt
-            return False
+        if names and unknown_names(names, self._known(diagnosis, trajectory)):
+            return True
+        return self.is_specific(diagnosis, trajectory)
+
+    def is_specific(self, diagnosis: Diagnosis, trajectory: Trajectory) -> bool:
+        """Whether hint or corrected action give away a name that could not be known."""
+        later = [turn.observation or "" for turn in trajectory.turns[diagnosis.turn :]]
+        names = plain_names(diagnosis.hint, diagnosis.corrected_action, " ".join(later))
+        # Without a name, the usual case, a long prompt need not be decoded.
+        return bool(names) and not names <= words(self._known(diagnosis, trajectory))
+
+    def _known(self, diagnosis: Diagnosis, trajectory: Trajectory) -> str:
         context = self.renderer.decode(trajectory.turns[diagnosis.turn].prompt_ids)
-        return bool(unknown_names(names, f"{context}\n{trajectory.instruction}"))
+        return f"{context}\n{trajectory.instruction}\n{self.shared}"
+
+
+def words(text: str) -> set[str]:
+    """Its words of two letters or more, in normal form."""
+    return set(WORD.findall(_normalise(text)))
+
+
+def plain_names(hint: str, action: str, later: str) -> set[str]:
+    """Words that look like names: arguments of `action`, capitals in `hint` that were met `later`.
+
+    Arguments of more than `LONGEST_NAME` words are sentences and name nothing.
+    """
+    arguments = [part for match in ARGUMENT.findall(action) for part in match if part]
+    names = {w for a in arguments if len(a.split()) <= LONGEST_NAME for w in words(a)}
+    capitals = " ".join(word for word in INSIDE_SENTENCE.findall(hint) if word[0].isupper())
+    return names | (words(capitals) & (words(later) | words(action)))
 
 
 def numbered_names(text: str) -> list[str]:

@@ -38,6 +38,7 @@ def make_reflector(
             reflector cannot work with.
     """
     reflector: Reflector
+    shared = getattr(env, "action_words", "")
     if config.reflector == "rules":
         if not isinstance(env, HasDiagnosis):
             raise ValueError(
@@ -45,7 +46,7 @@ def make_reflector(
                 f"{type(env).__name__} has none: write diagnose(trajectory) -> list[Diagnosis], or "
                 "set --reflection.reflector self."
             )
-        reflector = RuleReflector(env.diagnose, renderer, config)
+        reflector = RuleReflector(env.diagnose, renderer, config, shared)
     else:
         model: ChatModel
         room: int | None = None  # the length of an endpoint's context is not known
@@ -56,7 +57,13 @@ def make_reflector(
             model = OwnModel(sampler, renderer, config, weights)
             room = _room(config, context)
         reflector = ModelReflector(
-            model, config, prompts, renderer, rules=env.system_prompt, max_prompt_tokens=room
+            model,
+            config,
+            prompts,
+            renderer,
+            rules=env.system_prompt,
+            max_prompt_tokens=room,
+            shared=shared,
         )
     return ShuffledReflector(reflector) if config.shuffle_hints else reflector
 

@@ -28,6 +28,7 @@ class ModelReflector:
         prompts: the wording of the request.
         renderer: tokens of the student, by which lengths and leaks are measured.
         rules: the environment's system prompt.
+        shared: words of the actions of every task, for the leak filter.
         max_prompt_tokens: longest request in the student's tokens, chat template included; actions
             and observations are shortened further until it fits. None for no limit.
     """
@@ -40,12 +41,14 @@ class ModelReflector:
         renderer: Renderer,
         *,
         rules: str,
+        shared: str = "",
         max_prompt_tokens: int | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.prompts = prompts
         self.renderer = renderer
+        self.hint_filter = HintFilter(renderer, config, f"{rules}\n{shared}")
         self.rules = renderer.clip(rules, RULES_TOKENS)
         self.max_prompt_tokens = max_prompt_tokens
         # Greedy decoding would write the same text again.
@@ -74,7 +77,7 @@ class ModelReflector:
             trajectories,
             found,
             source=self.config.reflector,
-            hint_filter=HintFilter(self.renderer, self.config),
+            hint_filter=self.hint_filter,
             started=started,
             retried=retried,
             generated_tokens=generated_tokens,
@@ -109,9 +112,10 @@ class RuleReflector:
         diagnose: Callable[[Trajectory], list[Diagnosis]],
         renderer: Renderer,
         config: ReflectionConfig,
+        shared: str = "",
     ) -> None:
         self.diagnose = diagnose
-        self.hint_filter = HintFilter(renderer, config)
+        self.hint_filter = HintFilter(renderer, config, shared)
 
     def reflect(self, trajectories: Sequence[Trajectory], seed: int) -> Reflections:
         """Diagnose every turn of every trajectory; `seed` changes nothing.

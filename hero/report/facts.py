@@ -51,6 +51,7 @@ def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
     options = " ".join(f"{key}={value}" for key, value in redacted(config.env.options).items())
     loss = hero_kernels.explain(
         1024, weight.shape[1], weight.shape[0], dtype=policy.dtype, device=policy.device,
+        shared_head=config.teacher.weights == "live" or not weight.requires_grad,
         trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
     )  # fmt: skip
     return {

@@ -66,7 +66,8 @@ def update_metrics(
 
 
 def _is_error(kind: FeedbackKind) -> bool:
-    return kind not in (FeedbackKind.OK, FeedbackKind.DONE)
+    """Whether an observation reports a fault; that few steps are left is none."""
+    return kind not in (FeedbackKind.OK, FeedbackKind.DONE, FeedbackKind.BUDGET)
 
 
 def _mean(values: Sequence[float]) -> float:

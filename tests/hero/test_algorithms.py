@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import get_args
+from contextlib import nullcontext
 
 import pytest
 
 from hero.algorithms import MODES, Experience
 from hero.algorithms.grpo import group_advantages
-from hero.config import Mode
+from hero.checks import check, from_dict
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
 
@@ -119,11 +119,65 @@ def test_advantages_by_hand_and_zero_without_variance(played: list[Trajectory]) 
     assert group_advantages(played) == [0.0] * 4
 
 
+def paid(played: list[Trajectory]) -> list[Trajectory]:
+    """Rewards 0, 1 in the first group and 0.5, 1 in the second."""
+    played = copy.deepcopy(played)
+    for trajectory, reward in zip(played, [0.0, 1.0, 0.5, 1.0], strict=True):
+        trajectory.reward = reward
+    return played
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("reinforce", [-0.625, 0.375, -0.125, 0.375]), ("rloo", [-1.0, 1.0, -0.5, 0.5])],
+)
+def test_baselines_by_hand(
+    context: TeacherContext, played: list[Trajectory], mode: str, expected: list[float]
+) -> None:
+    samples = annotate(
+        mode, context, Experience(trajectories=paid(played), diagnoses=[[]] * 4, gold={})
+    )
+    assert len(samples) == 12 and all(s.pg_weight == 1 and not s.distill_weight for s in samples)
+    assert [s.advantage for s in samples[::3]] == pytest.approx(expected)
+
+
+def test_rloo_takes_the_mean_of_the_others_only(
+    context: TeacherContext, played: list[Trajectory]
+) -> None:
+    trajectories = paid(played)
+    for trajectory in trajectories:
+        trajectory.group_id = "one"
+    samples = annotate(
+        "rloo", context, Experience(trajectories=trajectories, diagnoses=[], gold={})
+    )
+    expected = [0.0 - 2.5 / 3, 1.0 - 1.5 / 3, 0.5 - 2.0 / 3, 1.0 - 1.5 / 3]
+    assert [s.advantage for s in samples[::3]] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tasks", "group", "remedy"),
+    [
+        ("rloo", 8, 1, "--rollout.group-size 8"),
+        ("reinforce", 1, 1, "--rollout.tasks-per-update"),
+        ("reinforce", 8, 1, None),
+        ("reinforce", 1, 2, None),
+        ("rloo", 1, 2, None),
+    ],
+)
+def test_what_a_baseline_needs_to_compare(
+    mode: str, tasks: int, group: int, remedy: str | None
+) -> None:
+    config = from_dict({"mode": mode, "rollout": {"tasks_per_update": tasks, "group_size": group}})
+    with pytest.raises(ValueError, match=remedy) if remedy else nullcontext():
+        check(config)
+
+
 def test_an_empty_hint_masks_every_turn(context: TeacherContext, played: list[Trajectory]) -> None:
     none = [[Diagnosis(turn=k) for k in range(3)] for _ in played]
     experience = Experience(trajectories=played, diagnoses=none, gold={})
     assert annotate("hero", context, experience) == []
 
 
-def test_every_mode_of_the_settings_is_there() -> None:
-    assert set(MODES) == set(get_args(Mode))
+def test_unknown_mode_names_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"mode must be one of hero, .*rloo; got 'heros'"):
+        check(from_dict({"mode": "heros"}))

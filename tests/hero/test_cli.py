@@ -221,7 +221,9 @@ def test_recipes_files_and_options_stack(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "kept"), [([], {}), (["quickstart"], {"profile": "tiny"})], ids=["none", "recipe"]
+    ("recipe", "kept"),
+    [([], {}), (["quickstart"], {"profile": "tiny", "hints": "answer"})],
+    ids=["none", "recipe"],
 )
 def test_options_of_the_environment_read_the_same_with_a_recipe(
     recipe: list[str], kept: dict[str, str]

@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from hero.algorithms import MODES, Experience
-from hero.config import LossConfig, OptimConfig, RolloutConfig, TeacherConfig, TrainConfig
+from hero.config import (
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RolloutConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from hero.learner import Learner, split
 from hero.loss import compute_loss, weigh
 from hero.packing import PackedBatch, Weighted, micro_batches, pack, plan_rows
@@ -59,18 +66,21 @@ def gradients(
     return {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
 
 
-def textbook_jsd(policy: Policy, samples: list[Sample], ratio_clip: float) -> torch.Tensor:
+def textbook_jsd(
+    policy: Policy, samples: list[Sample], ratio_clip: float, teacher_policy: Policy | None = None
+) -> torch.Tensor:
     """Σ over action tokens of min(ratio, clip)·JSD over their number; a forward pass a turn."""
+    old = teacher_policy or policy
     total, count = torch.zeros((), dtype=torch.float64), 0
     for s in samples:
 
-        def logprobs(prompt: list[int], s: Sample = s) -> torch.Tensor:
+        def logprobs(policy: Policy, prompt: list[int], s: Sample = s) -> torch.Tensor:
             logits = policy.model(torch.tensor([prompt + s.action_ids])).logits[0]
             return logits[len(prompt) - 1 : -1].double().log_softmax(-1)
 
-        student = logprobs(s.prompt_ids)
+        student = logprobs(policy, s.prompt_ids)
         with torch.no_grad():
-            teacher = logprobs(s.teacher_prompt_ids)
+            teacher = logprobs(old, s.teacher_prompt_ids)
         mixed = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
         jsd = 0.5 * (student.exp() * (student - mixed) + teacher.exp() * (teacher - mixed)).sum(-1)
         own = student.gather(1, torch.tensor(s.action_ids)[:, None]).squeeze(1)
@@ -196,21 +206,48 @@ def test_frozen_teacher_stays_and_the_swap_undoes_itself(
 ) -> None:
     learn = learner(fresh_policy, config(), weights="frozen")
     prompt = torch.tensor([samples[0].prompt_ids])
-    before = fresh_policy.hidden(prompt).detach()
+    before = fresh_policy.model(prompt).logits.detach()
     learn.learn(samples, seed=0)
     student = {n: p.detach().clone() for n, p in fresh_policy.trainable().items()}
-    with learn.teacher.applied():
-        names = set(learn.teacher.state_dict())
-        assert all(
-            not torch.equal(p, student[n])
-            for n, p in fresh_policy.trainable().items()
-            if n in names and "norm" not in n
-        )
+    with learn.teacher.applied(), torch.no_grad():
+        assert torch.equal(fresh_policy.model(prompt).logits, before)  # head and embedding as well
+        assert torch.equal(fresh_policy.logits(fresh_policy.hidden(prompt)), before)
     assert all(torch.equal(p, student[n]) for n, p in fresh_policy.trainable().items())
-    assert not torch.allclose(fresh_policy.hidden(prompt), before)
+    assert not torch.allclose(fresh_policy.model(prompt).logits, before)
     with pytest.raises(RuntimeError, match="inside"), learn.teacher.applied():
         raise RuntimeError("inside")
     assert all(torch.equal(p, student[n]) for n, p in fresh_policy.trainable().items())
+
+
+def test_a_frozen_teacher_scores_with_its_own_head(
+    fresh_policy: Policy, samples: list[Sample]
+) -> None:
+    start = Policy(copy.deepcopy(fresh_policy.model), fresh_policy.tokenizer, ModelConfig())
+    learn = learner(fresh_policy, config(), weights="frozen")
+    with torch.no_grad():
+        fresh_policy.head.weight.mul_(1.5)
+    batch = packed(samples)
+    length = len(batch.target_ids)
+    batch.distill_weights = torch.full_like(batch.distill_weights, 1 / length)
+    loss = compute_loss(fresh_policy, learn.teacher, batch, LossConfig(), 1.0).loss
+    expected = textbook_jsd(fresh_policy, samples, 2.0, teacher_policy=start)
+    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["frozen", "ema", "live"])
+@pytest.mark.parametrize("model", [{}, {"train_head": False}, {"lora_rank": 2}])
+def test_the_head_is_shared_exactly_where_nobody_trains_it(
+    policy: Policy, weights: str, model: dict[str, object]
+) -> None:
+    if "lora_rank" in model:
+        pytest.importorskip("peft", reason="LoRA needs peft")
+    own = Policy(
+        copy.deepcopy(policy.model),
+        policy.tokenizer,
+        ModelConfig(device="cpu", **model),  # type: ignore[arg-type]
+    )
+    teacher = TeacherWeights(own, TeacherConfig(weights=weights))  # type: ignore[arg-type]
+    assert bool(teacher.own_head(own)) == (not model and weights != "live")
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hero.config import ReflectionConfig
-from hero.reflection import ReflectionStats, RuleReflector
+from hero.config import ReflectionConfig, RolloutConfig
+from hero.envs.shop import ShopEnv
+from hero.episodes import Assignment, rollout
+from hero.prompts import make_prompts
+from hero.reflection import ReflectionStats, RuleReflector, make_reflector
 from hero.reflection.filters import numbered_names, unknown_names
 from hero.renderer import Renderer
+from hero.scratch import build_tokenizer
+from hero.sft import Scripted
 from hero.types import Diagnosis, Trajectory
 
 Episode = Callable[..., Trajectory]
@@ -80,9 +87,80 @@ def test_filters_and_statistics_by_hand(renderer: Renderer, episode: Episode) ->
         "reflection/non_empty_rate": pytest.approx(1 / 6),
         "reflection/leaked_rate": pytest.approx(2 / 6),
         "reflection/too_long_rate": pytest.approx(1 / 6),
+        "reflection/specific_rate": 0,
+        "reflection/naming_rate": 0,
         "reflection/retried": 0,
         "reflection/generated_tokens": 0,
     }
+
+
+@pytest.mark.parametrize(
+    ("hint", "action", "leaks"),
+    [
+        ("choose the colour", "click[turquoise]", True),  # nobody has seen turquoise
+        ("choose the colour", "click[red]", False),  # the instruction says red
+        ("choose the colour", "click[Pale Blue]", False),  # the page shows pale blue
+        ("choose the colour", 'paint(color="turquoise")', True),
+        ("choose the colour", '{"name": "paint", "color": "turquoise"}', True),
+        ("choose the colour", "pay[buy now]", False),  # every task says buy now
+        ("choose turquoise", "", False),  # a plain word: nothing says that it is the answer
+        ("ask Mia Li first", "", True),  # learnt two turns later
+        ("Ask first", "", False),
+        ("first ask Sam", "", False),  # the page shows Sam
+        ("answer in English", "", False),  # no name that the episode taught
+        ("be kind", 'say "I am sorry that it took us so very long"', False),  # a sentence
+        ("don't hurry, it's fine", "don't hurry, it's fine", False),
+    ],
+)
+def test_names_without_a_digit_leak_too(
+    renderer: Renderer, episode: Episode, hint: str, action: str, leaks: bool
+) -> None:
+    trajectory = episode(["paint: pale blue, Sam", "s", "s"], instruction="make it red")
+    trajectory.turns[2].observation = "Mia Li called. Ask Sam."
+    written = [Diagnosis(turn=0, hint=hint, corrected_action=action)]
+    for switched_on in (True, False):
+        config = ReflectionConfig(leak_filter=switched_on)
+        shared = "pay buy now name paint color"
+        reflector = RuleReflector(lambda _: written, renderer, config, shared)
+        reflections = reflector.reflect([trajectory], seed=0)
+        assert (reflections.diagnoses[0][0].hint == "") == (leaks and switched_on)
+        assert reflections.stats.metrics()["reflection/specific_rate"] == float(leaks)
+
+
+@pytest.mark.parametrize("hints", ["rule", "answer"])
+def test_the_rules_of_the_shop_leak_nothing(hints: str) -> None:
+    env, rng = ShopEnv("tiny", hints=hints), random.Random(0)
+    renderer = Renderer(build_tokenizer(env.vocabulary()))
+
+    def act() -> str:
+        return env.random_action(rng) if rng.random() < 0.4 else env.oracle()
+
+    tasks = env.tasks("train")[:60]
+    played = rollout(
+        [Assignment(id=task, group_id=task, task_id=task) for task in tasks],
+        envs=[env], sampler=Scripted(act, renderer), renderer=renderer,
+        config=RolloutConfig(max_turns=8), seed=0,
+    )  # fmt: skip
+    reflector = make_reflector(
+        ReflectionConfig(reflector="rules"), env=env, sampler=Scripted(act, renderer),
+        renderer=renderer, prompts=make_prompts("compact"), teacher_weights=nullcontext,
+        context=1000,
+    )  # fmt: skip
+    stats = reflector.reflect(played, seed=0).stats
+    assert stats.hinted > 60 and stats.leaked == stats.specific == 0
+    assert stats.naming == (stats.hinted if hints == "answer" else 0)
+
+
+def test_hints_that_name_the_answer_are_counted(renderer: Renderer, episode: Episode) -> None:
+    written = [
+        Diagnosis(turn=0, hint="now act is right", corrected_action="act"),
+        Diagnosis(turn=1, hint="look first", corrected_action="act"),
+        Diagnosis(turn=2, hint="look first"),
+        Diagnosis(turn=3, corrected_action="act"),
+    ]
+    reflector = RuleReflector(lambda _: written, renderer, ReflectionConfig())
+    metrics = reflector.reflect([episode(["s"] * 5)], seed=0).stats.metrics()
+    assert metrics["reflection/naming_rate"] == pytest.approx(1 / 3)
 
 
 def test_the_leak_filter_can_be_switched_off(renderer: Renderer, episode: Episode) -> None:

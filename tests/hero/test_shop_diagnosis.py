@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from shop_helpers import finish, oracle_actions, trajectory
@@ -17,11 +18,28 @@ from hero.envs.shop.wording import HINTS, Cause, hint_for
 from hero.types import Diagnosis
 
 TASK = "train-4"
+COMMON = {
+    "a",
+    "and",
+    "find",
+    "for",
+    "than",
+    "with",
+    "the",
+    "is",
+    "it",
+    "not",
+    "of",
+    "to",
+    "item",
+    "that",
+}
+"""Words of an instruction that say nothing about its task."""
 
 
 @pytest.fixture
 def env() -> ShopEnv:
-    return ShopEnv("tiny")
+    return ShopEnv("tiny", hints="answer")
 
 
 def diagnose(env: ShopEnv, actions: list[str]) -> list[Diagnosis]:
@@ -170,7 +188,7 @@ def test_a_trajectory_of_another_shop_is_refused(env: ShopEnv) -> None:
 @pytest.mark.parametrize("profile", ["tiny", "small", "full"])
 def test_hints_are_knowable_and_corrections_lead_on(profile: str) -> None:
     """A hint names nothing but the correction, which the page offers and which earns the reward."""
-    env, rng = ShopEnv(profile, max_steps=40), random.Random(3)
+    env, rng = ShopEnv(profile, max_steps=40, hints="answer"), random.Random(3)
     hints = 0
     for task in rng.sample(env.tasks("train"), 60):
         _, info = env.reset(task)
@@ -200,13 +218,51 @@ def test_hints_are_knowable_and_corrections_lead_on(profile: str) -> None:
     assert hints > 60
 
 
-def test_wordings_vary_and_repeat() -> None:
-    for cause, wordings in HINTS.items():
-        assert len(set(wordings)) >= 6 and all(
-            wording.count("{action}") == 1 for wording in wordings
+@pytest.mark.parametrize("profile", ["tiny", "small", "full"])
+def test_a_rule_names_nothing_of_the_task_and_finds_the_same_faults(profile: str) -> None:
+    rule, answer = ShopEnv(profile, max_steps=40), ShopEnv(profile, hints="answer", max_steps=40)
+    rng, causes = random.Random(5), set()
+    for task in rng.sample(rule.tasks("train"), 60):
+        rule.reset(task)
+        goal = rule._shop.goal(task)
+        details = [*goal.attributes, *(re.escape(value) for _, value in goal.options)]
+        actions: list[str] = []
+        for _ in range(8):
+            drawn = rng.random()
+            action = rule.random_action(rng) if drawn < 0.5 else rule.oracle()
+            actions.append(action if drawn < 0.9 else rng.choice(["hm", "click[x]", "search[zzz]"]))
+            if rule.step(actions[-1])[2]:
+                break
+        pairs = zip(
+            rule.diagnose(trajectory(task, actions)),
+            answer.diagnose(trajectory(task, actions)),
+            strict=True,
         )
-        seen = {hint_for(cause, "click[red]", f"train-{number}", 2) for number in range(100)}
+        for found, told in pairs:
+            assert found == replace(told, hint=found.hint, corrected_action="")
+            assert bool(found.hint) == bool(told.hint)
+            if not found.hint:
+                continue
+            causes.add(found.failure_cause)
+            argument = told.corrected_action.lower().partition("[")[2]
+            assert not any(re.search(rf"\b{detail}\b", found.hint.lower()) for detail in details)
+            assert argument.strip("]") not in found.hint.lower()
+            assert not re.search(r"[\[\]\d]", found.hint)
+    assert len(causes) >= 8
+
+
+@pytest.mark.parametrize("kind", ["rule", "answer"])
+def test_wordings_vary_and_repeat(kind: str) -> None:
+    assert HINTS[kind].keys() == set(Cause)
+    for cause, wordings in HINTS[kind].items():
+        assert len(set(wordings)) >= 6 and all(
+            wording.count("{action}") == (kind == "answer") for wording in wordings
+        )
+        seen = {hint_for(kind, cause, "click[red]", f"train-{number}", 2) for number in range(100)}
         assert len(seen) == len(wordings)
+
+
+def test_the_choice_of_a_wording_never_changes() -> None:
     # zlib.crc32(b"train-4/3") % 6, is 1: the choice must not change between versions.
-    unreadable = hint_for(Cause.UNREADABLE, "x", "train-4", 3)
+    unreadable = hint_for("answer", Cause.UNREADABLE, "x", "train-4", 3)
     assert unreadable == "An action is a search or a click. Write x."

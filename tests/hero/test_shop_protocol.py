@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shop_helpers import LAMP, play, write_catalogue
+from shop_helpers import LAMP, oracle_actions, play, write_catalogue
 
 from hero.envs.base import Environment, HasDiagnosis, HasOracle, make_env
 from hero.envs.shop import ShopEnv
@@ -317,3 +317,16 @@ def test_no_text_of_an_agent_raises(texts: list[str], mode: str) -> None:
         assert (info["executed_action"] is None) == (not info["parse_ok"])
         if mode == "strict" and not info["valid"]:
             assert page == before
+
+
+@pytest.mark.parametrize("profile", ["tiny", "small"])
+def test_the_breakdown_of_a_score_can_be_left_out(profile: str) -> None:
+    pages = []
+    for breakdown in (True, False):
+        env = ShopEnv(profile, score_breakdown=breakdown)
+        actions = oracle_actions(env, "train-4")
+        env.reset("train-4")
+        pages.append(play(env, actions)[0])
+    told, silent = pages
+    assert told.startswith(silent.rstrip()) and "price ok" in told
+    assert "price ok" not in silent and "1.0" in silent  # the score itself stays

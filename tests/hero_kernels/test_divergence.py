@@ -96,6 +96,17 @@ def test_teacher_of_another_size(impl: str, device: str, divergence: str) -> Non
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+def test_one_token_without_a_leading_shape(impl: str, device: str, shared: bool) -> None:
+    problem = make_problem(1, 7, 48, shared=shared).to(device, torch.float32)
+    student, weight, teacher, own = problem.positional()
+    losses = [
+        fused_linear_divergence(h_s, weight, h_t, own, impl=impl, reduction="none")
+        for h_s, h_t in ((student, teacher), (student[0], teacher[0]))
+    ]
+    assert losses[1].shape == () and torch.equal(losses[0][0], losses[1])
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
 def test_padded_vocabulary(impl: str, device: str, shared: bool) -> None:
     problem = make_problem(5, 7, 48, shared=shared, bias=True, teacher_vocab=45)
     assert_agrees(problem, impl, device, vocab_size=41)

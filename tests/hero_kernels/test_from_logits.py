@@ -166,7 +166,9 @@ def test_small_gradients_wait_in_fp32(impl: str, device: str) -> None:
     leaf, exact = student.clone().requires_grad_(), student.cpu().double().requires_grad_()
     loss = divergence_from_logits(leaf, teacher, impl=impl)
     (2.0**16 * loss).backward()
-    (2.0**16 * reference.token_divergence(exact, teacher.cpu().double(), Objective()).mean()).backward()
+    (
+        2.0**16 * reference.token_divergence(exact, teacher.cpu().double(), Objective()).mean()
+    ).backward()
     assert leaf.grad is not None and exact.grad is not None and leaf.grad.dtype == torch.float16
     assert exact.grad.abs().max() / 2**16 < 1e-5  # in fp16 numbers are 6e-8 apart there
     assert relative_error(leaf.grad, exact.grad) < 1e-3
@@ -186,3 +188,22 @@ def test_upstream_garbage_of_masked_rows(impl: str, device: str, upstream: float
         loss.backward(torch.full_like(loss, 2.0).where(mask > 0, value))
         grads.append(leaf.grad)
     assert torch.equal(grads[0], grads[1]) and grads[0].isfinite().all()
+
+
+def test_vocabularies_padded_to_different_lengths(impl: str, device: str) -> None:
+    """Oracle: both without their padding, which may hold anything."""
+    student, teacher = (x[0] for x in logits(device))
+    common: dict[str, Any] = {"impl": impl, "reduction": "sum"}
+    short = student[:, :40].clone().requires_grad_()
+    expected = divergence_from_logits(short, teacher[:, :40], **common)
+    expected.backward()
+    for widths in ((60, 45), (45, 60)):
+        padded = [x[:, :width].clone() for x, width in zip((student, teacher), widths, strict=True)]
+        for x in padded:
+            x[:, 40:] = torch.nan
+        leaf = padded[0].requires_grad_()
+        loss = divergence_from_logits(leaf, padded[1], vocab_size=40, **common)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(leaf.grad[:, :40], short.grad)
+        assert leaf.grad[:, 40:].eq(0).all()

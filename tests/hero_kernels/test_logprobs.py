@@ -7,15 +7,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import DEVICE
-from hero_kernels.chunked import Head
-from hero_kernels.layout import Plan
-from hero_kernels.logprob_loop import Tokens, Transform, backward, forward
 from problems import ProductCounter, relative_error
 from torch import Tensor
 
 from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS
+from hero_kernels.call import Call, encoded, numbers_of
+from hero_kernels.logprobs import (
+    _forward,
+    _gradients,
+    _linear_logprobs,
+    _linear_logprobs_backward,
+)
+from hero_kernels.objective import Objective
 from hero_kernels.reference import entropy, scaled_logits
+from hero_kernels.types import Head
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -57,7 +63,7 @@ def tensors(
 def test_gradcheck(case: str, entropies: bool) -> None:
     hidden, weight, bias, ids = tensors(torch.float64, 17)
     ids = ids % 17
-    options = KernelOptions(chunk_size=5)
+    options = KernelOptions(tile_rows=5)
 
     def function(h: Tensor, w: Tensor, b: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return linear_logprobs(
@@ -95,9 +101,9 @@ def test_agrees_with_dense(
 
 
 @pytest.mark.parametrize("vocab", [123, 32769, 151936])
-def test_real_vocabularies_in_chunks(impl: str, device: str, vocab: int) -> None:
+def test_real_vocabularies_in_tiles(impl: str, device: str, vocab: int) -> None:
     hidden, weight, _, ids = tensors(torch.float32, vocab, device)
-    options = KernelOptions(chunk_size=5)
+    options = KernelOptions(tile_rows=5)
     got = linear_logprobs(hidden, weight, ids, impl=impl, options=options, return_entropy=True)
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight)]
     expected = dense(exact[0], exact[1], ids.cpu(), None)
@@ -111,11 +117,9 @@ def test_real_vocabularies_in_chunks(impl: str, device: str, vocab: int) -> None
 
 
 def test_small_gradients_survive_fp16(impl: str, device: str) -> None:
-    """Upstream gradients of 1e-6 would round to 0 in an fp16 tile, which "mixed" has on CPU too."""
+    """Upstream gradients of 1e-6 would round to 0 in an fp16 tile."""
     hidden, weight, _, ids = tensors(torch.float16, device=device)
-    logprobs = linear_logprobs(
-        hidden, weight, ids, impl=impl, options=KernelOptions(storage="mixed")
-    )
+    logprobs = linear_logprobs(hidden, weight, ids, impl=impl)
     logprobs.backward(torch.full((13,), 1e-6).to(device))
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in (hidden, weight)]
     dense(exact[0], exact[1], ids.cpu(), None)[0].sum().backward()
@@ -148,30 +152,21 @@ def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
         torch.testing.assert_close(third, 3 * first)
 
 
-def loop_arguments(impl: str, mask: Tensor, trunk: bool, head: bool) -> tuple[Any, ...]:
-    """Of `forward` and `backward`: 24 rows of 8 numbers, a vocabulary of 50, chunks of 10."""
-    student = Head(torch.randn(24, 8), torch.randn(50, 8), None)
-    tokens = Tokens(torch.randint(0, 50, (24,)), mask)
-    plan = Plan(impl, 10, "float32", 0, trunk, head, False, True)
-    return student, tokens, Transform(1.0, 0.0, 1.0, 50), plan
-
-
 @pytest.mark.parametrize("trunk", [True, False], ids=["trunk", "no_trunk"])
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no_head"])
-def test_gemm_count(impl: str, trunk: bool, head: bool) -> None:
+def test_gemm_count(trunk: bool, head: bool) -> None:
     """Forward one head GEMM; backward three, two for a frozen head or trunk; of rows that count."""
-    if impl == "triton":
-        pytest.skip("rows are dropped on CPU only")
     mask, upstream = torch.arange(24) % 3 > 0, torch.randn(24, 2)
-    student, tokens, transform, plan = loop_arguments(impl, mask, trunk, head)
-    product = 2 * 8 * 50
-    only_values = plan._replace(need_hidden=False, need_weight=False)
+    given = Head(torch.randn(24, 8), torch.randn(50, 8), None), torch.arange(24)
+    call, product = Call("torch", 10, 0, 50, with_stats=True), 2 * 8 * 50
     with ProductCounter() as counter:
-        stats = forward(student, tokens, transform, only_values)
+        stats = _forward(*given, mask, Objective(), call)
     assert counter.flops == int(mask.sum()) * product
     upstream[:11] = 0
+    live = mask & (upstream != 0).any(1)
+    needed = call.with_needs((trunk, head, False))
     with ProductCounter() as counter:
-        backward(student, tokens, stats, upstream, transform, plan)
+        _gradients(*given, live, stats, upstream, Objective(), needed)
     products = 1 + trunk + head if trunk or head else 0
     assert counter.flops == products * int(mask[11:].sum()) * product
 
@@ -241,18 +236,17 @@ def test_no_rows() -> None:
 
 
 def test_opcheck() -> None:
-    from hero_kernels.logprobs import _linear_logprobs, _linear_logprobs_backward
-
     hidden, weight, bias, ids = tensors(torch.float32)
-    mask = torch.arange(13) % 3 != 0
-    settings = (0.7, 0.0, 1.0, 50)
-    loop = ("torch", 4, "float32", 0)
-    torch.library.opcheck(
-        _linear_logprobs, (hidden, weight, bias, ids, mask, *settings, True, *loop, False)
-    )
+    mask, objective = torch.arange(13) % 3 != 0, Objective(temperature=0.7)
+    call = Call("torch", 4, 0, 50, with_stats=True)
+
+    def how(call: Call) -> tuple[Any, str]:
+        return numbers_of(objective), encoded(objective, call.text)
+
+    torch.library.opcheck(_linear_logprobs, (hidden, weight, bias, ids, mask, *how(call)))
     upstream, stats = torch.randn(13, 2), torch.randn(13, 4)
     frozen = (hidden.detach(), weight.detach(), bias.detach())
     torch.library.opcheck(
         _linear_logprobs_backward,
-        (*frozen, ids, mask, stats, upstream, *settings, *loop, True, False, True),
+        (*frozen, ids, mask, stats, upstream, *how(call.with_needs((True, False, True)))),
     )

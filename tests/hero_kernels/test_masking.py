@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import ProductCounter, make_problem, run
+from problems import Problem, ProductCounter, make_problem, run
 
-from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs
+from hero_kernels import KernelOptions, fused_linear_divergence, linear_logprobs, supports
 from hero_kernels.call import Call
 from hero_kernels.divergence import active_rows, divergence
 from hero_kernels.objective import Objective
@@ -161,3 +161,56 @@ def test_ids_of_any_integer_type(dtype: torch.dtype) -> None:
     ]
     assert torch.equal(losses[0].loss, losses[1].loss)
     assert torch.equal(losses[0].per_turn, losses[1].per_turn)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "own_head"])
+@pytest.mark.parametrize("columns", [None, 16], ids=["whole_rows", "split_rows"])
+def test_a_vocabulary_masked_by_its_bias(shared: bool, columns: int | None) -> None:
+    """-inf in the bias: as if these tokens did not exist, for entropies too."""
+    problem = make_problem(8, 6, 50, shared=shared, bias=True)
+    kept = torch.rand(50) < 0.6
+    smaller = Problem(
+        problem.student_hidden,
+        problem.student_weight.detach()[kept],
+        problem.teacher_hidden,
+        None if problem.teacher_weight is None else problem.teacher_weight[kept],
+        problem.student_bias.detach()[kept],
+        None if problem.teacher_bias is None else problem.teacher_bias[kept],
+    )
+    with torch.no_grad():
+        for bias in (problem.student_bias, problem.teacher_bias):
+            if bias is not None:
+                bias[~kept] = -torch.inf
+    options = KernelOptions(tile_columns=columns)
+    got, student = run(problem, "torch", "cpu", torch.float32, options=options)
+    expected, exact = run(smaller, "torch", "cpu", torch.float32)
+    for name in ("loss", "per_token", "student_entropy", "teacher_entropy", "top1_agreement"):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name))
+    gradients, exact_gradients = student.gradients(), exact.gradients()
+    torch.testing.assert_close(gradients["student_hidden"], exact_gradients["student_hidden"])
+    for name in ("student_weight", "student_bias"):
+        torch.testing.assert_close(gradients[name][kept], exact_gradients[name])
+        assert gradients[name][~kept].eq(0).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("columns", [None, 16], ids=["whole_rows", "split_rows"])
+def test_a_token_without_a_distribution(impl: str, side: str, columns: int | None) -> None:
+    """Logits of -inf throughout: NaN for this token, and no trace of it where it is masked."""
+    if columns and impl == "cpu":
+        pytest.skip("impl='cpu' sees whole rows only")
+    if reason := supports(impl):
+        pytest.skip(f"{impl}: {reason}")
+    problem = make_problem(4, 6, 50, shared=False)
+    getattr(problem, f"{side}_weight").data.abs_()
+    getattr(problem, f"{side}_hidden").data[2] = -torch.inf
+    options = KernelOptions(tile_columns=columns)
+    whole, _ = run(problem, impl, "cpu", torch.float32, reduction="none", options=options)
+    assert whole.loss[2].isnan() and whole.loss[[0, 1, 3]].isfinite().all()
+    weights = torch.tensor([1.0, 1.0, 0.0, 1.0])
+    masked, student = run(
+        problem, impl, "cpu", torch.float32, token_weights=weights, options=options
+    )
+    assert masked.loss.isfinite() and masked.per_token[2] == 0
+    assert all(value.isfinite().all() for value in student.gradients().values())

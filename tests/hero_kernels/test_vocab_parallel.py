@@ -34,10 +34,11 @@ CASES: dict[str, dict[str, Any]] = {
     "masked": {"token_weights": MASK, "reduction": "none", "divergence": "forward_kl"},
     "all_masked": {"token_weights": torch.zeros(ROWS)},
     "nearby": {"distance": 1e-4},
+    "temperatures": {"temperature": torch.linspace(0.5, 2.0, ROWS)},
 }  # fmt: skip
-DESIGNS: dict[str, dict[str, Any]] = {
-    "chunked": {"chunk_size": 5},
-    "sliced": {"design": "sliced", "memory_budget": (16 << 20) + 46_000},  # 128 columns
+TILES: dict[str, dict[str, Any]] = {
+    "whole": {"tile_rows": 5},
+    "split": {"tile_columns": 128},
 }
 
 
@@ -81,17 +82,17 @@ def upstream_sum(loss: Tensor) -> Tensor:
 
 def results_of_all_cases(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
-    for design, options in DESIGNS.items():
+    for tile, options in TILES.items():
         for case in CASES:
             problem, settings = problem_of(case)
             shard = shard_of(problem, rank, torch.float32)
             output, grads = call(shard, settings, process_group=dist.group.WORLD, **options)
             detached = {k: v.detach() for k, v in output._asdict().items() if v is not None}
-            results[f"{case}-{design}"] = detached, grads
+            results[f"{case}-{tile}"] = detached, grads
         problem, settings = problem_of("jsd-mean")
         shard = shard_of(problem, rank, torch.bfloat16)
         _, grads = call(shard, settings, process_group=dist.group.WORLD, **options)
-        results[f"bf16-{design}"] = grads
+        results[f"bf16-{tile}"] = grads
     alone = dist.new_group([rank], use_local_synchronization=True)
     problem, settings = problem_of("jsd-mean")
     output, _ = call(problem.to("cpu", torch.float32), settings, process_group=alone)
@@ -104,14 +105,14 @@ def by_rank() -> list[dict[str, Any]]:
     return on_ranks(results_of_all_cases)
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", CASES)
-def test_shards_add_up_to_the_whole(by_rank: list[dict[str, Any]], case: str, design: str) -> None:
+def test_shards_add_up_to_the_whole(by_rank: list[dict[str, Any]], case: str, tile: str) -> None:
     problem, settings = problem_of(case)
     exact = problem.to("cpu", torch.float64)
     expected = reference.fused_linear_divergence(*exact.positional(), **exact.biases(), **settings)
     upstream_sum(expected.loss).backward()
-    results = [results[f"{case}-{design}"] for results in by_rank]
+    results = [results[f"{case}-{tile}"] for results in by_rank]
     active = settings.get("token_weights", torch.ones(ROWS)) != 0
     for name, value in expected._asdict().items():
         assert (name in results[0][0]) == (value is not None), name
@@ -124,28 +125,28 @@ def test_shards_add_up_to_the_whole(by_rank: list[dict[str, Any]], case: str, de
         assert relative_error(ours, value) < 1e-4, name
 
 
-@pytest.mark.parametrize("design", DESIGNS)
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_agree_to_the_bit(by_rank: list[dict[str, Any]], case: str, design: str) -> None:
-    (first, first_grads), (second, second_grads) = (r[f"{case}-{design}"] for r in by_rank)
+def test_ranks_agree_to_the_bit(by_rank: list[dict[str, Any]], case: str, tile: str) -> None:
+    (first, first_grads), (second, second_grads) = (r[f"{case}-{tile}"] for r in by_rank)
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
     assert torch.equal(first_grads["student_hidden"], second_grads["student_hidden"])
 
 
-@pytest.mark.parametrize("design", DESIGNS)
-def test_bf16_summands_are_not_rounded(by_rank: list[dict[str, Any]], design: str) -> None:
+@pytest.mark.parametrize("tile", TILES)
+def test_bf16_summands_are_not_rounded(by_rank: list[dict[str, Any]], tile: str) -> None:
     """dX of two ranks is as exact as that of one: its summands travel in fp32."""
     problem, settings = problem_of("jsd-mean")
     rounded = problem.to("cpu", torch.bfloat16)
     _, exact = truth(rounded, **settings)
-    ours = by_rank[0][f"bf16-{design}"]["student_hidden"]
+    ours = by_rank[0][f"bf16-{tile}"]["student_hidden"]
     assert relative_error(ours, exact.gradients()["student_hidden"]) < 3e-3
 
 
-def test_group_of_one_is_no_group(by_rank: list[dict[str, Any]]) -> None:
+def test_group_of_one_counts_as_none(by_rank: list[dict[str, Any]]) -> None:
     problem, settings = problem_of("jsd-mean")
-    output, _ = call(problem.to("cpu", torch.float32), settings, chunk_size=256)
+    output, _ = call(problem.to("cpu", torch.float32), settings, tile_rows=256)
     for results in by_rank:
         torch.testing.assert_close(results["group_of_one"], output.loss)
 
@@ -182,7 +183,6 @@ def messages(rank: int) -> dict[str, str]:
         "member": message(group=of_rank_0),
         "type": message(group="tp"),
         "support": message(support="topk", top_k=3),
-        "clip": message(pointwise_clip=0.1),
         "teacher": message(teacher_weight=torch.randn(11, 3), vocab_size=20),
         "padding": message(vocab_size=21),
         "impl": message(impl="cpu"),
@@ -206,11 +206,10 @@ def test_errors_name_both_sides() -> None:
     assert first["member"] == "" and "rank 1 is not a member" in second["member"]
     for name, text in {
         "type": "must be a ProcessGroup, got str: of a DeviceMesh pass mesh.get_group()",
-        "support": "options.process_group needs support='full', got support='topk': gather",
-        "clip": "options.process_group has no pointwise_clip, got 0.1",
+        "support": "options.process_group needs support='full', got support='topk': leave it None",
         "teacher": "student_weight has 10 tokens on this rank, teacher_weight 11",
         "padding": "vocab_size must be between 1 and 20, the smaller head; got 21",
-        "impl": "impl='cpu' cannot serve design='sliced' or a process group (cpu: it sees whole",
+        "impl": "impl='cpu' cannot serve this call: it sees whole rows only, and here",
     }.items():
         assert text in first[name] and text in second[name], (name, first[name])
 

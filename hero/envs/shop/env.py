@@ -15,10 +15,23 @@ from typing import Any
 from hero.envs.base import StepResult
 from hero.envs.shop.guide import Guide, guide_to
 from hero.envs.shop.pages import RENDERERS, Page
-from hero.envs.shop.protocol import Action, State, View, advance, labels, parse_action
+from hero.envs.shop.protocol import (
+    BACK,
+    BUY,
+    DETAILS,
+    NEXT,
+    PREV,
+    Action,
+    State,
+    View,
+    advance,
+    labels,
+    parse_action,
+)
 from hero.envs.shop.reward import Score, score_purchase
 from hero.envs.shop.store import PROFILES, Shop, open_shop
 from hero.envs.shop.wording import (
+    HINTS,
     Cause,
     Outcome,
     compact_line,
@@ -56,6 +69,11 @@ class ShopEnv:
             exactly; `feedback` forgives white space around them.
         observation: "text", "text_rich" or "compact"; None takes the profile's own ("compact" for
             tiny, else "text").
+        score_breakdown: after a purchase `feedback` tells which parts of the goal were met. WebShop
+            tells the score alone; with False so does this shop.
+        hints: of `diagnose`: "rule" says what holds for such a turn; "answer" names the right
+            action, in the hint and as `corrected_action`, so that learning from it imitates the
+            oracle.
         max_steps: actions after which the episode is truncated; None takes 15 (full) or 8.
         catalogue_seed: draws the synthetic catalogue, and the price limits of the goals.
         num_products: size of the catalogue; None takes 1000 (full), 200 (small, tiny), or all of
@@ -74,6 +92,8 @@ class ShopEnv:
         data_dir: str | None = None,
         mode: str = "feedback",
         observation: str | None = None,
+        score_breakdown: bool = True,
+        hints: str = "rule",
         max_steps: int | None = None,
         catalogue_seed: int = 0,
         num_products: int | None = None,
@@ -82,6 +102,7 @@ class ShopEnv:
     ) -> None:
         _check_choice("profile", profile, PROFILES)
         _check_choice("mode", mode, MODES)
+        _check_choice("hints", hints, HINTS)
         defaults = PROFILES[profile]
         self.observation = defaults.observation if observation is None else observation
         _check_choice("observation", self.observation, RENDERERS)
@@ -98,6 +119,7 @@ class ShopEnv:
                 f"data_dir with profile={profile!r}, observation={self.observation!r}; expected "
                 "profile='full' and observation='text' or 'text_rich' for real data."
             )
+        self.score_breakdown, self.hints = score_breakdown, hints
         self.profile, self.mode, self.forget, self.noise = profile, mode, forget, noise
         resolved = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
         self._shop_key = (profile, num_products, catalogue_seed, resolved)
@@ -121,6 +143,9 @@ class ShopEnv:
     @property
     def system_prompt(self) -> str:
         return "" if self.profile == "tiny" else SYSTEM_PROMPT
+
+    action_words = " ".join(["search click", BUY, BACK, NEXT, PREV, *DETAILS])
+    """What every task's actions are made of: naming it gives no answer away."""
 
     def tasks(self, split: str) -> list[str]:
         _check_choice("split", split, self._shop.splits)
@@ -186,7 +211,9 @@ class ShopEnv:
         page = self._render(outcome.score)
         if self.mode == "strict":
             return page
-        line = (compact_line if self.observation == "compact" else text_line)(outcome)
+        line = (compact_line if self.observation == "compact" else text_line)(
+            outcome, self.score_breakdown
+        )
         return f"{page.rstrip()}\n{line}" if line else page
 
     def _render(self, score: Score | None) -> str:
@@ -256,13 +283,13 @@ class ShopEnv:
         if cause is None:
             return Diagnosis(turn=turn, source="rules")
         corrected = self._show(guide.oracle(state))
-        hint = hint_for(cause, corrected, task_id, turn)
+        hint = hint_for(self.hints, cause, corrected, task_id, turn)
         return Diagnosis(
             turn=turn,
             necessary=cause is not Cause.DETOUR,
             valid=cause not in (Cause.UNREADABLE, Cause.NOT_ON_PAGE),
             failure_cause=str(cause),
-            corrected_action=corrected,
+            corrected_action=corrected if self.hints == "answer" else "",
             hint=hint.lower() if self.observation == "compact" else hint,
             source="rules",
         )

@@ -2,8 +2,8 @@
 
 In `feedback` mode one line beneath the page says what an action did. The rule-based reflector names
 a cause and gives a hint, in one of several wordings so that a model which learns from them does not
-depend on one. A hint names the corrected action and never the original one: models copy whatever
-string is named.
+depend on one. Hints are of two kinds: RULES say what holds for such a turn and name no action,
+ANSWERS name the corrected action. None names the original one: models copy whatever is named.
 """
 
 from __future__ import annotations
@@ -51,8 +51,13 @@ class Outcome:
         return FeedbackKind.BUDGET if self.steps_left <= BUDGET_WARNING else FeedbackKind.OK
 
 
-def text_line(outcome: Outcome) -> str:
-    """In sentences; "" if there is nothing to say."""
+def text_line(outcome: Outcome, breakdown: bool) -> str:
+    """In sentences; "" if there is nothing to say.
+
+    Args:
+        outcome: of the action.
+        breakdown: say after a purchase which parts of the goal were met.
+    """
     sentences = []
     kind, action, after = outcome.kind, outcome.action, outcome.after
     if kind is FeedbackKind.PARSE_ERROR:
@@ -70,7 +75,7 @@ def text_line(outcome: Outcome) -> str:
             else "No more results."
         )
     elif outcome.score is not None:
-        return _text_score(outcome.score)
+        return _text_score(outcome.score) if breakdown else ""
     elif after is not None and after.asin == outcome.before.asin:
         changed = dict(after.options).items() - dict(outcome.before.options).items()
         sentences += [f"Selected {name}: {value}." for name, value in changed]
@@ -91,11 +96,13 @@ def _text_score(score: Score) -> str:
     return f"{', '.join(parts)} → {score.reward:.2f}"
 
 
-def compact_line(outcome: Outcome) -> str:
+def compact_line(outcome: Outcome, breakdown: bool) -> str:
     """In as few words as possible; the page itself shows the options chosen and the score."""
     words = []
     kind, score = outcome.kind, outcome.score
     if score is not None:
+        if not breakdown:
+            return ""
         price = "price ok" if score.price_ok else "price too high"
         attributes = f"attributes {score.matched_attributes} of {score.num_attributes}"
         return f"{attributes} options {score.matched_options} of {score.num_options} {price}"
@@ -122,7 +129,82 @@ class Cause(StrEnum):
     DETOUR = "step not needed"
 
 
-HINTS: dict[Cause, tuple[str, ...]] = {
+RULES: dict[Cause, tuple[str, ...]] = {
+    Cause.UNREADABLE: (
+        "Write one action and nothing else.",
+        "An action is a search or a click. Write only that.",
+        "Use the form of an action.",
+        "The shop reads only actions, so give one.",
+        "Answer with a single action.",
+        "Words without the form of an action do nothing here.",
+    ),
+    Cause.NOT_ON_PAGE: (
+        "Click only what this page shows.",
+        "Look at the page again and use what is on it.",
+        "Take a step that is possible here.",
+        "What is not shown is not possible.",
+        "Read the page first and choose from it.",
+        "Choose from the actions that are open on this page.",
+    ),
+    Cause.NO_RESULTS: (
+        "Search with words of the goal.",
+        "Try fewer and simpler words.",
+        "The words of the goal are enough for a search.",
+        "Use the name of the item in the search.",
+        "The shop knows the words of the goal.",
+        "Write only words that name the item.",
+    ),
+    Cause.POOR_SEARCH: (
+        "Search for the item that the goal names.",
+        "Use the words of the goal in the search.",
+        "Better words lead to the right item.",
+        "Read the goal again and search for what it asks.",
+        "The goal says which words to use.",
+        "A good search names the item of the goal.",
+    ),
+    Cause.WRONG_ITEM: (
+        "Find the item that fits all words of the goal.",
+        "Compare the item with the goal.",
+        "Read the names with care before you choose.",
+        "The goal asks for another item.",
+        "An item that misses words of the goal is wrong.",
+        "Do not take an item that does not fit.",
+    ),
+    Cause.WRONG_OPTION: (
+        "Choose the option that the goal names.",
+        "The goal says which one to take.",
+        "Compare the options with the goal.",
+        "Read the goal again before you choose.",
+        "Only the options of the goal are right.",
+        "Take what the goal asks for and nothing else.",
+    ),
+    Cause.OPTION_MISSING: (
+        "The goal names an option that is still open.",
+        "Choose all options of the goal before you buy.",
+        "One choice is still missing.",
+        "Do not buy yet. Compare what is chosen with the goal.",
+        "Look for open options before the purchase.",
+        "A purchase without all options of the goal is wrong.",
+    ),
+    Cause.WRONG_PURCHASE: (
+        "Do not buy an item that does not fit the goal.",
+        "Compare the item with the goal before you buy.",
+        "Buy only the item of the goal.",
+        "The goal asks for another item, so do not buy yet.",
+        "Look for the right item first.",
+        "This is another item than the goal names.",
+    ),
+    Cause.DETOUR: (
+        "This step is not needed.",
+        "Save steps and take the direct way.",
+        "You know enough to go on.",
+        "Do only what is still missing.",
+        "Nothing here calls for this step.",
+        "Use only steps that lead on to the purchase.",
+    ),
+}
+
+ANSWERS: dict[Cause, tuple[str, ...]] = {
     Cause.UNREADABLE: (
         "Write one action only: {action}.",
         "An action is a search or a click. Write {action}.",
@@ -198,9 +280,12 @@ HINTS: dict[Cause, tuple[str, ...]] = {
 }
 
 
-def hint_for(cause: Cause, action: str, task_id: str, turn: int) -> str:
+HINTS = {"rule": RULES, "answer": ANSWERS}
+
+
+def hint_for(kind: str, cause: Cause, action: str, task_id: str, turn: int) -> str:
     """One wording of the hint, the same for the same task and turn in every process."""
-    wordings = HINTS[cause]
+    wordings = HINTS[kind][cause]
     return wordings[zlib.crc32(f"{task_id}/{turn}".encode()) % len(wordings)].format(action=action)
 
 
@@ -215,7 +300,8 @@ PAGE_WORDS = (
 
 def tiny_vocabulary() -> list[str]:
     """Words of observations, actions, causes and hints in compact style, sorted, each once."""
-    hints = [wording.format(action="") for wordings in HINTS.values() for wording in wordings]
+    hints = [wording.format(action="") for kind in HINTS.values() for wordings in kind.values()
+             for wording in wordings]  # fmt: skip
     texts = [PAGE_WORDS, *hints, *Cause, BUY, BACK, NEXT, PREV, *DETAILS]
     texts += [*TINY_ATTRIBUTES, *TINY_NOUNS, *TINY_COLORS, *TINY_SIZES]
     return sorted({word for text in texts for word in TOKEN_PATTERN.findall(str(text).lower())})

@@ -1,0 +1,108 @@
+"""Two checkouts of this repository side by side, in one run on one machine.
+
+    python -m benchmarks.checkouts OTHER [--rounds 5] [--output FILE]
+
+OTHER is a checkout with its C++ library built. Each round runs both in processes of their own, in
+turn; medians over rounds, and this checkout's share of the other's time within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import describe
+
+ROOT = Path(__file__).resolve().parents[1]
+
+WORKER = """
+import json, os, resource, statistics, sys, time
+import torch
+import hero_kernels as hk
+torch.manual_seed(0)
+
+def timed(call, repeats):
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def problem(rows, hidden, vocab, dtype):
+    student = torch.randn(rows, hidden)
+    teacher = (student + 0.1 * torch.randn(rows, hidden)).to(dtype)
+    weight = (0.05 * torch.randn(vocab, hidden)).to(dtype).requires_grad_()
+    return student.to(dtype).requires_grad_(), weight, teacher
+
+out = {}
+tiny = problem(2, 4, 8, torch.float32)
+torch.set_num_threads(1)
+out["overhead of a forward call, us"] = 1e6 * timed(lambda: hk.fused_linear_divergence(*tiny), 800)
+calls = []
+def record(frame, event, _):
+    if event == "call" and "hero_kernels" in frame.f_code.co_filename:
+        calls.append(frame.f_code.co_filename)
+traced = problem(300, 32, 500, torch.float32)
+hk.fused_linear_divergence(*traced)
+sys.setprofile(record); hk.fused_linear_divergence(*traced); sys.setprofile(None)
+out["Python calls forward"], out["files visited"] = len(calls), len(set(calls))
+torch.set_num_threads(os.cpu_count())
+for name in ("float32", "bfloat16"):
+    for kind in ("jsd", "forward_kl"):
+        student, weight, teacher = problem(2048, 576, 49152, getattr(torch, name))
+        def step():
+            student.grad = weight.grad = None
+            hk.fused_linear_divergence(student, weight, teacher, divergence=kind).backward()
+        before = peak()
+        out[f"{kind} {name}, ms"] = 1e3 * timed(step, 4)
+        out[f"{kind} {name}, MiB more at the peak so far"] = peak() - before
+print(json.dumps(out))
+"""
+
+
+def run(checkout: Path) -> dict[str, float]:
+    environment = {**os.environ, "PYTHONPATH": str(checkout)}
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER], env=environment, cwd=checkout, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{checkout} failed:\n{done.stderr}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("other", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    chosen = parser.parse_args()
+    rounds = [(run(ROOT), run(chosen.other)) for _ in range(chosen.rounds)]
+    rows: dict[str, Any] = {}
+    for name in rounds[0][0]:
+        ours, theirs = ([pair[i][name] for pair in rounds] for i in (0, 1))
+        ratio = statistics.median(a / b if b else 0.0 for a, b in zip(ours, theirs, strict=True))
+        rows[name] = {
+            "this": statistics.median(ours), "other": statistics.median(theirs), "ratio": ratio,
+        }  # fmt: skip
+        print(f"{name:45} {rows[name]['this']:10.1f} {rows[name]['other']:10.1f} {ratio:8.2f}")
+    if chosen.output:
+        facts = {"machine": describe("cpu"), "rounds": chosen.rounds, "rows": rows}
+        chosen.output.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

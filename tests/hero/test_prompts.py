@@ -1,0 +1,52 @@
+"""What models are told, against what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from hero.learner import Learned
+from hero.prompts import Hindsight, make_prompts
+from hero.report.metrics import update_metrics
+from hero.types import FeedbackKind, Trajectory
+
+Episode = Callable[..., Trajectory]
+
+
+@pytest.mark.parametrize(
+    ("reward", "compact", "standard"),
+    [
+        (0.0, "0.0", "0.00"),
+        (0.5, "0.5", "0.50"),
+        (0.75, "0.75", "0.75"),
+        (0.96, "0.96", "0.96"),
+        (0.999, "0.99", "0.99"),  # not a success
+        (1.0, "1.0", "1.00"),
+        (1.25, "1.25", "1.25"),
+        (-0.5, "-0.5", "-0.50"),
+    ],
+)
+def test_a_reward_is_not_rounded_to_another(
+    episode: Episode, reward: float, compact: str, standard: str
+) -> None:
+    trajectory = episode(["s"])
+    trajectory.reward = reward
+    for style, shown in (("compact", compact), ("standard", standard)):
+        prompts = make_prompts(style)
+        block = prompts.privileged_context(Hindsight(reward=reward))
+        review = prompts.reflection(trajectory, "")
+        assert f"reward {shown} " in block or f"reward was {shown}." in block
+        assert f"reward {shown} " in review or f"reward: {shown} " in review
+
+
+def test_a_budget_warning_is_no_error(episode: Episode) -> None:
+    trajectory = episode(["s"] * 4)
+    kinds = [FeedbackKind.OK, FeedbackKind.BUDGET, FeedbackKind.NO_RESULTS, FeedbackKind.DONE]
+    for turn, kind in zip(trajectory.turns, kinds, strict=True):
+        turn.feedback_kind = kind
+    learned = Learned(divergence={(0, k): [float(k)] for k in range(4)})
+    metrics = update_metrics([trajectory], [0], learned)
+    assert metrics["rollout/error_rate"] == 0.25
+    assert metrics["divergence/error_turns"] == 2
+    assert metrics["divergence/clean_turns"] == pytest.approx(4 / 3)
