@@ -153,7 +153,7 @@ def parse(text: str) -> str | None:
 def play(env: NoteEnv, task_id: str, slips: Sequence[str] = ()) -> Trajectory:
     """The episode of an agent that makes these slips and then follows the oracle.
 
-    There is no model in it, so its turns have no token ids; in training `hero.rollout` fills
+    There is no model in it, so its turns have no token ids; in training `hero.episodes` fills
     them in.
     """
     observation, info = env.reset(task_id)

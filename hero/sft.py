@@ -28,13 +28,13 @@ from torch import Tensor
 from hero.config import RolloutConfig, SftConfig
 from hero.envs import border
 from hero.envs.base import make_env
+from hero.episodes import Assignment, derive_seed, rewarded, rollout
 from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
 from hero.prompts import Hindsight, Prompts, make_prompts
 from hero.renderer import Renderer
 from hero.report.console import Console
-from hero.rollout import Assignment, derive_seed, rewarded, rollout
 from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
@@ -108,13 +108,17 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
 
 
 def make_targets(
-    config: SftConfig, env: Any, renderer: Renderer, count: Callable[[int, int], None]
+    config: SftConfig,
+    env: Any,
+    renderer: Renderer,
+    count: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[list[Sample]]]:
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
     tasks, prompts = border.tasks(env, "train"), make_prompts(config.prompts)
     rules = border.system_prompt(env)
     targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
+        count(number, config.demonstrator_episodes + config.coverage_episodes)
         rng = random.Random(derive_seed(config.seed, 2, number))
         demonstrated = number < config.demonstrator_episodes
         noise = config.coverage_noise[number % len(config.coverage_noise)]
@@ -122,7 +126,6 @@ def make_targets(
         act = demonstrate if demonstrated else partial(_cover, env, rng, noise)
         right: list[str] = []  # the oracle's action in the state of each turn
         sampler = Scripted(partial(_noting, env, right, act), renderer)
-        count(number, config.demonstrator_episodes + config.coverage_episodes)
         played = rollout(
             [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
             envs=[env], sampler=sampler, renderer=renderer,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,20 +16,9 @@ import torch
 from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
-from hero.envs.base import HasDiagnosis, make_env
+from hero.envs.base import Environment, HasDiagnosis, make_env
 from hero.envs.border import disjoint_tasks
-from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
-from hero.files import find_checkpoint, load_checkpoint, replacing, save_checkpoint, write_atomic
-from hero.interrupt import Interrupt
-from hero.learner import Learned, Learner
-from hero.policy import Policy
-from hero.prompts import make_prompts
-from hero.reflection import Reflections, make_reflector
-from hero.report.console import Console
-from hero.report.facts import header, reflector_facts, versions
-from hero.report.metrics import Clock, update_metrics
-from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record
-from hero.rollout import (
+from hero.episodes import (
     assignments_of_update,
     derive_seed,
     gold_episodes,
@@ -35,10 +26,21 @@ from hero.rollout import (
     rollout,
     stop_if_all_failed,
 )
+from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
+from hero.files import find_checkpoint, load_checkpoint, replacing, save_checkpoint, write_atomic
+from hero.interrupt import Interrupt
+from hero.learner import Learned, Learner
+from hero.policy import Policy
+from hero.prompts import make_prompts
+from hero.reflection import Reflections, Reflector, make_reflector
+from hero.report.console import Console
+from hero.report.facts import header, reflector_facts, versions
+from hero.report.metrics import Clock, update_metrics
+from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_records
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.types import Fault, Sample, Trajectory
+from hero.types import Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 
@@ -50,14 +52,23 @@ class Trainer:
     best/ (the best model on dev), checkpoint/ (to go on from) and summary.json.
     """
 
-    def __init__(self, config: TrainConfig, run_dir: Path, recipe: str, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, run_dir: Path, recipe: str = "", console: Console | None = None,
+        *, environment: Callable[[], Environment] | None = None, policy: Policy | None = None,
+        reflector: Reflector | None = None,
+        callbacks: Sequence[Callable[[int, dict[str, float]], None]] = (),
+    ) -> None:  # fmt: skip
+        """Objects take the place of what settings would make; `callbacks` get (update, metrics)."""
         check(config)
+        console = console or Console(io.StringIO(), terminal=False)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.run_dir, self.recipe, self.console = config, run_dir, recipe, console
         size = config.rollout.batch_size
-        envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
+        make = environment or partial(make_env, config.env.name, **config.env.options)
+        envs = [make() for _ in range(size)]
         self.env = envs[0]
-        self.policy = Policy.load(config.model)
+        self.callbacks = callbacks
+        self.policy = policy or Policy.load(config.model)
         renderer = self.policy.renderer
         splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
         self.tasks = disjoint_tasks(self.env, splits)
@@ -72,8 +83,8 @@ class Trainer:
         self.teacher = TeacherWeights(self.policy, config.teacher)
         context = TeacherContext(config.teacher, renderer, prompts)
         self.algorithm = MODES[config.mode](context, config.loss.pg_weight)
-        self.reflector = None
-        if self.algorithm.needs_reflection:
+        self.reflector = reflector if self.algorithm.needs_reflection else None
+        if self.algorithm.needs_reflection and reflector is None:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, sampler=self.sampler, renderer=renderer,
                 prompts=prompts, teacher_weights=self.teacher.applied, context=self.policy.context,
@@ -125,22 +136,20 @@ class Trainer:
             raise
 
     def _before(self, tracker: Tracker) -> None:
-        """Evaluate the starting weights, then measure whether the teacher knows better."""
+        """Measure whether the teacher knows better, then evaluate the starting weights."""
         metrics: dict[str, float] = {}
-        if probe := self._probe():  # the gate stands before the long evaluations
-            metrics |= probe.metrics()
-            self.console.say(str(probe))
-            try:
+        try:
+            if probe := self._probe():
+                metrics |= probe.metrics()
+                self.console.say(str(probe))
                 probe.demand(self.config.eval.min_teacher_lift)
-            except Fault:
-                tracker.log(0, metrics)
-                raise
-        self.console.say("Evaluating the starting model …")
-        metrics |= self._evaluate_dev(0, {})
-        if self.config.eval.test_tasks:
-            before = self._evaluate_test(tracker, "before", 0)
-            write_atomic(self.run_dir / "before.json", json.dumps(before))
-        tracker.log(0, metrics)
+            self.console.say("Evaluating the starting model …")
+            metrics |= self._evaluate_dev(0, {})
+            if self.config.eval.test_tasks:
+                before = self._evaluate_test(tracker, "before", 0)
+                write_atomic(self.run_dir / "before.json", json.dumps(before))
+        finally:
+            tracker.log(0, metrics)
 
     def _update(self, tracker: Tracker) -> None:
         """One batch of episodes and what is learnt from it."""
@@ -181,6 +190,8 @@ class Trainer:
         tracker.log(number, metrics)
         self._log_trajectories(tracker, number, "train", trajectories, reflections, learned)
         self.console.update(number, metrics)
+        for callback in self.callbacks:
+            callback(number, metrics)
         if state.collapse and state.rescues < config.eval.rescues:
             self._rescue()
         if number % config.save_every == 0:
@@ -193,16 +204,15 @@ class Trainer:
             self.learner.restart(self.run_dir / "best")
             state.rescues, state.collapse, state.bad_evaluations = self.learner.halvings, "", 0
         self.console.say(
-            f"Collapse: {why}. Going on from the best weights (update {state.best_update}) with "
-            f"half the learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues} of "
-            f"{self.config.eval.rescues}, --eval.rescues)."
+            f"Collapse: {why}. From the best weights (update {state.best_update}) at half the "
+            f"learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues} of "
+            f"--eval.rescues {self.config.eval.rescues})."
         )
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
-        self.console.say(
-            f"Stopped: {self.state.stopped}. Best update on dev: {self.state.best_update}."
-        )
+        best = self.state.best_update or "0, training did not help"
+        self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
         summary: dict[str, Any] = {
             "recipe": self.recipe,
             "stopped": self.state.stopped,
@@ -263,8 +273,8 @@ class Trainer:
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
         with self.console.counting("probe") as count:
-            trajectories = self.rollout(trials(tasks, 1), seed=seed, count=count)
-        trajectories = rewarded(trajectories, self.config.env.reward)
+            played = self.rollout(trials(tasks, 1), seed=seed, count=count)
+        trajectories = rewarded(played, self.config.env.reward)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
@@ -293,32 +303,19 @@ class Trainer:
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
         trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
-        nothing = Reflections.none(trajectories)
-        self._log_trajectories(tracker, number, split, trajectories, nothing, Learned())
+        read = Reflections.none(trajectories)
+        self._log_trajectories(tracker, number, split, trajectories, read, Learned())
         return summarise(trajectories).to_dict()
 
     def _log_trajectories(
-        self,
-        tracker: Tracker,
-        number: int,
-        split: str,
-        trajectories: list[Trajectory],
-        reflections: Reflections,
-        learned: Learned,
-    ) -> None:
+        self, tracker: Tracker, number: int, split: str, trajectories: list[Trajectory],
+        reflections: Reflections, learned: Learned,
+    ) -> None:  # fmt: skip
         """Write down the first trajectories with what was learnt from each turn."""
-        records = []
-        for t, trajectory in enumerate(trajectories[: self.config.save_trajectories]):
-            places = [(t, k) for k in range(len(trajectory.turns))]
-            record = trajectory_record(
-                trajectory, reflections.diagnoses[t], update=number, split=split,
-                tokens=[self.policy.renderer.pieces(turn.action_ids) for turn in trajectory.turns],
-                divergence=[learned.divergence.get(place) for place in places],
-                logprob_gap=[learned.logprob_gap.get(place) for place in places],
-                trained=[learned.trained.get(place, ()) for place in places],
-            )  # fmt: skip
-            records.append(record)
-        tracker.log_trajectories(records)
+        tracker.log_trajectories(trajectory_records(
+            trajectories[: self.config.save_trajectories], reflections.diagnoses, learned,
+            pieces=self.policy.renderer.pieces, update=number, split=split,
+        ))  # fmt: skip
 
     # ---- saving -------------------------------------------------------------------------------
 
@@ -326,12 +323,10 @@ class Trainer:
         """Write the state of the last finished update."""
         with self.interrupt.deferred():
             save_checkpoint(
-                self.run_dir,
-                state=asdict(self.state),
+                self.run_dir, state=asdict(self.state), teacher=self.teacher.state_dict(),
                 student={name: p.data for name, p in self.policy.trainable().items()},
-                teacher=self.teacher.state_dict(),
                 optimizer=self.learner.optimizer.state_dict(),
-            )
+            )  # fmt: skip
 
     def _restore(self) -> int | None:
         """Go on from the run's checkpoint if asked to; returns the update it is at, or None."""

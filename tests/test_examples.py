@@ -48,9 +48,17 @@ def check_drop_in_loss(printed: str) -> None:
     assert losses[-1] < losses[0] / 2
 
 
+def check_own_loop(printed: str) -> None:
+    trained = [int(n) for n in re.findall(r"(\d+) turns trained", printed)]
+    assert len(trained) == 10 and min(trained) > 0
+    [success] = re.findall(r"success on held-out tasks: (\d+)%", printed)
+    assert int(success) >= 30
+
+
 CHECKS: dict[str, Callable[[str], None]] = {
     "custom_env": check_custom_env,
     "drop_in_loss": check_drop_in_loss,
+    "own_loop": check_own_loop,
 }
 
 

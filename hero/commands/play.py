@@ -72,9 +72,9 @@ class Play(Command):
 
         from hero.envs.base import make_env
         from hero.envs.border import tasks
+        from hero.episodes import derive_seed, rollout
         from hero.evaluation import trials
         from hero.policy import Policy
-        from hero.rollout import derive_seed, rollout
         from hero.sampler import HFSampler
         from hero.trainer import TEST
 

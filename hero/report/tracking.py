@@ -14,10 +14,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hero.files import write_atomic
 from hero.types import Diagnosis, Trajectory
+
+if TYPE_CHECKING:  # the report needs no torch
+    from hero.learner import Learned
 
 METRICS = "metrics.jsonl"
 TRAJECTORIES = "trajectories.jsonl"
@@ -73,6 +76,25 @@ class Tracker:
         self._trajectories.close()
         if self._dashboard is not None:
             self._dashboard.close()
+
+
+def trajectory_records(
+    trajectories: Sequence[Trajectory], diagnoses: Sequence[Sequence[Diagnosis]], learned: Learned,
+    *, pieces: Callable[[list[int]], list[str]], update: int, split: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The records of several trajectories; `pieces` shows the text of each token."""
+    records = []
+    for t, trajectory in enumerate(trajectories):
+        places = [(t, k) for k in range(len(trajectory.turns))]
+        record = trajectory_record(
+            trajectory, diagnoses[t], update=update, split=split,
+            tokens=[pieces(turn.action_ids) for turn in trajectory.turns],
+            divergence=[learned.divergence.get(place) for place in places],
+            logprob_gap=[learned.logprob_gap.get(place) for place in places],
+            trained=[learned.trained.get(place, ()) for place in places],
+        )  # fmt: skip
+        records.append(record)
+    return records
 
 
 def trajectory_record(

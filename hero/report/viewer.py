@@ -165,7 +165,6 @@ def _facts(
     facts = {
         "Mode": config.get("mode"),
         "Model": config.get("model", {}).get("path"),
-        "Trained parameters": summary.get("trained_parameters"),
         "Environment": " ".join(
             [
                 env.get("name", ""),

@@ -16,10 +16,10 @@ from hero.config import ReflectionConfig, RolloutConfig
 from hero.envs import border
 from hero.envs.base import make_env
 from hero.envs.border import EnvironmentFault
+from hero.episodes import Assignment, rollout
 from hero.reflection.make import make_reflector
 from hero.renderer import Renderer
 from hero.report.metrics import update_metrics
-from hero.rollout import Assignment, rollout
 from hero.sampler import Completion, Sampling
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, StopReason, Trajectory

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from hero.config import ReflectionConfig, RolloutConfig
 from hero.envs.shop import ShopEnv
+from hero.episodes import Assignment, rollout
 from hero.prompts import make_prompts
 from hero.reflection import ReflectionStats, RuleReflector, make_reflector
 from hero.reflection.filters import numbered_names, unknown_names
 from hero.renderer import Renderer
-from hero.rollout import Assignment, rollout
 from hero.scratch import build_tokenizer
 from hero.sft import Scripted
 from hero.types import Diagnosis, Trajectory

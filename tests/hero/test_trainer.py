@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from hero.checks import from_dict
 from hero.config import ScratchConfig, TrainConfig
 from hero.envs.shop import ShopEnv
+from hero.episodes import EnvironmentFault
 from hero.evaluation import TeacherGate
 from hero.files import BrokenCheckpoint, replacing
 from hero.interrupt import Interrupt
@@ -28,7 +29,6 @@ from hero.policy import Policy
 from hero.report.console import Console
 from hero.report.tracking import read_jsonl
 from hero.report.viewer import render
-from hero.rollout import EnvironmentFault
 from hero.scratch import build_model, build_tokenizer
 from hero.trainer import Trainer
 
