@@ -208,5 +208,5 @@ cuda_row_kernel = Extension(
 setup(
     ext_modules=[row_kernel] * (BUILD_CPP != "0") + [cuda_row_kernel] * (BUILD_CUDA != "0"),
     cmdclass={"build_ext": BuildRowKernel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -220,7 +220,10 @@ class EvalConfig(Settings):
     None only reports the lift: the share of right actions on turns with a hint, teacher minus
     student. Needs an environment that diagnoses."""
     stop_drop: NotNegative = 0.3
-    """Stop when dev success falls this far below its best twice in a row (collapse)."""
+    """Collapse: dev success falls this far below its best twice in a row, or half as far with
+    another sign (docs/method.md)."""
+    rescues: CountOrZero = 2
+    """Times that a collapsed run goes back to its best weights at half the rate; then it stops."""
 
 
 @dataclass(kw_only=True)

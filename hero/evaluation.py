@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hero.renderer import Renderer
 from hero.rollout import Assignment
 from hero.sampler import Sampler, Sampling
 from hero.teacher import TeacherWeights
-from hero.types import Diagnosis, Sample, Trajectory
+from hero.types import Diagnosis, Fault, Sample, StopReason, Trajectory
 
 # ---- how often, how well and in how many turns ---------------------------------------------------
 
@@ -63,11 +64,26 @@ def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
     return Evaluation(per_task=per_task, **means)
 
 
+def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What is logged of an evaluation; `cut_rate` is the share of episodes that ended at a cap."""
+    result = summarise(trajectories)
+    return {
+        "dev/success": result.success,
+        "dev/score": result.score,
+        "dev/turns": result.turns,
+        "dev/cut_rate": _mean([float(t.stop_reason is not StopReason.DONE) for t in trajectories]),
+    }
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
 # ---- does the teacher know better? ---------------------------------------------------------------
+
+
+class TeacherGate(Fault):
+    """The hinted teacher does not act better than the student: training would teach nothing."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -96,6 +112,16 @@ class Probe:
             f"environment does on {self.diagnosis_agreement:.0%} of turns."
         )
 
+    def demand(self, lift: float | None) -> None:
+        """Raise TeacherGate if the lift is below `lift` (`eval.min_teacher_lift`)."""
+        if lift is not None and self.lift < lift:
+            raise TeacherGate(
+                f"The teacher's lift is {self.lift:+.2f}, below eval.min_teacher_lift={lift}: with "
+                "hindsight it does not act clearly better, so there is nothing to distil. Use a "
+                "better reflector (--reflection.reflector rules or openai), a stronger model, or "
+                "a warm start (hero sft)."
+            )
+
     def metrics(self) -> dict[str, float]:
         return {
             "probe/turns": self.turns,
@@ -104,6 +130,33 @@ class Probe:
             "probe/teacher_lift": self.lift,
             "probe/diagnosis_agreement": self.diagnosis_agreement,
         }
+
+
+def agreement(
+    env: object, trajectories: Sequence[Trajectory], diagnoses: Sequence[Sequence[Diagnosis]]
+) -> dict[str, float]:
+    """How far a reflector agrees with the environment's rules; {} without one of the two.
+
+    `recall` and `precision` are shares of the turns in which the rules, or the reflector, find a
+    fault; `same_action` is the share of the common ones with the same correction.
+    """
+    if not isinstance(env, HasDiagnosis) or not any(diagnoses):
+        return {}
+    pairs: list[tuple[Diagnosis, Diagnosis]] = []
+    for trajectory, row in zip(trajectories, diagnoses, strict=True):
+        if row and not trajectory.failed:
+            with suppress(EnvironmentFault):  # an episode that cannot be judged is left out
+                pairs += zip(row, diagnose(env, trajectory), strict=True)
+    hits = [(own, rule) for own, rule in pairs if own.hint and rule.hint]
+    corrected = [(a, b) for a, b in hits if a.corrected_action and b.corrected_action]
+    found = {
+        "recall": (len(hits), sum(bool(rule.hint) for _, rule in pairs)),
+        "precision": (len(hits), sum(bool(own.hint) for own, _ in pairs)),
+        "same_action": (
+            sum(a.corrected_action == b.corrected_action for a, b in corrected), len(corrected)
+        ),
+    }  # fmt: skip
+    return {f"agreement/{name}": part / whole for name, (part, whole) in found.items() if whole}
 
 
 def probe_teacher(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +58,15 @@ class Learner:
             weight_decay=optim.weight_decay,
         )
         self.steps_taken = 0
+        self.halvings = 0
+        """Of the learning rate, each after a collapse."""
 
     @property
     def learning_rate(self) -> float:
         """Of the next step: linear warm-up, then constant."""
         warmup = self.config.optim.warmup_steps
-        return self.config.optim.learning_rate * min(1.0, (self.steps_taken + 1) / max(1, warmup))
+        rate = self.config.optim.learning_rate / 2**self.halvings
+        return rate * min(1.0, (self.steps_taken + 1) / max(1, warmup))
 
     def learn(self, samples: Sequence[Sample], seed: int) -> Learned:
         """Go over a batch `inner_epochs` times in `minibatches` steps; no samples, no step."""
@@ -119,6 +123,13 @@ class Learner:
             learned.skipped_steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         return finite
+
+    def restart(self, best: Path) -> None:
+        """Go back to saved weights, without momentum and with half the learning rate."""
+        self.policy.restore(best)
+        self.teacher.restart()
+        self.optimizer.state.clear()
+        self.halvings += 1
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
         self.optimizer.load_state_dict(state)

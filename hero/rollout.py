@@ -166,23 +166,15 @@ def rollout(
                 running.act(completion.ids, completion.logprobs)
             active = [running for running in active if not running.stopped]
         trajectories += [running.trajectory for running in batch]
-    stop_if_all_failed(trajectories)
+    border.stop_if_all_failed(trajectories)
     return trajectories
 
 
-def stop_if_all_failed(trajectories: Sequence[Trajectory]) -> None:
-    """Raise EnvironmentFault with the first cause if nothing is left to learn from."""
-    if trajectories and all(trajectory.failed for trajectory in trajectories):
-        raise EnvironmentFault(
-            f"All {len(trajectories)} episodes of a batch failed. The first: "
-            f"{trajectories[0].error}"
-        )
-
-
-def pay_success(trajectories: Iterable[Trajectory]) -> None:
-    """Replace each reward by 1 for success and 0 for the rest (`env.reward=success`)."""
-    for trajectory in trajectories:
+def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:
+    """The trajectories; for `env.reward=success` each pays 1 for success and 0 for the rest."""
+    for trajectory in trajectories if kind == "success" else ():
         trajectory.reward = float(trajectory.success)
+    return trajectories
 
 
 def gold_episodes(

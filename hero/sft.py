@@ -34,7 +34,7 @@ from hero.policy import Policy
 from hero.prompts import Hindsight, Prompts, make_prompts
 from hero.renderer import Renderer
 from hero.report.console import Console
-from hero.rollout import Assignment, derive_seed, pay_success, rollout
+from hero.rollout import Assignment, derive_seed, rewarded, rollout
 from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory
@@ -116,13 +116,12 @@ def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, l
         act = demonstrate if demonstrated else partial(_cover, env, rng, noise)
         right: list[str] = []  # the oracle's action in the state of each turn
         sampler = Scripted(partial(_noting, env, right, act), renderer)
-        [trajectory] = rollout(
+        played = rollout(
             [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
             envs=[env], sampler=sampler, renderer=renderer,
             config=RolloutConfig(max_turns=config.max_turns), seed=number,
         )  # fmt: skip
-        if config.env.reward == "success":
-            pay_success([trajectory])
+        [trajectory] = rewarded(played, config.env.reward)
         diagnoses = border.diagnose(env, trajectory)
         if demonstrated:
             targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
 
 MAX_IDLE_UPDATES = 5
-MAX_BAD_EVALUATIONS = 2
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,10 +30,42 @@ class State:
     best_dev: float = -1.0
     bad_evaluations: int = 0
     """Evaluations in a row whose dev success was far below the best."""
+    watched: dict[str, float] = field(default_factory=dict)
+    """Metrics of the best evaluation that a collapse shows in."""
+    collapse: str = ""
+    """What spoke for a collapse in the last evaluation; "" if nothing did."""
+    rescues: int = 0
+    """Times that the best weights were loaded again; each halved the learning rate."""
     idle_updates: int = 0
     """Updates in a row without an optimiser step."""
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
+
+    def judge(self, metrics: Mapping[str, float], update: int, drop: float) -> bool:
+        """Take in an evaluation; returns whether it is the best so far.
+
+        Args:
+            metrics: of the evaluation and of the update before it.
+            update: its number.
+            drop: `eval.stop_drop`.
+        """
+        success = metrics["dev/success"]
+        watched = {name: metrics[name] for name in WATCHED if name in metrics}
+        if success > self.best_dev:
+            self.best_dev, self.best_update = success, update
+            self.watched, self.bad_evaluations, self.collapse = watched, 0, ""
+            return True
+        self.watched = watched | self.watched  # before training some are not known
+        signs = signs_of_collapse(metrics, self.watched | {"dev/success": self.best_dev}, drop)
+        fell = success < self.best_dev - drop
+        self.bad_evaluations = self.bad_evaluations + 1 if fell else 0
+        if self.bad_evaluations >= MAX_BAD_EVALUATIONS:
+            signs = [
+                f"dev success was more than {drop:.2f} below its best ({self.best_dev:.2f}, update "
+                f"{self.best_update}) twice in a row"
+            ]
+        self.collapse = ", ".join(signs)
+        return False
 
     def affordable(self, config: TrainConfig, played: int = 0) -> int:
         """Episodes, in whole groups, that surely fit into the rest of the budget of turns.
@@ -56,11 +89,8 @@ class State:
                 f"the budget of {config.max_env_turns} environment turns is used up: after "
                 f"{self.env_turns}, what is left may not hold another group of episodes"
             )
-        elif self.bad_evaluations >= MAX_BAD_EVALUATIONS:
-            self.stopped = (
-                f"collapse: dev success was more than {config.eval.stop_drop:.2f} below its best "
-                f"({self.best_dev:.2f}, update {self.best_update}) twice in a row"
-            )
+        elif self.collapse:
+            self.stopped = f"collapse: {self.collapse}"
         elif self.idle_updates >= MAX_IDLE_UPDATES:
             self.stopped = (
                 "nothing was trained in five updates in a row: no turn had a hint, an observation "

@@ -76,6 +76,13 @@ class TeacherWeights:
         for name, parameter in self._student.items():
             self._teacher[name].lerp_(parameter, self.rate)
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """After the student's weights were replaced: an average begins anew at them."""
+        if self.kind == "ema":
+            for name, parameter in self._student.items():
+                self._teacher[name].copy_(parameter)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the policy's model computes with the teacher's weights (inference only)."""

@@ -16,7 +16,7 @@ from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs.base import HasDiagnosis, make_env
 from hero.envs.border import disjoint_tasks
-from hero.evaluation import Evaluation, Probe, probe_teacher, summarise, trials
+from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
 from hero.files import (
     BrokenCheckpoint,
     find_checkpoint,
@@ -34,24 +34,13 @@ from hero.report.console import Console
 from hero.report.facts import header, reflector_facts, versions
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_record
-from hero.rollout import (
-    assignments_of_update,
-    derive_seed,
-    gold_episodes,
-    pay_success,
-    rollout,
-    stop_if_all_failed,
-)
+from hero.rollout import assignments_of_update, derive_seed, gold_episodes, rewarded, rollout
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.types import Fault, Sample, Trajectory
+from hero.types import Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
-
-
-class TeacherGate(Fault):
-    """The hinted teacher does not act better than the student: training would teach nothing."""
 
 
 class Trainer:
@@ -141,24 +130,16 @@ class Trainer:
     def _before(self, tracker: Tracker) -> None:
         """Evaluate the starting weights, then measure whether the teacher knows better."""
         self.console.say("Evaluating the starting model …")
-        metrics: dict[str, float] = self._evaluate_dev(0)
+        metrics: dict[str, float] = self._evaluate_dev(0, {})
         if self.config.eval.test_tasks:
             before = self._evaluate_test(tracker, "before", 0)
-            write_atomic(self.run_dir / "before.json", json.dumps(before.to_dict()))
+            write_atomic(self.run_dir / "before.json", json.dumps(before))
         if probe := self._probe():
             metrics |= probe.metrics()
             self.console.say(str(probe))
         tracker.log(0, metrics)
         if probe:
-            needed = self.config.eval.min_teacher_lift
-            if needed is not None and probe.lift < needed:
-                raise TeacherGate(
-                    f"The teacher's lift is {probe.lift:+.2f}, below "
-                    f"eval.min_teacher_lift={needed}: with hindsight it does not act clearly "
-                    "better, so there is nothing to distil. Use a better reflector "
-                    "(--reflection.reflector rules or openai), a stronger model, or a warm start "
-                    "(hero sft)."
-                )
+            probe.demand(self.config.eval.min_teacher_lift)
 
     def _update(self, tracker: Tracker) -> None:
         """One batch of episodes and what is learnt from it."""
@@ -189,18 +170,32 @@ class Trainer:
         metrics |= reflections.stats.metrics() if self.reflector else {}
         totals = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
         metrics |= {name: getattr(state, name) for name in totals}
-        if number % config.eval.every == 0 or self.state.finished(
-            self.config
-        ):  # the last weights are judged too
+        last = self.state.finished(config)
+        if number % config.eval.every == 0 or last:  # the last weights are judged too
             self.console.stage("evaluation")
-            metrics |= self._evaluate_dev(number)
+            metrics |= agreement(self.env, trajectories, reflections.diagnoses)
+            metrics |= self._evaluate_dev(number, metrics)
             clock.lap("evaluation")
         metrics |= clock.metrics()
         tracker.log(number, metrics)
         self._log_trajectories(tracker, number, "train", trajectories, reflections, learned)
         self.console.update(number, metrics)
+        if state.collapse and state.rescues < config.eval.rescues:
+            self._rescue()
         if number % config.save_every == 0:
             self.save()
+
+    def _rescue(self) -> None:
+        """Go back to the best weights, with half the learning rate and no momentum."""
+        state, why = self.state, self.state.collapse
+        with self.interrupt.deferred():
+            self.learner.restart(self.run_dir / "best")
+            state.rescues, state.collapse, state.bad_evaluations = self.learner.halvings, "", 0
+        self.console.say(
+            f"Collapse: {why}. Going on from the best weights (update {state.best_update}) with "
+            f"half the learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues} of "
+            f"{self.config.eval.rescues}, --eval.rescues)."
+        )
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
         """Evaluate the best weights on the test split."""
@@ -211,6 +206,7 @@ class Trainer:
             "recipe": self.recipe,
             "stopped": self.state.stopped,
             "best_update": self.state.best_update,
+            "rescues": self.state.rescues,
             "env_turns": self.state.env_turns,
             "device": str(self.policy.device),
             "versions": versions(),
@@ -221,7 +217,7 @@ class Trainer:
             before = json.loads(earlier.read_text(encoding="utf-8"))
             self.config.eval.test_tasks = len(before["per_task"])
             self.policy.restore(self.run_dir / "best")
-            after = self._evaluate_test(tracker, "after", self.state.update).to_dict()
+            after = self._evaluate_test(tracker, "after", self.state.update)
             summary |= {"before": before, "after": after}
             self.console.final_table(before, after)
         return summary
@@ -229,35 +225,24 @@ class Trainer:
     # ---- stages -------------------------------------------------------------------------------
 
     def _play(self, number: int) -> list[Trajectory]:
-        """The episodes of an update, or as many of them as the budget of turns holds.
+        """The episodes of an update, as many as the budget of turns holds.
 
-        What an episode leaves of the turns set aside for it goes to further episodes, so that the
+        What an episode leaves of the turns set aside for it goes to further ones, so that the
         budget is met to the episode.
         """
-        config = self.config
+        config, played = self.config, list[Trajectory]()
         waiting = assignments_of_update(self.tasks["train"], config.rollout, config.seed, number)
-        played: list[Trajectory] = []
         seed = derive_seed(config.seed, ROLLOUT, number)
-        while waiting:
-            fit = self.state.affordable(config, sum(len(t.turns) for t in played))
-            if not fit:
+        while fit := self.state.affordable(config, sum(len(t.turns) for t in played)):
+            if not (batch := waiting[len(played) :][:fit]):
                 break
-            played += self.rollout(waiting[:fit], seed=seed + len(played))
-            waiting = waiting[fit:]
-        self._pay(played)
-        return played
-
-    def _pay(self, trajectories: list[Trajectory]) -> None:
-        """Give the reward that training sees; evaluations keep the environment's own."""
-        if self.config.env.reward == "success":
-            pay_success(trajectories)
+            played += self.rollout(batch, seed=seed + len(played))
+        return rewarded(played, config.env.reward)
 
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
-        reflections = self.reflector.reflect(trajectories, seed)
-        stop_if_all_failed(trajectories)  # diagnose() of the environment can break an episode too
-        return reflections
+        return self.reflector.reflect(trajectories, seed)
 
     def _annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
         tasks = {trajectory.task_id for trajectory in trajectories}
@@ -274,8 +259,7 @@ class Trainer:
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
-        trajectories = self.rollout(trials(tasks, 1), seed=seed)
-        self._pay(trajectories)
+        trajectories = rewarded(self.rollout(trials(tasks, 1), seed=seed), self.config.env.reward)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
@@ -291,24 +275,21 @@ class Trainer:
             seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
         )  # fmt: skip
 
-    def _evaluate_dev(self, number: int) -> dict[str, float]:
+    def _evaluate_dev(self, number: int, update: dict[str, float]) -> dict[str, float]:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
-        result = summarise(self._held_out("dev", self.config.eval.dev_tasks, DEV))
-        state = self.state
+        trajectories = self._held_out("dev", self.config.eval.dev_tasks, DEV)
+        metrics = dev_metrics(trajectories)
         with self.interrupt.deferred():
-            if result.success > state.best_dev:
-                state.best_dev, state.best_update = result.success, number
+            if self.state.judge(update | metrics, number, self.config.eval.stop_drop):
                 with replacing(self.run_dir / "best") as folder:
                     self.policy.save(folder)
-            fell = result.success < state.best_dev - self.config.eval.stop_drop
-            state.bad_evaluations = state.bad_evaluations + 1 if fell else 0
-        return {"dev/success": result.success, "dev/score": result.score, "dev/turns": result.turns}
+        return metrics
 
-    def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> Evaluation:
+    def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
         trajectories = self._held_out("test", self.config.eval.test_tasks, TEST)
         nothing = Reflections.none(trajectories)
         self._log_trajectories(tracker, number, split, trajectories, nothing, Learned())
-        return summarise(trajectories)
+        return summarise(trajectories).to_dict()
 
     def _log_trajectories(
         self,
@@ -323,20 +304,14 @@ class Trainer:
         records = []
         for t, trajectory in enumerate(trajectories[: self.config.save_trajectories]):
             places = [(t, k) for k in range(len(trajectory.turns))]
-            records.append(
-                trajectory_record(
-                    trajectory,
-                    reflections.diagnoses[t],
-                    tokens=[
-                        self.policy.renderer.pieces(turn.action_ids) for turn in trajectory.turns
-                    ],
-                    divergence=[learned.divergence.get(place) for place in places],
-                    logprob_gap=[learned.logprob_gap.get(place) for place in places],
-                    trained=[learned.trained.get(place, ()) for place in places],
-                    update=number,
-                    split=split,
-                )
-            )
+            record = trajectory_record(
+                trajectory, reflections.diagnoses[t], update=number, split=split,
+                tokens=[self.policy.renderer.pieces(turn.action_ids) for turn in trajectory.turns],
+                divergence=[learned.divergence.get(place) for place in places],
+                logprob_gap=[learned.logprob_gap.get(place) for place in places],
+                trained=[learned.trained.get(place, ()) for place in places],
+            )  # fmt: skip
+            records.append(record)
         tracker.log_trajectories(records)
 
     # ---- saving -------------------------------------------------------------------------------
@@ -371,4 +346,5 @@ class Trainer:
         self.teacher.load_state_dict(saved["teacher"])
         self.state = State(**saved["state"])
         self.learner.load_state_dict(saved["optimizer"], self.state.steps_taken)
+        self.learner.halvings = self.state.rescues
         return self.state.update
