@@ -169,17 +169,8 @@ def rollout(
             active = [running for running in active if not running.stopped]
             count(start + len(batch) - len(active), len(assignments))
         trajectories += [running.trajectory for running in batch]
-    stop_if_all_failed(trajectories)
+    border.stop_if_all_failed(trajectories)
     return trajectories
-
-
-def stop_if_all_failed(trajectories: Sequence[Trajectory]) -> None:
-    """Raise EnvironmentFault with the first cause if nothing is left to learn from."""
-    if trajectories and all(trajectory.failed for trajectory in trajectories):
-        raise EnvironmentFault(
-            f"All {len(trajectories)} episodes of a batch failed. The first: "
-            f"{trajectories[0].error}"
-        )
 
 
 def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:

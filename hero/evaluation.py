@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -141,11 +142,11 @@ def agreement(
     """
     if not isinstance(env, HasDiagnosis) or not any(diagnoses):
         return {}
-    pairs = [
-        (own, rule)
-        for trajectory, row in zip(trajectories, diagnoses, strict=True)
-        for own, rule in zip(row, env.diagnose(trajectory), strict=True)
-    ]
+    pairs: list[tuple[Diagnosis, Diagnosis]] = []
+    for trajectory, row in zip(trajectories, diagnoses, strict=True):
+        if row and not trajectory.failed:
+            with suppress(EnvironmentFault):  # an episode that cannot be judged is left out
+                pairs += zip(row, diagnose(env, trajectory), strict=True)
     hits = [(own, rule) for own, rule in pairs if own.hint and rule.hint]
     corrected = [(a, b) for a, b in hits if a.corrected_action and b.corrected_action]
     found = {

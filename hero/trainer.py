@@ -24,7 +24,6 @@ from hero.episodes import (
     gold_episodes,
     rewarded,
     rollout,
-    stop_if_all_failed,
 )
 from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
 from hero.files import find_checkpoint, load_checkpoint, replacing, save_checkpoint, write_atomic
@@ -253,9 +252,7 @@ class Trainer:
     def _reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
-        reflections = self.reflector.reflect(trajectories, seed)
-        stop_if_all_failed(trajectories)  # diagnose() of the environment can break an episode too
-        return reflections
+        return self.reflector.reflect(trajectories, seed)
 
     def _annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
         tasks = {trajectory.task_id for trajectory in trajectories}

@@ -156,6 +156,15 @@ def diagnose(env: HasDiagnosis, trajectory: Trajectory) -> list[Diagnosis]:
         return list(found)
 
 
+def stop_if_all_failed(trajectories: Sequence[Trajectory]) -> None:
+    """Raise EnvironmentFault with the first cause if nothing is left to learn from."""
+    if trajectories and all(trajectory.failed for trajectory in trajectories):
+        raise EnvironmentFault(
+            f"All {len(trajectories)} episodes of a batch failed. The first: "
+            f"{trajectories[0].error}"
+        )
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 

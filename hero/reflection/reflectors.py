@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hero.config import ReflectionConfig
-from hero.envs.border import EnvironmentFault
+from hero.envs.border import EnvironmentFault, stop_if_all_failed
 from hero.prompts import Prompts
 from hero.reflection.base import Reflections, collect
 from hero.reflection.filters import HintFilter
@@ -124,6 +124,9 @@ class RuleReflector:
         """Diagnose every turn of every trajectory; `seed` changes nothing.
 
         A trajectory whose diagnosis fails is marked as failed.
+
+        Raises:
+            EnvironmentFault: there is no other.
         """
         started = time.perf_counter()
         found: list[list[Diagnosis]] = [[] for _ in trajectories]
@@ -133,6 +136,7 @@ class RuleReflector:
                     found[i] = self.diagnose(trajectory)
                 except EnvironmentFault as fault:
                     trajectory.fail(fault)
+        stop_if_all_failed(trajectories)
         return collect(
             trajectories, found, source="rules", hint_filter=self.hint_filter, started=started
         )
