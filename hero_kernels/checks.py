@@ -135,11 +135,13 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
         or hidden.shape[-1] != weight.shape[1]
         or 0 in weight.shape
     ):
+        no_stand_in(f"{side}weight", weight)
         raise ValueError(
             f"{side}hidden {list(hidden.shape)} and {side}weight {list(weight.shape)} do not "
             "match: expected [..., H] and [V, H] with the same H, neither V nor H being 0."
         )
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        no_stand_in(f"{side}weight", weight)
         raise ValueError(
             f"{side}hidden is {hidden.dtype} and {side}weight is {weight.dtype}: expected one type "
             "of float32, bfloat16, float16 and float64. Cast one of them, or call under "
@@ -154,6 +156,23 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
                 f"{side}bias is {list(bias.shape)} of {bias.dtype}; expected "
                 f"[{weight.shape[0]}], one floating-point number for each token."
             )
+
+
+def no_stand_in(name: str, weight: Tensor) -> None:
+    """A parameter that stands for a weight [V, H] which is elsewhere or packed."""
+    if hasattr(weight, "ds_shape") and tuple(weight.shape) != tuple(weight.ds_shape):
+        raise ValueError(
+            f"{name} is partitioned by ZeRO-3: {list(weight.shape)} is here of "
+            f"{list(weight.ds_shape)}. A gradient would be lost in gathering it: use FSDP2 "
+            "(hero_kernels.integrations.fsdp.whole_head) or ZeRO-2. A frozen head can be gathered: "
+            "with deepspeed.zero.GatheredParameters([weight])."
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(
+            f"{name} is {weight.dtype} {list(weight.shape)}: a packed 4-bit or 8-bit weight is not "
+            "served. Leave the head out of the quantisation (transformers: "
+            "llm_int8_skip_modules=['lm_head'], modules_to_not_convert), or pass it dequantised."
+        )
 
 
 def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
