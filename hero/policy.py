@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import model_info, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hero.config import ModelConfig
+from hero.files import BrokenCheckpoint
 from hero.renderer import Renderer
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
@@ -60,6 +62,7 @@ class Policy:
         """
         path = find_model(config.path)
         try:
+            _find_out(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa"
@@ -144,6 +147,27 @@ class Policy:
         kinds = set(getattr(config, "layer_types", None) or ())
         return kinds <= {"full_attention", "sliding_attention"} and not (window and length > window)
 
+    def check_sees_all(self, length: int) -> None:
+        """Raise ValueError unless tree packing is right for sequences of this length."""
+        if not self.sees_all(length):
+            raise ValueError(
+                f"teacher.packing=tree needs layers that see all of {length} tokens, and those of "
+                f"{type(self.model).__name__} do not: set --teacher.packing separate."
+            )
+
+    def take_over(self, weights: dict[str, Tensor], run: Path) -> None:
+        """Overwrite the trained weights by those of a checkpoint of `run`."""
+        trainable = self.trainable()
+        shapes = {name: value.shape for name, value in weights.items()}
+        if shapes != {name: value.shape for name, value in trainable.items()}:
+            raise BrokenCheckpoint(
+                f"The checkpoint of {run} has other trained weights than this configuration: "
+                "resume with the settings in its config.json."
+            )
+        with torch.no_grad():
+            for name, value in weights.items():
+                trainable[name].copy_(value)
+
     @contextmanager
     def recomputing(self) -> Iterator[None]:
         """Within, layers recompute activations if `gradient_checkpointing` is on.
@@ -201,6 +225,16 @@ def find_model(name: str) -> str:
         return str(SHIPPED[name])
     fetched = Path("models") / name
     return str(fetched) if fetched.is_dir() else name
+
+
+def _find_out(path: str) -> None:
+    """Ask the hub once for a model that is neither here nor cached: loading would ask for a minute.
+
+    Raises:
+        Exception: of the hub's classes, or of its connection's.
+    """
+    if not Path(path).is_dir() and not try_to_load_from_cache(path, "config.json"):
+        model_info(path, timeout=5)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from hero.config import RolloutConfig
@@ -127,6 +127,7 @@ def rollout(
     config: RolloutConfig,
     seed: int,
     temperature: float | None = None,
+    count: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
 
@@ -138,6 +139,7 @@ def rollout(
         config: caps and sampling.
         seed: of the sampling; the same seed, weights and assignments give the same trajectories.
         temperature: instead of the config's (evaluation).
+        count: called after every turn with the number of finished episodes and of all.
 
     Raises:
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
@@ -165,6 +167,7 @@ def rollout(
             for running, completion in zip(active, completions, strict=True):
                 running.act(completion.ids, completion.logprobs)
             active = [running for running in active if not running.stopped]
+            count(start + len(batch) - len(active), len(assignments))
         trajectories += [running.trajectory for running in batch]
     stop_if_all_failed(trajectories)
     return trajectories

@@ -57,7 +57,8 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         )
     policy = _load(config, env)
     started = time.perf_counter()
-    targets = make_targets(config, env, policy.renderer)
+    with console.counting("episodes") as count:
+        targets = make_targets(config, env, policy.renderer, count)
     found = ", ".join(f"{len(targets[kind])} {kind}" for kind in KINDS)
     if not all(targets.values()):
         raise ValueError(
@@ -73,6 +74,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     )
     order = random.Random(derive_seed(config.seed, 1))
     means: dict[str, float] = {}
+    began = time.perf_counter()
     for step in range(config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * _schedule(step, config)
@@ -87,8 +89,10 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % 100 == 0 or step + 1 == config.steps:
             losses = "  ".join(f"{kind} {value:.3f}" for kind, value in means.items())
+            spent = time.perf_counter() - began
+            left = spent / (step + 1) * (config.steps - step - 1)
             console.say(
-                f"step {step + 1}/{config.steps}  {losses}  {time.perf_counter() - started:.0f} s"
+                f"step {step + 1}/{config.steps}  {losses}  {spent:.0f} s, {left:.0f} s left"
             )
     folder = Path(config.output_dir)
     with new_folder(folder) as new:
@@ -103,7 +107,9 @@ def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
     return -policy.logprobs(hidden, targets)[0].mean()
 
 
-def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, list[list[Sample]]]:
+def make_targets(
+    config: SftConfig, env: Any, renderer: Renderer, count: Callable[[int, int], None]
+) -> dict[str, list[list[Sample]]]:
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
     tasks, prompts = border.tasks(env, "train"), make_prompts(config.prompts)
     rules = border.system_prompt(env)
@@ -116,6 +122,7 @@ def make_targets(config: SftConfig, env: Any, renderer: Renderer) -> dict[str, l
         act = demonstrate if demonstrated else partial(_cover, env, rng, noise)
         right: list[str] = []  # the oracle's action in the state of each turn
         sampler = Scripted(partial(_noting, env, right, act), renderer)
+        count(number, config.demonstrator_episodes + config.coverage_episodes)
         played = rollout(
             [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
             envs=[env], sampler=sampler, renderer=renderer,

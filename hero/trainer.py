@@ -16,22 +16,8 @@ from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs.base import HasDiagnosis, make_env
 from hero.envs.border import disjoint_tasks
-from hero.evaluation import (
-    Probe,
-    agreement,
-    dev_metrics,
-    probe_teacher,
-    summarise,
-    trials,
-)
-from hero.files import (
-    BrokenCheckpoint,
-    find_checkpoint,
-    load_checkpoint,
-    replacing,
-    save_checkpoint,
-    write_atomic,
-)
+from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
+from hero.files import find_checkpoint, load_checkpoint, replacing, save_checkpoint, write_atomic
 from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
 from hero.policy import Policy
@@ -52,7 +38,7 @@ from hero.rollout import (
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.types import Sample, Trajectory
+from hero.types import Fault, Sample, Trajectory
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 
@@ -76,11 +62,8 @@ class Trainer:
         splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
         self.tasks = disjoint_tasks(self.env, splits)
         longest = config.rollout.max_episode_tokens + config.teacher.max_privileged_tokens
-        if config.teacher.packing == "tree" and not self.policy.sees_all(longest):
-            raise ValueError(
-                f"teacher.packing=tree needs layers that see all of {longest} tokens, and those of "
-                f"{config.model.path!r} do not: set --teacher.packing separate."
-            )
+        if config.teacher.packing == "tree":
+            self.policy.check_sees_all(longest)
         self.sampler = HFSampler(self.policy, size)
         self.rollout = partial(
             rollout, envs=envs, sampler=self.sampler, renderer=renderer, config=config.rollout
@@ -143,17 +126,21 @@ class Trainer:
 
     def _before(self, tracker: Tracker) -> None:
         """Evaluate the starting weights, then measure whether the teacher knows better."""
+        metrics: dict[str, float] = {}
+        if probe := self._probe():  # the gate stands before the long evaluations
+            metrics |= probe.metrics()
+            self.console.say(str(probe))
+            try:
+                probe.demand(self.config.eval.min_teacher_lift)
+            except Fault:
+                tracker.log(0, metrics)
+                raise
         self.console.say("Evaluating the starting model …")
-        metrics: dict[str, float] = self._evaluate_dev(0, {})
+        metrics |= self._evaluate_dev(0, {})
         if self.config.eval.test_tasks:
             before = self._evaluate_test(tracker, "before", 0)
             write_atomic(self.run_dir / "before.json", json.dumps(before))
-        if probe := self._probe():
-            metrics |= probe.metrics()
-            self.console.say(str(probe))
         tracker.log(0, metrics)
-        if probe:
-            probe.demand(self.config.eval.min_teacher_lift)
 
     def _update(self, tracker: Tracker) -> None:
         """One batch of episodes and what is learnt from it."""
@@ -275,7 +262,9 @@ class Trainer:
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
-        trajectories = rewarded(self.rollout(trials(tasks, 1), seed=seed), self.config.env.reward)
+        with self.console.counting("probe") as count:
+            trajectories = self.rollout(trials(tasks, 1), seed=seed, count=count)
+        trajectories = rewarded(trajectories, self.config.env.reward)
         reflections = self._reflect(trajectories, seed)
         samples = self._annotate(trajectories, reflections)
         return probe_teacher(
@@ -286,10 +275,11 @@ class Trainer:
 
     def _held_out(self, split: str, tasks: int, purpose: int) -> list[Trajectory]:
         config = self.config.eval
-        return self.rollout(
-            trials(self.tasks[split][:tasks], config.trials),
-            seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
-        )  # fmt: skip
+        with self.console.counting(f"{split} tasks") as count:
+            return self.rollout(
+                trials(self.tasks[split][:tasks], config.trials), count=count,
+                seed=derive_seed(self.config.seed, purpose), temperature=config.temperature,
+            )  # fmt: skip
 
     def _evaluate_dev(self, number: int, update: dict[str, float]) -> dict[str, float]:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
@@ -349,16 +339,7 @@ class Trainer:
         if wanted == "never" or (wanted == "auto" and find_checkpoint(self.run_dir) is None):
             return None
         saved = load_checkpoint(self.run_dir, self.policy.device)
-        trainable = self.policy.trainable()
-        shapes = {name: value.shape for name, value in saved["student"].items()}
-        if shapes != {name: value.shape for name, value in trainable.items()}:
-            raise BrokenCheckpoint(
-                f"The checkpoint of {self.run_dir} has other trained weights than this "
-                "configuration: resume with the settings in its config.json."
-            )
-        with torch.no_grad():
-            for name, value in saved["student"].items():
-                trainable[name].copy_(value)
+        self.policy.take_over(saved["student"], self.run_dir)
         self.teacher.load_state_dict(saved["teacher"])
         self.state = State(**saved["state"])
         self.learner.load_state_dict(saved["optimizer"], self.state.steps_taken)

@@ -167,6 +167,8 @@ def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor 
     """
     active = row_weights != 0
     if not row_weights.is_cuda:
+        if not bound and bool(active.all()):
+            return None, None
         kept = active.nonzero()[:, 0]
         if bound and len(kept) > bound:
             raise ValueError(

@@ -1,9 +1,9 @@
 """The head's products, with the type of the result chosen apart from that of the operands.
 
-Logits, and sums over chunks, must not be rounded to 16 bits. CUDA's library writes fp32 results of
-16-bit operands. On CPU torch cannot: where the processor multiplies bf16 numbers, `cpu_gemm` does;
-elsewhere the operands are widened, the head in slices of the vocabulary that are small beside the
-chunk, which is several times faster than what torch makes of a 16-bit product there.
+Logits, and sums over row tiles, must not be rounded to 16 bits. CUDA's library writes fp32 results
+of 16-bit operands. On CPU torch cannot: where the processor multiplies bf16 numbers, `cpu_gemm`
+does; elsewhere the operands are widened, the head in parts of the vocabulary that are small beside
+the tile, which is several times faster than what torch makes of a 16-bit product there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hero_kernels import cpu_gemm
 
 _OPERAND_ROWS = 1024
 """Rows of h_s - h_t worked on at once, as its temporaries are several times its size."""
-SLICE_ROWS = 8192
+PART_ROWS = 8192
 """Rows of the head widened at once on CPU."""
 
 
@@ -51,7 +51,7 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
         )
         return
     widened = [(out, hidden.to(out.dtype)) for out, hidden in wide_results]
-    for part in _slices(weight):
+    for part in _parts(weight):
         head = weight[part].to(torch.float32).t()
         for out, hidden in widened:
             torch.mm(hidden, head, out=out[:, part])
@@ -76,7 +76,7 @@ def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
     if grad.numel() == 0:
         return
     if grad.dtype != weight.dtype:
-        for part in _slices(weight):
+        for part in _parts(weight):
             total.addmm_(grad[:, part], weight[part].to(grad.dtype))
     elif total.dtype == grad.dtype:
         total.addmm_(grad, weight)
@@ -124,9 +124,9 @@ def rows_of(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
-def _slices(weight: Tensor) -> Iterator[slice]:
-    for start in range(0, weight.shape[0], SLICE_ROWS):
-        yield slice(start, min(start + SLICE_ROWS, weight.shape[0]))
+def _parts(weight: Tensor) -> Iterator[slice]:
+    for start in range(0, weight.shape[0], PART_ROWS):
+        yield slice(start, min(start + PART_ROWS, weight.shape[0]))
 
 
 def difference_operand(h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ def workspace(shape: Shape, tile_rows: int, tile_columns: int, in_torch: bool = 
         joined = 0 if tile_columns else 2 * GRADIENT_DTYPE[shape.dtype].itemsize - narrow
         total += shape.num_rows * shape.hidden_size * (2 * narrow + joined)
         if narrow < wide:  # a part of the head or of dW, widened
-            part = plan.columns if tile_columns else min(plan.columns, gemm.SLICE_ROWS)
+            part = plan.columns if tile_columns else min(plan.columns, gemm.PART_ROWS)
             total += shape.hidden_size * part * wide
     return total
 

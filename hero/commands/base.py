@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,11 +48,14 @@ def make_importable(env_name: str) -> None:
         sys.path.append(os.getcwd())
 
 
-def prepare_torch(threads: int | None) -> None:
-    """Settings of the whole process."""
+def prepare_torch(threads: int | None, debug: bool = False) -> None:
+    """Settings of the whole process; what libraries have to say is heard only with `debug`."""
     import torch
-    from transformers.utils.logging import disable_progress_bar
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    disable_progress_bar()  # of weights being read and written, in the middle of our own output
+    if not debug:
+        warnings.simplefilter("ignore")
+        set_verbosity_error()
+        disable_progress_bar()  # of weights being read and written
     if threads:
         torch.set_num_threads(threads)

@@ -54,8 +54,10 @@ class Play(Command):
         run = Path(self.model)
         if (run / "config.json").is_file() and (run / "best").is_dir():
             saved = saved_settings(run)
-            data = {name: saved[name] for name in ("env", "rollout")}
-            data |= {"temperature": saved["eval"]["temperature"]}
+            data = {name: saved[name] for name in ("env", "rollout", "seed")}
+            data |= {name: saved["eval"][name] for name in ("temperature", "trials")}
+            data |= {name: saved["model"][name] for name in ("device", "dtype")}
+            data |= {"tasks": saved["eval"]["test_tasks"] or PlayConfig.tasks}
         else:
             data = {}
         if self.recipe:
@@ -72,10 +74,11 @@ class Play(Command):
         from hero.envs.border import tasks
         from hero.evaluation import trials
         from hero.policy import Policy
-        from hero.rollout import rollout
+        from hero.rollout import derive_seed, rollout
         from hero.sampler import HFSampler
+        from hero.trainer import TEST
 
-        prepare_torch(None)
+        prepare_torch(None, self.debug)
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
         best = Path(self.model) / "best"
         path = str(best) if best.is_dir() else self.model
@@ -83,27 +86,35 @@ class Play(Command):
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
         chosen = tasks(envs[0], config.split)[: config.tasks]
-        return rollout(
-            trials(chosen, config.trials), envs=envs, sampler=HFSampler(policy, size),
-            renderer=policy.renderer, config=config.rollout, seed=config.seed,
-            temperature=config.temperature,
-        )  # fmt: skip
+        with Console().counting("playing") as count:
+            return rollout(
+                trials(chosen, config.trials), envs=envs, sampler=HFSampler(policy, size),
+                renderer=policy.renderer, config=config.rollout, count=count,
+                seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
+                temperature=config.temperature,
+            )  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class Eval(Play):
-    """Success, score and turns of a model on held-out tasks."""
+    """Success, score and turns of a model on held-out tasks.
+
+    For a run: its own test tasks with its own settings, so that the figures are those of its
+    summary. The interval is a bootstrap over tasks.
+    """
 
     def run(self) -> None:
         trajectories = self._played()
 
         from hero.evaluation import summarise
+        from hero.report.comparison import bootstrap_interval
 
         result, config = summarise(trajectories), self.settings
+        low, high = bootstrap_interval([task["success"] for task in result.per_task.values()])
         Console().say(
             f"{self.model} on {len(result.per_task)} {config.split} tasks x {config.trials}: "
-            f"success {result.success:.1%}, score {result.score:.3f}, average turns "
-            f"{result.turns:.1f}"
+            f"success {result.success:.1%} (95 % interval {low:.1%} to {high:.1%}), "
+            f"score {result.score:.3f}, average turns {result.turns:.1f}"
         )
         if self.output:
             write_atomic(Path(self.output), json.dumps(result.to_dict(), indent=1))

@@ -75,7 +75,7 @@ class Train(FromRecipe):
         from hero.trainer import Trainer
         from hero.types import Fault
 
-        prepare_torch(config.threads)
+        prepare_torch(config.threads, self.debug)
         console = Console()
         trainer = Trainer(config, run_dir, name, console)
         try:
@@ -111,7 +111,7 @@ class Sft(FromRecipe):
 
         from hero.sft import train_sft
 
-        prepare_torch(config.threads)
+        prepare_torch(config.threads, self.debug)
         console = Console()
         console.say(f"Model: {train_sft(config, console)}")
 

@@ -35,12 +35,15 @@ class Chart:
     """The values are shares: the axis is 0 to 100 %."""
 
 
-def draw(chart: Chart, metrics: Sequence[dict[str, Any]]) -> Markup | None:
+def draw(
+    chart: Chart, metrics: Sequence[dict[str, Any]], best: float | None = None
+) -> Markup | None:
     """A `<figure>` with the chart; None if the run has no finite value of any of its metrics.
 
     Args:
         chart: what to draw.
         metrics: lines of metrics.jsonl; a step that occurs twice counts as logged last.
+        best: the update whose weights were kept; gets an upright line.
     """
     series = [(line, _points(metrics, line.metric)) for line in chart.lines]
     series = [(line, points) for line, points in series if points]
@@ -76,6 +79,11 @@ def draw(chart: Chart, metrics: Sequence[dict[str, Any]]) -> Markup | None:
                 x(step), HEIGHT - 6, anchor, step
             )
         )
+    if best is not None and first <= best <= last:
+        parts.append(
+            Markup('<path class="best" d="M{:.1f} {}V{}"><title>best update, {:g}</title></path>')
+            .format(x(best), TOP, HEIGHT - BOTTOM, best)
+        )  # fmt: skip
     for number, (line, points) in enumerate(series, start=1):
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
         parts.append(Markup('<path class="line s{}" d="M{}"/>').format(number, path))

@@ -7,13 +7,21 @@ ASCII: logs stay readable and can be searched.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich import box
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from hero.config import redacted
@@ -21,6 +29,8 @@ from hero.report.comparison import compare
 from hero.text import harmless
 
 WIDTH = 100
+EVERY = 30.0
+"""Seconds between two lines of a counter where there is no terminal."""
 COLUMNS = (
     # label, metric, format
     ("reward", "rewards/mean", "{:.2f}"),
@@ -49,11 +59,12 @@ class Console:
         self.terminal = self._rich.is_terminal
         self._rich.width = min(self._rich.width, WIDTH) if self.terminal else WIDTH
         self._total = 0
+        self._training: TaskID | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
-            TextColumn("updates, left"),
+            TextColumn("{task.fields[unit]}, left"),
             TimeRemainingColumn(),
             console=self._rich,
             expand=True,
@@ -78,17 +89,47 @@ class Console:
     def training(self, total: int, done: int = 0) -> Iterator[None]:
         """Show progress over `total` updates, `done` of which were made before a resume."""
         self._total = total
-        task = self._progress.add_task("training", total=total, completed=done)
+        self._training = self._progress.add_task(
+            "training", total=total, completed=done, unit="updates"
+        )
         try:
             with self._progress:
                 yield
         finally:
+            self._progress.remove_task(self._training)
+            self._training = None
+
+    @contextmanager
+    def counting(self, stage: str, unit: str = "episodes") -> Iterator[Callable[[int, int], None]]:
+        """A counter with the time left: a function of what is done and how much there is.
+
+        In a terminal it is a bar; elsewhere a line every `EVERY` seconds.
+        """
+        task = self._progress.add_task(f"{stage:<10}", total=None, unit=unit)
+        is_outermost = not self._progress.live.is_started
+        started = said = time.monotonic()
+
+        def count(done: int, total: int) -> None:
+            nonlocal said
+            self._progress.update(task, completed=done, total=total)
+            now = time.monotonic()
+            if not self.terminal and done and now - said >= EVERY:
+                said, left = now, (now - started) * (total - done) / done
+                self.say(f"{stage}: {done} of {total} {unit}, about {left:.0f} s left")
+
+        if is_outermost:
+            self._progress.start()
+        try:
+            yield count
+        finally:
+            if is_outermost:
+                self._progress.stop()
             self._progress.remove_task(task)
 
     def stage(self, name: str) -> None:
         """What the update is at, such as "rollout" or "evaluation". Shown in terminals only."""
-        for task in self._progress.task_ids:
-            self._progress.update(task, description=f"{name:<10}")
+        if self._training is not None:
+            self._progress.update(self._training, description=f"{name:<10}")
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One finished update; `metrics` as given to `Tracker.log`, whatever there is of them."""
@@ -99,8 +140,8 @@ class Console:
         if spent := sum(value for name, value in metrics.items() if name.startswith("seconds/")):
             fields.append(f"{spent:.1f} s")
         self.say("  ".join(fields))
-        for task in self._progress.task_ids:
-            self._progress.update(task, completed=step)
+        if self._training is not None:
+            self._progress.update(self._training, completed=step)
 
     def final_table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         """Held-out tasks before and after training; the arguments as in `summary.json`.

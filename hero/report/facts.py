@@ -55,10 +55,12 @@ def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
         trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
     )  # fmt: skip
     return {
-        "model": f"{config.model.path} ({_count(policy.num_parameters)} parameters)",
+        "model": f"{config.model.path} ({_count(policy.num_parameters)} parameters, "
+        f"{_count(sum(p.numel() for p in policy.trainable().values()))} trained)",
         "device": f"{policy.device}, {str(policy.dtype).removeprefix('torch.')}",
         "environment": f"{config.env.name} {options}".strip(),
         "mode": config.mode,
+        "seed": f"{config.seed}, learning rate {config.optim.learning_rate:g}",
         "reflector": f"{reflector['reflector']}: {reflector['reflector_reason']}",
         "divergence": loss.splitlines()[0].removeprefix("implementation: "),
     }

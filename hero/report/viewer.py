@@ -100,10 +100,12 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
     page = _templates().get_template("report.html.j2")
     html = page.render(
         title=summary.get("recipe") or run_dir.resolve().name,
-        facts=_facts(run_dir, config, summary),
+        facts=_facts(run_dir, config, summary, metrics),
         comparison=compare(before, after) if before and after else [],
         finished=bool(summary),
-        charts=[svg for chart in CHARTS if (svg := draw(chart, metrics))],
+        charts=[
+            svg for chart in CHARTS if (svg := draw(chart, metrics, summary.get("best_update")))
+        ],
         trajectories=_most_telling_first(trajectories),
         left_out=len(records) - len(shown),
         has_teacher=any(turn["heat"] is not None for turn in turns),
@@ -149,16 +151,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def _facts(run_dir: Path, config: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
+def _facts(
+    run_dir: Path, config: dict[str, Any], summary: dict[str, Any], metrics: list[dict[str, Any]]
+) -> dict[str, str]:
     """Name and value of what is known about the run, in the order shown."""
     files = [path for path in (run_dir / METRICS, run_dir / TRAJECTORIES) if path.is_file()]
     last_written = max(path.stat().st_mtime for path in files)
     seconds = summary.get("seconds")
-    loss = config.get("loss", {})
+    loss, env, best = config.get("loss", {}), config.get("env", {}), summary.get("best_update")
+    probe = {
+        key[6:]: value for line in metrics for key, value in line.items() if key[:6] == "probe/"
+    }
     facts = {
         "Mode": config.get("mode"),
         "Model": config.get("model", {}).get("path"),
-        "Environment": config.get("env", {}).get("name"),
+        "Trained parameters": summary.get("trained_parameters"),
+        "Environment": " ".join(
+            [
+                env.get("name", ""),
+                *(f"{key}={value}" for key, value in env.get("options", {}).items()),
+            ]
+        ),
+        "Seed": config.get("seed"),
+        "Learning rate": config.get("optim", {}).get("learning_rate"),
         "Divergence": loss.get("divergence"),
         "Teacher": config.get("teacher", {}).get("weights"),
         "Reflector": summary.get("reflector") or config.get("reflection", {}).get("reflector"),
@@ -167,7 +182,18 @@ def _facts(run_dir: Path, config: dict[str, Any], summary: dict[str, Any]) -> di
         "Date": datetime.fromtimestamp(last_written).strftime("%Y-%m-%d %H:%M"),
         "Duration": _duration(seconds) if seconds else None,
         "Ended because": summary.get("stopped"),
-        "Best update": summary.get("best_update"),
+        "Best update": "0: training did not help" if best == 0 else best,
+        "Right actions before training": (
+            f"{probe['student_right']:.0%} without hindsight, {probe['teacher_right']:.0%} with "
+            f"it: a lift of {probe['teacher_lift']:+.2f}"
+        )
+        if "teacher_lift" in probe
+        else None,
+        "Faults found as the environment does": (
+            f"{probe['diagnosis_agreement']:.0%} of turns"
+            if "diagnosis_agreement" in probe
+            else None
+        ),
         "Versions": ", ".join(f"{name} {v}" for name, v in summary.get("versions", {}).items()),
     }
     return {name: str(value) for name, value in facts.items() if value not in (None, "")}

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -268,12 +269,37 @@ def test_train_eval_rollout_view(
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--updates", "2"]) == 0
     assert json.loads(Path("run/summary.json").read_text())["stopped"] == "all 2 updates done"
+    assert main(["eval", "run", "--output", "again.json"]) == 0  # the run's own test evaluation
+    assert "95 % interval" in capsys.readouterr().out
+    summary = json.loads(Path("run/summary.json").read_text())
+    assert json.loads(Path("again.json").read_text()) == summary["after"]
     assert main(["eval", "run", "--tasks", "3", "--output", "eval.json"]) == 0
     assert len(json.loads(Path("eval.json").read_text())["per_task"]) == 3
     assert main(["rollout", "run", "--tasks", "2", "--output", "r.jsonl"]) == 0
     assert len(Path("r.jsonl").read_text().splitlines()) == 2
     assert main(["view", "run", "--output", "v.html"]) == 0
     assert Path("v.html").is_file()
+
+
+def test_the_gate_is_asked_before_the_long_evaluations(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    gate = ["--eval.min-teacher-lift", "1.5"]  # which no teacher reaches
+    assert main(["train", "--output-dir", str(run), *SMALL, *gate]) == 1
+    said = capsys.readouterr()
+    assert "The teacher's lift is" in said.err and "Evaluating" not in said.out
+    assert not (run / "before.json").exists()
+    [line] = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert "probe/teacher_lift" in line and "dev/success" not in line
+
+
+def test_an_unknown_model_is_missed_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """No connection, or a hub that does not know it: one question, not minutes of them."""
+    started = time.monotonic()
+    assert main(["eval", "nobody-9f3/no-model-of-this-name"]) == 1
+    assert "Cannot load the model 'nobody-9f3/no-model" in capsys.readouterr().err
+    assert time.monotonic() - started < 10
 
 
 def test_doctor_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def test_without_corrected_actions_the_same_actions_are_taught() -> None:
     told, silent = (
         [
             [renderer.decode(sample.action_ids) for sample in samples]
-            for samples in make_targets(config, env, renderer)["hindsight"]
+            for samples in make_targets(config, env, renderer, lambda done, of: None)["hindsight"]
         ]
         for env in (ShopEnv("tiny"), Silent("tiny"))
     )

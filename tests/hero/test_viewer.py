@@ -187,6 +187,7 @@ def test_tokens_are_coloured_by_divergence_and_underlined_by_gap(run_dir: Path) 
         {
             "class": "tok",
             "style": "--d:0.00",
+            "tabindex": "0",  # so that a tap or a key shows the title
             "title": "divergence 0.000 nats; teacher finds it 1 times as likely (+0.01 nats)",
         },
         "click",
@@ -322,6 +323,32 @@ def test_a_chart_is_well_formed_and_to_scale() -> None:
     assert (y1 - y4) == pytest.approx(2 * (y1 - y2), abs=0.2) and y4 < y2 < y1
     assert [e.text for e in figure.iter("title")][-1] == "A & B, update 4: 2"
     assert "gone" not in svg
+
+
+def test_the_best_update_is_marked_where_it_is() -> None:
+    metrics = [{"step": step, "v": float(step)} for step in range(5)]
+    svg = str(draw(Chart("t", (Line("v", "v"),)), metrics, best=3))
+    [place] = re.findall(r'class="best" d="M([\d.]+) ', svg)
+    marks = re.findall(r'<circle class="mark s1" cx="([\d.]+)"', svg)
+    assert place == marks[3]
+    assert "best" not in str(draw(Chart("t", (Line("v", "v"),)), metrics))
+
+
+@pytest.mark.parametrize(("best", "said"), [(0, "0: training did not help"), (4, "4")])
+def test_the_header_says_what_the_run_hangs_on(run_dir: Path, best: int, said: str) -> None:
+    summary = json.loads((run_dir / "summary.json").read_text())
+    (run_dir / "summary.json").write_text(json.dumps(summary | {"best_update": best}))
+    env = {"name": "shop", "options": {"profile": "tiny"}}
+    config = {"seed": 7, "optim": {"learning_rate": 0.25}, "env": env}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    probe = {"student_right": 0.1, "teacher_right": 0.6, "teacher_lift": 0.5}
+    line = {f"probe/{key}": value for key, value in probe.items()}
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 0, "probe/diagnosis_agreement": 0.9} | line) + "\n")
+    facts = [text for _, text in Page(read(render(run_dir))).find("dd")]
+    for value in (said, "shop profile=tiny", "7", "0.25", "90% of turns"):
+        assert value in facts
+    assert "10% without hindsight, 60% with it: a lift of +0.50" in facts
 
 
 def test_a_chart_without_values_is_left_out() -> None:
