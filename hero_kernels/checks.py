@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from hero_kernels.objective import KernelOptions, Objective
@@ -43,7 +44,16 @@ def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
         settings = {**settings, "temperature": 1.0}
     if torch.compiler.is_compiling():
         return Objective(**settings), temperatures
-    return _objective(**settings), temperatures
+    try:
+        return _objective(**settings), temperatures
+    except TypeError:  # a list has no hash: Objective itself says what is wrong with it
+        return Objective(**settings), temperatures
+
+
+def options(given: Any) -> KernelOptions:
+    if not isinstance(given, KernelOptions):
+        raise TypeError(f"options must be KernelOptions(...), got {type(given).__name__}.")
+    return given
 
 
 def is_tensor(name: str, value: Any, dims: str) -> None:
@@ -92,7 +102,7 @@ def no_tangent(tensors: dict[str, Tensor | None]) -> None:
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
-    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
+    if isinstance(hidden, Tensor) and isinstance(weight, Tensor) and not hidden.is_meta:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -284,7 +294,9 @@ def split(options: KernelOptions, objective: Objective, weights: tuple[Tensor, .
 
 def values_readable(reference: Tensor, validate: bool) -> bool:
     """Whether values may be looked at: on CPU unless traced, elsewhere only on request."""
-    return not torch.compiler.is_compiling() and (validate or reference.device.type == "cpu")
+    if torch.compiler.is_compiling() or isinstance(reference, FakeTensor):
+        return False
+    return validate or reference.device.type == "cpu"
 
 
 def finite(name: str, value: Tensor | None) -> None:
@@ -308,8 +320,6 @@ def targets(name: str, ids: Tensor, vocab_size: int, active: Tensor) -> None:
 
 def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
     """Rows that are `active` [N] hold values that can be."""
-    if tensors.target_ids is not None:
-        targets("target_ids", tensors.target_ids, vocab_size, active)
     if tensors.old_logprobs is not None:
         finite("old_logprobs", tensors.old_logprobs[active])
     if tensors.temperatures is not None and not bool((tensors.temperatures > 0).all()):

@@ -131,7 +131,8 @@ def gkd_trainer(gkd: Any, folder: Path) -> Any:
     arguments = gkd.GKDConfig(
         output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, lmbda=0.0,
         gradient_accumulation_steps=2, report_to=[], use_cpu=True, save_strategy="no", bf16=False,
-        max_length=32, gradient_checkpointing=False, learning_rate=3.0, optim="sgd", disable_tqdm=True,
+        max_length=32, gradient_checkpointing=False, learning_rate=3.0, optim="sgd",
+        disable_tqdm=True,
     )  # fmt: skip
     return gkd.GKDTrainer(
         model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer,
