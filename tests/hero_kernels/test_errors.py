@@ -360,7 +360,7 @@ def test_a_fractional_k_and_options_as_a_dict_are_named() -> None:
         call,
         lambda **k: linear_logprobs(torch.zeros(N, H), OWN["teacher_weight"], LONG, **k),
     ):
-        with pytest.raises(TypeError, match="options must be KernelOptions, got dict"):
+        with pytest.raises(TypeError, match=r"options must be KernelOptions.*got dict"):
             function(options={"tile_rows": 4})
 
 
