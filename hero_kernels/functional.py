@@ -9,7 +9,12 @@ from typing_extensions import Unpack
 from hero_kernels import checks, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import linear_divergence, same_memory
-from hero_kernels.objective import DivergenceOutput, KernelOptions, Objective, ObjectiveKwargs
+from hero_kernels.objective import (
+    DivergenceOutput,
+    KernelOptions,
+    Objective,
+    ObjectiveKwargs,
+)
 from hero_kernels.types import RowTensors
 
 _DEFAULTS = KernelOptions()
@@ -100,7 +105,7 @@ def fused_linear_divergence(
         ValueError: arguments that do not match, exclude each other or cannot be served.
         TypeError: something that is not a tensor where one is needed, an unknown keyword.
     """
-    options = options or _DEFAULTS
+    options = checks.options(options or _DEFAULTS)
     what, temperatures = checks.objective("fused_linear_divergence", objective)
     if is_shared(student_weight, student_bias, teacher_weight, teacher_bias):
         teacher_weight = teacher_bias = None  # the caller passed the shared head explicitly
@@ -240,8 +245,12 @@ def weighted_rows(
     num_rows = tensor.shape[:-1].numel()
     weights = weighting.coefficients(num_rows, tensor)
     active = weights != 0
+    readable = checks.values_readable(tensor, validate)
     if target_ids is not None:
-        target_ids = target_ids.reshape(-1).long().clamp(min=-1).where(active, -1)
+        target_ids = target_ids.reshape(-1).long()
+        if readable:
+            checks.targets("target_ids", target_ids, vocab_size, active)
+        target_ids = target_ids.clamp(min=-1).where(active, -1)
     if old_logprobs is not None:
         old_logprobs = old_logprobs.detach().reshape(-1).to(weights.dtype).where(active, 0.0)
     if temperatures is not None:
@@ -252,7 +261,7 @@ def weighted_rows(
         ids = ids.reshape(shape).long().where(active[:, None], 0)
         logprobs = logprobs.detach().reshape(shape).where(active[:, None], -100.0)
     rows = RowTensors(weights, target_ids, old_logprobs, temperatures, ids, logprobs)
-    if checks.values_readable(tensor, validate):
+    if readable:
         checks.rows(rows, vocab_size, active)
     return weighting, rows
 

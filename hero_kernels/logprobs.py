@@ -73,7 +73,7 @@ def linear_logprobs(
         ValueError: arguments that do not match or cannot be served.
         TypeError: something that is not a tensor where one is needed.
     """
-    options = options or KernelOptions()
+    options = checks.options(options or KernelOptions())
     for name in ("process_group", "tile_columns", "memory_budget"):
         if getattr(options, name) is not None:
             raise ValueError(

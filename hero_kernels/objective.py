@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import Enum
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
+import torch
 from torch import Tensor
 
 from hero_kernels.constants import DIVERGENCE_CODES
@@ -106,6 +108,8 @@ class Objective:
         choice("divergence", self.divergence, Divergence)
         choice("support", self.support, Support)
         choice("top_k_source", self.top_k_source, TopKSource)
+        if not torch.compiler.is_compiling():
+            self._check_types()
         # Comparisons alone, which torch.compile traces for a number that varies; false for NaN too.
         for name, value, optional in (
             ("temperature", self.temperature, False),
@@ -134,6 +138,13 @@ class Objective:
                 f"top_k={self.top_k} belongs to support='topk' and must be at least 1; got "
                 f"support={str(self.support)!r}."
             )
+
+    def _check_types(self) -> None:
+        for name in ("temperature", "logit_scale", "softcap", "is_clip", "beta", "top_k"):
+            value = getattr(self, name)
+            kind, what = (Integral, "an integer") if name == "top_k" else (Real, "a number")
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name} must be {what}, got {value!r} ({type(value).__name__}).")
 
     @property
     def code(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from hero_kernels import backends
+from hero_kernels import backends, checks
 from hero_kernels.call import Call, encoded, numbers_of
 from hero_kernels.memory import Shape, default_rows, layout, tile_for, workspace
 from hero_kernels.objective import KernelOptions, Objective, Support, choice
@@ -181,7 +181,7 @@ def explain(
     Raises:
         ValueError: the implementation named cannot serve, or no tile fits the budget.
     """
-    options = options or KernelOptions()
+    options = checks.options(options or KernelOptions())
     if options.process_group is not None:
         raise ValueError(
             "explain describes the work of one process: pass the shard's vocab_size and leave "

@@ -14,9 +14,11 @@ def whole_head(weight: Tensor, dtype: torch.dtype | None = None, reduce_op: str 
     its shard of it in `weight.grad`: `full_tensor` without `grad_placements` would take it for the
     same on all ranks and drop what the other ranks have. Call it once a step, not once a loss:
 
-        hidden = model.model(ids).last_hidden_state
+        hidden = model(ids, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
         head = whole_head(model.lm_head.weight)
         loss = fused_linear_divergence(hidden, head, teacher_hidden)
+
+    The model has to be called as a whole; `integrations.transformers.lm_states` does all of this.
 
     A weight that FSDP2 holds whole at the time (the root's after its forward pass) is returned as
     it is: its gradient FSDP2 reduces itself.

@@ -23,13 +23,22 @@ def fused_linear_jsd(
     jsd_beta: float = 0.5,
     ignore_index: int = -100,
     temperature: float = 1.0,
+    accum_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Mean divergence over the tokens [N] that are not ignored, differentiable in the student's two
     tensors: inputs [N, H] and [N, H_t], weights [V, H] and [V, H_t], labels [N] already shifted.
 
     The student's own weight as `teacher_weight` takes the path for shared heads. `jsd_beta` is the
     weight of the teacher in the mixture; 0 is KL(teacher | student), 1 KL(student | teacher).
+
+    Raises:
+        ValueError: `accum_dtype` other than None and float32, in which sums are always kept.
     """
+    if accum_dtype not in (None, torch.float32):
+        raise ValueError(
+            f"accum_dtype is {accum_dtype}; sums over tokens are always kept in float32: pass "
+            "None or torch.float32."
+        )
     loss = fused_linear_divergence(
         student_input,
         student_weight,
@@ -55,12 +64,7 @@ class FusedLinearJSD(nn.Module):
     ) -> None:
         super().__init__()
         named_divergence(jsd_beta)
-        if accum_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"accum_dtype is {accum_dtype}; sums over tokens are always kept in float32: pass "
-                "None or torch.float32."
-            )
-        self.settings = (jsd_beta, ignore_index, temperature)
+        self.settings = (jsd_beta, ignore_index, temperature, accum_dtype)
 
     def forward(
         self,

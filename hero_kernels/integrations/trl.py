@@ -73,9 +73,9 @@ def generalized_jsd_loss(
 ) -> Tensor:
     """`GKDTrainer.generalized_jsd_loss`: logits [B, L, V], labels [B, L], -100 for masked tokens.
 
-    `reduction="batchmean"` divides by the number of unmasked tokens (without labels by B), or by
-    `num_items_in_batch`; "sum" does not; "none" returns the divergence of each token [B, L], where
-    TRL returns that of each vocabulary entry.
+    `reduction="batchmean"` divides by the number of unmasked tokens (without labels by B); "sum"
+    does not; "none" returns the divergence of each token [B, L], where TRL returns that of each
+    vocabulary entry. `num_items_in_batch` overrules it: the sum is divided by that.
 
     Raises:
         ValueError: another reduction: a mean over vocabulary entries is not a divergence.
@@ -83,7 +83,9 @@ def generalized_jsd_loss(
     if reduction not in ("batchmean", "sum", "none"):
         raise ValueError(f"reduction must be 'batchmean', 'sum' or 'none'; got {reduction!r}.")
     divisor = num_items_in_batch
-    if divisor is None and labels is None:
+    if divisor is not None:
+        reduction = "batchmean"
+    elif labels is None:
         divisor = len(student_logits)
     loss = divergence_from_logits(
         student_logits,

@@ -52,6 +52,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"student_weight": torch.randn(V, H).to_sparse()},
         r"student_weight is torch\.sparse_coo.*dense.*to_dense",
     ),
+    "target -100": (
+        {"target_ids": torch.tensor([3, -100, 2, 1])},
+        "between 0 and 19; got values from -100 to 3",
+    ),
     "float8": (
         {"student_weight": torch.randn(V, H).to(torch.float8_e4m3fn)},
         r"student_weight is torch\.float8_e4m3fn",
@@ -340,3 +344,36 @@ def test_other_functions() -> None:
         divergence_from_logits(torch.randn(3, V), torch.randn(3, V + 1))
     with pytest.raises(ValueError, match=r"teacher_logits\.detach\(\)"):
         divergence_from_logits(torch.randn(3, V), torch.randn(3, V, requires_grad=True))
+
+
+@pytest.mark.parametrize("value", ["2", [2.0], {"a": 1}])
+@pytest.mark.parametrize("name", ["temperature", "beta", "logit_scale", "softcap", "top_k"])
+def test_settings_of_the_wrong_type_are_named(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be an? .*, got"):
+        call(**{name: value})
+
+
+def test_a_fractional_k_and_options_as_a_dict_are_named() -> None:
+    with pytest.raises(TypeError, match=r"top_k must be an integer, got 5\.0"):
+        call(support="topk", top_k=5.0)
+    for function in (
+        call,
+        lambda **k: linear_logprobs(torch.zeros(N, H), OWN["teacher_weight"], LONG, **k),
+    ):
+        with pytest.raises(TypeError, match=r"options must be KernelOptions.*got dict"):
+            function(options={"tile_rows": 4})
+
+
+def test_everything_on_the_meta_device_is_named() -> None:
+    tensors = {"student_hidden": (N, H), "student_weight": (V, H), "teacher_hidden": (N, H)}
+    with pytest.raises(ValueError, match="student_hidden is on the meta device, without data"):
+        call(**{name: torch.empty(shape, device="meta") for name, shape in tensors.items()})
+
+
+def test_fake_tensors_have_shapes_and_no_values() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        tensors = {"student_hidden": (N, H), "student_weight": (V, H), "teacher_hidden": (N, H)}
+        made = {name: torch.empty(shape) for name, shape in tensors.items()}
+        assert call(**made, token_weights=torch.ones(N)).shape == ()
