@@ -1,49 +1,28 @@
-"""Every setting of a run: its default, where the default comes from, and the values it may take.
+"""The groups of settings of a run, one for each stage.
 
 Marks as in docs/method.md: [P] the paper or public notes on it, [L] its lineage's code, [D] our
-decision. YAML recipes and command-line options fill the same fields; the docstring below a field
-is its text in `--help`.
+decision. The docstring below a field is its text in `--help`.
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, ConfigDict
+from annotated_types import Ge, Lt
 
-PromptStyle = Literal["standard", "compact"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-EnvOptions = dict[str, str | int | float | bool | None]
-
-Count = Annotated[int, Gt(0)]
-CountOrZero = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
-Share = Annotated[float, Gt(0), Le(1)]
-
-
-class Settings:
-    """Unknown fields, NaN and infinities are mistakes."""
-
-    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _not_greedy(temperature: float) -> float:
-    if temperature <= 0:
-        raise ValueError("must be above 0: a greedy action has no probability to learn from")
-    return temperature
-
-
-def _inner_share(beta: float) -> float:
-    if not 0 < beta < 1:
-        raise ValueError(
-            "must be in (0, 1): JSD tends to 0 at both ends; for the KL divergences set "
-            "--loss.divergence forward_kl or reverse_kl"
-        )
-    return beta
+from hero.config.kinds import (
+    Count,
+    CountOrZero,
+    Dtype,
+    EnvOptions,
+    InnerShare,
+    NotNegative,
+    Positive,
+    Settings,
+    Share,
+    Temperature,
+)
 
 
 @dataclass(kw_only=True)
@@ -92,7 +71,7 @@ class RolloutConfig(Settings):
     """Cap of tokens per turn."""
     max_episode_tokens: Count = 4096
     """Cap of the context: an episode that would pass it stops."""
-    temperature: Annotated[float, AfterValidator(_not_greedy)] = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature [L]; log-probabilities are taken at it."""
     top_p: Share = 1.0
     """Nucleus sampling; 1.0 is off. [L]"""
@@ -158,7 +137,7 @@ class LossConfig(Settings):
 
     divergence: Literal["jsd", "reverse_kl", "forward_kl"] = "jsd"
     """Jensen-Shannon. [P]"""
-    beta: Annotated[float, AfterValidator(_inner_share)] = 0.5
+    beta: InnerShare = 0.5
     """Teacher's share in JSD's mixture. [L]"""
     support: Literal["full", "topk"] = "full"
     """Whole vocabulary, or top-k with a tail bucket (SDPO). [D]"""
@@ -224,106 +203,3 @@ class EvalConfig(Settings):
     another sign (docs/method.md)."""
     rescues: CountOrZero = 2
     """Times that a collapsed run goes back to its best weights at half the rate; then it stops."""
-
-
-@dataclass(kw_only=True)
-class TrainConfig(Settings):
-    """A training run."""
-
-    mode: str = "hero"
-    """What the teacher sees and which turns are trained: hero, grpo, ... (docs/method.md)."""
-    prompts: PromptStyle = "standard"
-    """Wording of what teachers and reflectors read: compact is for the shipped small model."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    env: EnvConfig = field(default_factory=EnvConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    updates: Count = 100
-    """Rollout batches. [L]"""
-    max_env_turns: Count | None = None
-    """Budget of environment turns of the whole run, never exceeded; None for no limit."""
-    seed: int = 0
-    threads: Count | None = None
-    """CPU threads; None leaves torch's default."""
-    output_dir: str = ""
-    """Folder of the run; "" makes runs/NAME-DATE."""
-    resume: str = "never"
-    """never, auto (go on if output_dir holds a checkpoint), or the folder of a run."""
-    save_every: Count = 10
-    """Updates between checkpoints for resuming; the last state is always saved."""
-    save_trajectories: CountOrZero = 8
-    """Trajectories of each update that are kept for `hero view`."""
-    report_to: Literal["none", "wandb", "trackio", "tensorboard"] = "none"
-    """Besides metrics.jsonl, which is always written."""
-
-
-@dataclass(kw_only=True)
-class ScratchConfig(Settings):
-    """Shape of a small model made from nothing."""
-
-    width: Count = 128
-    layers: Count = 3
-    heads: Count = 4
-    context: Count = 1024
-    init_std: Positive = 0.1
-    """transformers' 0.02 is far too small at this width."""
-
-
-@dataclass(kw_only=True)
-class SftConfig(Settings):
-    """A warm start."""
-
-    model: ModelConfig = field(default_factory=lambda: ModelConfig(path=""))
-    """The model to start from; path "" is a new one of `scratch`'s shape."""
-    scratch: ScratchConfig = field(default_factory=ScratchConfig)
-    env: EnvConfig = field(default_factory=EnvConfig)
-    prompts: PromptStyle = "standard"
-    """Wording of what teachers and reflectors read."""
-    max_turns: Count = 8
-    """Cap of turns per episode."""
-    demonstrator_episodes: CountOrZero = 1500
-    """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
-    coverage_episodes: CountOrZero = 1500
-    """Near-perfect and noisy episodes: hindsight and diagnosis targets only."""
-    coverage_noise: Annotated[list[Annotated[float, Ge(0), Le(1)]], MinLen(1)] = field(
-        default_factory=lambda: [0.0, 0.15, 0.4]
-    )
-    """Share of random actions of the coverage episodes, in turn."""
-    steps: Count = 3000
-    """Optimiser steps."""
-    batch_size: Count = 4
-    """Episodes of each kind in a step."""
-    learning_rate: Positive = 5e-3
-    warmup_steps: CountOrZero = 50
-    seed: int = 0
-    threads: Count | None = None
-    """CPU threads; None leaves torch's default."""
-    output_dir: str = "models/sft"
-    """New folder for model and tokenizer."""
-
-
-URL_SECRETS = re.compile(
-    r"(?<=://)[^/\s@]+(?=@)|(?<=[?&])((?:api_?|access_)?(?:key|token)=)[^&\s]+"
-)
-SECRET_NAME = re.compile(r"(^|_)(api_?key|key|token|password|secret)$", re.IGNORECASE)
-
-
-def redacted(value: Any) -> Any:
-    """What may be shown or stored of a text or of (nested) settings: passwords and keys are ***."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if isinstance(value, str):
-        return URL_SECRETS.sub(lambda match: f"{match[1] or ''}***", value)
-    if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
-    if isinstance(value, dict):
-        return {
-            name: "***" if isinstance(item, str) and item and SECRET_NAME.search(name)
-            else redacted(item)
-            for name, item in value.items()
-        }  # fmt: skip
-    return value
