@@ -48,6 +48,13 @@ class Weighting(NamedTuple):
         readable = checks.values_readable(reference, validate)
         if self.num_items is not None:
             self._check_num_items(readable)
+            if validate and self.loss_aggregation != LossAggregation.TOKEN:
+                raise ValueError(
+                    f"num_items with loss_aggregation={str(self.loss_aggregation)!r} is wrong for a "
+                    "turn or trajectory that a micro-batch cuts. Compute token_coefficients of the "
+                    "whole batch and pass each part as token_weights with reduction='sum'. If every "
+                    "part holds whole turns and trajectories, leave options.validate False."
+                )
         if readable and not (self.token_weights is None and self.turn_ids is None):
             self._check_values()
 

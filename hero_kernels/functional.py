@@ -79,7 +79,7 @@ def fused_linear_divergence(
             "trajectory" (then trajectories). A turn that micro-batches cut has a mean in each of
             them: compute `token_coefficients` over the batch instead.
         num_items: replaces the divisor of the mean by a global count (gradient accumulation, data
-            parallel).
+            parallel). With "turn" and "trajectory" no turn or trajectory may be cut.
         vocab_size: real tokens of a padded vocabulary; the columns beyond are ignored.
         return_stats: return a `DivergenceOutput` instead of the loss alone.
         impl: "auto", or an implementation by name; see `supports` and `explain`.

@@ -10,7 +10,7 @@ import torch
 from problems import make_problem, truth
 from torch import Tensor
 
-from hero_kernels import fused_linear_divergence, token_coefficients
+from hero_kernels import KernelOptions, fused_linear_divergence, token_coefficients
 
 MASK = [1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 3.0, 1.0, 1.0]
 TURNS = [0, 0, 0, 1, 1, -1, 2, 2, 2, 3, 4, 4, 4]
@@ -270,6 +270,17 @@ def test_signed_weights_where_nothing_is_divided(reduction: str) -> None:
 def test_mistakes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         token_coefficients(torch.tensor(MASK), **changes)
+
+
+@pytest.mark.parametrize("aggregation", ["turn", "trajectory"])
+def test_a_mean_over_turns_that_may_be_cut_is_refused(aggregation: str) -> None:
+    hidden, head, ids = torch.randn(3, 8), torch.randn(20, 8), torch.zeros(3, dtype=torch.int64)
+    given = (hidden, head, hidden + 0.3)
+    named = {"turn_ids": ids, "trajectory_ids": ids, "loss_aggregation": aggregation}
+    with pytest.raises(ValueError, match=r"token_coefficients of the whole batch"):
+        fused_linear_divergence(*given, **named, num_items=2, options=KernelOptions(validate=True))
+    half = fused_linear_divergence(*given, **named, num_items=2)
+    torch.testing.assert_close(half, fused_linear_divergence(*given, **named) / 2)
 
 
 @pytest.mark.parametrize(
