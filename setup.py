@@ -93,7 +93,7 @@ class BuildRowKernel(build_ext):
         nvcc = find_nvcc()
         target, kept = self._places(ext)
         cache = Path(self.build_temp, target.name).absolute()
-        sources = hashlib.sha256(subprocess.check_output([nvcc, "--version"]))
+        sources = hashlib.sha256(subprocess.run([nvcc, "--version"], capture_output=True).stdout)
         for path in sorted((*ext.sources, *ext.depends, __file__)):
             sources.update(Path(path).read_bytes())
         for folder in (target.parent, cache.parent):

@@ -50,9 +50,9 @@ class Weighting(NamedTuple):
             self._check_num_items(readable)
             if validate and self.loss_aggregation != LossAggregation.TOKEN:
                 raise ValueError(
-                    f"num_items with loss_aggregation={str(self.loss_aggregation)!r} is wrong for a "
-                    "turn or trajectory that a micro-batch cuts. Compute token_coefficients of the "
-                    "whole batch and pass each part as token_weights with reduction='sum'. If every "
+                    f"num_items with loss_aggregation={str(self.loss_aggregation)!r} is wrong for "
+                    "turns and trajectories that a micro-batch cuts. Pass parts of the whole "
+                    "batch's token_coefficients as token_weights with reduction='sum'. If every "
                     "part holds whole turns and trajectories, leave options.validate False."
                 )
         if readable and not (self.token_weights is None and self.turn_ids is None):

@@ -116,25 +116,6 @@ def test_auto_with_a_failing_nvcc_leaves_no_stale_library(checkout: Path) -> Non
     assert not list(checkout.glob("hero_kernels/_cuda*"))
 
 
-def test_a_library_newer_than_its_sources_is_kept(checkout: Path) -> None:
-    """nvcc takes minutes; a newer source, or setup.py, calls for it."""
-    home = fake_nvcc(
-        checkout,
-        'test "$1" = --list-gpu-arch && echo compute_80 compute_90 && exit\n'
-        'while test "$1" != -o; do shift; done; echo built > "$2"\n',
-    )
-    library = checkout / "hero_kernels" / "_cuda.abi3.so"
-    contents = []
-    for changed in ("csrc/rows.h", None, "csrc/cuda/plan.h", "setup.py", None):
-        if changed:
-            os.utime(checkout / changed)
-        done = build(checkout, HERO_BUILD_CUDA="1", CUDA_HOME=home)
-        assert done.returncode == 0, done.stderr
-        contents.append(library.read_text())
-        library.write_text("kept")
-    assert contents == ["built\n", "kept", "built\n", "built\n", "kept"]
-
-
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -161,7 +161,6 @@ SAFE_CALLS: dict[str, dict[str, Any]] = {
     },
 }
 UNSAFE_CALLS: dict[str, dict[str, Any]] = {
-    "validate": {"options": KernelOptions(validate=True)},
     "statistics of turns without weights": {"return_stats": True, "turn_ids": ids},
 }
 
