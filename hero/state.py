@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
@@ -20,6 +21,11 @@ class State:
     """
 
     update: int = 0
+    """Number of the last update whose weights are here."""
+    is_begun: bool = False
+    """What is measured before the first update is measured and logged."""
+    pending: dict[str, Any] | None = None
+    """What was measured of `update` and is not logged yet; None if all is."""
     env_turns: int = 0
     generated_tokens: int = 0
     """Of actions and reflections."""
@@ -40,6 +46,13 @@ class State:
     """Updates in a row without an optimiser step."""
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
+
+    @property
+    def logged(self) -> int:
+        """Number of the last update that is wholly logged; -1 before the first measurement."""
+        if not self.is_begun:
+            return -1
+        return self.update - 1 if self.pending else self.update
 
     def judge(self, metrics: Mapping[str, float], update: int, drop: float) -> bool:
         """Take in an evaluation; returns whether it is the best so far.

@@ -76,7 +76,7 @@ class Play(Command):
         from hero.evaluation import trials
         from hero.policy import Policy
         from hero.sampler import HFSampler
-        from hero.trainer import TEST
+        from hero.stages import TEST
 
         prepare_torch(None, self.debug)
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work

@@ -45,6 +45,8 @@ class TrainConfig(Settings):
     """Folder of the run; "" makes runs/NAME-DATE."""
     resume: str = "never"
     """never, auto (go on if output_dir holds a checkpoint), or the folder of a run."""
+    resume_anyway: bool = False
+    """Go on with settings that differ from those of the run."""
     save_every: Count = 10
     """Updates between checkpoints for resuming; the last state is always saved."""
     save_trajectories: CountOrZero = 8
