@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
 
-MAX_IDLE_UPDATES = 5
-
 
 @dataclass(kw_only=True, slots=True)
 class State:
@@ -91,9 +89,10 @@ class State:
             )
         elif self.collapse:
             self.stopped = f"collapse: {self.collapse}"
-        elif self.idle_updates >= MAX_IDLE_UPDATES:
+        elif 0 < config.max_idle_updates <= self.idle_updates:
             self.stopped = (
-                "nothing was trained in five updates in a row: no turn had a hint, an observation "
-                "or an advantage to learn from, or no gradient was finite"
+                f"nothing was trained in {self.idle_updates} updates in a row: no turn had a hint, "
+                "an observation or an advantage to learn from, or no gradient was finite "
+                "(max_idle_updates)"
             )
         return bool(self.stopped)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 FOLDER = Path(__file__).parent
-KINDS = ("train", "sft")
+KINDS = ("train", "sft", "study")
 """Commands that take recipes."""
 
 

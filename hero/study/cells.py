@@ -63,7 +63,7 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         config: TrainConfig = from_dict(merge(cell.settings, {
             "seed": cell.seed, "threads": 1, "model": {"path": cell.model}, "updates": NEVER,
             "max_env_turns": mark, "resume": "auto", "save_every": NEVER, "save_trajectories": 0,
-            "output_dir": str(run),
+            "output_dir": str(run), "max_idle_updates": 0,
             "eval": {"every": NEVER, "dev_tasks": 8, "test_tasks": 0, "rescues": 0,
                      "stop_drop": 2.0, "min_teacher_lift": None},
         }))  # fmt: skip
