@@ -54,6 +54,8 @@ class State:
             self.watched, self.bad_evaluations, self.collapse = watched, 0, ""
             return True
         self.watched = watched | self.watched  # before training some are not known
+        if drop >= 1:
+            return False
         signs = signs_of_collapse(metrics, self.watched | {"dev/success": self.best_dev}, drop)
         fell = success < self.best_dev - drop
         self.bad_evaluations = self.bad_evaluations + 1 if fell else 0
