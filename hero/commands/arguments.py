@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, get_origin
 
 import tyro
@@ -46,7 +46,8 @@ def parse(arguments: list[str]) -> Command:
     default: Any
     try:
         first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
-        default = replace(first.with_defaults(), debug=False)  # else the flag turns it off
+        flags = {item.name: False for item in fields(first) if item.default is False}
+        default = replace(first.with_defaults(), **flags)  # else a flag that is given turns it off
     except SystemExit:
         first = default = tyro.MISSING_NONPROP
     try:

@@ -59,7 +59,8 @@ class Recipes(Command):
         if self.name:
             kinds = [kind for kind in recipes.KINDS if self.name in recipes.recipe_names(kind)]
             kind = kinds[0] if kinds else "train"
-            data = recipes.load_recipe(self.name, kind)
+            read = recipes.read_yaml if kind == "study" else recipes.load_file
+            data = read(recipes.recipe_path(self.name, kind))
             console.say(yaml.safe_dump(data, sort_keys=False).strip())
             return
         for kind in recipes.KINDS:
