@@ -49,4 +49,5 @@ class Study(Command):
                 raise KeyboardInterrupt(
                     f"Finished runs are kept in {folder}: the same command goes on from them."
                 ) from None
-        console.say(f"Report: {write_report(study, folder)}")
+        for path in write_report(study, folder):
+            console.say(f"Report: {path}")

@@ -32,16 +32,8 @@ def shuffle_hints(
         kind: "tasks": one that has a hint for another task; "causes": one that also has another
             failure cause, since in a world with one frequent fault most hints fit most tasks;
             "unrelated": no diagnosis, the instruction of another task as hint.
-
-    Raises:
-        ValueError: the trajectories are of fewer than two tasks.
     """
     tasks = sorted({trajectory.task_id for trajectory in trajectories})
-    if len(tasks) < 2:
-        raise ValueError(
-            f"shuffle_hints takes hints from other tasks, but the batch has only {tasks}: "
-            "set --rollout.tasks-per-update to 2 or more."
-        )
     rng = random.Random(seed)
     instructions = {t.task_id: t.instruction for t in trajectories}
     donors: dict[str, list[Diagnosis]] = {
