@@ -21,6 +21,8 @@ PANEL_SEED = 7001
 """Of the sampling in every evaluation: all arms, seeds and budgets meet the same noise."""
 DIAGNOSED = 48
 """Dev tasks whose episodes the model diagnoses before and after training."""
+PROBED = 100
+"""Dev tasks on whose episodes the gap before training is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,32 @@ def diagnosing(policy: Any, config: TrainConfig, start: str) -> dict[str, float]
     for name, value in agreement(env, episodes, read.diagnoses).items():
         found[name.removeprefix("agreement/")] = value
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def gap(start: str, arm: str, settings: dict[str, Any], model: str, folder: Path) -> None:
+    """What the arm's teacher knows better before training: `folder/gaps/START/ARM.json`."""
+    path = folder / "gaps" / start / f"{arm}.json"
+    if path.is_file():
+        return
+    from dataclasses import asdict
+
+    from hero.api import rollout
+    from hero.config import ModelConfig
+    from hero.envs import border
+    from hero.envs.base import make_env
+    from hero.policy import Policy
+    from hero.probe import measure
+
+    config: TrainConfig = from_dict(settings)
+    environment = partial(make_env, config.env.name, **config.env.options)
+    policy = Policy.load(ModelConfig(path=model, device=config.model.device))
+    env = environment()
+    tasks = border.tasks(env, "dev")[:PROBED]
+    played = rollout(policy, environment, tasks, config=config.rollout, seed=PANEL_SEED)
+    found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * PROBED)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = asdict(found) | {"gap": found.gap} if found else {}
+    write_atomic(path, json.dumps({"start": start, "arm": arm} | row))
 
 
 def _no_teacher() -> Any:

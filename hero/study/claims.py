@@ -19,6 +19,7 @@ class Part:
     """One comparison that a claim needs."""
 
     words: str
+    start: str
     value: float
     low: float
     high: float
@@ -44,10 +45,11 @@ class Claim:
     words: str
     parts: list[Part]
 
-    @property
-    def verdict(self) -> str:
-        """Confirmed if all parts are, denied if one is."""
-        found = {part.verdict for part in self.parts}
+    def verdict(self, start: str) -> str:
+        """At a start: confirmed if all parts are, denied if one is."""
+        found = {part.verdict for part in self.parts if part.start == start}
+        if not found:
+            return "not measured"
         if "denied" in found:
             return "denied"
         return "confirmed" if found == {"confirmed"} else "undecided"
@@ -105,7 +107,8 @@ class Arms:
             low, high = interval(own, rival)
             yield Part(
                 words=f"{one} - {other} | success, points | {start}, {self.study.marks[mark]:,}",
-                value=float(own.mean() - rival.mean()), low=low, high=high, bound=bound,
+                start=start, value=float(own.mean() - rival.mean()),
+                low=low, high=high, bound=bound,
             )  # fmt: skip
 
     def fewer_turns(self, one: str, other: str) -> Iterator[Part]:
@@ -114,7 +117,8 @@ class Arms:
             low, high = interval(rival, own)
             yield Part(
                 words=f"{one} - {other} | turns | {start}, {self.study.marks[mark]:,}",
-                value=float(rival.mean() - own.mean()), low=low, high=high, unit=-1.0,
+                start=start, value=float(rival.mean() - own.mean()),
+                low=low, high=high, unit=-1.0,
             )  # fmt: skip
 
     def kept(self, arm: str) -> Iterator[Part]:
@@ -133,15 +137,19 @@ class Arms:
                 low, high = interval(own, before)
                 yield Part(
                     words=f"{arm} - {BASE} | recall of faults, points | {start}, the end",
-                    value=float(own.mean() - before.mean()), low=low, high=high, bound=-MARGIN,
+                    start=start, value=float(own.mean() - before.mean()),
+                low=low, high=high, bound=-MARGIN,
                 )  # fmt: skip
 
 
 def claims_table(study: StudyConfig, rows: Sequence[Row]) -> list[str]:
     """Markdown: the verdicts, and what each rests on."""
-    lines = ["| claim | verdict |", "|---|---|"]
+    there = [start for start in study.starts if any(row["start"] == start for row in rows)]
+    lines = ["| claim | " + " | ".join(there) + " |", "|---|" + "---|" * len(there)]
     found = claims(study, rows)
-    lines += [f"| {c.number}. {c.words} | **{c.verdict}** |" for c in found]
+    for claim in found:
+        verdicts = " | ".join(f"**{claim.verdict(start)}**" for start in there)
+        lines.append(f"| {claim.number}. {claim.words} | {verdicts} |")
     lines += ["", "| claim | difference | of what | start, turns | value (95 %) | |"]
     lines += ["|---|---|---|---|---|---|"]
     for claim in found:

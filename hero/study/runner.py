@@ -13,7 +13,7 @@ from hero.checks import from_dict
 from hero.config import SftConfig, TrainConfig
 from hero.files import write_atomic
 from hero.recipes import merge
-from hero.study.cells import Cell, diagnosing, judge, run_cell
+from hero.study.cells import Cell, diagnosing, gap, judge, run_cell
 from hero.study.plan import BASE, StudyConfig, claim_folder
 from hero.types import Fault
 
@@ -38,6 +38,12 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
         rows = [
             pool.submit(_base, study, start, models[start], folder).result() for start in models
         ]
+        for done in [
+            pool.submit(gap, start, arm, study.of(arm), models[start], folder)
+            for start in models
+            for arm in study.arms_at(start)
+        ]:
+            done.result()
         rows += _all(pool, _cells(study, models, rates), folder, say)
     write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from hero.study.claims import claims_table
 from hero.study.page import write_page
 from hero.study.plan import BASE, StudyConfig
 from hero.study.plots import plot
-from hero.study.statistics import Row, interval, values, verdict
+from hero.study.statistics import Row, interval, line, values, verdict
 
 
 def load_rows(study: StudyConfig, folder: Path) -> list[Row]:
@@ -95,6 +96,35 @@ def cost_table(rows: Sequence[Row], start: str) -> list[str]:
     return lines
 
 
+def gap_points(folder: Path, study: StudyConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of each arm that distils, at each start: the gap before training and the gain at the end."""
+    points = []
+    for path in sorted((folder / "gaps").glob("*/*.json")):
+        point = json.loads(path.read_text(encoding="utf-8"))
+        own = values(rows, point["start"], point["arm"], len(study.marks) - 1)
+        base = values(rows, point["start"], BASE, 0)
+        if "gap" in point and own.size and base.size:
+            points.append(point | {"gain": float(own.mean() - base.mean())})
+    return points
+
+
+def gap_table(points: Sequence[dict[str, Any]], fit: dict[str, float]) -> Iterator[str]:
+    """Markdown: does the gap before training predict the gain (arXiv 2605.30070)?"""
+    yield "| start | arm | trained | student right | teacher right | gap | gain at the end |"
+    yield "|---|---|---|---|---|---|---|"
+    for p in sorted(points, key=lambda point: -point["gap"]):
+        yield (
+            f"| {p['start']} | {p['arm']} | {p['share']:.0%} | {p['student_right']:.0%} "
+            f"| {p['teacher_right']:.0%} | {p['gap']:+.3f} | {100 * p['gain']:+.1f} |"
+        )
+    yield ""
+    yield (
+        f"Least squares over these {len(points)} points: gain = {100 * fit['intercept']:.1f} + "
+        f"{100 * fit['slope']:.0f} x gap points; the residuals' standard deviation is "
+        f"{100 * fit['spread']:.1f} points, r = {fit['r']:.2f}."
+    )
+
+
 def arms_at(rows: Sequence[Row], start: str) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in rows if row["start"] == start))
 
@@ -122,7 +152,14 @@ def report_lines(study: StudyConfig, rows: Sequence[Row]) -> Iterator[str]:
 def write_report(study: StudyConfig, folder: Path) -> list[Path]:
     """report.md and report.html in the folder, and report.png if matplotlib is there."""
     rows = load_rows(study, folder)
-    text = "\n".join(report_lines(study, rows)) + "\n"
+    lines = list(report_lines(study, rows))
+    points = gap_points(folder, study, rows)
+    if len({point["gap"] for point in points}) > 2:
+        found = line([p["gap"] for p in points], [p["gain"] for p in points])
+        fit = dict(zip(("intercept", "slope", "spread", "r"), found, strict=True))
+        write_atomic(folder / "fit.json", json.dumps(fit | {"points": points}, indent=1))
+        lines += ["", "## The gap before training and the gain", "", *gap_table(points, fit)]
+    text = "\n".join(lines) + "\n"
     paths = [folder / "report.md", folder / "report.html"]
     write_atomic(paths[0], text)
     image = plot(study, rows, folder / "report.png")
