@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 
 def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]]:
-    """Run what is missing; returns the rows of all runs that count, and writes `rows.jsonl`.
+    """Run what is missing; returns the rows of all runs that count.
 
     Raises:
         Fault: the folder holds another study.
@@ -45,7 +45,6 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
         ]:
             done.result()
         rows += _all(pool, _cells(study, models, rates), folder, say)
-    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return rows
 
 

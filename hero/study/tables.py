@@ -150,8 +150,14 @@ def report_lines(study: StudyConfig, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def write_report(study: StudyConfig, folder: Path) -> list[Path]:
-    """report.md and report.html in the folder, and report.png if matplotlib is there."""
+    """report.md, report.html and, if matplotlib is there, report.png in the folder; their paths.
+
+    `rows.jsonl` beside them holds all rows without the training curves.
+    """
     rows = load_rows(study, folder)
+    kept = ({key: value for key, value in row.items() if key != "training"} for row in rows)
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in kept)
+    write_atomic(folder / "rows.jsonl", text)
     lines = list(report_lines(study, rows))
     points = gap_points(folder, study, rows)
     if len({point["gap"] for point in points}) > 2:
