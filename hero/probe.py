@@ -104,7 +104,8 @@ def measure(
         max_turns=max_turns,
     )  # fmt: skip
     return Gap(
-        turns=found.turns, share=len(samples) / max(1, turns),
+        turns=found.turns,
+        share=sum(bool(sample.distill_weight) for sample in samples) / max(1, turns),
         student_right=found.student_right, teacher_right=found.teacher_right,
     ), reflections  # fmt: skip
 

@@ -69,7 +69,7 @@ def claims(study: StudyConfig, rows: Sequence[Row]) -> list[Claim]:
         Claim(number=2, words="fewer turns than grpo at equal or better success", parts=[
             *arms.success(first, "grpo", bound=-MARGIN), *arms.fewer_turns(first, "grpo"),
         ]),
-        Claim(number=3, words=f"within {small:,} turns hero rises and its rivals do not", parts=[
+        Claim(number=3, words=f"within {small:,} turns hero rises more than its rivals", parts=[
             part
             for other in (BASE, "reinforce", "grpo")
             for part in arms.success(first, other, marks=(0,))

@@ -23,6 +23,8 @@ FORMAT = 1
 SAME = ("env.name", "env.reward", "prompts", "rollout.max_turns", "rollout.max_turn_tokens",
         "rollout.max_episode_tokens", "rollout.temperature", "rollout.top_p")  # fmt: skip
 """Settings in which arms that are compared may not differ."""
+RATES = "rates.json"
+"""Dev success of each learning rate, by `START/ARM`; the start is "" if all share the rate."""
 BASE = "base"
 """The arm that is not trained: the start itself."""
 FREE_OPTIONS = ("hints",)
@@ -206,6 +208,31 @@ def claim_folder(study: StudyConfig, folder: Path) -> None:
         raise Fault(f"{folder} is not empty and holds no study: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(now, indent=1))
+
+
+def chosen_rates(study: StudyConfig, folder: Path) -> dict[tuple[str, str], float]:
+    """The learning rate of each (start, arm): the best of `rates.json`, ties the lower.
+
+    Raises:
+        ValueError: the study has not come to choosing them.
+    """
+    pairs = [(start, arm) for start in study.starts for arm in study.arms_at(start)]
+    if len(study.learning_rates) == 1:
+        return dict.fromkeys(pairs, study.learning_rates[0])
+    try:
+        text = (folder / RATES).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder} holds no finished run: hero study has to run first.") from error
+    means: dict[str, dict[str, float]] = json.loads(text)
+    best = {
+        key: float(max(sorted(of, key=float), key=lambda rate: of[rate]))
+        for key, of in means.items()
+    }
+    shared = "" if study.tuning_starts else None
+    return {
+        (start, arm): best[f"{start if shared is None else shared}/{study.rate_of(arm)}"]
+        for start, arm in pairs
+    }
 
 
 def _tasks(study: StudyConfig) -> str:

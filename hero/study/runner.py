@@ -14,7 +14,7 @@ from hero.config import SftConfig, TrainConfig
 from hero.files import write_atomic
 from hero.recipes import merge
 from hero.study.cells import Cell, diagnosing, gap, judge, run_cell
-from hero.study.plan import BASE, StudyConfig, claim_folder
+from hero.study.plan import BASE, RATES, StudyConfig, chosen_rates, claim_folder
 from hero.types import Fault
 
 TUNING = 100
@@ -94,8 +94,7 @@ def choose_rates(
     and then collapses does not win by its peak.
     """
     if len(study.learning_rates) == 1:
-        [rate] = study.learning_rates
-        return {(start, arm): rate for start in models for arm in study.arms_at(start)}
+        return chosen_rates(study, folder)
     say("Learning rates: dev tasks.")
     shared = study.tuning_starts
     wanted = {
@@ -121,13 +120,8 @@ def choose_rates(
         for key, rates in successes.items()
     }
     kept = {"/".join(key): rates for key, rates in means.items()}
-    write_atomic(folder / "rates.json", json.dumps(kept, indent=1))
-    best = {key: max(rates, key=lambda rate: rates[rate]) for key, rates in means.items()}
-    return {
-        (start, arm): best["" if shared else start, study.rate_of(arm)]
-        for start in models
-        for arm in study.arms_at(start)
-    }
+    write_atomic(folder / RATES, json.dumps(kept, indent=1))
+    return chosen_rates(study, folder)
 
 
 def _cells(

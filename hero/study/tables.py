@@ -12,21 +12,34 @@ import numpy as np
 from hero.files import write_atomic
 from hero.study.claims import claims_table
 from hero.study.page import write_page
-from hero.study.plan import BASE, StudyConfig
+from hero.study.plan import BASE, StudyConfig, chosen_rates
 from hero.study.plots import plot
 from hero.study.statistics import Row, interval, line, values, verdict
+
+ROWS, FIT = "rows.jsonl", "fit.json"
 
 
 def load_rows(study: StudyConfig, folder: Path) -> list[Row]:
     """The rows on test tasks that are there, finished study or not, arm by arm.
 
+    Those of a learning rate that was not chosen in the end are left out.
+
     Raises:
         ValueError: there is none.
     """
+    kept = folder / ROWS
     paths = [*(folder / "rows").glob("*/*/test-*.json"), *(folder / "rows").glob("*/base.json")]
-    rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    if not texts and kept.is_file():  # all that was kept of a study
+        texts = kept.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(text) for text in texts]
     order = [BASE, *study.arms]
-    rows = [r for r in rows if r["arm"] in order and r["start"] in study.starts]
+    rates = chosen_rates(study, folder)
+    rows = [
+        row for row in rows
+        if row["start"] in study.starts
+        and (row["arm"] == BASE or row["learning_rate"] == rates.get((row["start"], row["arm"])))
+    ]  # fmt: skip
     if not rows:
         raise ValueError(f"{folder} holds no finished run: hero study has to run first.")
     return sorted(rows, key=lambda row: (row["start"], order.index(row["arm"]), row["seed"]))
@@ -99,8 +112,11 @@ def cost_table(rows: Sequence[Row], start: str) -> list[str]:
 def gap_points(folder: Path, study: StudyConfig, rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Of each arm that distils, at each start: the gap before training and the gain at the end."""
     points = []
-    for path in sorted((folder / "gaps").glob("*/*.json")):
-        point = json.loads(path.read_text(encoding="utf-8"))
+    paths = sorted((folder / "gaps").glob("*/*.json"))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if not found and (folder / FIT).is_file():
+        found = json.loads((folder / FIT).read_text(encoding="utf-8"))["points"]
+    for point in found:
         own = values(rows, point["start"], point["arm"], len(study.marks) - 1)
         base = values(rows, point["start"], BASE, 0)
         if "gap" in point and own.size and base.size:
@@ -157,13 +173,13 @@ def write_report(study: StudyConfig, folder: Path) -> list[Path]:
     rows = load_rows(study, folder)
     kept = ({key: value for key, value in row.items() if key != "training"} for row in rows)
     text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in kept)
-    write_atomic(folder / "rows.jsonl", text)
+    write_atomic(folder / ROWS, text)
     lines = list(report_lines(study, rows))
     points = gap_points(folder, study, rows)
     if len({point["gap"] for point in points}) > 2:
         found = line([p["gap"] for p in points], [p["gain"] for p in points])
         fit = dict(zip(("intercept", "slope", "spread", "r"), found, strict=True))
-        write_atomic(folder / "fit.json", json.dumps(fit | {"points": points}, indent=1))
+        write_atomic(folder / FIT, json.dumps(fit | {"points": points}, indent=1))
         lines += ["", "## The gap before training and the gain", "", *gap_table(points, fit)]
     text = "\n".join(lines) + "\n"
     paths = [folder / "report.md", folder / "report.html"]
