@@ -21,8 +21,6 @@ PANEL_SEED = 7001
 """Of the sampling in every evaluation: all arms, seeds and budgets meet the same noise."""
 DIAGNOSED = 48
 """Dev tasks whose episodes the model diagnoses before and after training."""
-PROBED = 100
-"""Dev tasks on whose episodes the gap before training is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +81,8 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
             **judge(trainer.policy, config, cell.split, cell.tasks),
         })  # fmt: skip
     if cell.split == "test":
-        row["diagnosing"] = diagnosing(trainer.policy, config, cell.model)
+        number = min(DIAGNOSED, cell.tasks)
+        row["diagnosing"] = diagnosing(trainer.policy, config, cell.model, number)
     row["training"] = _curve(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(row, separators=(",", ":")))
@@ -108,8 +107,8 @@ def judge(policy: Any, config: TrainConfig, split: str, tasks: int) -> dict[str,
     }
 
 
-def diagnosing(policy: Any, config: TrainConfig, start: str) -> dict[str, float]:
-    """What was not trained: how well a model itself diagnoses the start's episodes on dev tasks.
+def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dict[str, float]:
+    """What was not trained: how well a model itself diagnoses the start's episodes on `number` dev tasks.
 
     Shares of turns: `parsed`, and `recall`, `precision` and `same_action` of the rules' faults; {}
     in a world without rules.
@@ -129,13 +128,13 @@ def diagnosing(policy: Any, config: TrainConfig, start: str) -> dict[str, float]
     env = environment()
     if not isinstance(env, HasDiagnosis):
         return {}
-    tasks = border.tasks(env, "dev")[:DIAGNOSED]
+    tasks = border.tasks(env, "dev")[:number]
     player = Policy.load(ModelConfig(path=start, device=config.model.device))
     played = rollout(player, environment, tasks, config=config.rollout, seed=PANEL_SEED)
     episodes = rewarded(played, config.env.reward)
     reflector = make_reflector(
         replace(config.reflection, reflector="self", shuffle_hints="off"), env=env,
-        sampler=HFSampler(policy, DIAGNOSED), renderer=policy.renderer, context=policy.context,
+        sampler=HFSampler(policy, number), renderer=policy.renderer, context=policy.context,
         prompts=make_prompts(config.prompts), teacher_weights=_no_teacher,
     )  # fmt: skip
     read = reflector.reflect(episodes, PANEL_SEED)
@@ -145,8 +144,13 @@ def diagnosing(policy: Any, config: TrainConfig, start: str) -> dict[str, float]
     return {name: round(value, 4) for name, value in found.items()}
 
 
-def gap(start: str, arm: str, settings: dict[str, Any], model: str, folder: Path) -> None:
-    """What the arm's teacher knows better before training: `folder/gaps/START/ARM.json`."""
+def gap(
+    start: str, arm: str, settings: dict[str, Any], model: str, tasks: int, folder: Path
+) -> None:
+    """What the arm's teacher knows better before training: `folder/gaps/START/ARM.json`.
+
+    Measured on the start's episodes of so many dev `tasks`.
+    """
     path = folder / "gaps" / start / f"{arm}.json"
     if path.is_file():
         return
@@ -163,9 +167,9 @@ def gap(start: str, arm: str, settings: dict[str, Any], model: str, folder: Path
     environment = partial(make_env, config.env.name, **config.env.options)
     policy = Policy.load(ModelConfig(path=model, device=config.model.device))
     env = environment()
-    tasks = border.tasks(env, "dev")[:PROBED]
-    played = rollout(policy, environment, tasks, config=config.rollout, seed=PANEL_SEED)
-    found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * PROBED)
+    chosen = border.tasks(env, "dev")[:tasks]
+    played = rollout(policy, environment, chosen, config=config.rollout, seed=PANEL_SEED)
+    found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * tasks)
     path.parent.mkdir(parents=True, exist_ok=True)
     row = asdict(found) | {"gap": found.gap} if found else {}
     write_atomic(path, json.dumps({"start": start, "arm": arm} | row))

@@ -13,7 +13,7 @@ from hero.checks import from_dict
 from hero.config import SftConfig, TrainConfig
 from hero.files import write_atomic
 from hero.recipes import merge
-from hero.study.cells import Cell, diagnosing, gap, judge, run_cell
+from hero.study.cells import DIAGNOSED, Cell, diagnosing, gap, judge, run_cell
 from hero.study.plan import BASE, RATES, StudyConfig, chosen_rates, claim_folder
 from hero.types import Fault
 
@@ -39,7 +39,7 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
             pool.submit(_base, study, start, models[start], folder).result() for start in models
         ]
         for done in [
-            pool.submit(gap, start, arm, study.of(arm), models[start], folder)
+            pool.submit(gap, start, arm, study.of(arm), models[start], study.dev_tasks, folder)
             for start in models
             for arm in study.arms_at(start)
         ]:
@@ -196,11 +196,11 @@ def _base(study: StudyConfig, start: str, model: str, folder: Path) -> dict[str,
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     config: TrainConfig = from_dict(study.of(next(iter(study.arms))))
-    policy = Policy.load(ModelConfig(path=model))
+    policy, number = Policy.load(ModelConfig(path=model)), min(DIAGNOSED, study.test_tasks)
     row = {
         "start": start, "arm": BASE, "seed": 0, "split": "test",
         "marks": [{"turns": 0, **judge(policy, config, "test", study.test_tasks)}],
-        "diagnosing": diagnosing(policy, config, model),
+        "diagnosing": diagnosing(policy, config, model, number),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(row))
