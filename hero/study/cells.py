@@ -110,8 +110,8 @@ def judge(policy: Any, config: TrainConfig, split: str, tasks: int) -> dict[str,
 def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dict[str, float]:
     """What was not trained: how well a model itself diagnoses the start's episodes.
 
-    On so many (`number`) dev tasks. Shares of turns: `parsed`, and `recall`, `precision` and `same_action` of the rules' faults; {}
-    in a world without rules.
+    On so many (`number`) dev tasks; shares of turns: `parsed`, and `recall`, `precision` and
+    `same_action` of the rules' faults. {} in a world without rules.
     """
     from hero.api import rollout
     from hero.config import ModelConfig
