@@ -9,8 +9,6 @@ from typing import Any
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
 
-MAX_IDLE_UPDATES = 5
-
 
 @dataclass(kw_only=True, slots=True)
 class State:
@@ -69,6 +67,8 @@ class State:
             self.watched, self.bad_evaluations, self.collapse = watched, 0, ""
             return True
         self.watched = watched | self.watched  # before training some are not known
+        if drop >= 1:
+            return False
         signs = signs_of_collapse(metrics, self.watched | {"dev/success": self.best_dev}, drop)
         fell = success < self.best_dev - drop
         self.bad_evaluations = self.bad_evaluations + 1 if fell else 0
@@ -104,9 +104,10 @@ class State:
             )
         elif self.collapse:
             self.stopped = f"collapse: {self.collapse}"
-        elif self.idle_updates >= MAX_IDLE_UPDATES:
+        elif 0 < config.max_idle_updates <= self.idle_updates:
             self.stopped = (
-                "nothing was trained in five updates in a row: no turn had a hint, an observation "
-                "or an advantage to learn from, or no gradient was finite"
+                f"nothing was trained in {self.idle_updates} updates in a row: no turn had a hint, "
+                "an observation or an advantage to learn from, or no gradient was finite "
+                "(max_idle_updates)"
             )
         return bool(self.stopped)

@@ -38,6 +38,10 @@ class TrainConfig(Settings):
     """Rollout batches. [L]"""
     max_env_turns: Count | None = None
     """Budget of environment turns of the whole run, never exceeded; None for no limit."""
+    max_idle_updates: CountOrZero = 5
+    """Stop after so many updates in a row without a step; 0 goes on.
+
+    Where successes are rare GRPO has many of them and may still learn later."""
     seed: int = 0
     threads: Count | None = None
     """CPU threads; None leaves torch's default."""

@@ -29,7 +29,7 @@ def make_reflector(
     teacher_weights: Callable[[], AbstractContextManager[object]],
     context: int,
 ) -> Reflector:
-    """The reflector that `config` asks for, with its hints shuffled if `config.shuffle_hints`.
+    """The reflector that `config` asks for, with its hints shuffled as `config.shuffle_hints` says.
 
     Args:
         teacher_weights: makes a context in which `sampler` samples from the teacher's weights.
@@ -67,7 +67,9 @@ def make_reflector(
             max_prompt_tokens=room,
             shared=shared,
         )
-    return ShuffledReflector(reflector) if config.shuffle_hints else reflector
+    if config.shuffle_hints == "off":
+        return reflector
+    return ShuffledReflector(reflector, config.shuffle_hints)
 
 
 def _room(config: ReflectionConfig, context: int) -> int:
