@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hero.config import RolloutConfig
 from hero.envs import border
-from hero.envs.base import Environment, HasOracle
+from hero.envs.base import Environment, HasOracle, HasTools
 from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
 from hero.sampler import Sampler, Sampling
@@ -62,15 +62,18 @@ class _Running:
             instruction="", turns=[], reward=0.0, success=False, stop_reason=StopReason.MAX_TURNS,
         )  # fmt: skip
         try:
+            if isinstance(env, HasTools):
+                env.tool_format = renderer.tool_format
             rules = border.system_prompt(env)
             observation, instruction = border.reset(env, assignment.task_id, self.max_chars)
+            tools = border.tools(env)
         except EnvironmentFault as fault:
             self.fail(fault)
             return
         self.trajectory.instruction = instruction
         messages: list[Message] = [{"role": "system", "content": rules}] if rules else []
         messages.append({"role": "user", "content": observation})
-        self.prompt_ids = renderer.start(messages)
+        self.prompt_ids = renderer.start(messages, tools)
 
     def fail(self, cause: object) -> None:
         self.trajectory.fail(cause)

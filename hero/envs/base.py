@@ -58,6 +58,21 @@ class HasOracle(Protocol):
 
 
 @runtime_checkable
+class HasTools(Protocol):
+    """Environments whose actions are tool calls; other text is said to the user.
+
+    The model's chat template decides how calls are written: whoever plays sets `tool_format`, one
+    of hero.toolcalls.FORMATS, before `reset`. `step` reads it, and `oracle` writes it.
+    """
+
+    tool_format: str
+
+    def tools(self) -> list[dict[str, Any]]:
+        """OpenAI schemas of the tools of the task that was reset last."""
+        ...
+
+
+@runtime_checkable
 class HasDiagnosis(Protocol):
     """Environments that supply their own deterministic reflector (`reflection.reflector=rules`)."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hero.envs.base import Environment, HasDiagnosis, raised
+from hero.envs.base import Environment, HasDiagnosis, HasTools, raised
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, Fault, FeedbackKind, Trajectory
 
@@ -127,6 +127,21 @@ def step(env: Environment, text: str, task: str, turn: int, max_chars: int = MAX
             feedback_kind=FeedbackKind(kind),
             role=role,
         )
+
+
+def tools(env: Environment) -> list[dict[str, Any]]:
+    """OpenAI schemas of the tools of the present task; [] for an environment without tools."""
+    if not isinstance(env, HasTools):
+        return []
+    with _border(env, "tools"):
+        found = env.tools()
+        if not isinstance(found, (list, tuple)):
+            raise _breach("tools()", found, "a list of OpenAI schemas")
+        for tool in found:
+            function = tool.get("function") if isinstance(tool, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise _breach("tools()", tool, '{"type": "function", "function": {"name": …}}')
+        return list(found)
 
 
 def action(env: Any, method: str, *arguments: Any, where: str = "") -> str:
