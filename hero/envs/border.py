@@ -27,7 +27,7 @@ MAX_CHARS = 1_000_000
 """Of one text where no context sets a smaller limit."""
 MAX_DIAGNOSIS = 10_000
 """Of one text of a diagnosis."""
-MAX_ID = 200
+MAX_ID = 300
 """Characters of a task id."""
 
 
