@@ -16,6 +16,7 @@ import torch
 from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
+from hero.envs import border
 from hero.envs.base import Environment, HasDiagnosis, make_env
 from hero.envs.border import disjoint_tasks
 from hero.episodes import (
@@ -221,6 +222,7 @@ class Trainer:
             "device": str(self.policy.device),
             "versions": versions(),
             **reflector_facts(self.config),
+            **border.facts(self.env),
         }
         earlier = self.run_dir / "before.json"
         if earlier.is_file():  # the tasks played then, also if a resumed run asks for others

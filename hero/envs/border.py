@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hero.envs.base import Environment, HasDiagnosis, HasTools, raised
+from hero.envs.base import Environment, HasDiagnosis, HasFacts, HasTools, raised
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, Fault, FeedbackKind, Trajectory
 
@@ -142,6 +142,17 @@ def tools(env: Environment) -> list[dict[str, Any]]:
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise _breach("tools()", tool, '{"type": "function", "function": {"name": …}}')
         return list(found)
+
+
+def facts(env: Environment) -> dict[str, str]:
+    """What an environment's results depend on besides its options; {} if it says nothing."""
+    if not isinstance(env, HasFacts):
+        return {}
+    with _border(env, "facts"):
+        found = env.facts()
+        if not isinstance(found, dict):
+            raise _breach("facts()", found, "a dict of texts")
+        return {_text("facts()", k, MAX_ID): _text("facts()", v, MAX_ID) for k, v in found.items()}
 
 
 def action(env: Any, method: str, *arguments: Any, where: str = "") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 from hero.envs.tau.users import Chat
 from hero.types import Message
@@ -11,7 +11,7 @@ MAX_TOKENS = 512
 """Of one message of a user."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def local_chat(path: str, temperature: float) -> Chat:
     """A transformers model by folder or hub id, loaded once for all instances."""
     from hero.config import ModelConfig

@@ -206,10 +206,15 @@ class TauEnv:
             "valid": kind in (FeedbackKind.OK, FeedbackKind.DONE),
             "feedback_kind": FeedbackKind.BUDGET if cut and kind is FeedbackKind.OK else kind,
             "parse_ok": parsed.parse_ok,
-            "executed_action": write_calls(parsed.calls, self.tool_format) or parsed.text or None,
-            "role": role, "success": reward == 1.0, "user_simulator": self.facts()["user_simulator"],
+            "executed_action": self._executed(parsed), "role": role, "success": reward == 1.0,
+            "user_simulator": self.facts()["user_simulator"],
         }  # fmt: skip
         return seen, reward, done, cut, info
+
+    def _executed(self, parsed: Parsed) -> str | None:
+        if parsed.calls:
+            return write_calls(parsed.calls, self.tool_format)
+        return parsed.text or None if parsed.parse_ok else None
 
     def _call(self, parsed: Parsed) -> tuple[FeedbackKind, str, str]:
         """Run calls; words beside them reach nobody, and that is said."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -58,7 +58,7 @@ def _registry() -> Any:
     return registry
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_domain(name: str, solo: bool) -> Domain:
     """Tasks, splits and the first state of a domain.
 

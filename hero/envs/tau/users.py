@@ -67,6 +67,7 @@ class ScriptedUser:
     told: list[str] = field(default_factory=list)
     asked: bool = False
     confirmed: int = 0
+    called: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, task: Any) -> ScriptedUser:
@@ -103,15 +104,25 @@ class ScriptedUser:
         tools = world.domain.base.user_tools
         if tools is None:
             return []
-        gold = (world.task.evaluation_criteria.actions or []) if tools else []
-        arguments = {a.name: a.arguments for a in gold if a.requestor == "user"}
-        named = [name for name in tools.get_tools() if name in said]
-        calls = [ToolCall(name=name, arguments=arguments.get(name, {})) for name in named]
+        words = set(re.findall(r"\w+", said))
+        calls = [
+            ToolCall(name=name, arguments=self._arguments(name, world.task))
+            for name in tools.get_tools()
+            if name in words
+        ]
         lines = []
         for call in calls:
             ((answer, _),) = world.call([call], "user")
             lines.append(f"{call.name}: {answer}")
         return lines
+
+    def _arguments(self, name: str, task: Any) -> dict[str, Any]:
+        """Those of the next gold call of this tool; of the last one after that."""
+        criteria = task.evaluation_criteria
+        gold = [a for a in (criteria.actions if criteria else None) or [] if a.name == name]
+        used = self.called.count(name)
+        self.called.append(name)
+        return dict(gold[min(used, len(gold) - 1)].arguments) if gold else {}
 
 
 class ModelUser:

@@ -8,7 +8,7 @@ actions and of what was communicated are the package's.
 from __future__ import annotations
 
 import copy
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from hero.envs.tau.package import Domain, load_domain
@@ -106,7 +106,9 @@ class World:
         judged = criteria.actions is not None or criteria.env_assertions is not None
         reward = 1.0
         if "DB" in basis and judged:
-            reward *= self._hashes() == gold_hashes(self.domain.name, self.domain.solo, self.task.id)
+            reward *= self._hashes() == gold_hashes(
+                self.domain.name, self.domain.solo, self.task.id
+            )
         if "ENV_ASSERTION" in basis and judged:
             for assertion in criteria.env_assertions or ():
                 reward *= self._holds(assertion)
@@ -140,12 +142,12 @@ def _begin(environment: Any, task: Any) -> None:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _first_hashes(domain: str, solo: bool) -> tuple[Any, Any]:
     return _hashes(load_domain(domain, solo).base)
 
 
-@lru_cache(maxsize=None)
+@cache
 def gold_hashes(domain: str, solo: bool, task_id: str) -> tuple[Any, Any]:
     """Hashes of both databases after the gold actions; one that fails is skipped, as in tau2."""
     loaded = load_domain(domain, False)  # the package's gold environment has a user
