@@ -2,31 +2,11 @@
 nothing is to be communicated. `pytest -m slow tests/hero/test_env_tau.py` finds them anew.
 """
 
-TRIVIAL: dict[str, frozenset[str]] = {
-    "airline": frozenset(
-        [
-            "0",
-            "1",
-            "4",
-            "5",
-            "6",
-            "10",
-            "13",
-            "26",
-            "28",
-            "31",
-            "34",
-            "36",
-            "41",
-            "43",
-            "45",
-            "46",
-            "47",
-            "48",
-            "49",
-        ]
-    ),
-    "retail": frozenset(["10", "12", "25", "50", "57", "65", "105"]),
+AIRLINE = "0 1 4 5 6 10 13 26 28 31 34 36 41 43 45 46 47 48 49"
+RETAIL = "10 12 25 50 57 65 105"
+TRIVIAL = {
+    "airline": frozenset(AIRLINE.split()),
+    "retail": frozenset(RETAIL.split()),
     "mock": frozenset({"create_task_1_nl_eval"}),
     "mock solo": frozenset({"create_task_1_nl_eval"}),
 }
