@@ -53,12 +53,16 @@ class Endpoint:
             machine.
     """
 
+    who, asked_by = "The reflector", "reflection.reflector=openai"
+    base_url, model = "reflection.base_url", "reflection.model"
+    remedy = "--reflection.reflector self"
+
     def __init__(
         self, config: ReflectionConfig, renderer: Renderer | None, timeout: float = 120.0
     ) -> None:
         if not config.base_url or not config.model:
             raise ValueError(
-                "reflection.reflector=openai needs reflection.base_url and reflection.model, got "
+                f"{self.asked_by} needs {self.base_url} and {self.model}, got "
                 f"{config.base_url!r} and {config.model!r}."
             )
         self.config = config
@@ -119,10 +123,10 @@ class Endpoint:
         if secret != NO_KEY:  # an endpoint may echo it
             cause = cause.replace(secret, "***")
         return ReflectionError(
-            f"The reflector at {self.config.base_url} (model {self.config.model!r}) failed:"
-            f" {harmless(cause)}. Check that the endpoint runs and that reflection.base_url,"
-            f" reflection.model and the key in {self.config.api_key_env} are right, or set "
-            "--reflection.reflector self."
+            f"{self.who} at {self.config.base_url} (model {self.config.model!r}) failed:"
+            f" {harmless(cause)}. Check that the endpoint runs and that {self.base_url},"
+            f" {self.model} and the key in {self.config.api_key_env} are right, or set "
+            f"{self.remedy}."
         )
 
 

@@ -39,7 +39,12 @@ def endpoint_chat(base_url: str, model: str, api_key_env: str, temperature: floa
     from hero.config import ReflectionConfig
     from hero.reflection.endpoint import Endpoint
 
-    endpoint = Endpoint(
+    class UserEndpoint(Endpoint):
+        who, asked_by = "The simulated user", "env.options.user=openai"
+        base_url, model = "user_base_url", "user_model"
+        remedy = "env.options.user to scripted"
+
+    endpoint = UserEndpoint(
         ReflectionConfig(
             base_url=base_url, model=model, api_key_env=api_key_env, temperature=temperature,
             max_tokens=MAX_TOKENS,
