@@ -39,9 +39,10 @@ from hero.types import FeedbackKind, StopReason
 WORLDS = {
     "airline": ({"domain": "airline"}, 50, 19),
     "retail": ({"domain": "retail"}, 114, 7),
+    "telecom": ({"domain": "telecom", "max_steps": 60}, 114, 0),
     "telecom solo": ({"domain": "telecom", "user": "none"}, 114, 0),
 }
-SAMPLED = {"airline": 8, "retail": 16, "telecom solo": 1}
+SAMPLED = {"airline": 8, "retail": 16, "telecom": 16, "telecom solo": 1}
 """Every n-th task where all would take minutes; `slow` takes all."""
 
 
