@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hero.config import RolloutConfig
 from hero.envs import border
-from hero.envs.base import Environment, HasOracle
+from hero.envs.base import Environment, HasGenerator, HasOracle, HasTools
 from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
 from hero.sampler import Sampler, Sampling
@@ -51,8 +51,9 @@ class _Running:
     """An episode under way."""
 
     def __init__(
-        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig
-    ) -> None:
+        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
+        generate: Callable[[list[Message], int], str] | None = None,
+    ) -> None:  # fmt: skip
         self.env, self.renderer, self.config = env, renderer, config
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
         self.prompt_ids: list[int] = []
@@ -62,15 +63,20 @@ class _Running:
             instruction="", turns=[], reward=0.0, success=False, stop_reason=StopReason.MAX_TURNS,
         )  # fmt: skip
         try:
+            if isinstance(env, HasTools):
+                env.tool_format = renderer.tool_format
+            if isinstance(env, HasGenerator) and generate is not None:
+                env.use_generator(generate)
             rules = border.system_prompt(env)
             observation, instruction = border.reset(env, assignment.task_id, self.max_chars)
+            tools = border.tools(env)
         except EnvironmentFault as fault:
             self.fail(fault)
             return
         self.trajectory.instruction = instruction
         messages: list[Message] = [{"role": "system", "content": rules}] if rules else []
         messages.append({"role": "user", "content": observation})
-        self.prompt_ids = renderer.start(messages)
+        self.prompt_ids = renderer.start(messages, tools)
 
     def fail(self, cause: object) -> None:
         self.trajectory.fail(cause)
@@ -145,9 +151,19 @@ def rollout(
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
     """
     trajectories: list[Trajectory] = []
+
+    def generate(messages: list[Message], salt: int) -> str:
+        """The student's answer where an environment lets it play another part."""
+        sampling = Sampling(
+            max_tokens=config.max_turn_tokens, seed=derive_seed(seed, salt),
+            temperature=config.temperature if temperature is None else temperature,
+        )  # fmt: skip
+        (answer,) = sampler.generate([renderer.start(messages)], sampling)
+        return renderer.decode(answer.ids)
+
     for start in range(0, len(assignments), len(envs)):
         batch = [
-            _Running(env, assignment, renderer, config)
+            _Running(env, assignment, renderer, config, generate)
             for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
         ]
         active = [running for running in batch if not running.stopped]

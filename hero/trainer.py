@@ -16,6 +16,7 @@ import torch
 from hero.checkpoint import BrokenCheckpoint, load_checkpoint, save_checkpoint
 from hero.checks import check
 from hero.config import TrainConfig, redacted
+from hero.envs import border
 from hero.envs.base import Environment
 from hero.episodes import derive_seed
 from hero.evaluation import agreement, dev_metrics, summarise
@@ -229,6 +230,7 @@ class Trainer:
             "device": str(self.policy.device),
             "versions": versions(),
             **reflector_facts(self.config),
+            **border.facts(self.stages.env),
         }
         if before := self.folder.read_before():  # its tasks, also if a resumed run asks for others
             self.config.eval.test_tasks = len(before["per_task"])

@@ -53,6 +53,9 @@ class Play(Command):
     """File for the results; "" prints only."""
     settings: Annotated[PlayConfig, arg(name="")] = field(default_factory=PlayConfig)
 
+    def __post_init__(self) -> None:
+        self.facts: dict[str, str] = {}
+
     def with_defaults(self) -> Play:
         run = Path(self.model)
         if (run / "config.json").is_file() and (run / "best").is_dir():
@@ -74,7 +77,7 @@ class Play(Command):
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
-        from hero.envs.border import tasks
+        from hero.envs.border import facts, tasks
         from hero.episodes import derive_seed, rollout
         from hero.evaluation import trials
         from hero.sampler import HFSampler
@@ -85,6 +88,9 @@ class Play(Command):
         policy = self._policy()
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
+        self.facts = facts(envs[0])
+        for name, value in self.facts.items():
+            Console().say(f"{name.replace('_', ' ')}: {value}")
         chosen = tasks(envs[0], config.split)[: config.tasks]
         with Console().counting("playing") as count:
             return rollout(
@@ -124,7 +130,7 @@ class Eval(Play):
             f"score {result.score:.3f}, average turns {result.turns:.1f}"
         )
         if self.output:
-            write_atomic(Path(self.output), json.dumps(result.to_dict(), indent=1))
+            write_atomic(Path(self.output), json.dumps(result.to_dict() | self.facts, indent=1))
 
 
 @dataclass(kw_only=True)

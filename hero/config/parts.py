@@ -51,7 +51,7 @@ class EnvConfig(Settings):
     """The world."""
 
     name: str = "shop"
-    """shop, or `module:Class` of your own (docs/environments.md)."""
+    """shop, tau, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
     """Constructor options of the environment, on top of those that a recipe gives it."""
     reward: Literal["score", "success", "failure"] = "score"

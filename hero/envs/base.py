@@ -16,10 +16,11 @@ import importlib
 import inspect
 import reprlib
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
-from hero.types import Diagnosis, Trajectory
+from hero.types import Diagnosis, Message, Trajectory
 
 StepResult = tuple[str, float, bool, bool, dict[str, Any]]
 
@@ -58,6 +59,39 @@ class HasOracle(Protocol):
 
 
 @runtime_checkable
+class HasTools(Protocol):
+    """Environments whose actions are tool calls; other text is said to the user.
+
+    The model's chat template decides how calls are written: whoever plays sets `tool_format`, one
+    of hero.toolcalls.FORMATS, before `reset`. `step` reads it, and `oracle` writes it.
+    """
+
+    tool_format: str
+
+    def tools(self) -> list[dict[str, Any]]:
+        """OpenAI schemas of the tools of the task that was reset last; of the world before one."""
+        ...
+
+
+@runtime_checkable
+class HasGenerator(Protocol):
+    """Environments that may let the generator that plays the agent play another part too."""
+
+    def use_generator(self, generate: Callable[[list[Message], int], str]) -> None:
+        """Set before `reset`: messages and a seed to the text of an answer."""
+        ...
+
+
+@runtime_checkable
+class HasFacts(Protocol):
+    """Environments whose results depend on more than their options."""
+
+    def facts(self) -> dict[str, str]:
+        """What stands in every result: versions of data, who played the user."""
+        ...
+
+
+@runtime_checkable
 class HasDiagnosis(Protocol):
     """Environments that supply their own deterministic reflector (`reflection.reflector=rules`)."""
 
@@ -67,7 +101,7 @@ class HasDiagnosis(Protocol):
 
 
 CONTRACT = ("system_prompt", "tasks", "reset", "step", "close")
-BUILTIN = {"shop": "hero.envs.shop:ShopEnv"}
+BUILTIN = {"shop": "hero.envs.shop:ShopEnv", "tau": "hero.envs.tau:TauEnv"}
 
 
 def make_env(name: str, **options: Any) -> Environment:

@@ -8,7 +8,7 @@ from functools import partial
 
 from hero.config import ReflectionConfig
 from hero.envs.base import Environment, HasDiagnosis
-from hero.envs.border import diagnose, system_prompt
+from hero.envs.border import diagnose, system_prompt, tools
 from hero.prompts import Prompts
 from hero.reflection.base import Reflector
 from hero.reflection.endpoint import Endpoint
@@ -17,6 +17,7 @@ from hero.reflection.reflectors import ModelReflector, RuleReflector
 from hero.reflection.shuffle import ShuffledReflector
 from hero.renderer import Renderer
 from hero.sampler import Sampler
+from hero.toolcalls import example
 
 
 def make_reflector(
@@ -63,13 +64,22 @@ def make_reflector(
             config,
             prompts,
             renderer,
-            rules=system_prompt(env),
+            rules=_rules(env, renderer),
             max_prompt_tokens=room,
             shared=shared,
         )
     if config.shuffle_hints == "off":
         return reflector
     return ShuffledReflector(reflector, config.shuffle_hints)
+
+
+def _rules(env: Environment, renderer: Renderer) -> str:
+    """The rules of the agent; at their end, which is kept when they are shortened, its tools."""
+    rules = system_prompt(env)
+    if not (schemas := tools(env)):
+        return rules
+    names = ", ".join(schema["function"]["name"] for schema in schemas)
+    return f"{rules}\n\nTools: {names}\nAn action that calls one: {example(renderer.tool_format)}"
 
 
 def _room(config: ReflectionConfig, context: int) -> int:
