@@ -14,10 +14,10 @@ from hero.envs.base import Environment
 from hero.episodes import derive_seed
 from hero.episodes import rollout as play
 from hero.evaluation import Evaluation, summarise, trials
-from hero.files import refuse_to_replace
 from hero.policy import Policy
 from hero.recipes import load_recipe, merge
 from hero.report.tracking import METRICS, read_jsonl
+from hero.run_folder import RunFolder
 from hero.sampler import HFSampler
 from hero.stages import TEST
 from hero.trainer import Trainer
@@ -62,7 +62,7 @@ def train(
         settings = from_dict(merge(load_recipe(settings), changes or {}))
     elif changes:
         raise ValueError("changes go on top of a recipe: change the TrainConfig itself.")
-    refuse_to_replace(Path(output_dir))
+    RunFolder(Path(output_dir)).check(settings)
     Trainer(settings, Path(output_dir), name, **objects).run()
     return load_run(output_dir)
 

@@ -48,7 +48,9 @@ class RunFolder:
 
         Raises:
             Fault: another process has the folder.
+            ValueError: it holds what is not a run's.
         """
+        self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / LOCK).open("a+") as file:
             try:
@@ -66,32 +68,47 @@ class RunFolder:
             sweep(self.path)
             yield
 
-    def begin(self, config: TrainConfig) -> bool:
-        """Write config.json; returns whether the run goes on from a checkpoint.
+    def check(self, config: TrainConfig) -> None:
+        """Refuse, before anything is loaded or written, what must not be done in this folder.
 
         Raises:
             ValueError: there is nothing to go on from, something is here that would be lost, or
                 the run that is here was made with other settings.
         """
-        if not checkpoints(self.path):
-            if config.resume not in ("never", "auto"):
+        if checkpoints(self.path):
+            if config.resume == "never":
                 raise ValueError(
-                    f"{self.path} holds no checkpoint to go on from. Start anew with --resume "
-                    "never and another --output-dir."
+                    f"{self.path} already holds a run: go on from it with --resume {self.path}, or "
+                    "name another --output-dir."
                 )
-            if (self.path / METRICS).is_file():
-                raise ValueError(
-                    f"{self.path} holds the logs of a run, but no checkpoint: nothing of it is "
-                    "replaced. Put its checkpoint/ back, or name another --output-dir."
-                )
-        elif config.resume == "never":
-            raise ValueError(
-                f"{self.path} already holds a run: go on from it with --resume {self.path}, or "
-                "name another --output-dir."
-            )
-        else:
             self._same_run(config)
-        write_atomic(self.path / CONFIG, json.dumps(redacted(config), indent=1))
+            return
+        if config.resume not in ("never", "auto"):
+            raise ValueError(
+                f"{self.path} holds no checkpoint to go on from. Start anew with --resume never "
+                "and another --output-dir."
+            )
+        if (self.path / METRICS).is_file():
+            raise ValueError(
+                f"{self.path} holds the logs of a run, but no checkpoint: nothing of it is "
+                "replaced. Put its checkpoint/ back, or name another --output-dir."
+            )
+        self._refuse_foreign()
+
+    def _refuse_foreign(self) -> None:
+        """Only a folder that a run has locked before, or an empty one, is taken."""
+        if not (self.path / LOCK).is_file() and not checkpoints(self.path):
+            refuse_to_replace(self.path)
+
+    def begin(self, config: TrainConfig) -> bool:
+        """Write config.json; returns whether the run goes on from a checkpoint.
+
+        Raises:
+            ValueError: as `check`.
+        """
+        self.check(config)
+        kept = {**redacted(config), "resume_anyway": False}  # it was said once, not for ever
+        write_atomic(self.path / CONFIG, json.dumps(kept, indent=1))
         return bool(checkpoints(self.path))
 
     def _same_run(self, config: TrainConfig) -> None:
@@ -128,21 +145,14 @@ class RunFolder:
             return None
         try:
             before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            before["per_task"]["" if not before["per_task"] else next(iter(before["per_task"]))]
+            if not before["per_task"]:
+                raise ValueError("it holds no task")
         except (ValueError, KeyError, TypeError) as error:
             raise Fault(
                 f"{path} cannot be read ({type(error).__name__}: {error}). The training itself is "
                 "whole: remove the file to go without the comparison, or evaluate with hero eval."
             ) from error
         return before
-
-
-def claim(path: Path, resume: str) -> None:
-    """Refuse a folder that holds what is not a run's, before minutes of loading."""
-    if not checkpoints(path) and not (path / METRICS).is_file() and resume in ("never", "auto"):
-        held = [item for item in path.iterdir() if item.name != LOCK] if path.is_dir() else []
-        if held or path.is_file():
-            refuse_to_replace(path)
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

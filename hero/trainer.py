@@ -60,6 +60,8 @@ class Trainer:
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
         self.interrupt = Interrupt()
+        self.is_begun = False
+        """Whether the folder is this run's, with a checkpoint in it."""
         self._is_torn = False
 
     # ---- the run ------------------------------------------------------------------------------
@@ -80,6 +82,7 @@ class Trainer:
                 self._restore()
             else:
                 self.save()  # from here on the run can be gone on with
+            self.is_begun = True
             self.console.header(f"hero train {self.recipe}", header(self.config, self.policy))
             settings = redacted(self.config)
             at = self.state.logged

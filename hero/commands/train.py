@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from hero import recipes
-from hero.checkpoint import BrokenCheckpoint, checkpoints
+from hero.checkpoint import BrokenCheckpoint
 from hero.checks import from_dict
 from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
 from hero.config import SftConfig, TrainConfig
 from hero.files import refuse_to_replace
 from hero.interrupt import Stopped
 from hero.report.console import Console
-from hero.run_folder import claim
+from hero.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from hero.trainer import Trainer
@@ -72,6 +72,7 @@ class Train(FromRecipe):
         name = self.recipe or (Path(self.config).stem if self.config else "train")
         run_dir = _run_folder(config, name)
         config.output_dir = str(run_dir)
+        RunFolder(run_dir).check(config)
         make_importable(config.env.name)
 
         from hero.report.viewer import render
@@ -89,7 +90,8 @@ class Train(FromRecipe):
         except BrokenCheckpoint:
             raise
         except (ValueError, OSError, Fault) as mistake:
-            mistake.__notes__ = [_how_to_go_on(trainer)]  # type: ignore[union-attr]  # Python 3.10
+            if trainer.is_begun:  # else the folder was refused, and going on would be too
+                mistake.add_note(_how_to_go_on(trainer))
             raise
         report = render(run_dir)
         console.say(f"Best model: {run_dir / 'best'}")
@@ -121,7 +123,7 @@ class Sft(FromRecipe):
 
 
 def _run_folder(config: TrainConfig, name: str) -> Path:
-    """Where the run goes: the folder to go on from, or one that holds nothing of anybody else's."""
+    """Where the run goes."""
     if config.resume not in ("never", "auto"):
         if Path(config.output_dir) != Path(config.resume):
             raise ValueError(
@@ -134,19 +136,13 @@ def _run_folder(config: TrainConfig, name: str) -> Path:
             "--resume auto needs --output-dir: it goes on from the checkpoint there, if there is "
             "one."
         )
-    run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    claim(run_dir, config.resume)
-    return run_dir
+    return Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _how_to_go_on(trainer: Trainer) -> str:
-    if not checkpoints(trainer.run_dir):
+    if not trainer.is_begun:
         return "Nothing was begun, so nothing is lost."
-    saved = (
-        "before the first update"
-        if trainer.state.update == 0
-        else (f"after update {trainer.state.update}")
-    )
+    saved = f"after update {trainer.state.update}"
     if trainer.is_torn:
         saved = "at the last checkpoint, as the update was interrupted half-way"
     return f"Saved {saved}. Go on with: hero train --resume {trainer.run_dir}"

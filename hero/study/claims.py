@@ -138,7 +138,7 @@ class Arms:
                 yield Part(
                     words=f"{arm} - {BASE} | recall of faults, points | {start}, the end",
                     start=start, value=float(own.mean() - before.mean()),
-                low=low, high=high, bound=-MARGIN,
+                    low=low, high=high, bound=-MARGIN,
                 )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def test_a_run_from_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert run == load_run(run.folder)
     assert [line["step"] for line in run.metrics] == [0, 1, 2]
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="nothing in it is replaced"):
+    with pytest.raises(ValueError, match="already holds a run"):
         train(settings(), run.folder, environment=OneTask, policy=policy)
 
 
