@@ -52,8 +52,8 @@ class EnvConfig(Settings):
     name: str = "shop"
     """A name that `hero envs` lists, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
-    """Options of the environment, on top of those that a recipe gives it: `--env.options.NAME VALUE`
-    or pairs of NAME and VALUE; `--env.options` alone drops the recipe's."""
+    """Options of the environment, on top of those of the recipe: `--env.options.NAME VALUE`, or
+    pairs of NAME and VALUE; `--env.options` alone drops the recipe's."""
     reward: Literal["score", "success"] = "score"
     """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]"""
 
