@@ -12,9 +12,9 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, cast
 
 GROUP = "hero.envs"
 INSTALL = "pip install 'hero-kernels[{}]'"
@@ -161,4 +161,7 @@ def load(world: World) -> Callable[..., Any]:
     if callable(world.factory):
         return world.factory
     module, _, attribute = world.factory.partition(":")
-    return reduce(getattr, attribute.split("."), importlib.import_module(module))
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    return cast(Callable[..., Any], found)

@@ -66,7 +66,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         if isinstance(value, dict):
-            old = merged.get(key) if isinstance(merged.get(key), dict) else {}
+            stands = merged.get(key)
+            old = stands if isinstance(stands, dict) else {}
             named = old.get("name", EnvConfig.name)
             if key == "env" and value.get("name", named) != named:
                 old = {name: setting for name, setting in old.items() if name != "options"}

@@ -109,8 +109,9 @@ def rounded(lengths: np.ndarray) -> np.ndarray:
 
 def load_index(folder: Path, vocabulary: dict[str, int], num_texts: int) -> bm25s.BM25:
     """The index that a `Builder` left in `folder`; its arrays stay on disk."""
-    arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("scores", "texts"))
-    return index_of(vocabulary, *arrays, np.load(folder / "first.npy"), num_texts)
+    scores = np.load(folder / "scores.npy", mmap_mode="r")
+    texts = np.load(folder / "texts.npy", mmap_mode="r")
+    return index_of(vocabulary, scores, texts, np.load(folder / "first.npy"), num_texts)
 
 
 def index_of(
