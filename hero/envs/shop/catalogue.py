@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,17 +175,17 @@ def synthetic_goal(
 
 
 def human_goals(
-    product: Product, written: Iterable[dict[str, Any]], rng: random.Random
+    product: Product, written: Iterable[dict[str, Any]], limits: Callable[[float], float | None]
 ) -> Iterator[Goal]:
     """Goals that people wrote for a product; those without attributes are left out.
 
-    Their options are values without a name.
+    Their options are values without a name. `limits` gives the price limit for a price.
     """
     for entry in written:
         attributes = tuple(entry["instruction_attributes"])
         if not attributes:
             continue
-        limit = price_limit(product.price, rng)
+        limit = limits(product.price)
         request = entry["instruction"].strip(".")
         yield Goal(
             asin=product.asin,

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
-from hero.envs.shop.catalogue import Goal, Product, build_goals, human_goals, load_products
+from hero.envs.shop.catalogue import (
+    Goal,
+    Product,
+    build_goals,
+    human_goals,
+    load_products,
+    price_limit,
+)
 from hero.envs.shop.search import Search, plain_words
 from hero.envs.shop.synthetic import RawCatalogue, build, max_products
 
@@ -44,14 +51,15 @@ class Shop:
     """A catalogue and its goals; immutable, and shared by all environments of a process."""
 
     def __init__(
-        self, profile: Profile, products: list[Product], goals: list[Goal], search: Search
+        self,
+        profile: Profile,
+        products: Mapping[str, Product],
+        asins: Sequence[str],
+        goals: Sequence[Goal],
+        search: Search,
     ) -> None:
-        self.profile = profile
-        self.products: Mapping[str, Product] = {product.asin: product for product in products}
-        self.asins: Sequence[str] = list(self.products)
-        self.goals: Sequence[Goal] = goals
+        self.profile, self.products, self.asins, self.goals = profile, products, asins, goals
         self._search = lru_cache(maxsize=8192)(search.best)
-        self._position = {asin: position for position, asin in enumerate(self.asins)}
         held_out = profile.num_test + profile.num_dev
         if len(goals) <= held_out:
             raise ValueError(
@@ -111,10 +119,10 @@ class Shop:
     def results_page(self, query: str, number: int) -> list[str]:
         """Asins on the results page `number`, counted from 1; empty beyond the last."""
         size = self.profile.page_size
-        page = list(self.search(query)[(number - 1) * size : number * size])
+        page = self._search(query)[(number - 1) * size : number * size]
         if self.profile.pages_in_catalogue_order:
-            page.sort(key=self._position.__getitem__)
-        return page
+            page = tuple(sorted(page))
+        return [self.asins[position] for position in page]
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -150,7 +158,9 @@ def shop_of(
     if human is None:
         goals = build_goals(products, raw[1], profile.terse, rng)
     else:
-        goals = [goal for p in products for goal in human_goals(p, human.get(p.asin, ()), rng)]
+        limits = partial(price_limit, rng=rng)
+        goals = [goal for p in products for goal in human_goals(p, human.get(p.asin, ()), limits)]
     random.Random(GOAL_SHUFFLE_SEED).shuffle(goals)
     search = index(product.search_text for product in products)
-    return Shop(profile, products, goals, search)
+    named = {product.asin: product for product in products}
+    return Shop(profile, named, list(named), goals, search)
