@@ -7,7 +7,8 @@ environment's own limit.
 
 Keys of `info`: after `reset` `task_id`, `instruction`; after `step` `valid` (bool), `feedback_kind`
 (FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role
-under which the observation is shown, default "user"), `success` (bool, when the episode has ended).
+under which the observation is shown, default "user"), `success` (bool, when the episode has ended),
+`next_prompt` (str: the whole prompt of the next turn, for worlds that do not show a conversation).
 """
 
 from __future__ import annotations
