@@ -165,7 +165,8 @@ class _Check:
     def determinism(self) -> str:
         other = self.make()
         for task in self._tasks():
-            if self._play(task) != self._play(task, env=other):
+            played = self._play(task)
+            if played != self._play(task, env=other, script=[t.action_text for t in played.turns]):
                 raise _Broken(f"two instances play task {task!r} differently with equal actions")
         other.close()
         return f"two instances agree on {len(self._tasks())} episodes"
@@ -214,7 +215,13 @@ class _Check:
             return border.action(env, "oracle")
         return rng.choice(JUNK)
 
-    def _play(self, task: str, junk_at: int = -1, env: Environment | None = None) -> Trajectory:
+    def _play(
+        self,
+        task: str,
+        junk_at: int = -1,
+        env: Environment | None = None,
+        script: list[str] | None = None,
+    ) -> Trajectory:
         env = env or self.env
         rng = random.Random(task)
         _, instruction = border.reset(env, task)
@@ -224,6 +231,8 @@ class _Check:
         )  # fmt: skip
         for number in range(MAX_TURNS):
             text = JUNK[1] if number == junk_at else self._action(rng, env)
+            if script is not None and number < len(script):
+                text = script[number]
             step = border.step(env, text, task, number)
             played.turns.append(
                 Turn(

@@ -65,7 +65,9 @@ class GymEnv(Seeded):
         ]  # fmt: skip
         if len(self.names) != number:
             raise ValueError(f"{id} has {number} actions, got names for {len(self.names)}.")
-        self._describe: Callable[..., Any] | None = load(World(factory=describe)) if describe else None
+        self._describe: Callable[..., Any] | None = (
+            load(World(factory=describe)) if describe else None
+        )
 
     @property
     def system_prompt(self) -> str:

@@ -13,7 +13,7 @@ INVALID = "You attempted an invalid move."
 
 
 class TextArenaEnv(Seeded):
-    """One game; picklable if the game is. The reward is the game's, paid at its end.
+    """One game; picklable, by its moves. The reward is the game's, paid at its end.
 
     Args:
         id: as textarena.make takes it; see textarena's list of games for one player.
@@ -27,24 +27,31 @@ class TextArenaEnv(Seeded):
         self, id: str = "TowerOfHanoi-v0", *, success: float = 1.0, max_steps: int = 50,
         num_train: int = 1000, num_dev: int = 100, num_test: int = 100,
     ) -> None:  # fmt: skip
-        import textarena
-
         super().__init__(
             max_steps=max_steps, num_train=num_train, num_dev=num_dev, num_test=num_test
         )
-        self.success = success
+        self.id, self.success = id, success
+        self._task_id, self._moves = "", list[str]()
+        self._make()
+
+    def _make(self) -> None:
+        """A new game: an old one goes on showing what was said in it."""
+        import textarena
+
         try:
-            self._game = textarena.make(id)
+            self._game = textarena.make(self.id)
         except Exception as error:  # textarena has no class for it; some games fetch word lists
-            raise ValueError(f"textarena cannot make {id!r}: {error}") from error
-        self._seen = ""
+            raise ValueError(f"textarena cannot make {self.id!r}: {error}") from error
 
     def reset(self, task_id: str) -> tuple[str, Info]:
-        self._game.reset(num_players=1, seed=self.seed_of(task_id))
-        self._steps, self._seen = 0, ""
+        seed = self.seed_of(task_id)
+        self._make()
+        self._game.reset(num_players=1, seed=seed)
+        self._task_id, self._moves, self._steps, self._seen = task_id, [], 0, ""
         return self._new(), {"task_id": task_id}
 
     def step(self, text: str) -> StepResult:
+        self._moves.append(text)
         done, _ = self._game.step(text)
         seen, reward, info = self._new(text), 0.0, dict[str, Any]()
         cut = self.cut(bool(done))
@@ -66,6 +73,19 @@ class TextArenaEnv(Seeded):
         new = text[len(self._seen) :] if text.startswith(self._seen) else text
         self._seen = text
         return new.replace(f"[Player] {move}", "", 1).strip() if move else new.strip()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_game"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        moves = self._moves
+        if self._task_id:
+            self.reset(self._task_id)
+            for move in moves:
+                self.step(move)
+        else:
+            self._make()
 
     def close(self) -> None:
         """Nothing to release."""

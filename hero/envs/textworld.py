@@ -6,10 +6,13 @@ from typing import Any
 
 from hero.envs.base import StepResult
 from hero.envs.seeded import Info, Seeded, available
+from hero.text import harmless
 from hero.types import FeedbackKind
 
 UNKNOWN = "Unknown action"
 """How an answer begins to what is not an action."""
+MAX_ACTION = 500
+"""Characters of an answer that are read."""
 
 
 class TextWorldEnv(Seeded):
@@ -61,7 +64,7 @@ class TextWorldEnv(Seeded):
         return f"{instruction}\n{self._words(seen, info)}", {"instruction": instruction}
 
     def step(self, text: str) -> StepResult:
-        action = " ".join(text.lower().split())
+        action = " ".join(harmless(text[:MAX_ACTION]).lower().split())
         self._on_path = self._on_path and self._gold[self._steps : self._steps + 1] == [action]
         seen, _, done, info = self._world.step(action)
         gain, self._score = float(info["score"]) - self._score, float(info["score"])

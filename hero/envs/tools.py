@@ -1,26 +1,8 @@
 """A plain Python class as a world: its public methods are the tools of the agent.
 
-    class Calculator:
-        tasks = {"train": [{"goal": 7}], "dev": [{"goal": 8}], "test": [{"goal": 9}]}
-
-        def reset(self, goal: int) -> str:
-            self.total, self.goal, self.reward = 0, goal, 0.0
-            return f"Reach {goal}."
-
-        def add(self, number: int) -> str:
-            \"\"\"Add a number.
-
-            Args:
-                number: what to add.
-            \"\"\"
-            self.total += number
-            self.reward = float(self.total == self.goal)
-            return f"The total is {self.total}."
-
-The shape is that of TRL's `environment_factory`: `reset` gets a row of data by keywords and returns
-the first words to the agent (or None), and docstrings and type hints become the schemas of tools.
-An answer without a call ends the episode, as does an attribute `done`. The reward is what the
-attribute or method `reward` says at the end, success the same of `success`, or a reward of 1.
+The shape is that of TRL's `environment_factory`: `reset(**row)` returns the first words to the
+agent, or None; docstrings and type hints of the other methods become the schemas of tools. What
+ends an episode and what it pays stands in docs/environments/generic.md.
 """
 
 from __future__ import annotations
@@ -28,16 +10,15 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from hero.envs.base import StepResult, raised
 from hero.envs.registry import World, load
-from hero.toolcalls import ToolCall, check_format, example, parse_calls, write_calls
+from hero.envs.rows import SPLITS, read_rows
+from hero.toolcalls import ToolCall, check_format, example, parse_calls
 from hero.types import FeedbackKind
 
-NO_TOOLS = ("reset", "tasks", "close", "done", "reward", "success", "system_prompt", "oracle")
-SPLITS = ("test", "dev", "train")
+NO_TOOLS = ("reset", "tasks", "close", "done", "reward", "success", "system_prompt")
 
 
 class ToolsEnv:
@@ -63,7 +44,7 @@ class ToolsEnv:
             raise ValueError("tools needs a class: --env.options.factory module:Class.")
         self.max_steps, self.tool_format = max_steps, "react"
         self._world = load(World(factory=factory))(**options)
-        rows = _read(data) if data else getattr(self._world, "tasks", None)
+        rows = read_rows(data) if data else getattr(self._world, "tasks", None)
         if not isinstance(rows, Mapping) or set(rows) != set(SPLITS):
             raise ValueError(
                 f"{factory} needs `tasks`, a dict of rows for train, dev and test, or the option "
@@ -157,31 +138,3 @@ class ToolsEnv:
 
     def close(self) -> None:
         getattr(self._world, "close", lambda: None)()
-
-
-class ToolsEnvWithOracle(ToolsEnv):
-    """Of a class that has `oracle() -> (name, arguments)`, or None to end the episode."""
-
-    def oracle(self) -> str:
-        best = self._world.oracle()
-        if best is None:
-            return "Done."
-        name, arguments = best
-        return write_calls([ToolCall(name=name, arguments=arguments)], self.tool_format)
-
-
-def _read(path: str) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data={path!r} cannot be read as JSON lines: {error}") from error
-    for number, row in enumerate(found):
-        if not isinstance(row, dict):
-            raise ValueError(f"data={path!r}, row {number + 1}: expected an object, got {row!r}.")
-        split = row.pop("split", None) or SPLITS[min(number % 10, 2)]
-        if split not in SPLITS:
-            raise ValueError(f"data={path!r}, row {number + 1}: split {split!r} is unknown.")
-        rows[split].append(row)
-    return rows
