@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 SPLITS = {"test": 0, "dev": 1, "train": 2}
 SEEDS = 1_000_000
 """Seeds of one split: it begins at its number in SPLITS times this."""
+
+WORD = re.compile(r"[^\W_]+")
+MAX_SAID = 1000
+"""Characters at the end of an answer in which its action is looked for."""
 
 
 class Seeded:
@@ -21,7 +26,8 @@ class Seeded:
         self, *, max_steps: int, num_train: int = 1000, num_dev: int = 100, num_test: int = 100
     ) -> None:
         self.sizes = {"train": num_train, "dev": num_dev, "test": num_test}
-        for name, value in {"max_steps": max_steps, **self.sizes}.items():
+        numbers = {f"num_{split}": size for split, size in self.sizes.items()}
+        for name, value in {"max_steps": max_steps, **numbers}.items():
             if not 1 <= value <= SEEDS:
                 raise ValueError(f"{name}={value}; expected 1 to {SEEDS}.")
         self.max_steps, self._steps = max_steps, 0
@@ -49,11 +55,11 @@ class Seeded:
 
 
 def chosen(text: str, actions: list[str]) -> str | None:
-    """The action that an answer names: alone, or at its end; None if there is none."""
-    said = " ".join(text.lower().split()).strip(" .`'\"[]")
-    if said in actions:
-        return said
-    return max((a for a in actions if said.endswith(f" {a}")), key=len, default=None)
+    """The longest action that an answer ends with, word by word; None if it ends with none."""
+    said = WORD.findall(text[-MAX_SAID:].lower())
+    words = {action: WORD.findall(action) for action in actions}
+    fitting = [action for action in actions if said[-len(words[action]) :] == words[action]]
+    return max(fitting, key=len, default=None)
 
 
 def available(actions: list[str]) -> str:

@@ -68,12 +68,14 @@ class ToolsEnv:
         found = []
         for name, method in self._methods().items():
             try:
-                found.append(get_json_schema(method))
+                schema = get_json_schema(method)
             except Exception as error:
                 raise ValueError(
                     f"The tool {name} of {type(self._world).__name__} needs a type hint for each "
                     f"argument and a docstring with `Args:`. {raised(error)}"
                 ) from error
+            schema["function"].pop("return", None)  # which OpenAI's schemas do not have
+            found.append(schema)
         return found
 
     def _methods(self) -> dict[str, Callable[..., Any]]:

@@ -69,8 +69,9 @@ def entries(path: Path) -> Iterator[Any]:
                     end = _skip(text, end, ":")
                     key, (value, end) = value, decode(text, end)
                     value = (key, value)
-                if end == len(text):  # a number may go on in the next chunk
-                    raise json.JSONDecodeError("cut", text, end)
+                after = _skip(text, end, "")
+                if text[after : after + 1] not in (",", "]", "}"):  # a number may go on
+                    raise json.JSONDecodeError("a value is followed by nothing", text, end)
             except json.JSONDecodeError as error:
                 more = file.read(CHUNK)
                 if not more:
@@ -82,7 +83,7 @@ def entries(path: Path) -> Iterator[Any]:
 
 
 def _skip(text: str, at: int, mark: str) -> int:
-    while at < len(text) and (text[at].isspace() or text[at] == mark):
+    while text[at : at + 1].isspace() or (mark and text[at : at + 1] == mark):
         at += 1
     return at
 
