@@ -18,7 +18,7 @@ from shop_helpers import LAMP, finish, trajectory, write_catalogue
 from hero.cli import main
 from hero.envs import border
 from hero.envs.base import make_env
-from hero.envs.webshop import WebShopEnv, files
+from hero.envs.webshop import WebShopEnv, files, shops
 from hero.envs.webshop.files import entries
 from hero.envs.webshop.index import rounded
 from hero.envs.webshop.words import stemmed_words
@@ -149,7 +149,7 @@ def test_human_goals(tmp_path: Path) -> None:
 def test_an_index_is_not_taken_for_another(data: str, tmp_path: Path) -> None:
     index = str(tmp_path / "index")
     WebShopEnv(data, index_dir=index)
-    files.open_webshop.cache_clear()
+    shops.open_webshop.cache_clear()
     WebShopEnv(data, index_dir=index)  # built once, opened again
     with pytest.raises(ValueError, match=r"other data: \{'seed': 0\}, expected \{'seed': 3\}"):
         WebShopEnv(data, index_dir=index, seed=3)
