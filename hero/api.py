@@ -19,7 +19,8 @@ from hero.policy import Policy
 from hero.recipes import load_recipe, merge
 from hero.report.tracking import METRICS, read_jsonl
 from hero.sampler import HFSampler
-from hero.trainer import TEST, Trainer
+from hero.stages import TEST
+from hero.trainer import Trainer
 from hero.types import Trajectory
 
 

@@ -197,9 +197,9 @@ def rollout(
 
 
 def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:
-    """The trajectories; for `env.reward=success` each pays 1 for success and 0 for the rest."""
-    for trajectory in trajectories if kind == "success" else ():
-        trajectory.reward = float(trajectory.success)
+    """The trajectories, paid as `env.reward` says."""
+    for trajectory in trajectories if kind != "score" else ():
+        trajectory.reward = float(trajectory.success == (kind == "success"))
     return trajectories
 
 

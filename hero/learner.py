@@ -133,6 +133,13 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
         self.optimizer.load_state_dict(state)
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"the optimiser's {name} is {list(moments[name].shape)} for a parameter "
+                        f"{list(parameter.shape)}"
+                    )
         self.steps_taken = steps_taken
 
 

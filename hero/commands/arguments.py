@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, get_origin
 
 import tyro
@@ -14,6 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from hero.checks import elsewhere, from_dict
 from hero.commands.base import Command
 from hero.commands.play import Eval, Play, Rollout
+from hero.commands.probe import Probe
 from hero.commands.study import Study
 from hero.commands.tools import Doctor, Model, Recipes, View
 from hero.commands.train import Sft, Train
@@ -27,6 +28,7 @@ AnyCommand = (
     | Annotated[Sft, subcommand("sft")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Rollout, subcommand("rollout")]
+    | Annotated[Probe, subcommand("probe")]
     | Annotated[Study, subcommand("study")]
     | Annotated[View, subcommand("view")]
     | Annotated[Model, subcommand("model")]
@@ -52,7 +54,8 @@ def parse(arguments: list[str]) -> Command:
     arguments = _joined(arguments)
     try:
         first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
-        default = replace(first.with_defaults(), debug=False)  # else the flag turns it off
+        flags = {item.name: False for item in fields(first) if item.default is False}
+        default = replace(first.with_defaults(), **flags)  # else a flag that is given turns it off
     except SystemExit:
         first = default = tyro.MISSING_NONPROP
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -16,6 +16,9 @@ from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, Rollo
 from hero.files import write_atomic
 from hero.report.console import Console
 from hero.types import Trajectory, to_json
+
+if TYPE_CHECKING:  # it loads torch
+    from hero.policy import Policy
 
 
 @dataclass(kw_only=True)
@@ -77,15 +80,12 @@ class Play(Command):
         from hero.envs.border import facts, tasks
         from hero.episodes import derive_seed, rollout
         from hero.evaluation import trials
-        from hero.policy import Policy
         from hero.sampler import HFSampler
-        from hero.trainer import TEST
+        from hero.stages import TEST
 
         prepare_torch(None, self.debug)
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
-        best = Path(self.model) / "best"
-        path = str(best) if best.is_dir() else self.model
-        policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
+        policy = self._policy()
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
         self.facts = facts(envs[0])
@@ -99,6 +99,13 @@ class Play(Command):
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
                 temperature=config.temperature,
             )  # fmt: skip
+
+    def _policy(self) -> Policy:
+        from hero.policy import Policy
+
+        best, config = Path(self.model) / "best", self.settings
+        path = str(best) if best.is_dir() else self.model
+        return Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
 
 
 @dataclass(kw_only=True)

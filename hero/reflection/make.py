@@ -30,7 +30,7 @@ def make_reflector(
     teacher_weights: Callable[[], AbstractContextManager[object]],
     context: int,
 ) -> Reflector:
-    """The reflector that `config` asks for, with its hints shuffled if `config.shuffle_hints`.
+    """The reflector that `config` asks for, with its hints shuffled as `config.shuffle_hints` says.
 
     Args:
         teacher_weights: makes a context in which `sampler` samples from the teacher's weights.
@@ -68,7 +68,9 @@ def make_reflector(
             max_prompt_tokens=room,
             shared=shared,
         )
-    return ShuffledReflector(reflector) if config.shuffle_hints else reflector
+    if config.shuffle_hints == "off":
+        return reflector
+    return ShuffledReflector(reflector, config.shuffle_hints)
 
 
 def _rules(env: Environment, renderer: Renderer) -> str:
