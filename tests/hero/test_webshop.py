@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 from shop_helpers import LAMP, finish, trajectory, write_catalogue
 
+from hero.checks import check
 from hero.cli import main
+from hero.commands.arguments import parse
 from hero.envs import border
 from hero.envs.base import make_env
 from hero.envs.webshop import WebShopEnv, files, shops
@@ -144,6 +146,18 @@ def test_human_goals(tmp_path: Path) -> None:
             number = int(info["instruction"].split("number ")[1].split(",")[0])
             reward, steps = finish(env)
             assert (reward, steps) == (1.0, 3 + min(number % 3, 2))
+
+
+@pytest.mark.parametrize("mode", ["hero", "env_only", "full_demo", "grpo"])
+def test_the_recipe_and_its_arms(data: str, mode: str) -> None:
+    words = ["train", "webshop", "--mode", mode, "--env.options.data-dir", data]
+    if mode == "grpo":
+        words += ["--rollout.group-size", "8", "--rollout.tasks-per-update", "4"]
+    config = parse(words).settings  # type: ignore[attr-defined]
+    check(config)
+    env = make_env(config.env.name, **config.env.options)
+    assert (config.model.lora_rank, config.env.options["data_dir"]) == (32, data)
+    assert env.system_prompt.startswith("You shop online") and env.tasks("dev")
 
 
 def test_an_index_is_not_taken_for_another(data: str, tmp_path: Path) -> None:
