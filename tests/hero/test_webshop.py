@@ -160,6 +160,18 @@ def test_the_recipe_and_its_arms(data: str, mode: str) -> None:
     assert env.system_prompt.startswith("You shop online") and env.tasks("dev")
 
 
+@pytest.mark.parametrize("prompt", ["official", "verl-agent"])
+def test_an_update_of_the_small_agent(data: str, prompt: str, tmp_path: Path) -> None:
+    words = f"train --env.name webshop --env.options.prompt {prompt} --mode env_only --updates 1"
+    words += " --threads 1 --rollout.tasks-per-update 2 --rollout.max-turns 3 --eval.dev-tasks 1"
+    words += " --rollout.max-turn-tokens 8 --rollout.max-episode-tokens 1000 --eval.test-tasks 0"
+    run = tmp_path / "run"
+    places = ["--env.options.data-dir", data, "--output-dir", str(run)]
+    assert main([*words.split(), *places]) == 0
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[-1]["optim/steps"] == 1 and metrics[-1]["divergence/mean"] > 0
+
+
 def test_an_index_is_not_taken_for_another(data: str, tmp_path: Path) -> None:
     index = str(tmp_path / "index")
     WebShopEnv(data, index_dir=index)
