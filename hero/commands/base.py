@@ -16,6 +16,9 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff
 
+OF_THE_USER = ("tools", "gym")
+"""Environments whose options may name a class or function of the user."""
+
 
 @dataclass(kw_only=True)
 class Command:
@@ -43,8 +46,8 @@ def saved_settings(run: Path) -> dict[str, Any]:
 
 
 def make_importable(env_name: str) -> None:
-    """Let `--env.name module:Class` be found in this folder, after all that is installed."""
-    if ":" in env_name and os.getcwd() not in sys.path:
+    """Let a class of the user be found in this folder, after all that is installed."""
+    if (":" in env_name or env_name in OF_THE_USER) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 
 

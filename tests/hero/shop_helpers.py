@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hero.envs.shop import ShopEnv
 from hero.types import StopReason, Trajectory, Turn
 
@@ -15,6 +17,7 @@ LAMP = "B000000001"
 
 def write_catalogue(folder: Path) -> str:
     """Twelve lamps in WebShop's files; only the first has options and goals, 12 x 12 x 12."""
+    pytest.importorskip("Stemmer", reason="the extra webshop is not installed (PyStemmer)")
     colors = ["Red/White", *(f"shade{letter}" for letter in "abcdefghijk")]
     sizes = [f"size{letter}" for letter in "abcdefghijkl"]
     cords = ["red | white", *(f"cord{letter}" for letter in "abcdefghijk")]

@@ -274,6 +274,21 @@ def test_long_observations_are_cut_before_they_are_tokenised(renderer: Renderer)
     assert shorten("abcdef", 3) == "ab\n[3 characters cut]\nf"
 
 
+def test_a_world_may_give_the_whole_next_prompt(renderer: Renderer) -> None:
+    answers = iter([
+        ("seen", 0.0, False, False, {"next_prompt": "ab"}),
+        ("more", 0.0, False, False, {}),
+        ("end", 0.0, True, False, {}),
+    ])  # fmt: skip
+    world = World("step", lambda: next(answers))
+    [played] = play(renderer, world, ["bad"])
+    first, second, third = played.turns
+    rules = [{"role": "system", "content": world.system_prompt}] if world.system_prompt else []
+    assert second.prompt_ids == renderer.start([*rules, {"role": "user", "content": "ab"}])
+    assert first.observation == "seen"  # what teacher and reflector read
+    assert third.prompt_ids[: len(second.prompt_ids)] == second.prompt_ids
+
+
 def test_no_control_character_passes() -> None:
     for code in [*range(0x3000), *range(0xD800, 0xE000)]:
         out = harmless(f"a{chr(code)}b")

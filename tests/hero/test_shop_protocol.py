@@ -12,6 +12,7 @@ from shop_helpers import LAMP, oracle_actions, play, write_catalogue
 
 from hero.envs.base import Environment, HasDiagnosis, HasOracle, make_env
 from hero.envs.shop import ShopEnv
+from hero.envs.webshop import WebShopEnv
 from hero.types import FeedbackKind
 
 OPEN_LAMP = ["search[desk]", f"click[{LAMP.lower()}]"]
@@ -24,14 +25,14 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def strict(data_dir: str) -> ShopEnv:
-    env = ShopEnv("full", data_dir=data_dir, mode="strict")
+    env = WebShopEnv(data_dir, mode="strict")
     env.reset("test-0")
     return env
 
 
 @pytest.fixture
 def feedback(data_dir: str) -> ShopEnv:
-    env = ShopEnv("full", data_dir=data_dir)
+    env = WebShopEnv(data_dir, score_breakdown=True)
     env.reset("test-0")
     return env
 
@@ -119,7 +120,7 @@ def test_detail_pages(strict: ShopEnv) -> None:
 
 
 def test_text_rich_marks_buttons_and_clicks(data_dir: str) -> None:
-    env = ShopEnv("full", data_dir=data_dir, mode="strict", observation="text_rich")
+    env = WebShopEnv(data_dir, mode="strict", observation="text_rich")
     text = instruction(env)
     assert env.reset("test-0")[0] == f"WebShop\nInstruction: \n{text}\n[button] Search [button_]\n"
     results = play(env, ["search[desk]"])[0]
@@ -218,7 +219,7 @@ def test_purchase_is_explained_without_naming_the_target(feedback: ShopEnv) -> N
 
 
 def test_steps_run_out(data_dir: str) -> None:
-    env = ShopEnv("full", data_dir=data_dir, max_steps=4)
+    env = WebShopEnv(data_dir, max_steps=4)
     env.reset("test-0")
     seen = [env.step("search[desk]") for _ in range(4)]
     warnings = [observation.rsplit("\n", 1)[-1] for observation, *_ in seen[1:]]
@@ -233,7 +234,7 @@ def test_steps_run_out(data_dir: str) -> None:
 
 
 def test_a_purchase_with_the_last_step_is_no_truncation(data_dir: str) -> None:
-    env = ShopEnv("full", data_dir=data_dir, max_steps=3)
+    env = WebShopEnv(data_dir, max_steps=3)
     env.reset("test-0")
     play(env, OPEN_LAMP)
     assert env.step("click[Buy Now]")[2:4] == (True, False)
@@ -275,8 +276,6 @@ def test_compact_style_is_short(data_dir: str) -> None:
         {"num_products": 0},
         {"profile": "small", "num_products": 5},
         {"profile": "tiny", "num_products": 10_000},
-        {"profile": "small", "data_dir": "somewhere"},
-        {"profile": "full", "data_dir": "no such folder"},
     ],
     ids=str,
 )
