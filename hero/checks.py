@@ -97,6 +97,7 @@ def check(config: TrainConfig) -> None:
     if config.mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {config.mode!r}.")
     _check_batches(config)
+    _check_turns(config)
     _check_endpoint(config)
     _check_secrets(config)
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
@@ -130,6 +131,15 @@ def _check_batches(config: TrainConfig) -> None:
             f"optim.minibatches={config.optim.minibatches} must be at most the {episodes} episodes "
             f"of an update ({rollout.tasks_per_update} tasks x {rollout.group_size}): lower "
             "--optim.minibatches."
+        )
+
+
+def _check_turns(config: TrainConfig) -> None:
+    choosing = [name for name, mode in MODES.items() if mode.chooses_turns]
+    if config.loss.turns != "hinted" and config.mode not in choosing:
+        raise ValueError(
+            f"loss.turns={config.loss.turns} is a choice of the modes {', '.join(choosing)}; got "
+            f"mode={config.mode}: leave it at hinted."
         )
 
 

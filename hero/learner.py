@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero.config import TrainConfig
+from hero.config import TeacherConfig, TrainConfig
 from hero.loss import LossOutput, compute_loss, weigh
 from hero.packing import PackedBatch, micro_batches, pack, plan_rows
 from hero.policy import Policy
@@ -33,6 +33,8 @@ class Learned:
     """Mean over steps."""
     grad_norm: float = 0.0
     """Mean over steps, before clipping."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """Each term of the loss, weight included; means over steps."""
     entropy: float = 0.0
     """Mean over the tokens looked at, nats."""
     trained: dict[Place, tuple[str, ...]] = field(default_factory=dict)
@@ -57,6 +59,13 @@ class Learner:
             betas=(optim.adam_beta1, optim.adam_beta2),
             weight_decay=optim.weight_decay,
         )
+        self.start: TeacherWeights | None = None
+        """The weights at the start, if the loss needs them; the teacher's, if they stay there."""
+        if config.loss.kl_to_start:
+            stays = teacher.policy is policy and teacher.kind == "frozen"
+            stays &= config.teacher.refresh == "never"
+            frozen = TeacherConfig(weights="frozen")
+            self.start = teacher if stays else TeacherWeights(policy, frozen)
         self.steps_taken = 0
         self.halvings = 0
         """Of the learning rate, each after a collapse."""
@@ -78,14 +87,16 @@ class Learner:
                 done = self._accumulate(minibatch)
                 if not done:
                     continue
-                stepped = self._step(learned, [output.loss for _, output in done])
+                stepped = self._step(learned, [output for _, output in done])
                 for batch, output in done:
                     entropies.append(output.entropy)
                     _record(learned, batch, output, stepped, first_pass=epoch == 0)
-        learned.loss /= max(1, learned.steps + learned.skipped_steps)
+        tried = max(1, learned.steps + learned.skipped_steps)
+        learned.loss /= tried
+        learned.terms = {name: total / tried for name, total in learned.terms.items()}
         learned.grad_norm /= max(1, learned.steps)
-        if entropies:
-            learned.entropy = float(torch.cat(entropies).mean())
+        seen = torch.cat(entropies) if entropies else torch.zeros(0)
+        learned.entropy = float(seen.mean()) if len(seen) else 0.0
         return learned
 
     def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
@@ -97,21 +108,24 @@ class Learner:
             with self.policy.recomputing():
                 output = compute_loss(
                     self.policy, self.teacher, batch, self.config.loss,
-                    self.config.rollout.temperature,
+                    self.config.rollout.temperature, self.start,
                 )  # fmt: skip
                 output.loss.backward()  # type: ignore[no-untyped-call]
             output.loss = output.loss.detach()
             done.append((batch, output))
         return done
 
-    def _step(self, learned: Learned, losses: Sequence[Tensor]) -> bool:
+    def _step(self, learned: Learned, outputs: Sequence[LossOutput]) -> bool:
         """Take an optimiser step unless the gradient is not finite; returns whether it was."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.trainable().values(), self.config.optim.max_grad_norm
         )
-        learned.loss += float(sum(losses))
+        learned.loss += float(sum(output.loss for output in outputs))
+        for output in outputs:
+            for name, value in output.terms.items():
+                learned.terms[name] = learned.terms.get(name, 0.0) + float(value)
         finite = bool(torch.isfinite(norm))
         if finite:
             self.optimizer.step()

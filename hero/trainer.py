@@ -81,7 +81,7 @@ class Trainer:
         prompts = make_prompts(config.prompts)
         self.teacher = TeacherWeights(self.policy, config.teacher)
         context = TeacherContext(config.teacher, renderer, prompts)
-        self.algorithm = MODES[config.mode](context, config.loss.pg_weight)
+        self.algorithm = MODES[config.mode](context, config.loss)
         self.reflector = reflector if self.algorithm.needs_reflection else None
         if self.algorithm.needs_reflection and reflector is None:
             self.reflector = make_reflector(
@@ -259,7 +259,7 @@ class Trainer:
         gold = {}
         if self.algorithm.needs_gold:
             gold = gold_episodes(self.env, tasks, self.config.rollout.max_turns)
-        return self.algorithm.annotate(
+        return self.algorithm.samples(
             Experience(trajectories=trajectories, diagnoses=reflections.diagnoses, gold=gold)
         )
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import MinLen
 
-from hero.config.kinds import Count, CountOrZero, Positive, PromptStyle, Settings
+from hero.config.kinds import Chance, Count, CountOrZero, Positive, PromptStyle, Settings
 from hero.config.parts import EnvConfig, ModelConfig
 
 
@@ -39,10 +39,14 @@ class SftConfig(Settings):
     """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
     coverage_episodes: CountOrZero = 1500
     """Near-perfect and noisy episodes: hindsight and diagnosis targets only."""
-    coverage_noise: Annotated[list[Annotated[float, Ge(0), Le(1)]], MinLen(1)] = field(
+    coverage_noise: Annotated[list[Chance], MinLen(1)] = field(
         default_factory=lambda: [0.0, 0.15, 0.4]
     )
     """Share of random actions of the coverage episodes, in turn."""
+    coverage_loops: Chance = 0.0
+    """Share of the coverage episodes in which the demonstrator gets stuck and repeats itself."""
+    contexts: Literal["hints", "all"] = "hints"
+    """What teachers are shown: what needs a hint; all adds outcomes and demonstrations, as often."""
     steps: Count = 3000
     """Optimiser steps."""
     batch_size: Count = 4
