@@ -25,7 +25,6 @@ from hero.teacher import TeacherWeights
 from hero.types import Sample
 from hero_kernels import DivergenceOutput, fused_linear_divergence, token_coefficients
 
-
 TERMS = ("distillation", "policy gradient", "observation", "KL to the start")
 """The terms of the loss, by the names that reports use."""
 
@@ -41,7 +40,7 @@ class LossOutput:
     logprob_gap: Tensor
     """[M] log T(y) - log S(y)."""
     entropy: Tensor
-    """[M] of the student, [N] of all tokens if nothing is distilled, [0] if neither is looked at."""
+    """[M] of the student, [N] of all tokens if nothing is distilled, [0] if neither is seen."""
     terms: dict[str, Tensor] = field(default_factory=dict)
     """[] of each term of `TERMS` that there is, without gradient; their sum is the loss."""
 

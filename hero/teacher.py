@@ -146,14 +146,16 @@ def _other_model(path: str, student: Policy) -> Policy:
     other = Policy.load(config)
     other.model.requires_grad_(False)
     other.model.to(student.dtype)  # type: ignore[arg-type]
+    other.renderer = student.renderer
+    own_ids, ids = student.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     for what, own, theirs in (
-        ("ids of its vocabulary", student.tokenizer.get_vocab(), other.tokenizer.get_vocab()),
+        ("the vocabularies", own_ids, ids),
         ("rows of the lm_head", len(student.head.weight), len(other.head.weight)),
         ("scale and cap of the logits", student.head_options, other.head_options),
         ("bias of the lm_head", student.head.bias is None, other.head.bias is None),
     ):
         if own != theirs:
-            sizes = [len(x) if what.startswith("ids") else x for x in (own, theirs)]
+            sizes = [f"{len(x)} ids" if x is own_ids or x is ids else x for x in (own, theirs)]
             raise ValueError(
                 f"teacher.path={path!r} must score the student's tokens, but {what} differ: "
                 f"student {sizes[0]}, teacher {sizes[1]}. Expected a model of the same family "

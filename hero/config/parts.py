@@ -209,7 +209,7 @@ class EvalConfig(Settings):
     every: Count = 5
     """Updates between evaluations on the dev split."""
     select: Literal["best", "last", "averaged"] = "best"
-    """Weights that the run ends with: best on dev, the last, or the average of the last ten updates.
+    """Weights that the run ends with: best on dev, the last, or an average of the last ones.
 
     Both the last and the selected ones are played on the test split. [D]"""
     dev_tasks: Count = 100
@@ -227,7 +227,7 @@ class EvalConfig(Settings):
     watch_teacher: bool = False
     """Measure the lift at every evaluation, not only before training.
 
-    Costs a reflection of the dev episodes and two more answers to at most 128 of their turns. [D]"""
+    Costs a reflection of the dev episodes and two answers to at most 128 of their turns. [D]"""
     stop_drop: NotNegative = 0.3
     """Collapse: dev success falls this far below its best twice in a row, or half as far with
     another sign (docs/method.md)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import MinLen
 
@@ -43,10 +43,6 @@ class SftConfig(Settings):
         default_factory=lambda: [0.0, 0.15, 0.4]
     )
     """Share of random actions of the coverage episodes, in turn."""
-    coverage_loops: Chance = 0.0
-    """Share of the coverage episodes in which the demonstrator gets stuck and repeats itself."""
-    contexts: Literal["hints", "all"] = "hints"
-    """What teachers are shown: what needs a hint; all adds outcomes and demonstrations, as often."""
     steps: Count = 3000
     """Optimiser steps."""
     batch_size: Count = 4
