@@ -25,10 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hero.algorithms.base import Demonstration
 from hero.config import RolloutConfig, SftConfig
 from hero.envs import border
 from hero.envs.base import make_env
-from hero.episodes import Assignment, derive_seed, rewarded, rollout
+from hero.episodes import Assignment, derive_seed, gold_episodes, rewarded, rollout
 from hero.files import new_folder
 from hero.packing import Packed, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
@@ -123,7 +124,7 @@ def make_targets(
         demonstrated = number < config.demonstrator_episodes
         noise = config.coverage_noise[number % len(config.coverage_noise)]
         demonstrate = partial(border.action, env, "demonstrate", rng)
-        act = demonstrate if demonstrated else partial(_cover, env, rng, noise)
+        act = demonstrate if demonstrated else Wanderer(env, rng, noise)
         right: list[str] = []  # the oracle's action in the state of each turn
         sampler = Scripted(partial(_noting, env, right, act), renderer)
         played = rollout(
@@ -135,7 +136,9 @@ def make_targets(
         diagnoses = border.diagnose(env, trajectory)
         if demonstrated:
             targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
-        if told := hindsight_samples(trajectory, diagnoses, right, prompts, renderer, rng):
+        task = trajectory.task_id
+        demo = gold_episodes(env, [task], config.max_turns).get(task, ())
+        if told := hindsight_samples(trajectory, diagnoses, right, demo, prompts, renderer, rng):
             targets["hindsight"].append(told)
         request = renderer.start(
             [{"role": "user", "content": prompts.reflection(trajectory, rules)}]
@@ -165,17 +168,39 @@ def _noting(env: Any, right: list[str], act: Callable[[], str]) -> str:
     return act()
 
 
-def _cover(env: Any, rng: random.Random, noise: float) -> str:
-    """The oracle's action, or with probability `noise` a random one."""
-    if rng.random() < noise:
-        return border.action(env, "random_action", rng)
-    return border.action(env, "oracle")
+LOOP = 0.7
+"""Chance that a repeated action is repeated once more."""
+
+
+class Wanderer:
+    """The oracle's actions; with probability `noise` a random one, or the last one again.
+
+    A student that learns meets states that the demonstrator never does: it gets stuck in loops of
+    one click, which the reflector has to have seen.
+    """
+
+    def __init__(self, env: Any, rng: random.Random, noise: float) -> None:
+        self.env, self.rng, self.noise = env, rng, noise
+        self.last, self.is_stuck = "", False
+
+    def __call__(self) -> str:
+        draw = self.rng.random()
+        self.is_stuck = bool(self.last) and draw < (LOOP if self.is_stuck else self.noise / 2)
+        if not self.is_stuck:
+            wanders = draw < self.noise
+            self.last = (
+                border.action(self.env, "random_action", self.rng)
+                if wanders
+                else border.action(self.env, "oracle")
+            )
+        return self.last
 
 
 def hindsight_samples(
     trajectory: Trajectory,
     diagnoses: Sequence[Diagnosis],
     oracle: Sequence[str],
+    demonstration: Demonstration,
     prompts: Prompts,
     renderer: Renderer,
     rng: random.Random,
@@ -185,8 +210,9 @@ def hindsight_samples(
     The right action is the corrected one, or the oracle's in the state of the turn (`oracle`). A
     turn is left out if it was faulty and nothing better is known.
 
-    Which parts of the hindsight are shown is drawn at random, so that every mode's teacher has been
-    met: all of them, the diagnosis alone, observation and reward alone.
+    What of the hindsight is shown is drawn at random, each kind equally often, so that the teacher
+    of every mode has been met: all of it, the diagnosis alone, observation and reward, the outcome,
+    a successful episode.
     """
     samples = []
     for turn, diagnosis, best in zip(trajectory.turns, diagnoses, oracle, strict=True):
@@ -203,10 +229,12 @@ def hindsight_samples(
             corrected_action=diagnosis.corrected_action,
         )
         both = replace(told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok)
+        others = [raw, Hindsight(outcome=trajectory.success)]
+        others += [Hindsight(demonstration=demonstration)] if demonstration else []
         if diagnosis.hint:
-            seen = rng.choice([both, both, told, raw, replace(both, corrected_action="")])
-        elif not faulty and rng.random() < 0.3:
-            seen = raw
+            seen = rng.choice([both, told, replace(both, corrected_action=""), *others])
+        elif not faulty and rng.random() < 0.5:
+            seen = rng.choice(others)
         else:
             continue
         sample = _sample(turn.prompt_ids, [*renderer.encode(right), renderer.end_id])

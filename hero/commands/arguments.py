@@ -14,6 +14,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from hero.checks import elsewhere, from_dict
 from hero.commands.base import Command
 from hero.commands.play import Eval, Play, Rollout
+from hero.commands.study import Study
 from hero.commands.tools import Doctor, Model, Recipes, View
 from hero.commands.train import Sft, Train
 from hero.config import TrainConfig
@@ -24,6 +25,7 @@ AnyCommand = (
     | Annotated[Sft, subcommand("sft")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Rollout, subcommand("rollout")]
+    | Annotated[Study, subcommand("study")]
     | Annotated[View, subcommand("view")]
     | Annotated[Model, subcommand("model")]
     | Annotated[Recipes, subcommand("recipes")]

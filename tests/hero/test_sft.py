@@ -28,7 +28,7 @@ def taught(
         sample
         for seed in range(40)
         for sample in hindsight_samples(
-            trajectory, [diagnosis], [oracle], make_prompts("standard"), renderer,
+            trajectory, [diagnosis], [oracle], (), make_prompts("standard"), renderer,
             random.Random(seed),
         )
     ]  # fmt: skip

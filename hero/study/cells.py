@@ -1,0 +1,113 @@
+"""One cell of a study: a run of an arm, judged with its last weights at each budget."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hero.checks import from_dict
+from hero.config import TrainConfig
+from hero.files import write_atomic
+from hero.recipes import merge
+
+NEVER = 1_000_000
+PANEL_SEED = 7001
+"""Of the sampling in every evaluation: all arms, seeds and budgets meet the same noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What is run, with nothing that depends on the machine."""
+
+    start: str
+    arm: str
+    seed: int
+    settings: dict[str, Any]
+    """The arm's, nested; the learning rate among them."""
+    model: str
+    """Folder of the start."""
+    marks: tuple[int, ...]
+    split: str
+    tasks: int
+
+    @property
+    def name(self) -> str:
+        rate = self.settings["optim"]["learning_rate"]
+        return f"{self.start}/{self.arm}/{self.split}-lr{rate:g}-seed{self.seed}"
+
+
+def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Train and judge; returns the row, which is kept as `folder/rows/NAME.json`.
+
+    A row that exists is not made again. The run goes from mark to mark, so each budget is met to
+    the episode, and its last weights are judged there on the same tasks with the same noise.
+    """
+    path = folder / "rows" / f"{cell.name}.json"
+    if path.is_file():
+        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return row
+    from hero.report.console import Console
+    from hero.trainer import Trainer
+
+    run = folder / "runs" / cell.name
+    shutil.rmtree(run, ignore_errors=True)  # of a cell that was interrupted
+    started = time.perf_counter()
+    row = {"start": cell.start, "arm": cell.arm, "seed": cell.seed, "split": cell.split}
+    row |= {"learning_rate": cell.settings["optim"]["learning_rate"], "marks": []}
+    for mark in cell.marks:
+        config: TrainConfig = from_dict(merge(cell.settings, {
+            "seed": cell.seed, "threads": 1, "model": {"path": cell.model}, "updates": NEVER,
+            "max_env_turns": mark, "resume": "auto", "save_every": NEVER, "save_trajectories": 0,
+            "output_dir": str(run),
+            "eval": {"every": NEVER, "dev_tasks": 8, "test_tasks": 0, "rescues": 0,
+                     "stop_drop": 2.0, "min_teacher_lift": None},
+        }))  # fmt: skip
+        trainer = Trainer(config, run, cell.arm, Console(io.StringIO(), terminal=False))
+        summary = trainer.run()
+        row["marks"].append({
+            "turns": summary["env_turns"], "stopped": summary["stopped"],
+            "updates": trainer.state.update, "generated_tokens": trainer.state.generated_tokens,
+            "reflection_tokens": trainer.state.reflection_tokens,
+            "seconds": time.perf_counter() - started,
+            **judge(trainer.policy, config, cell.split, cell.tasks),
+        })  # fmt: skip
+    row["training"] = _curve(run)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(row))
+    shutil.rmtree(run, ignore_errors=True)
+    return row
+
+
+def judge(policy: Any, config: Any, split: str, tasks: int) -> dict[str, Any]:
+    """Success (a digit a task), score and turns of a policy on the first tasks of a split."""
+    from functools import partial
+
+    from hero.api import evaluate
+    from hero.envs import border
+    from hero.envs.base import make_env
+
+    environment = partial(make_env, config.env.name, **config.env.options)
+    chosen = border.tasks(environment(), split)[:tasks]
+    found = evaluate(policy, environment, chosen, config=config.rollout, seed=PANEL_SEED)
+    per_task = [found.per_task[task] for task in chosen]
+    return {
+        "success": "".join(str(int(task["success"])) for task in per_task),
+        "score": round(found.score, 4),
+        "task_turns": [int(task["turns"]) for task in per_task],
+    }
+
+
+KEPT = ("rewards/mean", "rollout/success", "rollout/turns_mean", "reflection/non_empty_rate",
+        "frac_reward_zero_std", "loss", "entropy", "env_turns")  # fmt: skip
+
+
+def _curve(run: Path) -> list[dict[str, float]]:
+    from hero.report.tracking import METRICS, read_jsonl
+
+    lines = read_jsonl(run / METRICS)
+    return [{k: round(line[k], 4) for k in KEPT if k in line} for line in lines if line.get("step")]

@@ -1,0 +1,177 @@
+"""All cells of a study, side by side: starts, learning rates, then the runs that count."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from hero.checks import from_dict
+from hero.config import SftConfig, TrainConfig
+from hero.files import write_atomic
+from hero.recipes import merge
+from hero.study.cells import Cell, judge, run_cell
+from hero.study.plan import StudyConfig, claim_folder
+
+TUNING = 100
+"""First seed of the runs that choose a learning rate: none of them is reported."""
+
+Say = Callable[[str], None]
+
+
+def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]]:
+    """Run what is missing; returns the rows of all runs that count, and writes `rows.jsonl`.
+
+    Raises:
+        Fault: the folder holds another study.
+    """
+    claim_folder(study, folder)
+    context = get_context("spawn")  # each has its own torch, with one thread
+    with ProcessPoolExecutor(study.jobs, mp_context=context, initializer=_prepare) as pool:
+        models = make_starts(study, folder, pool, say)
+        rates = choose_rates(study, folder, models, pool, say)
+        say("Runs that count: test tasks.")
+        rows = _all(pool, _cells(study, models, rates), folder, say)
+        rows += [
+            pool.submit(_base, study, start, models[start], folder).result() for start in models
+        ]
+    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def _prepare() -> None:
+    import os
+
+    from hero.commands.base import prepare_torch
+
+    os.nice(5)
+    prepare_torch(1)
+
+
+def make_starts(
+    study: StudyConfig, folder: Path, pool: ProcessPoolExecutor, say: Say
+) -> dict[str, str]:
+    """The folder of each start's model; those that are made by `hero sft` are made once."""
+    found, waiting = {}, {}
+    for name, settings in study.starts.items():
+        if set(settings) == {"model"}:
+            found[name] = str(settings["model"])
+            continue
+        found[name] = str(folder / "starts" / name)
+        if not Path(found[name]).is_dir():
+            waiting[pool.submit(_warm_start, settings, found[name])] = name
+    for done in as_completed(waiting):
+        done.result()
+        say(f"Start {waiting[done]}: {found[waiting[done]]}")
+    return found
+
+
+def _warm_start(settings: dict[str, Any], folder: str) -> None:
+    import io
+
+    from hero.report.console import Console
+    from hero.sft import train_sft
+
+    config = from_dict(merge(settings, {"output_dir": folder, "threads": 1}), SftConfig)
+    train_sft(config, Console(io.StringIO(), terminal=False))
+
+
+def choose_rates(
+    study: StudyConfig, folder: Path, models: dict[str, str], pool: ProcessPoolExecutor, say: Say
+) -> dict[tuple[str, str], float]:
+    """The learning rate of each (start, arm): the best mean success on dev tasks; ties the lower.
+
+    The mean is over tuning seeds and marks, so that a rate that rises fast and then collapses does
+    not win by its peak.
+    """
+    if len(study.learning_rates) == 1:
+        [rate] = study.learning_rates
+        return {(start, arm): rate for start in models for arm in study.arms_at(start)}
+    say("Learning rates: dev tasks.")
+    cells = [
+        _cell(study, start, models[start], arm, seed=TUNING + k, rate=rate, split="dev")
+        for k in range(study.tuning_seeds)
+        for start in models
+        for arm in study.arms_at(start)
+        for rate in study.learning_rates
+    ]
+    successes: dict[tuple[str, str], dict[float, list[float]]] = {}
+    for row in _all(pool, cells, folder, say):
+        by_rate = successes.setdefault((row["start"], row["arm"]), {})
+        by_rate.setdefault(row["learning_rate"], []).extend(
+            mark["success"].count("1") / len(mark["success"]) for mark in row["marks"]
+        )
+    means = {
+        key: {rate: sum(found) / len(found) for rate, found in sorted(rates.items())}
+        for key, rates in successes.items()
+    }
+    kept = {"/".join(key): rates for key, rates in means.items()}
+    write_atomic(folder / "rates.json", json.dumps(kept, indent=1))
+    return {key: max(rates, key=lambda rate: rates[rate]) for key, rates in means.items()}
+
+
+def _cells(
+    study: StudyConfig, models: dict[str, str], rates: dict[tuple[str, str], float]
+) -> list[Cell]:
+    """Seed by seed, so that what is there after half the time is a comparison too."""
+    return [
+        _cell(study, start, models[start], arm, seed=seed, rate=rates[start, arm], split="test")
+        for seed in range(study.seeds)
+        for start in models
+        for arm in study.arms_at(start)
+        if seed < study.seeds_of(arm)
+    ]
+
+
+def _cell(
+    study: StudyConfig, start: str, model: str, arm: str, *, seed: int, rate: float, split: str
+) -> Cell:
+    is_test = split == "test"
+    return Cell(
+        start=start, arm=arm, seed=seed, model=model, split=split,
+        settings=merge(study.of(arm), {"optim": {"learning_rate": rate}}),
+        marks=tuple(study.marks if is_test else study.marks[: study.tuning_marks]),
+        tasks=study.test_tasks if is_test else study.dev_tasks,
+    )  # fmt: skip
+
+
+def _all(
+    pool: ProcessPoolExecutor, cells: Iterable[Cell], folder: Path, say: Say
+) -> list[dict[str, Any]]:
+    waiting = {pool.submit(run_cell, cell, folder): cell for cell in cells}
+    rows: dict[int, dict[str, Any]] = {}
+    for number, done in enumerate(as_completed(waiting), 1):
+        cell = waiting[done]
+        row = done.result()
+        rows[id(cell)] = row
+        reached = ", ".join(
+            f"{mark['success'].count('1') / len(mark['success']):.1%} @{mark['turns']}"
+            for mark in row["marks"]
+        )
+        say(f"{number}/{len(waiting)}  {cell.name}  {reached}")
+    return [rows[id(cell)] for cell in waiting.values()]
+
+
+def _base(study: StudyConfig, start: str, model: str, folder: Path) -> dict[str, Any]:
+    """The start itself on the test tasks, untrained."""
+    from hero.config import ModelConfig
+    from hero.policy import Policy
+
+    path = folder / "rows" / start / "base.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    config: TrainConfig = from_dict(study.of(next(iter(study.arms))))
+    found = judge(Policy.load(ModelConfig(path=model)), config, "test", study.test_tasks)
+    row = {
+        "start": start,
+        "arm": "base",
+        "seed": 0,
+        "split": "test",
+        "marks": [{"turns": 0, **found}],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(row))
+    return row
