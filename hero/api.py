@@ -21,6 +21,7 @@ from hero.report.tracking import METRICS, read_jsonl
 from hero.sampler import HFSampler
 from hero.trainer import TEST, Trainer
 from hero.types import Trajectory
+from hero.worked import worked_episodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def rollout(
     trials_per_task: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
+    demonstrations: int = 0,
 ) -> list[Trajectory]:
     """Play episodes.
 
@@ -102,14 +104,18 @@ def rollout(
         trials_per_task: episodes of each task.
         temperature: of the sampling; 0 is greedy.
         seed: the same seed, weights and tasks give the same episodes.
+        demonstrations: worked episodes of training tasks before each task, which needs an oracle.
 
     Raises:
         ValueError: a first prompt already passes `config.max_episode_tokens`.
         hero.types.Fault: the environment raised.
     """
     config = config or RolloutConfig()
+    envs = [environment() for _ in range(config.batch_size)]
+    train = envs[0].tasks("train")
+    shown, _ = worked_episodes(envs[0], train, demonstrations, config.max_turns)
     return play(
-        trials(tasks, trials_per_task), envs=[environment() for _ in range(config.batch_size)],
+        trials(tasks, trials_per_task), envs=envs, shown=shown,
         sampler=HFSampler(policy, config.batch_size), renderer=policy.renderer, config=config,
         seed=derive_seed(seed, TEST), temperature=temperature,
     )  # fmt: skip

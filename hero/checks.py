@@ -98,6 +98,7 @@ def check(config: TrainConfig) -> None:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {config.mode!r}.")
     _check_batches(config)
     _check_turns(config)
+    _check_teacher(config)
     _check_endpoint(config)
     _check_secrets(config)
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
@@ -140,6 +141,16 @@ def _check_turns(config: TrainConfig) -> None:
         raise ValueError(
             f"loss.turns={config.loss.turns} is a choice of the modes {', '.join(choosing)}; got "
             f"mode={config.mode}: leave it at hinted."
+        )
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    teacher = config.teacher
+    if teacher.refresh == "gated" and (teacher.path or teacher.weights != "frozen"):
+        raise ValueError(
+            "teacher.refresh=gated copies the student to a frozen teacher: expected "
+            f"--teacher.weights frozen and no --teacher.path, got {teacher.weights} and "
+            f"{teacher.path!r}."
         )
 
 

@@ -12,7 +12,8 @@ from hero.envs.base import Environment, HasOracle
 from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
 from hero.sampler import Sampler, Sampling
-from hero.types import Message, StopReason, Trajectory, Turn
+from hero.types import StopReason, Trajectory, Turn
+from hero.worked import Worked, opening, work_out
 
 CHARS_PER_TOKEN = 8
 """Of `max_episode_tokens`: what is longer is cut before it is tokenised. Prose has four."""
@@ -51,8 +52,9 @@ class _Running:
     """An episode under way."""
 
     def __init__(
-        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig
-    ) -> None:
+        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
+        shown: Sequence[Worked],
+    ) -> None:  # fmt: skip
         self.env, self.renderer, self.config = env, renderer, config
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
         self.prompt_ids: list[int] = []
@@ -68,9 +70,7 @@ class _Running:
             self.fail(fault)
             return
         self.trajectory.instruction = instruction
-        messages: list[Message] = [{"role": "system", "content": rules}] if rules else []
-        messages.append({"role": "user", "content": observation})
-        self.prompt_ids = renderer.start(messages)
+        self.prompt_ids = opening(renderer, rules, observation, shown)
 
     def fail(self, cause: object) -> None:
         self.trajectory.fail(cause)
@@ -128,6 +128,7 @@ def rollout(
     seed: int,
     temperature: float | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
+    shown: Sequence[Worked] = (),
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
 
@@ -140,6 +141,7 @@ def rollout(
         seed: of the sampling; the same seed, weights and assignments give the same trajectories.
         temperature: instead of the config's (evaluation).
         count: called after every turn with the number of finished episodes and of all.
+        shown: worked episodes before each task (`env.demonstrations`).
 
     Raises:
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
@@ -147,7 +149,7 @@ def rollout(
     trajectories: list[Trajectory] = []
     for start in range(0, len(assignments), len(envs)):
         batch = [
-            _Running(env, assignment, renderer, config)
+            _Running(env, assignment, renderer, config, shown)
             for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
         ]
         active = [running for running in batch if not running.stopped]
@@ -195,21 +197,14 @@ def gold_episodes(
     gold: dict[str, tuple[tuple[str, str], ...]] = {}
     faults, played = [], 0
     for task in tasks:
-        turns: list[tuple[str, str]] = []
-        ended = success = False
         played += 1
         try:
-            border.reset(env, task)
-            while not ended and len(turns) < max_turns:
-                action = border.action(env, "oracle", where=f"task {task!r}")
-                step = border.step(env, action, task, len(turns))
-                turns.append((action, step.observation))
-                ended, success = step.terminated or step.truncated, step.success
+            worked = work_out(env, task, max_turns)
         except EnvironmentFault as fault:
             faults.append(fault)
             continue
-        if ended and success:
-            gold[task] = tuple(turns)
+        if worked is not None:
+            gold[task] = tuple((action, step.observation) for action, step in worked.turns)
     if faults and len(faults) == played:
         raise faults[0]
     return gold

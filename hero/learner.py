@@ -18,6 +18,9 @@ from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
 
+AVERAGED = 10
+"""Updates over which `eval.select=averaged` averages."""
+
 Place = tuple[int, int]
 """(trajectory, turn), as indices into the batch."""
 
@@ -66,6 +69,12 @@ class Learner:
             stays &= config.teacher.refresh == "never"
             frozen = TeacherConfig(weights="frozen")
             self.start = teacher if stays else TeacherWeights(policy, frozen)
+        self.average: TeacherWeights | None = None
+        """Of the student's weights after each update, if `eval.select` asks for it."""
+        if config.eval.select == "averaged":
+            self.average = TeacherWeights(policy, TeacherConfig(weights="ema"))
+        self.averaged = 0
+        """Updates in it."""
         self.steps_taken = 0
         self.halvings = 0
         """Of the learning rate, each after a collapse."""
@@ -91,6 +100,10 @@ class Learner:
                 for batch, output in done:
                     entropies.append(output.entropy)
                     _record(learned, batch, output, stepped, first_pass=epoch == 0)
+        if self.average and learned.steps:
+            self.averaged += 1  # a plain mean at first, then of about the last `AVERAGED`
+            self.average.rate = 1 / min(self.averaged, AVERAGED)
+            self.average.update()
         tried = max(1, learned.steps + learned.skipped_steps)
         learned.loss /= tried
         learned.terms = {name: total / tried for name, total in learned.terms.items()}
@@ -138,15 +151,39 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the student's weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
+            "averaged": self.averaged,
+        }
+
     def restart(self, best: Path) -> None:
         """Go back to saved weights, without momentum and with half the learning rate."""
         self.policy.restore(best)
         self.teacher.restart()
         self.optimizer.state.clear()
         self.halvings += 1
+        self.averaged = 0
+
+    def select(self, best: Path) -> None:
+        """Put the weights that `eval.select` asks for into the policy; `best` holds the best."""
+        if self.config.eval.select == "best":
+            self.policy.restore(best)
+        elif self.average and self.averaged:
+            self.policy.take_over(self.average.state_dict(), best.parent)
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
-        self.optimizer.load_state_dict(state)
+        """Take over a `state_dict`.
+
+        Raises:
+            ValueError: it was made by a run with another `eval.select`.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.load_state_dict(state["average"])
+        self.averaged = state["averaged"]
         self.steps_taken = steps_taken
 
 

@@ -16,7 +16,7 @@ import torch
 from hero.algorithms import MODES, Experience
 from hero.checks import check
 from hero.config import TrainConfig, redacted
-from hero.envs.base import Environment, HasDiagnosis, make_env
+from hero.envs.base import Environment, make_env
 from hero.envs.border import disjoint_tasks
 from hero.episodes import (
     assignments_of_update,
@@ -25,7 +25,7 @@ from hero.episodes import (
     rewarded,
     rollout,
 )
-from hero.evaluation import Probe, agreement, dev_metrics, probe_teacher, summarise, trials
+from hero.evaluation import Probe, dev_metrics, summarise, trials
 from hero.files import find_checkpoint, load_checkpoint, replacing, save_checkpoint, write_atomic
 from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
@@ -33,13 +33,15 @@ from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, Reflector, make_reflector
 from hero.report.console import Console
-from hero.report.facts import header, reflector_facts, versions
+from hero.report.facts import header, outcome
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import METRICS, TRAJECTORIES, Tracker, trajectory_records
 from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Sample, Trajectory
+from hero.watch import Watch
+from hero.worked import worked_episodes
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 
@@ -71,23 +73,34 @@ class Trainer:
         renderer = self.policy.renderer
         splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
         self.tasks = disjoint_tasks(self.env, splits)
+        shown, self.tasks["train"] = worked_episodes(
+            self.env, self.tasks["train"], config.env.demonstrations, config.rollout.max_turns
+        )
+        self.teacher = TeacherWeights(self.policy, config.teacher)
         longest = config.rollout.max_episode_tokens + config.teacher.max_privileged_tokens
         if config.teacher.packing == "tree":
-            self.policy.check_sees_all(longest)
+            self.teacher.policy.check_sees_all(longest)
         self.sampler = HFSampler(self.policy, size)
+        teacher_sampler = HFSampler(self.teacher.policy, size)
         self.rollout = partial(
-            rollout, envs=envs, sampler=self.sampler, renderer=renderer, config=config.rollout
-        )
+            rollout, envs=envs, sampler=self.sampler, renderer=renderer, config=config.rollout,
+            shown=shown,
+        )  # fmt: skip
         prompts = make_prompts(config.prompts)
-        self.teacher = TeacherWeights(self.policy, config.teacher)
         context = TeacherContext(config.teacher, renderer, prompts)
         self.algorithm = MODES[config.mode](context, config.loss)
         self.reflector = reflector if self.algorithm.needs_reflection else None
         if self.algorithm.needs_reflection and reflector is None:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, sampler=self.sampler, renderer=renderer,
-                prompts=prompts, teacher_weights=self.teacher.applied, context=self.policy.context,
+                prompts=prompts, teacher_sampler=teacher_sampler,
+                teacher_weights=self.teacher.applied,
+                context=min(self.policy.context, self.teacher.policy.context),
             )  # fmt: skip
+        self.watch = Watch(
+            config, self.env, self.algorithm, self._reflect, self._annotate, self.teacher,
+            (self.sampler, teacher_sampler), renderer,
+        )  # fmt: skip
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
         self.interrupt = Interrupt()
@@ -182,7 +195,8 @@ class Trainer:
         last = self.state.finished(config)
         if number % config.eval.every == 0 or last:  # the last weights are judged too
             self.console.stage("evaluation")
-            metrics |= agreement(self.env, trajectories, reflections.diagnoses)
+            seed = derive_seed(config.seed, REFLECT, number)
+            metrics |= self.watch.agreement(trajectories, reflections, seed)
             metrics |= self._evaluate_dev(number, metrics)
             clock.lap("evaluation")
         metrics |= clock.metrics()
@@ -202,6 +216,7 @@ class Trainer:
         with self.interrupt.deferred():
             self.learner.restart(self.run_dir / "best")
             state.rescues, state.collapse, state.bad_evaluations = self.learner.halvings, "", 0
+            state.blind = ""
         self.console.say(
             f"Collapse: {why}. From the best weights (update {state.best_update}) at half the "
             f"learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues} of "
@@ -212,24 +227,19 @@ class Trainer:
         """Evaluate the best weights on the test split."""
         best = self.state.best_update or "0, training did not help"
         self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
-        summary: dict[str, Any] = {
-            "recipe": self.recipe,
-            "stopped": self.state.stopped,
-            "best_update": self.state.best_update,
-            "rescues": self.state.rescues,
-            "env_turns": self.state.env_turns,
-            "device": str(self.policy.device),
-            "versions": versions(),
-            **reflector_facts(self.config),
-        }
+        summary = outcome(self.recipe, self.config, self.state, str(self.policy.device))
         earlier = self.run_dir / "before.json"
         if earlier.is_file():  # the tasks played then, also if a resumed run asks for others
             before = json.loads(earlier.read_text(encoding="utf-8"))
             self.config.eval.test_tasks = len(before["per_task"])
-            self.policy.restore(self.run_dir / "best")
+            last = self._held_out("test", self.config.eval.test_tasks, TEST)
+            self.learner.select(self.run_dir / "best")
+            if self.config.eval.select != "best":
+                with replacing(self.run_dir / "selected") as folder:
+                    self.policy.save(folder)
             after = self._evaluate_test(tracker, "after", self.state.update)
-            summary |= {"before": before, "after": after}
-            self.console.final_table(before, after)
+            summary |= {"before": before, "after": after, "last": summarise(last).to_dict()}
+            self.console.final_table(before, after, summary["last"])
         return summary
 
     # ---- stages -------------------------------------------------------------------------------
@@ -265,20 +275,13 @@ class Trainer:
 
     def _probe(self) -> Probe | None:
         """Teacher lift on dev episodes; None if nothing is distilled or nobody can judge."""
-        if not self.algorithm.distils or not isinstance(self.env, HasDiagnosis):
+        if not self.watch.judges:
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
         with self.console.counting("probe") as count:
             played = self.rollout(trials(tasks, 1), seed=seed, count=count)
-        trajectories = rewarded(played, self.config.env.reward)
-        reflections = self._reflect(trajectories, seed)
-        samples = self._annotate(trajectories, reflections)
-        return probe_teacher(
-            self.env, trajectories, reflections.diagnoses, samples, sampler=self.sampler,
-            weights=self.teacher, renderer=self.policy.renderer,
-            max_turn_tokens=self.config.rollout.max_turn_tokens, seed=seed,
-        )  # fmt: skip
+        return self.watch.lift(played, seed)
 
     def _held_out(self, split: str, tasks: int, purpose: int) -> list[Trajectory]:
         config = self.config.eval
@@ -292,10 +295,18 @@ class Trainer:
         """Evaluate on the dev tasks; keep the weights if they are the best so far."""
         trajectories = self._held_out("dev", self.config.eval.dev_tasks, DEV)
         metrics = dev_metrics(trajectories)
+        if self.config.eval.watch_teacher and number > 0:
+            seed = derive_seed(self.config.seed, PROBE, number)
+            metrics |= self.watch.lift(trajectories, seed).metrics()
         with self.interrupt.deferred():
             if self.state.judge(update | metrics, number, self.config.eval.stop_drop):
                 with replacing(self.run_dir / "best") as folder:
                     self.policy.save(folder)
+            if self.state.watch(update | metrics, self.config):
+                self.teacher.refresh()
+                self.console.say(f"The teacher takes over the weights of update {number}.")
+        if self.config.teacher.refresh == "gated":
+            metrics["teacher/refreshes"] = self.state.refreshes
         return metrics
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
@@ -322,7 +333,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir, state=asdict(self.state), teacher=self.teacher.state_dict(),
                 student={name: p.data for name, p in self.policy.trainable().items()},
-                optimizer=self.learner.optimizer.state_dict(),
+                optimizer=self.learner.state_dict(),
             )  # fmt: skip
 
     def _restore(self) -> int | None:

@@ -43,7 +43,7 @@ class Play(Command):
     """Base of the commands that play a model without training it."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
-    """Folder or hub id of a model, or the folder of a run: its best model, in its environment."""
+    """Folder or hub id of a model, or the folder of a run: its selected model, in its world."""
     recipe: str = ""
     """Recipe that says which environment to play, and with which caps."""
     output: str = ""
@@ -77,21 +77,24 @@ class Play(Command):
         from hero.policy import Policy
         from hero.sampler import HFSampler
         from hero.trainer import TEST
+        from hero.worked import worked_episodes
 
         prepare_torch(None, self.debug)
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
-        best = Path(self.model) / "best"
-        path = str(best) if best.is_dir() else self.model
+        folders = [Path(self.model) / name for name in ("selected", "best")]
+        path = next((str(folder) for folder in folders if folder.is_dir()), self.model)
         policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
-        chosen = tasks(envs[0], config.split)[: config.tasks]
+        train, number = tasks(envs[0], "train"), config.env.demonstrations
+        shown, others = worked_episodes(envs[0], train, number, config.rollout.max_turns)
+        chosen = others if config.split == "train" else tasks(envs[0], config.split)
         with Console().counting("playing") as count:
             return rollout(
-                trials(chosen, config.trials), envs=envs, sampler=HFSampler(policy, size),
+                trials(chosen[: config.tasks], config.trials), envs=envs, sampler=HFSampler(policy, size),
                 renderer=policy.renderer, config=config.rollout, count=count,
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
-                temperature=config.temperature,
+                temperature=config.temperature, shown=shown,
             )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 
 from hero.config import ReflectionConfig
@@ -24,6 +24,7 @@ def make_reflector(
     *,
     env: Environment,
     sampler: Sampler,
+    teacher_sampler: Sampler | None = None,
     renderer: Renderer,
     prompts: Prompts,
     teacher_weights: Callable[[], AbstractContextManager[object]],
@@ -32,8 +33,9 @@ def make_reflector(
     """The reflector that `config` asks for, with its hints shuffled if `config.shuffle_hints`.
 
     Args:
-        teacher_weights: makes a context in which `sampler` samples from the teacher's weights.
-        context: longest sequence of the model behind `sampler`.
+        teacher_sampler: samples from another model that is the teacher; None is `sampler`.
+        teacher_weights: makes a context in which it samples from the teacher's weights.
+        context: longest sequence of the model that is asked.
 
     Raises:
         ValueError: `rules` for an environment that has no `diagnose`, or a setting that the
@@ -55,8 +57,10 @@ def make_reflector(
         if config.reflector == "openai":
             model = Endpoint(config, renderer)
         else:
-            weights = teacher_weights if config.reflector == "teacher" else nullcontext
-            model = OwnModel(sampler, renderer, config, weights)
+            if config.reflector == "teacher":
+                model = OwnModel(teacher_sampler or sampler, renderer, config, teacher_weights)
+            else:
+                model = OwnModel(sampler, renderer, config)
             room = _room(config, context)
         reflector = ModelReflector(
             model,
