@@ -100,10 +100,8 @@ class Learner:
                 for batch, output in done:
                     entropies.append(output.entropy)
                     _record(learned, batch, output, stepped, first_pass=epoch == 0)
-        if self.average and learned.steps:
-            self.averaged += 1  # a plain mean at first, then of about the last `AVERAGED`
-            self.average.rate = 1 / min(self.averaged, AVERAGED)
-            self.average.update()
+        if learned.steps:
+            self.take_into_average()
         tried = max(1, learned.steps + learned.skipped_steps)
         learned.loss /= tried
         learned.terms = {name: total / tried for name, total in learned.terms.items()}
@@ -111,6 +109,13 @@ class Learner:
         seen = torch.cat(entropies) if entropies else torch.zeros(0)
         learned.entropy = float(seen.mean()) if len(seen) else 0.0
         return learned
+
+    def take_into_average(self) -> None:
+        """The student's present weights: a plain mean at first, then of about `AVERAGED` updates."""
+        if self.average is not None:
+            self.averaged += 1
+            self.average.rate = 1 / min(self.averaged, AVERAGED)
+            self.average.update()
 
     def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
         """Gradients of one step; [] if no token has weight."""

@@ -91,7 +91,8 @@ class Play(Command):
         chosen = others if config.split == "train" else tasks(envs[0], config.split)
         with Console().counting("playing") as count:
             return rollout(
-                trials(chosen[: config.tasks], config.trials), envs=envs, sampler=HFSampler(policy, size),
+                trials(chosen[: config.tasks], config.trials), envs=envs,
+                sampler=HFSampler(policy, size),
                 renderer=policy.renderer, config=config.rollout, count=count,
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
                 temperature=config.temperature, shown=shown,
