@@ -156,6 +156,13 @@ def _check_teacher(config: TrainConfig) -> None:
 
 def _check_endpoint(config: TrainConfig) -> None:
     reflection = config.reflection
+    if reflection.votes > 1 and (reflection.reflector == "rules" or reflection.temperature == 0):
+        raise ValueError(
+            f"reflection.votes={reflection.votes} compares reflections that differ; got "
+            f"reflector={reflection.reflector} at temperature {reflection.temperature:g}, which "
+            "always writes the same: set --reflection.votes 1, or --reflection.temperature 0.7 "
+            "with another reflector."
+        )
     if reflection.reflector != "openai":
         return
     if not (reflection.base_url and reflection.model):

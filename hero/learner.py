@@ -111,7 +111,7 @@ class Learner:
         return learned
 
     def take_into_average(self) -> None:
-        """The student's present weights: a plain mean at first, then of about `AVERAGED` updates."""
+        """The student's present weights: a plain mean, later one of about `AVERAGED` updates."""
         if self.average is not None:
             self.averaged += 1
             self.average.rate = 1 / min(self.averaged, AVERAGED)

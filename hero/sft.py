@@ -227,6 +227,8 @@ def hindsight_samples(
             observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
         )
         told = Hindsight(
+            necessary=diagnosis.necessary,
+            valid=diagnosis.valid,
             failure_cause=diagnosis.failure_cause,
             hint=diagnosis.hint,
             corrected_action=diagnosis.corrected_action,

@@ -42,6 +42,8 @@ class TeacherContext:
         config = self.config
         return replace(
             hindsight,
+            necessary=diagnosis.necessary or not config.diagnosis,
+            valid=diagnosis.valid or not config.diagnosis,
             failure_cause=diagnosis.failure_cause if config.diagnosis else "",
             hint=diagnosis.hint if config.diagnosis else "",
             corrected_action=diagnosis.corrected_action if config.corrected_action else "",

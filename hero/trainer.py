@@ -232,14 +232,14 @@ class Trainer:
         if earlier.is_file():  # the tasks played then, also if a resumed run asks for others
             before = json.loads(earlier.read_text(encoding="utf-8"))
             self.config.eval.test_tasks = len(before["per_task"])
-            last = self._held_out("test", self.config.eval.test_tasks, TEST)
+            last = summarise(self._held_out("test", self.config.eval.test_tasks, TEST)).to_dict()
             self.learner.select(self.run_dir / "best")
             if self.config.eval.select != "best":
                 with replacing(self.run_dir / "selected") as folder:
                     self.policy.save(folder)
             after = self._evaluate_test(tracker, "after", self.state.update)
-            summary |= {"before": before, "after": after, "last": summarise(last).to_dict()}
-            self.console.final_table(before, after, summary["last"])
+            summary |= {"before": before, "after": after, "last": last}
+            self.console.final_table(before, after, last)
         return summary
 
     # ---- stages -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from hero.algorithms import Algorithm
 from hero.config import TrainConfig
 from hero.envs.base import Environment, HasDiagnosis
-from hero.episodes import rewarded
+from hero.episodes import derive_seed, rewarded
 from hero.evaluation import Probe, agreement, consistency, probe_teacher
 from hero.reflection import Reflections
 from hero.renderer import Renderer
@@ -83,5 +83,5 @@ class Watch:
             return agreement(self.env, trajectories, reflections.diagnoses)
         if self.config.reflection.min_agreement is None:
             return {}
-        again = self.reflect(trajectories, seed + 1).diagnoses
+        again = self.reflect(trajectories, derive_seed(seed, 1)).diagnoses
         return consistency(reflections.diagnoses, again)

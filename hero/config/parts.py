@@ -98,6 +98,10 @@ class ReflectionConfig(Settings):
     """Further calls for a reflection of which nothing could be read."""
     max_observation_tokens: Count = 400
     """Observations are shortened to this, head and tail kept."""
+    votes: Count = 1
+    """Reflections of each episode: hint and corrected action are kept if half of them agree. [D]"""
+    verify: bool = False
+    """Try corrected actions in the restored state; mask turns where they fail. [D]"""
     min_agreement: Chance | None = None
     """Stop if the reflector agrees less than this with the rules, or without them with itself.
 

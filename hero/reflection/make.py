@@ -15,6 +15,8 @@ from hero.reflection.endpoint import Endpoint
 from hero.reflection.models import ChatModel, OwnModel
 from hero.reflection.reflectors import ModelReflector, RuleReflector
 from hero.reflection.shuffle import ShuffledReflector
+from hero.reflection.verify import VerifiedReflector
+from hero.reflection.votes import VotingReflector
 from hero.renderer import Renderer
 from hero.sampler import Sampler
 
@@ -30,7 +32,7 @@ def make_reflector(
     teacher_weights: Callable[[], AbstractContextManager[object]],
     context: int,
 ) -> Reflector:
-    """The reflector that `config` asks for, with its hints shuffled if `config.shuffle_hints`.
+    """The reflector that `config` asks for: asked several times, verified, its hints shuffled.
 
     Args:
         teacher_sampler: samples from another model that is the teacher; None is `sampler`.
@@ -71,6 +73,10 @@ def make_reflector(
             max_prompt_tokens=room,
             shared=shared,
         )
+    if config.votes > 1:
+        reflector = VotingReflector(reflector, config.votes)
+    if config.verify:
+        reflector = VerifiedReflector(reflector, env)
     return ShuffledReflector(reflector) if config.shuffle_hints else reflector
 
 
