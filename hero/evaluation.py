@@ -198,7 +198,8 @@ def probe_teacher(
         env: judges by its own diagnosis: an action is right if it draws no hint.
         trajectories: finished episodes.
         diagnoses: the reflector's, for the agreement; may be empty lists.
-        samples: annotated turns of these trajectories; at most `max_turns` of them are probed.
+        samples: annotated turns of these trajectories; those with a hint, or all where there are no
+            diagnoses, are probed, at most `max_turns` of them.
         sampler: samples from the policy.
         teacher_sampler: from the teacher, within `weights.applied()`.
         weights: the teacher's, applied for its answers.
@@ -207,7 +208,12 @@ def probe_teacher(
         seed: of the sampling.
     """
     faults: list[EnvironmentFault] = []  # an answer that cannot be judged is left out
-    chosen = [sample for sample in samples if sample.distill_weight][:max_turns]
+    chosen = [
+        sample
+        for sample in samples
+        if sample.distill_weight
+        and (not (row := diagnoses[sample.trajectory]) or row[sample.turn].hint)
+    ][:max_turns]
     sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
     plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
     with weights.applied():

@@ -222,6 +222,18 @@ def test_only_a_frozen_copy_can_be_refreshed(teacher: dict[str, str]) -> None:
         check(from_dict({"teacher": {**teacher, "refresh": "gated"}}))
 
 
+def test_clean_turns_do_not_dilute_the_lift(model_path: Path, tmp_path: Path) -> None:
+    """They are right without hindsight: what is probed are turns with a hint, whatever is trained."""
+    found = []
+    for turns in ("hinted", "all"):
+        loss = {"turns": turns, "kl_to_start": 0.1}
+        config = settings(model_path, loss=loss, updates=1, eval={"test_tasks": 0})
+        trainer(config, tmp_path / turns).run()
+        first = read_jsonl(tmp_path / turns / "metrics.jsonl")[0]
+        found.append({name: x for name, x in first.items() if name.startswith("probe/")})
+    assert found[0] == found[1] and found[0]["probe/turns"] > 0
+
+
 def test_the_lift_is_measured_at_every_evaluation(
     model_path: Path,
     tmp_path: Path,
