@@ -223,7 +223,7 @@ def test_only_a_frozen_copy_can_be_refreshed(teacher: dict[str, str]) -> None:
 
 
 def test_clean_turns_do_not_dilute_the_lift(model_path: Path, tmp_path: Path) -> None:
-    """They are right without hindsight: what is probed are turns with a hint, whatever is trained."""
+    """They are right without hindsight: only turns with a hint are probed, whatever is trained."""
     found = []
     for turns in ("hinted", "all"):
         loss = {"turns": turns, "kl_to_start": 0.1}
