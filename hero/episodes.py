@@ -74,9 +74,13 @@ class _Running:
             self.fail(fault)
             return
         self.trajectory.instruction = instruction
-        messages: list[Message] = [{"role": "system", "content": rules}] if rules else []
-        messages.append({"role": "user", "content": observation})
-        self.prompt_ids = renderer.start(messages, tools)
+        self.rules, self.tools = rules, tools
+        self.prompt_ids = self.started_with(observation)
+
+    def started_with(self, text: str) -> list[int]:
+        """Ids of a conversation in which nothing was said before `text`."""
+        messages: list[Message] = [{"role": "system", "content": self.rules}] if self.rules else []
+        return self.renderer.start([*messages, {"role": "user", "content": text}], self.tools)
 
     def fail(self, cause: object) -> None:
         self.trajectory.fail(cause)
@@ -119,6 +123,9 @@ class _Running:
         if step.terminated or step.truncated:
             trajectory.success = step.success
             self.stop(StopReason.DONE if step.terminated else StopReason.TRUNCATED)
+            return
+        if step.next_prompt:
+            self.prompt_ids = self.started_with(step.next_prompt)
             return
         answer = self.renderer.observe(ids, step.role, step.observation)
         self.prompt_ids = self.prompt_ids + ids + answer

@@ -51,9 +51,10 @@ class EnvConfig(Settings):
     """The world."""
 
     name: str = "shop"
-    """shop, tau, or `module:Class` of your own (docs/environments.md)."""
+    """A name that `hero envs` lists, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
-    """Constructor options of the environment, on top of those that a recipe gives it."""
+    """Options of the environment, on top of those of the recipe: `--env.options.NAME VALUE`, or
+    pairs of NAME and VALUE; `--env.options` alone drops the recipe's."""
     reward: Literal["score", "success", "failure"] = "score"
     """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]
     failure is a control: 0 for success and 1 for the rest."""

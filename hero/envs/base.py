@@ -1,4 +1,4 @@
-"""The contract every environment keeps, and the registry that finds one by name.
+"""The contract every environment keeps, and `make_env`, which builds one by its name.
 
 `reset(task_id) -> (observation, info)`; `step(text) -> (observation, reward, terminated, truncated,
 info)`. A task is named by its id, never by a worker's index; its goal is drawn from a fixed seed.
@@ -7,12 +7,12 @@ environment's own limit.
 
 Keys of `info`: after `reset` `task_id`, `instruction`; after `step` `valid` (bool), `feedback_kind`
 (FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role
-under which the observation is shown, default "user"), `success` (bool, when the episode has ended).
+under which the observation is shown, default "user"), `success` (bool, when the episode has ended),
+`next_prompt` (str: the whole prompt of the next turn, for worlds that do not show a conversation).
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import reprlib
 import traceback
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
+from hero.envs.registry import find, load
 from hero.types import Diagnosis, Message, Trajectory
 
 StepResult = tuple[str, float, bool, bool, dict[str, Any]]
@@ -101,24 +102,17 @@ class HasDiagnosis(Protocol):
 
 
 CONTRACT = ("system_prompt", "tasks", "reset", "step", "close")
-BUILTIN = {"shop": "hero.envs.shop:ShopEnv", "tau": "hero.envs.tau:TauEnv"}
 
 
 def make_env(name: str, **options: Any) -> Environment:
-    """Build an environment by its short name or by `"package.module:Class"`.
+    """Build an environment by its name (hero.envs.registry) or by `"package.module:Class"`.
 
     Raises:
-        ValueError: unknown name, or options that the environment does not take.
+        ValueError: unknown name, something not installed, or options that it does not take.
     """
-    target = BUILTIN.get(name, name)
-    module_name, _, attribute = target.partition(":")
-    if not attribute:
-        raise ValueError(
-            f"Unknown environment {name!r}: expected one of {sorted(BUILTIN)} or "
-            "'package.module:Class'."
-        )
+    world = find(name)
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = load(world)
     except (Exception, SystemExit) as error:
         raise ValueError(f"Environment {name!r} cannot be imported: {raised(error)}") from error
     try:
@@ -132,7 +126,7 @@ def make_env(name: str, **options: Any) -> Environment:
     missing = [name for name in CONTRACT if inspect.getattr_static(env, name, None) is None]
     if missing or isinstance(env, type):
         raise ValueError(
-            f"{target} is not an environment: it gave {reprlib.repr(env)}, expected an object with "
+            f"{name} is not an environment: it gave {reprlib.repr(env)}, expected an object with "
             f"{', '.join(CONTRACT)}; missing: {', '.join(missing) or 'nothing, but it is a class'}."
         )
     return cast(Environment, env)

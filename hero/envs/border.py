@@ -52,6 +52,9 @@ class Step:
     parse_ok: bool
     feedback_kind: FeedbackKind
     role: str
+    next_prompt: str
+    """The whole prompt of the next turn, instead of all that was said before and the observation;
+    "" where the conversation goes on."""
 
 
 def system_prompt(env: Environment) -> str:
@@ -126,6 +129,9 @@ def step(env: Environment, text: str, task: str, turn: int, max_chars: int = MAX
             parse_ok=_truth("info['parse_ok']", info.get("parse_ok", True)),
             feedback_kind=FeedbackKind(kind),
             role=role,
+            next_prompt=_text(
+                "step(): info['next_prompt']", info.get("next_prompt", ""), max_chars
+            ),
         )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from hero.config import EnvConfig
+
 FOLDER = Path(__file__).parent
 KINDS = ("train", "sft", "study")
 """Commands that take recipes."""
@@ -55,7 +57,7 @@ def load_file(path: str | Path, kind: str = "train") -> dict[str, Any]:
     """
     data = read_yaml(path)
     base = data.pop("base", None)
-    return merge(load_recipe(base, kind), data) if base else data
+    return merge(load_recipe(base, kind) if base else {}, data)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -76,9 +78,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` on top, nested."""
+    """`base` with `changes` on top, nested.
+
+    Options belong to the environment they were written for: naming another `env.name` starts with
+    none, and `options: null` drops those of the base.
+    """
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        if isinstance(value, dict):
+            stands = merged.get(key)
+            old = stands if isinstance(stands, dict) else {}
+            named = old.get("name", EnvConfig.name)
+            if key == "env" and value.get("name", named) != named:
+                old = {name: setting for name, setting in old.items() if name != "options"}
+            value = merge(old, value)
+        merged[key] = {} if key == "options" and value is None else value
     return merged
