@@ -50,7 +50,9 @@ def shuffle_hints(
         if not diagnosis.hint:
             return diagnosis
         if kind == "unrelated":
-            other = rng.choice([name for name in tasks if name != task])
+            if not (others := [name for name in tasks if name != task]):
+                return Diagnosis(turn=diagnosis.turn)
+            other = rng.choice(others)
             return Diagnosis(turn=diagnosis.turn, hint=instructions[other], source=diagnosis.source)
         cause = diagnosis.failure_cause if kind == "causes" else None
         wrong = [donor for donor in donors[task] if donor.failure_cause != cause]

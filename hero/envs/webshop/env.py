@@ -12,7 +12,8 @@ from hero.envs.shop.env import SYSTEM_PROMPT
 from hero.envs.shop.pages import Page, render_text
 from hero.envs.shop.protocol import BUY, DETAILS, Action, View, labels, parse_action
 from hero.envs.shop.store import Shop, check_choice
-from hero.envs.webshop.files import GOALS, open_webshop
+from hero.envs.webshop.files import GOALS
+from hero.envs.webshop.opening import open_webshop
 from hero.envs.webshop.prompts import Moment, Plain, Ragen, VerlAgent
 
 PROMPTS = ("hero", "official", "ragen", "verl-agent")

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-from hero.envs.shop.search import Search
-from hero.envs.shop.store import PROFILES, Shop, shop_of
-from hero.envs.webshop.index import Builder
-from hero.envs.webshop.words import stemmed_words
 
 ITEMS, NOTES, NOUNS = "items_shuffle*.json", "items_ins_v2*.json", "title_nouns.json"
 HUMAN = "items_human_ins*.json"
@@ -100,50 +94,6 @@ def table(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}.")
     return found
-
-
-@lru_cache(maxsize=4)
-def open_webshop(
-    data_dir: str, num_products: int | None, seed: int, goals: str, index_dir: str | None
-) -> Shop:
-    """The shop of these files, made once in each process.
-
-    Raises:
-        ValueError: files are missing, several of a kind, or not WebShop's.
-    """
-    if not data_dir:
-        raise ValueError(
-            "webshop needs WebShop's files: --env.options.data-dir DIR (docs/environments/"
-            "webshop.md says how to get them). `--env.name shop` needs none."
-        )
-    folder = Path(data_dir)
-    items = find(folder, ITEMS)
-    if index_dir is not None:
-        from hero.envs.webshop.disk import open_index
-
-        return open_index(folder, Path(index_dir), num_products, seed, goals)
-    size = items.stat().st_size
-    if size > MAX_IN_MEMORY and num_products is None:
-        raise ValueError(
-            f"{items} has {size / 1e9:.1f} GB, too much to be read into memory: give "
-            "--env.options.index-dir DIR for an index on disk, which is built once."
-        )
-    products = []
-    for item in entries(items):
-        products.append(check_item(item, items))
-        if len(products) == num_products:
-            break
-    notes = table(find(folder, HUMAN if goals == "human" else NOTES))
-    attributes = table(find(folder, NOTES)) if goals == "human" else notes
-    raw = (products, attributes, table(find(folder, NOUNS)))
-    return shop_of(raw, PROFILES["full"], seed, _index, notes if goals == "human" else None)
-
-
-def _index(texts: Iterable[str]) -> Search:
-    builder = Builder()
-    for text in texts:
-        builder.add(stemmed_words(text))
-    return Search(builder.finish(), stemmed_words)
 
 
 def check_item(item: Any, path: Path) -> dict[str, Any]:
