@@ -19,7 +19,8 @@ from hero.policy import Policy
 from hero.recipes import load_recipe, merge
 from hero.report.tracking import METRICS, read_jsonl
 from hero.sampler import HFSampler
-from hero.trainer import TEST, Trainer
+from hero.stages import TEST
+from hero.trainer import Trainer
 from hero.types import Trajectory
 from hero.worked import worked_episodes
 
@@ -36,8 +37,10 @@ class Run:
     """Empty if the run has not ended."""
 
     def policy(self) -> Policy:
-        """The best model of the run."""
-        return Policy.load(ModelConfig(path=str(self.folder / "best")))
+        """The selected model of the run: that of its figures, the best one unless it says else."""
+        selected = self.folder / "selected"
+        path = selected if selected.is_dir() else self.folder / "best"
+        return Policy.load(ModelConfig(path=str(path)))
 
 
 def train(
@@ -113,7 +116,7 @@ def rollout(
     config = config or RolloutConfig()
     envs = [environment() for _ in range(config.batch_size)]
     train = envs[0].tasks("train")
-    shown, _ = worked_episodes(envs[0], train, demonstrations, config.max_turns)
+    shown, _ = worked_episodes(envs[0], train, demonstrations, config.max_turns, policy.renderer)
     return play(
         trials(tasks, trials_per_task), envs=envs, shown=shown,
         sampler=HFSampler(policy, config.batch_size), renderer=policy.renderer, config=config,

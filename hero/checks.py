@@ -127,6 +127,11 @@ def _check_batches(config: TrainConfig) -> None:
             f"mode={config.mode} compares the episodes of an update: there must be at least 2, got "
             "1. Set --rollout.tasks-per-update 64."
         )
+    if config.reflection.shuffle_hints != "off" and rollout.tasks_per_update < 2:
+        raise ValueError(
+            "reflection.shuffle_hints takes hints from other tasks, but an update has only 1: set "
+            "--rollout.tasks-per-update to 2 or more."
+        )
     if config.optim.minibatches > episodes:
         raise ValueError(
             f"optim.minibatches={config.optim.minibatches} must be at most the {episodes} episodes "

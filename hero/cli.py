@@ -1,6 +1,7 @@
 """The `hero` command: one mistake, one clear message.
 
-Exit codes: 0; 1 for a mistake or fault; 2 for a command line that cannot be read; 130 after Ctrl-C.
+Exit codes: 0; 1 for a mistake or fault; 2 for a command line that cannot be read; 128 + n after
+signal n: 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(given)
     except KeyboardInterrupt as interrupt:
         _complain("Interrupted.", str(interrupt), given)
-        return 130
+        return 128 + int(getattr(interrupt, "number", 2))
     except ModuleNotFoundError as missing:
         if (missing.name or "").partition(".")[0] in ("hero", "hero_kernels"):
             raise

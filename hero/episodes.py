@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from hero.config import RolloutConfig
 from hero.envs import border
-from hero.envs.base import Environment, HasOracle
+from hero.envs.base import Environment, HasGenerator, HasOracle, HasTools
 from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
 from hero.sampler import Sampler, Sampling
-from hero.types import StopReason, Trajectory, Turn
+from hero.types import Message, StopReason, Trajectory, Turn
 from hero.worked import Worked, opening, work_out
 
 CHARS_PER_TOKEN = 8
@@ -53,7 +53,7 @@ class _Running:
 
     def __init__(
         self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
-        shown: Sequence[Worked],
+        generate: Callable[[list[Message], int], str] | None = None, shown: Sequence[Worked] = (),
     ) -> None:  # fmt: skip
         self.env, self.renderer, self.config = env, renderer, config
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
@@ -64,13 +64,23 @@ class _Running:
             instruction="", turns=[], reward=0.0, success=False, stop_reason=StopReason.MAX_TURNS,
         )  # fmt: skip
         try:
+            if isinstance(env, HasTools):
+                env.tool_format = renderer.tool_format
+            if isinstance(env, HasGenerator) and generate is not None:
+                env.use_generator(generate)
             rules = border.system_prompt(env)
             observation, instruction = border.reset(env, assignment.task_id, self.max_chars)
+            tools = border.tools(env)
         except EnvironmentFault as fault:
             self.fail(fault)
             return
         self.trajectory.instruction = instruction
-        self.prompt_ids = opening(renderer, rules, observation, shown)
+        self.rules, self.tools, self.shown = rules, tools, shown
+        self.prompt_ids = self.started_with(observation)
+
+    def started_with(self, text: str) -> list[int]:
+        """Ids of a conversation in which nothing was said before `text`."""
+        return opening(self.renderer, self.rules, text, self.shown, self.tools)
 
     def fail(self, cause: object) -> None:
         self.trajectory.fail(cause)
@@ -114,6 +124,9 @@ class _Running:
             trajectory.success = step.success
             self.stop(StopReason.DONE if step.terminated else StopReason.TRUNCATED)
             return
+        if step.next_prompt:
+            self.prompt_ids = self.started_with(step.next_prompt)
+            return
         answer = self.renderer.observe(ids, step.role, step.observation)
         self.prompt_ids = self.prompt_ids + ids + answer
 
@@ -147,9 +160,19 @@ def rollout(
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
     """
     trajectories: list[Trajectory] = []
+
+    def generate(messages: list[Message], salt: int) -> str:
+        """The student's answer where an environment lets it play another part."""
+        sampling = Sampling(
+            max_tokens=config.max_turn_tokens, seed=derive_seed(seed, salt),
+            temperature=config.temperature if temperature is None else temperature,
+        )  # fmt: skip
+        (answer,) = sampler.generate([renderer.start(messages)], sampling)
+        return renderer.decode(answer.ids)
+
     for start in range(0, len(assignments), len(envs)):
         batch = [
-            _Running(env, assignment, renderer, config, shown)
+            _Running(env, assignment, renderer, config, generate, shown)
             for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
         ]
         active = [running for running in batch if not running.stopped]
@@ -176,9 +199,9 @@ def rollout(
 
 
 def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:
-    """The trajectories; for `env.reward=success` each pays 1 for success and 0 for the rest."""
-    for trajectory in trajectories if kind == "success" else ():
-        trajectory.reward = float(trajectory.success)
+    """The trajectories, paid as `env.reward` says."""
+    for trajectory in trajectories if kind != "score" else ():
+        trajectory.reward = float(trajectory.success == (kind == "success"))
     return trajectories
 
 

@@ -185,7 +185,7 @@ def probe_teacher(
     samples: Sequence[Sample],
     *,
     sampler: Sampler,
-    teacher_sampler: Sampler,
+    teacher_sampler: Sampler | None = None,
     weights: TeacherWeights,
     renderer: Renderer,
     max_turn_tokens: int,
@@ -201,7 +201,7 @@ def probe_teacher(
         samples: annotated turns of these trajectories; those with a hint, or all where there are no
             diagnoses, are probed, at most `max_turns` of them.
         sampler: samples from the policy.
-        teacher_sampler: from the teacher, within `weights.applied()`.
+        teacher_sampler: from the teacher, within `weights.applied()`; None if that is `sampler`.
         weights: the teacher's, applied for its answers.
         renderer: decodes answers.
         max_turn_tokens: cap of an answer.
@@ -217,7 +217,7 @@ def probe_teacher(
     sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
     plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
     with weights.applied():
-        hinted = teacher_sampler.generate(
+        hinted = (teacher_sampler or sampler).generate(
             [sample.teacher_prompt_ids for sample in chosen], sampling
         )
 

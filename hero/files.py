@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # reading metrics and reports needs no torch
-    import torch
-    from torch import Tensor
-
-CHECKPOINT = "checkpoint"
-
-
-class BrokenCheckpoint(ValueError):
-    """A checkpoint that cannot be read."""
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -31,6 +19,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -43,15 +32,38 @@ def replacing(path: Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        for inside in (*new.rglob("*"), new):
+            flush(inside)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
     if path.exists():
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
-    # A crash here leaves only `old`, which `find_checkpoint` knows.
+    # A crash here leaves only `old`, which `sweep` puts back.
     new.rename(path)
+    flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Make sure that a file or the entries of a folder are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sweep(folder: Path) -> None:
+    """Tidy up what killed writes left in a folder that is ours."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+    for path in folder.glob("*.new"):
+        shutil.rmtree(path, ignore_errors=True)
+    for old in folder.glob("*.old"):
+        if not (path := old.with_suffix("")).exists():
+            old.rename(path)
 
 
 @contextmanager
@@ -79,64 +91,3 @@ def refuse_to_replace(folder: Path) -> None:
             f"{folder} is there already and not empty; nothing in it is replaced. Name another "
             "folder, or remove it first."
         )
-
-
-def save_checkpoint(
-    run_dir: Path,
-    *,
-    state: dict[str, Any],
-    student: dict[str, Tensor],
-    teacher: dict[str, Tensor],
-    optimizer: dict[str, Any],
-) -> None:
-    """Write `run_dir/checkpoint`: counters, trained weights, teacher's weights, optimiser state."""
-    import torch
-    from safetensors.torch import save_file
-
-    with replacing(run_dir / CHECKPOINT) as folder:
-        for name, tensors in (("student", student), ("teacher", teacher)):
-            # Copies: safetensors refuses tensors that share memory.
-            plain = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
-            save_file(plain, folder / f"{name}.safetensors")
-        torch.save(optimizer, folder / "optimizer.pt")
-        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-
-
-def load_checkpoint(run_dir: Path, device: torch.device) -> dict[str, Any]:
-    """Read it back: keys state, student, teacher, optimizer.
-
-    Raises:
-        BrokenCheckpoint: there is none, or a part of it cannot be read.
-    """
-    import torch
-    from safetensors.torch import load_file
-
-    folder = find_checkpoint(run_dir)
-    if folder is None:
-        raise BrokenCheckpoint(
-            f"{run_dir} holds no checkpoint to go on from. Start anew with --resume never and "
-            "another --output-dir."
-        )
-    try:
-        return {
-            "state": json.loads((folder / "state.json").read_text(encoding="utf-8")),
-            "student": load_file(folder / "student.safetensors", device=str(device)),
-            "teacher": load_file(folder / "teacher.safetensors", device=str(device)),
-            "optimizer": torch.load(
-                folder / "optimizer.pt", map_location=device, weights_only=True
-            ),
-        }
-    except Exception as error:  # each format raises classes of its own
-        raise BrokenCheckpoint(
-            f"The checkpoint {folder} cannot be read ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). "
-            f"The best model so far is {run_dir / 'best'}: start from it with --model.path."
-        ) from error
-
-
-def find_checkpoint(run_dir: Path) -> Path | None:
-    """The run's checkpoint folder: the last one, or the one before if a crash came between."""
-    for folder in (run_dir / CHECKPOINT, run_dir / f"{CHECKPOINT}.old"):
-        if (folder / "state.json").is_file():
-            return folder
-    return None

@@ -182,11 +182,17 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
         """Take over a `state_dict`.
 
-        Raises:
-            ValueError: it was made by a run with another `eval.select`.
+        An average that it does not hold begins anew.
         """
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.average:
+        for parameter, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"the optimiser's {name} is {list(moments[name].shape)} for a parameter "
+                        f"{list(parameter.shape)}"
+                    )
+        if self.average and state["average"]:
             self.average.load_state_dict(state["average"])
         self.averaged = state["averaged"]
         self.steps_taken = steps_taken

@@ -187,9 +187,14 @@ def divergence_term(
 def policy_gradient_term(
     policy: Policy, hidden: Tensor, batch: PackedBatch, config: LossConfig, temperature: float
 ) -> LossOutput:
-    """PPO's clipped surrogate on all tokens, from their states `hidden` [N, H]."""
+    """PPO's clipped surrogate on all tokens, from their states `hidden` [N, H].
+
+    The ratio of tokens that nobody sampled (NaN) is 1: with advantage 1 their gradient is that of
+    the log-likelihood.
+    """
     logprobs, entropy = policy.logprobs(hidden, batch.target_ids, temperature)
-    ratio = torch.exp(logprobs - batch.sampled_logprobs)
+    sampled = batch.sampled_logprobs
+    ratio = torch.exp(logprobs - torch.where(sampled.isnan(), logprobs.detach(), sampled))
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
     return _without_teacher(-(batch.pg_weights * gain).sum(), entropy.detach())

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hero.checkpoint import BrokenCheckpoint
 from hero.config import ModelConfig
-from hero.files import BrokenCheckpoint
 from hero.renderer import Renderer
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
@@ -211,9 +211,28 @@ class Policy:
         self.tokenizer.save_pretrained(path)
 
     def restore(self, path: Path) -> None:
-        """Take over the trained weights of a folder written by `save`."""
-        saved = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        """Take over the trained weights of a folder written by `save`.
+
+        Raises:
+            BrokenCheckpoint: it is not whole, or not of this model.
+        """
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:  # each format raises classes of its own
+            reason = (str(error).splitlines() or [""])[0]
+            raise BrokenCheckpoint(f"The model in {path} cannot be read: {reason}") from error
+        saved, found = loaded
         weights = dict(saved.named_parameters())
+        for name, parameter in self.trainable().items():
+            if name in found["missing_keys"] or name not in weights:
+                raise BrokenCheckpoint(f"The model in {path} is not whole: {name} is missing.")
+            if weights[name].shape != parameter.shape or not weights[name].isfinite().all():
+                raise BrokenCheckpoint(
+                    f"The model in {path} is not that of this run: {name} has another shape, or "
+                    "holds NaN or infinity."
+                )
         with torch.no_grad():
             for name, parameter in self.trainable().items():
                 parameter.copy_(weights[name])

@@ -14,9 +14,10 @@ spliced in before `close` without touching a token of the student's own context.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
+from hero.toolcalls import format_of, react
 from hero.types import Message
 
 CONTENT = "HEROCONTENTMARK"
@@ -70,16 +71,36 @@ class Renderer:
             for before, after, token in zip(texts[:-1], texts[1:], alone, strict=True)
         ]
 
-    def start(self, messages: list[Message]) -> list[int]:
-        """Ids of a conversation that ends with a user or tool message, ready for the answer."""
+    @cached_property
+    def tool_format(self) -> str:
+        """The format of tool calls: the template's own where it has one that can be read."""
+        return format_of(self.tokenizer)
+
+    @cached_property
+    def tool_role(self) -> str:
+        """The role that shows a tool's answer: "user" if the template has no message of a tool."""
+        try:
+            self._pieces("tool")
+        except ValueError:
+            return "user"
+        return "tool"
+
+    def start(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """Ids of a conversation that ends with a user or tool message, ready for the answer.
+
+        Schemas of `tools` (OpenAI's) are shown by the template, or in the system prompt if it
+        shows none.
+        """
+        if tools and self.tool_format == "react":
+            messages, tools = react.with_rules(messages, tools), ()
         last = messages[-1]
-        before, _ = self._split([*messages[:-1], {**last, "content": CONTENT}], CONTENT)
+        before, _ = self._split([*messages[:-1], {**last, "content": CONTENT}], CONTENT, tools)
         close = self._pieces(last["role"])[1]
         return self._encode_template(before) + self.encode(last["content"]) + list(close)
 
     def observe(self, action_ids: Sequence[int], role: str, text: str) -> list[int]:
         """Ids that follow a sampled action: the end token if it lacks one, then the observation."""
-        open_ids, close, end_id = self._pieces(role)
+        open_ids, close, end_id = self._pieces(self.tool_role if role == "tool" else role)
         ended = bool(action_ids) and action_ids[-1] in self.stop_ids
         return ([] if ended else [end_id]) + list(open_ids) + self.encode(text) + list(close)
 
@@ -139,11 +160,14 @@ class Renderer:
             )
         return tuple(between[1:]), tuple(self._encode_template(after)), between[0]
 
-    def _split(self, messages: list[Message], mark: str) -> tuple[str, str]:
+    def _split(
+        self, messages: list[Message], mark: str, tools: Sequence[dict[str, Any]] = ()
+    ) -> tuple[str, str]:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False,
+                tools=list(tools) or None,
+            )  # fmt: skip
         except Exception as error:  # templates raise jinja2 errors of their own wording
             raise ValueError(
                 f"The chat template refuses the roles {[m['role'] for m in messages]}: {error}"

@@ -38,7 +38,7 @@ from hero.renderer import Renderer
 from hero.report.console import Console
 from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
-from hero.types import Diagnosis, Sample, Trajectory
+from hero.types import Diagnosis, Sample, Trajectory, Turn
 from hero.worked import worked_episodes
 
 KINDS = ("plain", "hindsight", "diagnosis")
@@ -118,7 +118,7 @@ def make_targets(
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
     prompts, demonstrations = make_prompts(config.prompts), config.env.demonstrations
     train = border.tasks(env, "train")
-    shown, tasks = worked_episodes(env, train, demonstrations, config.max_turns)
+    shown, tasks = worked_episodes(env, train, demonstrations, config.max_turns, renderer)
     rules = border.system_prompt(env)
     targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
@@ -141,8 +141,11 @@ def make_targets(
             targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
         task = trajectory.task_id
         demo = gold_episodes(env, [task], config.max_turns).get(task, ())
-        if told := hindsight_samples(trajectory, diagnoses, right, demo, prompts, renderer, rng):
-            targets["hindsight"].append(told)
+        told = hindsight_samples(trajectory, diagnoses, right, demo, prompts, renderer, rng)
+        if demonstrated:
+            told += blank_samples(trajectory, config.blank_contexts, prompts, renderer, rng)
+        if told:
+            targets["hindsight"].append(sorted(told, key=lambda sample: len(sample.prompt_ids)))
         request = renderer.start(
             [{"role": "user", "content": prompts.reflection(trajectory, rules)}]
         )
@@ -242,12 +245,28 @@ def hindsight_samples(
             seen = rng.choice(others)
         else:
             continue
-        sample = _sample(turn.prompt_ids, [*renderer.encode(right), renderer.end_id])
-        sample.privileged_ids = renderer.encode(prompts.privileged_context(seen))
-        sample.branch_at = renderer.branch_at(turn.prompt_ids)
-        sample.distill_weight = 1.0
-        samples.append(sample)
+        samples.append(_told(turn, right, seen, prompts, renderer))
     return samples
+
+
+def blank_samples(
+    trajectory: Trajectory, share: float, prompts: Prompts, renderer: Renderer, rng: random.Random
+) -> list[Sample]:
+    """The same action again behind a context that says nothing, for this share of the turns."""
+    return [
+        _told(turn, turn.action_text, Hindsight(), prompts, renderer)
+        for turn in trajectory.turns
+        if rng.random() < share
+    ]
+
+
+def _told(turn: Turn, action: str, seen: Hindsight, prompts: Prompts, renderer: Renderer) -> Sample:
+    """An action behind a privileged context."""
+    sample = _sample(turn.prompt_ids, [*renderer.encode(action), renderer.end_id])
+    sample.privileged_ids = renderer.encode(prompts.privileged_context(seen))
+    sample.branch_at = renderer.branch_at(turn.prompt_ids)
+    sample.distill_weight = 1.0
+    return sample
 
 
 def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
 from hero.gate import GATE, gate_opens
 
-MAX_IDLE_UPDATES = 5
 CEILING = 0.99
 """Dev success from which on nothing is expected to be gained."""
 MAX_SATISFIED = 3
@@ -25,6 +25,11 @@ class State:
     """
 
     update: int = 0
+    """Number of the last update whose weights are here."""
+    is_begun: bool = False
+    """What is measured before the first update is measured and logged."""
+    pending: dict[str, Any] | None = None
+    """What was measured of `update` and is not logged yet; None if all is."""
     env_turns: int = 0
     generated_tokens: int = 0
     """Of actions and reflections."""
@@ -54,6 +59,13 @@ class State:
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
 
+    @property
+    def logged(self) -> int:
+        """Number of the last update that is wholly logged; -1 before the first measurement."""
+        if not self.is_begun:
+            return -1
+        return self.update - 1 if self.pending else self.update
+
     def judge(self, metrics: Mapping[str, float], update: int, drop: float) -> bool:
         """Take in an evaluation; returns whether it is the best so far.
 
@@ -69,6 +81,8 @@ class State:
             self.watched, self.bad_evaluations, self.collapse = watched, 0, ""
             return True
         self.watched = watched | self.watched  # before training some are not known
+        if drop >= 1:
+            return False
         signs = signs_of_collapse(metrics, self.watched | {"dev/success": self.best_dev}, drop)
         fell = success < self.best_dev - drop
         self.bad_evaluations = self.bad_evaluations + 1 if fell else 0
@@ -137,9 +151,10 @@ class State:
                 f"nothing is left to learn: no turn had a hint and dev success was at least "
                 f"{CEILING:.0%} at {MAX_SATISFIED} evaluations in a row"
             )
-        elif self.idle_updates >= MAX_IDLE_UPDATES:
+        elif 0 < config.max_idle_updates <= self.idle_updates:
             self.stopped = (
-                "nothing was trained in five updates in a row: no turn had a hint, an observation "
-                "or an advantage to learn from, or no gradient was finite"
+                f"nothing was trained in {self.idle_updates} updates in a row: no turn had a hint, "
+                "an observation or an advantage to learn from, or no gradient was finite "
+                "(max_idle_updates)"
             )
         return bool(self.stopped)

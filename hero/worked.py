@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from hero.envs import border
-from hero.envs.base import Environment, HasOracle
+from hero.envs.base import Environment, HasOracle, HasTools
 from hero.renderer import Renderer
 from hero.types import Message
 
@@ -43,7 +44,7 @@ def work_out(env: Environment, task: str, max_turns: int) -> Worked | None:
 
 
 def worked_episodes(
-    env: Environment, tasks: Sequence[str], number: int, max_turns: int
+    env: Environment, tasks: Sequence[str], number: int, max_turns: int, renderer: Renderer
 ) -> tuple[list[Worked], list[str]]:
     """The first `number` of `tasks` that the oracle solves, worked out, and all other tasks.
 
@@ -53,6 +54,7 @@ def worked_episodes(
             played, as the tasks shown are no longer among those returned.
         number: `env.demonstrations`.
         max_turns: cap of turns of an episode.
+        renderer: says how tool calls are written.
 
     Raises:
         ValueError: there is no oracle, or it does not solve enough tasks.
@@ -62,6 +64,8 @@ def worked_episodes(
             f"env.demonstrations={number} needs an environment with an oracle, and "
             f"{type(env).__name__} has none: write oracle() -> str, or set --env.demonstrations 0."
         )
+    if number and isinstance(env, HasTools):
+        env.tool_format = renderer.tool_format
     shown: dict[str, Worked] = {}
     for task in tasks:
         if len(shown) == number:
@@ -79,8 +83,9 @@ def worked_episodes(
 
 
 def opening(
-    renderer: Renderer, rules: str, observation: str, shown: Sequence[Worked] = ()
-) -> list[int]:
+    renderer: Renderer, rules: str, observation: str, shown: Sequence[Worked] = (),
+    tools: Sequence[dict[str, Any]] = (),
+) -> list[int]:  # fmt: skip
     """Ids of an episode's first prompt.
 
     Args:
@@ -89,10 +94,11 @@ def opening(
         observation: the first one of the task to come.
         shown: episodes before it, each as its observations and actions in turn; what follows its
             last action is the first observation of the next episode.
+        tools: schemas for the template, as `Renderer.start` takes them.
     """
     first, *following = [*(worked.observation for worked in shown), observation]
     messages: list[Message] = [{"role": "system", "content": rules}] if rules else []
-    ids = renderer.start([*messages, {"role": "user", "content": first}])
+    ids = renderer.start([*messages, {"role": "user", "content": first}], tools)
     for worked, after in zip(shown, following, strict=True):
         answers = [(step.role, step.observation) for _, step in worked.turns[:-1]]
         for (action, _), answer in zip(worked.turns, [*answers, ("user", after)], strict=True):

@@ -3,6 +3,7 @@
 from hero.algorithms.base import Algorithm, Experience
 from hero.algorithms.distillation import EnvOnly, FullDemo, Hero, ReflectionOnly, Sdpo, Terminal
 from hero.algorithms.grpo import Grpo, HeroGrpo
+from hero.algorithms.imitation import Imitation
 from hero.algorithms.reinforce import Reinforce, Rloo
 
 MODES: dict[str, type[Algorithm]] = {
@@ -16,6 +17,7 @@ MODES: dict[str, type[Algorithm]] = {
     "hero+grpo": HeroGrpo,
     "reinforce": Reinforce,
     "rloo": Rloo,
+    "imitation": Imitation,
 }
 
 __all__ = ["MODES", "Algorithm", "Experience"]

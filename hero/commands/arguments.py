@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from typing import Annotated, Any, get_origin
 
 import tyro
@@ -14,21 +14,27 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from hero.checks import elsewhere, from_dict
 from hero.commands.base import Command
 from hero.commands.play import Eval, Play, Rollout
+from hero.commands.probe import Probe
 from hero.commands.study import Study
 from hero.commands.tools import Doctor, Model, Recipes, View
 from hero.commands.train import Sft, Train
+from hero.commands.worlds import Env, Envs
 from hero.config import TrainConfig
 
 HELP = ("-h", "--help")
+OPTIONS = "--env.options"
 AnyCommand = (
     Annotated[Train, subcommand("train")]
     | Annotated[Sft, subcommand("sft")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Rollout, subcommand("rollout")]
+    | Annotated[Probe, subcommand("probe")]
     | Annotated[Study, subcommand("study")]
     | Annotated[View, subcommand("view")]
     | Annotated[Model, subcommand("model")]
     | Annotated[Recipes, subcommand("recipes")]
+    | Annotated[Envs, subcommand("envs")]
+    | Annotated[Env, subcommand("env")]
     | Annotated[Doctor, subcommand("doctor")]
 )
 
@@ -37,6 +43,7 @@ def parse(arguments: list[str]) -> Command:
     """The command of a command line, with its settings checked.
 
     It is read twice: first to know the recipe, file or run, then with their settings as defaults.
+    Options of the environment change those of the recipe; `--env.options` alone drops them.
 
     Raises:
         SystemExit: after help (0), or after saying what cannot be read (2).
@@ -44,9 +51,11 @@ def parse(arguments: list[str]) -> Command:
     """
     first: Any
     default: Any
+    arguments = _joined(arguments)
     try:
         first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
-        default = replace(first.with_defaults(), debug=False)  # else the flag turns it off
+        flags = {item.name: False for item in fields(first) if item.default is False}
+        default = replace(first.with_defaults(), **flags)  # else a flag that is given turns it off
     except SystemExit:
         first = default = tyro.MISSING_NONPROP
     try:
@@ -57,10 +66,35 @@ def parse(arguments: list[str]) -> Command:
         raise
     if isinstance(command, Train | Sft | Play):
         data, env = asdict(command.settings), default.settings.env
-        kept = env.options if env.name == command.settings.env.name else {}
-        data["env"]["options"] = kept | first.settings.env.options
+        given = first.settings.env.options
+        emptied = OPTIONS in arguments and not given
+        kept = {} if emptied or env.name != command.settings.env.name else env.options
+        data["env"]["options"] = kept | given
         command.settings = from_dict(data, type(command.settings))
     return command
+
+
+def _joined(arguments: list[str]) -> list[str]:
+    """With every `--env.options.data-dir DIR` as a pair of `--env.options`, at the end.
+
+    Raises:
+        ValueError: such an option has no value.
+    """
+    words, pairs, rest = [], [], iter(arguments)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith(f"{OPTIONS}."):
+            words.append(word)
+            continue
+        if not equals and (value := next(rest, "--")).startswith("--"):
+            raise ValueError(f"{name} needs a value: {name} VALUE.")
+        pairs += [name.removeprefix(f"{OPTIONS}.").replace("-", "_"), value]
+    if not pairs:
+        return words
+    if OPTIONS not in words:
+        return [*words, OPTIONS, *pairs]
+    at = words.index(OPTIONS) + 1
+    return words[:at] + pairs + words[at:]
 
 
 def _read(arguments: list[str], default: Any, is_shown: bool) -> Command:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -16,6 +16,9 @@ from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, Rollo
 from hero.files import write_atomic
 from hero.report.console import Console
 from hero.types import Trajectory, to_json
+
+if TYPE_CHECKING:  # it loads torch
+    from hero.policy import Policy
 
 
 @dataclass(kw_only=True)
@@ -43,12 +46,15 @@ class Play(Command):
     """Base of the commands that play a model without training it."""
 
     model: Annotated[str, Positional, arg(metavar="MODEL")]
-    """Folder or hub id of a model, or the folder of a run: its selected model, in its world."""
+    """Folder or hub id of a model, or the folder of a run: its best model, in its environment."""
     recipe: str = ""
     """Recipe that says which environment to play, and with which caps."""
     output: str = ""
     """File for the results; "" prints only."""
     settings: Annotated[PlayConfig, arg(name="")] = field(default_factory=PlayConfig)
+
+    def __post_init__(self) -> None:
+        self.facts: dict[str, str] = {}
 
     def with_defaults(self) -> Play:
         run = Path(self.model)
@@ -71,23 +77,24 @@ class Play(Command):
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
-        from hero.envs.border import tasks
+        from hero.envs.border import facts, tasks
         from hero.episodes import derive_seed, rollout
         from hero.evaluation import trials
-        from hero.policy import Policy
         from hero.sampler import HFSampler
-        from hero.trainer import TEST
+        from hero.stages import TEST
         from hero.worked import worked_episodes
 
         prepare_torch(None, self.debug)
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
-        folders = [Path(self.model) / name for name in ("selected", "best")]
-        path = next((str(folder) for folder in folders if folder.is_dir()), self.model)
-        policy = Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
+        policy = self._policy()
         size = config.rollout.batch_size
         envs = [make_env(config.env.name, **config.env.options) for _ in range(size)]
+        self.facts = facts(envs[0])
+        for name, value in self.facts.items():
+            Console().say(f"{name.replace('_', ' ')}: {value}")
         train, number = tasks(envs[0], "train"), config.env.demonstrations
-        shown, others = worked_episodes(envs[0], train, number, config.rollout.max_turns)
+        most = config.rollout.max_turns
+        shown, others = worked_episodes(envs[0], train, number, most, policy.renderer)
         chosen = others if config.split == "train" else tasks(envs[0], config.split)
         with Console().counting("playing") as count:
             return rollout(
@@ -97,6 +104,14 @@ class Play(Command):
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
                 temperature=config.temperature, shown=shown,
             )  # fmt: skip
+
+    def _policy(self) -> Policy:
+        from hero.policy import Policy
+
+        config = self.settings
+        folders = [Path(self.model) / name for name in ("selected", "best")]
+        path = next((str(folder) for folder in folders if folder.is_dir()), self.model)
+        return Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
 
 
 @dataclass(kw_only=True)
@@ -121,7 +136,7 @@ class Eval(Play):
             f"score {result.score:.3f}, average turns {result.turns:.1f}"
         )
         if self.output:
-            write_atomic(Path(self.output), json.dumps(result.to_dict(), indent=1))
+            write_atomic(Path(self.output), json.dumps(result.to_dict() | self.facts, indent=1))
 
 
 @dataclass(kw_only=True)

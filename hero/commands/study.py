@@ -8,7 +8,8 @@ from typing import Annotated
 
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from hero.commands.base import Command
+from hero.commands.base import Command, make_importable
+from hero.config.kinds import CountOrZero
 from hero.report.console import Console
 
 
@@ -20,11 +21,13 @@ class Study(Command):
     """
 
     name: Annotated[str, Positional, arg(metavar="STUDY")]
-    """Name of a shipped study, or a YAML file (docs/study.md)."""
+    """Name of a shipped study (`hero recipes`), or a YAML file (docs/study.md)."""
     output_dir: str = ""
     """Folder of the study; "" is studies/NAME."""
-    jobs: int = 0
-    """Runs side by side; 0 takes the study's own."""
+    jobs: CountOrZero = 0
+    """Runs side by side; 0 takes the study's own. No figure but the seconds depends on it."""
+    smoke: Annotated[bool, FlagCreatePairsOff] = False
+    """The study's small version, to see that it runs: its figures mean nothing."""
     report: Annotated[bool, FlagCreatePairsOff] = False
     """Only make the report of what is done so far."""
 
@@ -33,10 +36,18 @@ class Study(Command):
         from hero.study.runner import run_study
         from hero.study.tables import write_report
 
-        console, study = Console(), load_study(self.name)
+        console, study = Console(), load_study(self.name, self.smoke)
         if self.jobs:
             study.jobs = self.jobs
-        folder = Path(self.output_dir or f"studies/{Path(self.name).stem}")
+        name = Path(self.name).stem + ("-smoke" if self.smoke else "")
+        folder = Path(self.output_dir or f"studies/{name}")
         if not self.report:
-            run_study(study, folder, console.say)
-        console.say(f"Report: {write_report(study, folder)}")
+            make_importable(study.of(next(iter(study.arms))).get("env", {}).get("name", ""))
+            try:
+                run_study(study, folder, console.say)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"Finished runs are kept in {folder}: the same command goes on from them."
+                ) from None
+        for path in write_report(study, folder):
+            console.say(f"Report: {path}")

@@ -57,8 +57,10 @@ class Recipes(Command):
     def run(self) -> None:
         console = Console()
         if self.name:
-            kind = "sft" if self.name in recipes.recipe_names("sft") else "train"
-            data = recipes.load_recipe(self.name, kind)
+            kinds = [kind for kind in recipes.KINDS if self.name in recipes.recipe_names(kind)]
+            kind = kinds[0] if kinds else "train"
+            read = recipes.read_yaml if kind == "study" else recipes.load_file
+            data = read(recipes.recipe_path(self.name, kind))
             console.say(yaml.safe_dump(data, sort_keys=False).strip())
             return
         for kind in recipes.KINDS:

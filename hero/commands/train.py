@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 from hero import recipes
+from hero.checkpoint import BrokenCheckpoint, checkpoints
 from hero.checks import from_dict
 from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
 from hero.config import SftConfig, TrainConfig
-from hero.files import BrokenCheckpoint, find_checkpoint, refuse_to_replace
+from hero.files import refuse_to_replace
+from hero.interrupt import Stopped
 from hero.report.console import Console
-from hero.report.tracking import METRICS
+from hero.run_folder import claim
 
 if TYPE_CHECKING:
     from hero.trainer import Trainer
@@ -80,8 +83,9 @@ class Train(FromRecipe):
         trainer = Trainer(config, run_dir, name, console)
         try:
             trainer.run()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_how_to_go_on(trainer)) from None
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Stopped(number, _how_to_go_on(trainer)) from None
         except BrokenCheckpoint:
             raise
         except (ValueError, OSError, Fault) as mistake:
@@ -89,6 +93,8 @@ class Train(FromRecipe):
             raise
         report = render(run_dir)
         console.say(f"Best model: {run_dir / 'best'}")
+        if (run_dir / "selected").is_dir():
+            console.say(f"Selected:   {run_dir / 'selected'}  (--eval.select)")
         console.say(
             f"Report:     {report}  (open it in a browser; hero view {run_dir} makes it again)"
         )
@@ -131,19 +137,18 @@ def _run_folder(config: TrainConfig, name: str) -> Path:
             "one."
         )
     run_dir = Path(config.output_dir or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if find_checkpoint(run_dir) is None:
-        if not (run_dir / METRICS).is_file():  # of a run that ended before its first checkpoint
-            refuse_to_replace(run_dir)
-    elif config.resume == "never":
-        raise ValueError(
-            f"{run_dir} already holds a run: go on from it with --resume {run_dir}, or name "
-            "another --output-dir."
-        )
+    claim(run_dir, config.resume)
     return run_dir
 
 
 def _how_to_go_on(trainer: Trainer) -> str:
-    if trainer.state.update == 0:
-        return "No update was finished, so nothing is lost."
-    update, run = trainer.state.update, trainer.run_dir
-    return f"Saved after update {update}. Go on with: hero train --resume {run}"
+    if not checkpoints(trainer.run_dir):
+        return "Nothing was begun, so nothing is lost."
+    saved = (
+        "before the first update"
+        if trainer.state.update == 0
+        else (f"after update {trainer.state.update}")
+    )
+    if trainer.is_torn:
+        saved = "at the last checkpoint, as the update was interrupted half-way"
+    return f"Saved {saved}. Go on with: hero train --resume {trainer.run_dir}"

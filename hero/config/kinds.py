@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le
-from pydantic import AfterValidator, ConfigDict
+from pydantic import AfterValidator, BeforeValidator, ConfigDict
 
 PromptStyle = Literal["standard", "compact"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -40,5 +40,10 @@ def _inner_share(beta: float) -> float:
     return beta
 
 
+def _yes_or_no(kind: Any) -> Any:
+    return {True: "tasks", False: "off"}.get(kind, kind) if isinstance(kind, bool) else kind
+
+
+Shuffle = Annotated[Literal["off", "tasks", "causes", "unrelated"], BeforeValidator(_yes_or_no)]
 Temperature = Annotated[float, AfterValidator(_not_greedy)]
 InnerShare = Annotated[float, AfterValidator(_inner_share)]

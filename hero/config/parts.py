@@ -22,6 +22,7 @@ from hero.config.kinds import (
     Positive,
     Settings,
     Share,
+    Shuffle,
     Temperature,
 )
 
@@ -51,11 +52,13 @@ class EnvConfig(Settings):
     """The world."""
 
     name: str = "shop"
-    """shop, or `module:Class` of your own (docs/environments.md)."""
+    """A name that `hero envs` lists, or `module:Class` of your own (docs/environments.md)."""
     options: EnvOptions = field(default_factory=dict)
-    """Constructor options of the environment, on top of those that a recipe gives it."""
-    reward: Literal["score", "success"] = "score"
-    """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]"""
+    """Options of the environment, on top of those of the recipe: `--env.options.NAME VALUE`, or
+    pairs of NAME and VALUE; `--env.options` alone drops the recipe's."""
+    reward: Literal["score", "success", "failure"] = "score"
+    """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]
+    failure is a control: 0 for success and 1 for the rest."""
     demonstrations: CountOrZero = 0
     """Worked episodes of the first training tasks, as chat turns before each task. Needs an oracle.
 
@@ -111,8 +114,9 @@ class ReflectionConfig(Settings):
     """A longer hint is dropped."""
     leak_filter: bool = True
     """Drop hints that name ids or numbers which could not be known at that turn."""
-    shuffle_hints: bool = False
-    """Control experiment: give every turn a hint of another task. It must lose the gain."""
+    shuffle_hints: Shuffle = "off"
+    """Control experiment, which must lose the gain: give every flagged turn a hint of another task
+    (tasks), of another task and cause (causes), or another task's instruction (unrelated)."""
     base_url: str = ""
     """openai: address of the endpoint."""
     model: str = ""
@@ -234,6 +238,6 @@ class EvalConfig(Settings):
     Costs a reflection of the dev episodes and two answers to at most 128 of their turns. [D]"""
     stop_drop: NotNegative = 0.3
     """Collapse: dev success falls this far below its best twice in a row, or half as far with
-    another sign (docs/method.md)."""
+    another sign (docs/method.md). 1 or more: a run is never taken for collapsed."""
     rescues: CountOrZero = 2
     """Times that a collapsed run goes back to its best weights at half the rate; then it stops."""

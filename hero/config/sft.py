@@ -43,6 +43,12 @@ class SftConfig(Settings):
         default_factory=lambda: [0.0, 0.15, 0.4]
     )
     """Share of random actions of the coverage episodes, in turn."""
+    blank_contexts: Chance = 0.0
+    """Share of the demonstrator's turns that are shown with a context that says nothing.
+
+    The target is then the demonstrator's own action. Without them a small model learns that any
+    context at all means "act like an expert", and what the context says no longer matters
+    (docs/results.md)."""
     steps: Count = 3000
     """Optimiser steps."""
     batch_size: Count = 4

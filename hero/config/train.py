@@ -38,6 +38,10 @@ class TrainConfig(Settings):
     """Rollout batches. [L]"""
     max_env_turns: Count | None = None
     """Budget of environment turns of the whole run, never exceeded; None for no limit."""
+    max_idle_updates: CountOrZero = 5
+    """Stop after so many updates in a row without a step; 0 goes on.
+
+    Where successes are rare GRPO has many of them and may still learn later."""
     seed: int = 0
     threads: Count | None = None
     """CPU threads; None leaves torch's default."""
@@ -45,6 +49,8 @@ class TrainConfig(Settings):
     """Folder of the run; "" makes runs/NAME-DATE."""
     resume: str = "never"
     """never, auto (go on if output_dir holds a checkpoint), or the folder of a run."""
+    resume_anyway: bool = False
+    """Go on with settings that differ from those of the run."""
     save_every: Count = 10
     """Updates between checkpoints for resuming; the last state is always saved."""
     save_trajectories: CountOrZero = 8

@@ -1,4 +1,4 @@
-"""The contract every environment keeps, and the registry that finds one by name.
+"""The contract every environment keeps, and `make_env`, which builds one by its name.
 
 `reset(task_id) -> (observation, info)`; `step(text) -> (observation, reward, terminated, truncated,
 info)`. A task is named by its id, never by a worker's index; its goal is drawn from a fixed seed.
@@ -7,19 +7,21 @@ environment's own limit.
 
 Keys of `info`: after `reset` `task_id`, `instruction`; after `step` `valid` (bool), `feedback_kind`
 (FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role
-under which the observation is shown, default "user"), `success` (bool, when the episode has ended).
+under which the observation is shown, default "user"), `success` (bool, when the episode has ended),
+`next_prompt` (str: the whole prompt of the next turn, for worlds that do not show a conversation).
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import reprlib
 import traceback
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
-from hero.types import Diagnosis, Trajectory
+from hero.envs.registry import find, load
+from hero.types import Diagnosis, Message, Trajectory
 
 StepResult = tuple[str, float, bool, bool, dict[str, Any]]
 
@@ -58,6 +60,39 @@ class HasOracle(Protocol):
 
 
 @runtime_checkable
+class HasTools(Protocol):
+    """Environments whose actions are tool calls; other text is said to the user.
+
+    The model's chat template decides how calls are written: whoever plays sets `tool_format`, one
+    of hero.toolcalls.FORMATS, before `reset`. `step` reads it, and `oracle` writes it.
+    """
+
+    tool_format: str
+
+    def tools(self) -> list[dict[str, Any]]:
+        """OpenAI schemas of the tools of the task that was reset last; of the world before one."""
+        ...
+
+
+@runtime_checkable
+class HasGenerator(Protocol):
+    """Environments that may let the generator that plays the agent play another part too."""
+
+    def use_generator(self, generate: Callable[[list[Message], int], str]) -> None:
+        """Set before `reset`: messages and a seed to the text of an answer."""
+        ...
+
+
+@runtime_checkable
+class HasFacts(Protocol):
+    """Environments whose results depend on more than their options."""
+
+    def facts(self) -> dict[str, str]:
+        """What stands in every result: versions of data, who played the user."""
+        ...
+
+
+@runtime_checkable
 class HasDiagnosis(Protocol):
     """Environments that supply their own deterministic reflector (`reflection.reflector=rules`)."""
 
@@ -67,24 +102,17 @@ class HasDiagnosis(Protocol):
 
 
 CONTRACT = ("system_prompt", "tasks", "reset", "step", "close")
-BUILTIN = {"shop": "hero.envs.shop:ShopEnv"}
 
 
 def make_env(name: str, **options: Any) -> Environment:
-    """Build an environment by its short name or by `"package.module:Class"`.
+    """Build an environment by its name (hero.envs.registry) or by `"package.module:Class"`.
 
     Raises:
-        ValueError: unknown name, or options that the environment does not take.
+        ValueError: unknown name, something not installed, or options that it does not take.
     """
-    target = BUILTIN.get(name, name)
-    module_name, _, attribute = target.partition(":")
-    if not attribute:
-        raise ValueError(
-            f"Unknown environment {name!r}: expected one of {sorted(BUILTIN)} or "
-            "'package.module:Class'."
-        )
+    world = find(name)
     try:
-        factory = getattr(importlib.import_module(module_name), attribute)
+        factory = load(world)
     except (Exception, SystemExit) as error:
         raise ValueError(f"Environment {name!r} cannot be imported: {raised(error)}") from error
     try:
@@ -98,7 +126,7 @@ def make_env(name: str, **options: Any) -> Environment:
     missing = [name for name in CONTRACT if inspect.getattr_static(env, name, None) is None]
     if missing or isinstance(env, type):
         raise ValueError(
-            f"{target} is not an environment: it gave {reprlib.repr(env)}, expected an object with "
+            f"{name} is not an environment: it gave {reprlib.repr(env)}, expected an object with "
             f"{', '.join(CONTRACT)}; missing: {', '.join(missing) or 'nothing, but it is a class'}."
         )
     return cast(Environment, env)

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hero.envs.base import Environment, HasDiagnosis, raised
+from hero.envs.base import Environment, HasDiagnosis, HasFacts, HasTools, raised
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, Fault, FeedbackKind, Trajectory
 
@@ -27,7 +27,7 @@ MAX_CHARS = 1_000_000
 """Of one text where no context sets a smaller limit."""
 MAX_DIAGNOSIS = 10_000
 """Of one text of a diagnosis."""
-MAX_ID = 200
+MAX_ID = 300
 """Characters of a task id."""
 
 
@@ -52,6 +52,9 @@ class Step:
     parse_ok: bool
     feedback_kind: FeedbackKind
     role: str
+    next_prompt: str
+    """The whole prompt of the next turn, instead of all that was said before and the observation;
+    "" where the conversation goes on."""
 
 
 def system_prompt(env: Environment) -> str:
@@ -126,7 +129,36 @@ def step(env: Environment, text: str, task: str, turn: int, max_chars: int = MAX
             parse_ok=_truth("info['parse_ok']", info.get("parse_ok", True)),
             feedback_kind=FeedbackKind(kind),
             role=role,
+            next_prompt=_text(
+                "step(): info['next_prompt']", info.get("next_prompt", ""), max_chars
+            ),
         )
+
+
+def tools(env: Environment) -> list[dict[str, Any]]:
+    """OpenAI schemas of the tools of the present task; [] for an environment without tools."""
+    if not isinstance(env, HasTools):
+        return []
+    with _border(env, "tools"):
+        found = env.tools()
+        if not isinstance(found, (list, tuple)):
+            raise _breach("tools()", found, "a list of OpenAI schemas")
+        for tool in found:
+            function = tool.get("function") if isinstance(tool, dict) else None
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise _breach("tools()", tool, '{"type": "function", "function": {"name": …}}')
+        return list(found)
+
+
+def facts(env: Environment) -> dict[str, str]:
+    """What an environment's results depend on besides its options; {} if it says nothing."""
+    if not isinstance(env, HasFacts):
+        return {}
+    with _border(env, "facts"):
+        found = env.facts()
+        if not isinstance(found, dict):
+            raise _breach("facts()", found, "a dict of texts")
+        return {_text("facts()", k, MAX_ID): _text("facts()", v, MAX_ID) for k, v in found.items()}
 
 
 def action(env: Any, method: str, *arguments: Any, where: str = "") -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 import yaml
 
+from hero.config import EnvConfig
+
 FOLDER = Path(__file__).parent
-KINDS = ("train", "sft")
+KINDS = ("train", "sft", "study")
 """Commands that take recipes."""
 
 
@@ -28,17 +30,38 @@ def load_recipe(name: str, kind: str = "train") -> dict[str, Any]:
     Raises:
         ValueError: there is no recipe of that name.
     """
+    return load_file(recipe_path(name, kind), kind)
+
+
+def recipe_path(name: str, kind: str) -> Path:
+    """Where a shipped recipe lies.
+
+    Raises:
+        ValueError: there is no recipe of that name.
+    """
     names = recipe_names(kind)
     if name not in names:
+        own = "its path, ending in .yaml" if kind == "study" else "--config FILE"
         raise ValueError(
             f"Unknown recipe {name!r}: expected one of {', '.join(names)}. A file of your own goes "
-            "with --config FILE."
+            f"with {own}."
         )
-    return load_file(FOLDER / kind / f"{name}.yaml", kind)
+    return FOLDER / kind / f"{name}.yaml"
 
 
 def load_file(path: str | Path, kind: str = "train") -> dict[str, Any]:
     """The settings in a YAML file; `base: RECIPE` in it names the recipe that it changes.
+
+    Raises:
+        ValueError: the file cannot be read, or does not hold a mapping.
+    """
+    data = read_yaml(path)
+    base = data.pop("base", None)
+    return merge(load_recipe(base, kind) if base else {}, data)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file, as it stands there.
 
     Raises:
         ValueError: the file cannot be read, or does not hold a mapping.
@@ -51,14 +74,23 @@ def load_file(path: str | Path, kind: str = "train") -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(data).__name__}.")
-    base = data.pop("base", None)
-    return merge(load_recipe(base, kind), data) if base else data
+    return data
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes` on top, nested."""
+    """`base` with `changes` on top, nested.
+
+    Options belong to the environment they were written for: naming another `env.name` starts with
+    none, and `options: null` drops those of the base.
+    """
     merged = dict(base)
     for key, value in changes.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
+        if isinstance(value, dict):
+            stands = merged.get(key)
+            old = stands if isinstance(stands, dict) else {}
+            named = old.get("name", EnvConfig.name)
+            if key == "env" and value.get("name", named) != named:
+                old = {name: setting for name, setting in old.items() if name != "options"}
+            value = merge(old, value)
+        merged[key] = {} if key == "options" and value is None else value
     return merged

@@ -19,7 +19,7 @@ from hero.reflection.models import Answer
 from hero.reflection.wire import post
 from hero.renderer import Renderer
 from hero.text import harmless
-from hero.types import Fault
+from hero.types import Fault, Message
 
 WORKERS = 8
 """Requests under way at the same time."""
@@ -45,7 +45,7 @@ class Endpoint:
 
     Args:
         config: address, model, temperature and length of an answer.
-        renderer: counts the tokens of answers where the endpoint does not.
+        renderer: counts the tokens of answers where the endpoint does not; None for `chat` alone.
         timeout: seconds for one answer, retries included, however slowly it comes.
 
     Raises:
@@ -53,12 +53,16 @@ class Endpoint:
             machine.
     """
 
+    who, asked_by = "The reflector", "reflection.reflector=openai"
+    base_url, model = "reflection.base_url", "reflection.model"
+    remedy = "--reflection.reflector self"
+
     def __init__(
-        self, config: ReflectionConfig, renderer: Renderer, timeout: float = 120.0
+        self, config: ReflectionConfig, renderer: Renderer | None, timeout: float = 120.0
     ) -> None:
         if not config.base_url or not config.model:
             raise ValueError(
-                "reflection.reflector=openai needs reflection.base_url and reflection.model, got "
+                f"{self.asked_by} needs {self.base_url} and {self.model}, got "
                 f"{config.base_url!r} and {config.model!r}."
             )
         self.config = config
@@ -72,9 +76,17 @@ class Endpoint:
             return list(pool.map(partial(self._ask, seed=seed), requests))
 
     def _ask(self, request: str, seed: int) -> Answer:
+        text, num_tokens = self.chat([{"role": "user", "content": request}], seed)
+        if num_tokens is None:
+            assert self.renderer is not None
+            num_tokens = len(self.renderer.encode(text))
+        return Answer(text=text, num_tokens=num_tokens)
+
+    def chat(self, messages: Sequence[Message], seed: int) -> tuple[str, int | None]:
+        """The answer to a conversation, and its tokens where the endpoint counts them."""
         body = {
             "model": self.config.model,
-            "messages": [{"role": "user", "content": request}],
+            "messages": list(messages),
             "temperature": self.config.temperature,
             "max_tokens": self.config.max_tokens,
             "seed": seed,
@@ -83,10 +95,7 @@ class Endpoint:
             text, num_tokens = _read_completion(self._post(body))
         except (OSError, ValueError, RecursionError, HTTPException) as error:
             raise self._error(f"{type(error).__name__}: {error}") from error
-        text = text[: CHARS_PER_TOKEN * self.config.max_tokens]
-        if num_tokens is None:
-            num_tokens = len(self.renderer.encode(text))
-        return Answer(text=text, num_tokens=num_tokens)
+        return text[: CHARS_PER_TOKEN * self.config.max_tokens], num_tokens
 
     def _post(self, body: dict[str, Any]) -> bytes:
         """The body of the answer, asked for again where that may help and time is left."""
@@ -114,10 +123,10 @@ class Endpoint:
         if secret != NO_KEY:  # an endpoint may echo it
             cause = cause.replace(secret, "***")
         return ReflectionError(
-            f"The reflector at {self.config.base_url} (model {self.config.model!r}) failed:"
-            f" {harmless(cause)}. Check that the endpoint runs and that reflection.base_url,"
-            f" reflection.model and the key in {self.config.api_key_env} are right, or set "
-            "--reflection.reflector self."
+            f"{self.who} at {self.config.base_url} (model {self.config.model!r}) failed:"
+            f" {harmless(cause)}. Check that the endpoint runs and that {self.base_url},"
+            f" {self.model} and the key in {self.config.api_key_env} are right, or set "
+            f"{self.remedy}."
         )
 
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from hero.config import ReflectionConfig
 from hero.envs.base import Environment, HasDiagnosis
-from hero.envs.border import diagnose, system_prompt
+from hero.envs.border import diagnose, system_prompt, tools
 from hero.prompts import Prompts
 from hero.reflection.base import Reflector
 from hero.reflection.endpoint import Endpoint
@@ -19,6 +19,7 @@ from hero.reflection.verify import VerifiedReflector
 from hero.reflection.votes import VotingReflector
 from hero.renderer import Renderer
 from hero.sampler import Sampler
+from hero.toolcalls import example
 
 
 def make_reflector(
@@ -69,7 +70,7 @@ def make_reflector(
             config,
             prompts,
             renderer,
-            rules=system_prompt(env),
+            rules=_rules(env, renderer),
             max_prompt_tokens=room,
             shared=shared,
         )
@@ -77,7 +78,18 @@ def make_reflector(
         reflector = VotingReflector(reflector, config.votes)
     if config.verify:
         reflector = VerifiedReflector(reflector, env)
-    return ShuffledReflector(reflector) if config.shuffle_hints else reflector
+    if config.shuffle_hints == "off":
+        return reflector
+    return ShuffledReflector(reflector, config.shuffle_hints)
+
+
+def _rules(env: Environment, renderer: Renderer) -> str:
+    """The rules of the agent; at their end, which is kept when they are shortened, its tools."""
+    rules = system_prompt(env)
+    if not (schemas := tools(env)):
+        return rules
+    names = ", ".join(schema["function"]["name"] for schema in schemas)
+    return f"{rules}\n\nTools: {names}\nAn action that calls one: {example(renderer.tool_format)}"
 
 
 def _room(config: ReflectionConfig, context: int) -> int:

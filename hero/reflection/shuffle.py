@@ -1,6 +1,6 @@
-"""The control experiment: every hint is replaced by one from another task. It must lose the gain.
+"""Control experiments: every hint is replaced by a wrong one. They must lose the gain.
 
-What is left if it does not is the effect of *any* text in the teacher's context, not of the right
+What is left if they do not is the effect of *any* text in the teacher's context, not of the right
 one.
 """
 
@@ -15,23 +15,27 @@ from hero.types import Diagnosis, Trajectory
 
 
 def shuffle_hints(
-    diagnoses: Sequence[Sequence[Diagnosis]], trajectories: Sequence[Trajectory], seed: int
+    diagnoses: Sequence[Sequence[Diagnosis]],
+    trajectories: Sequence[Trajectory],
+    seed: int,
+    kind: str = "tasks",
 ) -> list[list[Diagnosis]]:
-    """Replace every diagnosis that has a hint by a random one that has a hint for another task.
+    """Replace every diagnosis that has a hint by a wrong one, drawn at random.
 
     Turns with a hint keep one and turns without stay without, so that the same tokens are trained.
-    Only where no other task has a hint at all is a hint removed: the right one must not reach the
-    control.
+    Only where there is nothing to take is a hint removed: the right one must not reach the control.
 
-    Raises:
-        ValueError: the trajectories are of fewer than two tasks.
+    Args:
+        diagnoses: one for each turn of each trajectory.
+        trajectories: what they are of.
+        seed: of the draws.
+        kind: "tasks": one that has a hint for another task; "causes": one that also has another
+            failure cause, since in a world with one frequent fault most hints fit most tasks;
+            "unrelated": no diagnosis, the instruction of another task as hint.
     """
     tasks = sorted({trajectory.task_id for trajectory in trajectories})
-    if len(tasks) < 2:
-        raise ValueError(
-            f"shuffle_hints takes hints from other tasks, but the batch has only {tasks}: "
-            "set --rollout.tasks-per-update to 2 or more."
-        )
+    rng = random.Random(seed)
+    instructions = {t.task_id: t.instruction for t in trajectories}
     donors: dict[str, list[Diagnosis]] = {
         task: [
             diagnosis
@@ -41,14 +45,20 @@ def shuffle_hints(
         ]
         for task in tasks
     }
-    rng = random.Random(seed)
 
     def replacement(diagnosis: Diagnosis, task: str) -> Diagnosis:
         if not diagnosis.hint:
             return diagnosis
-        if not donors[task]:
+        if kind == "unrelated":
+            if not (others := [name for name in tasks if name != task]):
+                return Diagnosis(turn=diagnosis.turn)
+            other = rng.choice(others)
+            return Diagnosis(turn=diagnosis.turn, hint=instructions[other], source=diagnosis.source)
+        cause = diagnosis.failure_cause if kind == "causes" else None
+        wrong = [donor for donor in donors[task] if donor.failure_cause != cause]
+        if not wrong:
             return Diagnosis(turn=diagnosis.turn)
-        return replace(rng.choice(donors[task]), turn=diagnosis.turn)
+        return replace(rng.choice(wrong), turn=diagnosis.turn)
 
     return [
         [replacement(diagnosis, trajectory.task_id) for diagnosis in of_turns]
@@ -58,11 +68,12 @@ def shuffle_hints(
 
 @dataclass(frozen=True, slots=True)
 class ShuffledReflector:
-    """A reflector whose hints go to the wrong tasks; statistics stay as they were."""
+    """A reflector whose hints go to the wrong turns; statistics stay as they were."""
 
     inner: Reflector
+    kind: str = "tasks"
 
     def reflect(self, trajectories: Sequence[Trajectory], seed: int) -> Reflections:
         reflections = self.inner.reflect(trajectories, seed)
-        shuffled = shuffle_hints(reflections.diagnoses, trajectories, seed)
+        shuffled = shuffle_hints(reflections.diagnoses, trajectories, seed, self.kind)
         return replace(reflections, diagnoses=shuffled)

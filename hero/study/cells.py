@@ -6,7 +6,8 @@ import io
 import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from hero.recipes import merge
 NEVER = 1_000_000
 PANEL_SEED = 7001
 """Of the sampling in every evaluation: all arms, seeds and budgets meet the same noise."""
+DIAGNOSED = 48
+"""Dev tasks whose episodes the model diagnoses before and after training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,50 +59,145 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
 
     run = folder / "runs" / cell.name
     shutil.rmtree(run, ignore_errors=True)  # of a cell that was interrupted
-    started = time.perf_counter()
+    seconds = 0.0
     row = {"start": cell.start, "arm": cell.arm, "seed": cell.seed, "split": cell.split}
     row |= {"learning_rate": cell.settings["optim"]["learning_rate"], "marks": []}
     for mark in cell.marks:
         config: TrainConfig = from_dict(merge(cell.settings, {
             "seed": cell.seed, "threads": 1, "model": {"path": cell.model}, "updates": NEVER,
             "max_env_turns": mark, "resume": "auto", "save_every": NEVER, "save_trajectories": 0,
-            "output_dir": str(run),
+            "output_dir": str(run), "max_idle_updates": 0,
             "eval": {"every": NEVER, "dev_tasks": 8, "test_tasks": 0, "rescues": 0,
-                     "stop_drop": 2.0, "min_teacher_lift": None},
+                     "stop_drop": 1.0, "min_teacher_lift": None},
         }))  # fmt: skip
         trainer = Trainer(config, run, cell.arm, Console(io.StringIO(), terminal=False))
+        began = time.process_time()
         summary = trainer.run()
+        seconds += time.process_time() - began
         row["marks"].append({
             "turns": summary["env_turns"], "stopped": summary["stopped"],
             "updates": trainer.state.update, "generated_tokens": trainer.state.generated_tokens,
-            "reflection_tokens": trainer.state.reflection_tokens,
-            "seconds": time.perf_counter() - started,
+            "reflection_tokens": trainer.state.reflection_tokens, "cpu_seconds": round(seconds, 2),
             **judge(trainer.policy, config, cell.split, cell.tasks),
         })  # fmt: skip
+    if cell.split == "test":
+        number = min(DIAGNOSED, cell.tasks)
+        row["diagnosing"] = diagnosing(trainer.policy, config, cell.model, number)
     row["training"] = _curve(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(row))
+    write_atomic(path, json.dumps(row, separators=(",", ":")))
     shutil.rmtree(run, ignore_errors=True)
     return row
 
 
-def judge(policy: Any, config: Any, split: str, tasks: int) -> dict[str, Any]:
+def judge(policy: Any, config: TrainConfig, split: str, tasks: int) -> dict[str, Any]:
     """Success (a digit a task), score and turns of a policy on the first tasks of a split."""
-    from functools import partial
-
     from hero.api import evaluate
     from hero.envs import border
     from hero.envs.base import make_env
 
     environment = partial(make_env, config.env.name, **config.env.options)
     chosen = border.tasks(environment(), split)[:tasks]
-    found = evaluate(policy, environment, chosen, config=config.rollout, seed=PANEL_SEED)
+    found = evaluate(
+        policy,
+        environment,
+        chosen,
+        config=config.rollout,
+        seed=PANEL_SEED,
+        demonstrations=config.env.demonstrations,
+    )
     per_task = [found.per_task[task] for task in chosen]
     return {
         "success": "".join(str(int(task["success"])) for task in per_task),
         "score": round(found.score, 4),
         "task_turns": [int(task["turns"]) for task in per_task],
     }
+
+
+def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dict[str, float]:
+    """What was not trained: how well a model itself diagnoses the start's episodes.
+
+    On so many (`number`) dev tasks; shares of turns: `parsed`, and `recall`, `precision` and
+    `same_action` of the rules' faults. {} in a world without rules.
+    """
+    from hero.api import rollout
+    from hero.config import ModelConfig
+    from hero.envs import border
+    from hero.envs.base import HasDiagnosis, make_env
+    from hero.episodes import rewarded
+    from hero.evaluation import agreement
+    from hero.policy import Policy
+    from hero.prompts import make_prompts
+    from hero.reflection import make_reflector
+    from hero.sampler import HFSampler
+
+    environment = partial(make_env, config.env.name, **config.env.options)
+    env = environment()
+    if not isinstance(env, HasDiagnosis):
+        return {}
+    tasks = border.tasks(env, "dev")[:number]
+    player = Policy.load(ModelConfig(path=start, device=config.model.device))
+    played = rollout(
+        player,
+        environment,
+        tasks,
+        config=config.rollout,
+        seed=PANEL_SEED,
+        demonstrations=config.env.demonstrations,
+    )
+    episodes = rewarded(played, config.env.reward)
+    reflector = make_reflector(
+        replace(config.reflection, reflector="self", shuffle_hints="off"), env=env,
+        sampler=HFSampler(policy, number), renderer=policy.renderer, context=policy.context,
+        prompts=make_prompts(config.prompts), teacher_weights=_no_teacher,
+    )  # fmt: skip
+    read = reflector.reflect(episodes, PANEL_SEED)
+    found = {"parsed": read.stats.parsed / max(1, read.stats.turns)}
+    for name, value in agreement(env, episodes, read.diagnoses).items():
+        found[name.removeprefix("agreement/")] = value
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def gap(
+    start: str, arm: str, settings: dict[str, Any], model: str, tasks: int, folder: Path
+) -> None:
+    """What the arm's teacher knows better before training: `folder/gaps/START/ARM.json`.
+
+    Measured on the start's episodes of so many dev `tasks`.
+    """
+    path = folder / "gaps" / start / f"{arm}.json"
+    if path.is_file():
+        return
+    from dataclasses import asdict
+
+    from hero.api import rollout
+    from hero.config import ModelConfig
+    from hero.envs import border
+    from hero.envs.base import make_env
+    from hero.policy import Policy
+    from hero.probe import measure
+
+    config: TrainConfig = from_dict(settings)
+    environment = partial(make_env, config.env.name, **config.env.options)
+    policy = Policy.load(ModelConfig(path=model, device=config.model.device))
+    env = environment()
+    chosen = border.tasks(env, "dev")[:tasks]
+    played = rollout(
+        policy,
+        environment,
+        chosen,
+        config=config.rollout,
+        seed=PANEL_SEED,
+        demonstrations=config.env.demonstrations,
+    )
+    found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * tasks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = asdict(found) | {"gap": found.gap} if found else {}
+    write_atomic(path, json.dumps({"start": start, "arm": arm} | row))
+
+
+def _no_teacher() -> Any:
+    raise AssertionError("the reflector is the model itself")
 
 
 KEPT = ("rewards/mean", "rollout/success", "rollout/turns_mean", "reflection/non_empty_rate",

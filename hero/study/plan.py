@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from annotated_types import MinLen
 
 from hero.checks import from_dict
-from hero.config import Count, Settings, TrainConfig
+from hero.config import Count, Settings, SftConfig, TrainConfig
 from hero.config.kinds import Positive
 from hero.files import write_atomic
-from hero.recipes import load_recipe, merge
+from hero.recipes import load_recipe, merge, read_yaml, recipe_path
 from hero.types import Fault
 
 FORMAT = 1
@@ -22,6 +23,10 @@ FORMAT = 1
 SAME = ("env.name", "env.reward", "prompts", "rollout.max_turns", "rollout.max_turn_tokens",
         "rollout.max_episode_tokens", "rollout.temperature", "rollout.top_p")  # fmt: skip
 """Settings in which arms that are compared may not differ."""
+RATES = "rates.json"
+"""Dev success of each learning rate, by `START/ARM`; the start is "" if all share the rate."""
+BASE = "base"
+"""The arm that is not trained: the start itself."""
 FREE_OPTIONS = ("hints",)
 """Options of the environment that change what a reflector says, and not the world."""
 
@@ -38,6 +43,10 @@ class StudyConfig(Settings):
     """Warm starts by name: settings of `hero sft` (made once), or a `model` to take as it is."""
     arms: Annotated[dict[str, dict[str, Any]], MinLen(1)]
     """Settings of each arm on top of those of all."""
+    like: dict[str, str] = field(default_factory=dict)
+    """Arms that have settings and learning rate of another, but for their own settings."""
+    controls: list[str] = field(default_factory=list)
+    """Arms that must lose the gain of the first arm. They may be paid otherwise (`env.reward`)."""
     seeds: Count = 5
     """Runs of each arm, seeds 0, 1, …"""
     fewer_seeds: dict[str, Count] = field(default_factory=dict)
@@ -50,16 +59,26 @@ class StudyConfig(Settings):
     """Each arm takes the one that is best for it on dev tasks."""
     tuning_seeds: Count = 2
     """Runs of each learning rate, with seeds that are not used again."""
+    tuning_starts: list[str] = field(default_factory=list)
+    """Starts at which learning rates are chosen, for all starts; if none is named, at each."""
     tuning_marks: Count = 1
     """Marks, from the first, that a learning rate is judged at."""
     dev_tasks: Count = 100
     test_tasks: Count = 200
     jobs: Count = 2
     """Runs side by side, one thread each."""
+    smoke: dict[str, Any] = field(default_factory=dict)
+    """Changes for `--smoke`: minutes, to see that it runs. null takes an arm or a start away."""
 
     def of(self, arm: str) -> dict[str, Any]:
         """The settings of an arm, nested."""
-        return merge(merge(load_recipe(self.base), self.settings), self.arms[arm])
+        like = self.like.get(arm)
+        basis = self.of(like) if like else merge(load_recipe(self.base), self.settings)
+        return merge(basis, self.arms[arm])
+
+    def rate_of(self, arm: str) -> str:
+        """The arm whose learning rate an arm has."""
+        return self.rate_of(self.like[arm]) if arm in self.like else arm
 
     def arms_at(self, start: str) -> list[str]:
         return self.only.get(start, list(self.arms))
@@ -68,37 +87,49 @@ class StudyConfig(Settings):
         return min(self.seeds, self.fewer_seeds.get(arm, self.seeds))
 
 
-def load_study(name: str) -> StudyConfig:
+def load_study(name: str, smoke: bool = False) -> StudyConfig:
     """A shipped study by name, or the user's own YAML file.
 
     Raises:
         ValueError: it cannot be read, its arms cannot be compared, or a name is unknown.
     """
-    shipped = Path(__file__).parents[1] / "recipes" / "study" / f"{name}.yaml"
-    path = shipped if shipped.is_file() else Path(name)
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        known = ", ".join(sorted(p.stem for p in shipped.parent.glob("*.yaml")))
-        raise ValueError(
-            f"Cannot read the study {name}: {error}. Shipped studies: {known}."
-        ) from error
+    is_file = name.endswith((".yaml", ".yml"))
+    data = read_yaml(name if is_file else recipe_path(name, "study"))
+    if smoke:
+        data = _without_null(merge(data, data.get("smoke") or {}))
     study = from_dict(data, StudyConfig)
     _check(study)
     return study
 
 
+def _without_null(data: dict[str, Any]) -> dict[str, Any]:
+    """A study without the arms and starts that are null, wherever they are named."""
+    gone = {key for kind in ("starts", "arms") for key, v in data[kind].items() if v is None}
+    for kind in ("starts", "arms", "only", "like", "fewer_seeds"):
+        data[kind] = {k: v for k, v in data.get(kind, {}).items() if k not in gone}
+    data["only"] = {k: [arm for arm in v if arm not in gone] for k, v in data["only"].items()}
+    data["controls"] = [arm for arm in data.get("controls", []) if arm not in gone]
+    return data
+
+
 def _check(study: StudyConfig) -> None:
     if study.marks != sorted(set(study.marks)):
         raise ValueError(f"marks must rise, got {study.marks}.")
-    for start, arms in study.only.items():
-        if start not in study.starts:
-            raise ValueError(f"only: unknown start {start!r}; there are {', '.join(study.starts)}.")
-        if unknown := set(arms) - set(study.arms):
-            raise ValueError(f"only.{start}: unknown arms {', '.join(sorted(unknown))}.")
-    if unknown := set(study.fewer_seeds) - set(study.arms):
-        raise ValueError(f"fewer_seeds: unknown arms {', '.join(sorted(unknown))}.")
-    first, *others = ((arm, _comparable(study.of(arm))) for arm in study.arms)
+    arms = {name: list(named) for name, named in (
+        ("fewer_seeds", study.fewer_seeds), ("like", [*study.like, *study.like.values()]),
+        ("controls", study.controls), *((f"only.{s}", a) for s, a in study.only.items()),
+    )}  # fmt: skip
+    for name, named in arms.items():
+        _known(name, named, study.arms)
+    _known("only", study.only, study.starts)
+    _known("tuning_starts", study.tuning_starts, study.starts)
+    for name in study.arms:
+        if name == BASE or "/" in name:
+            raise ValueError(f"An arm cannot be called {name!r}: it names a folder of its own.")
+        _refuse_circle(study, name)
+    first, *others = (
+        (arm, _comparable(study.of(arm), is_control=arm in study.controls)) for arm in study.arms
+    )
     for arm, settings in others:
         for name, value in settings.items():
             if value != first[1][name]:
@@ -106,11 +137,41 @@ def _check(study: StudyConfig) -> None:
                     f"The arms {first[0]} and {arm} cannot be compared: {name} is "
                     f"{first[1][name]!r} for one and {value!r} for the other. Give both the same."
                 )
+    for start, settings in study.starts.items():
+        _check_start(start, settings, first[1])
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+def _known(name: str, named: Iterable[str], there: Iterable[str]) -> None:
+    if unknown := set(named) - set(there):
+        raise ValueError(
+            f"{name}: unknown {', '.join(sorted(unknown))}; there are {', '.join(there)}."
+        )
+
+
+def _refuse_circle(study: StudyConfig, arm: str) -> None:
+    seen = [arm]
+    while (following := study.like.get(seen[-1])) is not None:
+        if following in seen:
+            raise ValueError(f"like goes in a circle: {' -> '.join([*seen, following])}.")
+        seen.append(following)
+
+
+def _check_start(start: str, settings: dict[str, Any], world: dict[str, Any]) -> None:
+    """A start that is made must be made in the arms' world and wording."""
+    if set(settings) == {"model"}:
+        return
+    config = from_dict(settings, SftConfig)
+    for name, own in (("prompts", config.prompts), ("env.name", config.env.name)):
+        if own != world[name]:
+            raise ValueError(
+                f"The start {start} cannot be compared: its {name} is {own!r}, and that of the "
+                f"arms {world[name]!r}. Give both the same."
+            )
+
+
+def _comparable(settings: dict[str, Any], is_control: bool) -> dict[str, Any]:
     config = from_dict(settings, TrainConfig)
-    found = {}
+    found: dict[str, Any] = {}
     for name in SAME:
         value: Any = config
         for part in name.split("."):
@@ -118,6 +179,8 @@ def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
         found[name] = value
     options = config.env.options
     found["env.options"] = {k: options[k] for k in sorted(options) if k not in FREE_OPTIONS}
+    if is_control:
+        del found["env.reward"]
     return found
 
 
@@ -127,23 +190,68 @@ def claim_folder(study: StudyConfig, folder: Path) -> None:
     Raises:
         Fault: it holds another study; names the first difference.
     """
-    now = {"format": FORMAT, **asdict(study)}
+    resolved = {arm: study.of(arm) for arm in study.arms}
+    now = {"format": FORMAT, **asdict(study), "resolved": resolved, "tasks": _tasks(study)}
     path = folder / "study.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
         for name in ("format", "base", "settings", "marks", "learning_rates", "tuning_seeds",
-                     "tuning_marks", "dev_tasks", "test_tasks"):  # fmt: skip
-            _same(folder, name, before.get(name), now[name])
-        for kind in ("starts", "arms"):
-            for name in before[kind].keys() & now[kind].keys():
-                _same(folder, f"{kind}.{name}", before[kind][name], now[kind][name])
+                     "tuning_marks", "dev_tasks", "test_tasks", "tasks"):  # fmt: skip
+            if name in before:
+                _same(folder, name, before[name], now[name])
+        for kind in ("starts", "arms", "resolved"):
+            there = before.get(kind, {})
+            for name in there.keys() & now[kind].keys():
+                _same(folder, f"{kind}.{name}", there[name], now[kind][name])
+            now[kind] = there | now[kind]  # rows of what this study leaves out are still there
     elif folder.is_dir() and any(folder.iterdir()):
         raise Fault(f"{folder} is not empty and holds no study: name another folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(now, indent=1))
 
 
+def chosen_rates(study: StudyConfig, folder: Path) -> dict[tuple[str, str], float]:
+    """The learning rate of each (start, arm): the best of `rates.json`, ties the lower.
+
+    Raises:
+        ValueError: the study has not come to choosing them.
+    """
+    pairs = [(start, arm) for start in study.starts for arm in study.arms_at(start)]
+    if len(study.learning_rates) == 1:
+        return dict.fromkeys(pairs, study.learning_rates[0])
+    try:
+        text = (folder / RATES).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{folder} holds no finished run: hero study has to run first.") from error
+    means: dict[str, dict[str, float]] = json.loads(text)
+    best = {
+        key: float(max(sorted(of, key=float), key=lambda rate: of[rate]))
+        for key, of in means.items()
+    }
+    shared = "" if study.tuning_starts else None
+    return {
+        (start, arm): best[f"{start if shared is None else shared}/{study.rate_of(arm)}"]
+        for start, arm in pairs
+    }
+
+
+def _tasks(study: StudyConfig) -> str:
+    """A digest of the tasks of all splits in order, in which another catalogue shows."""
+    from hero.envs import border
+    from hero.envs.base import make_env
+
+    config = from_dict(study.of(next(iter(study.arms))), TrainConfig)
+    env = make_env(config.env.name, **config.env.options)
+    splits = [border.tasks(env, split) for split in ("train", "dev", "test")]
+    return hashlib.sha256(json.dumps(splits).encode()).hexdigest()[:16]
+
+
 def _same(folder: Path, name: str, before: Any, now: Any) -> None:
+    """Raise with the first setting that differs."""
+    while isinstance(before, dict) and isinstance(now, dict) and before != now:
+        keys = sorted(before.keys() | now.keys())
+        key = next(key for key in keys if before.get(key) != now.get(key))
+        name, before, now = f"{name}.{key}", before.get(key), now.get(key)
     if before != now:
         raise Fault(
             f"{folder} holds a study with {name} = {before!r}, and this one has {now!r}: rows of "

@@ -13,8 +13,9 @@ from hero.checks import from_dict
 from hero.config import SftConfig, TrainConfig
 from hero.files import write_atomic
 from hero.recipes import merge
-from hero.study.cells import Cell, judge, run_cell
-from hero.study.plan import StudyConfig, claim_folder
+from hero.study.cells import DIAGNOSED, Cell, diagnosing, gap, judge, run_cell
+from hero.study.plan import BASE, RATES, StudyConfig, chosen_rates, claim_folder
+from hero.types import Fault
 
 TUNING = 100
 """First seed of the runs that choose a learning rate: none of them is reported."""
@@ -23,7 +24,7 @@ Say = Callable[[str], None]
 
 
 def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]]:
-    """Run what is missing; returns the rows of all runs that count, and writes `rows.jsonl`.
+    """Run what is missing; returns the rows of all runs that count.
 
     Raises:
         Fault: the folder holds another study.
@@ -34,11 +35,16 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
         models = make_starts(study, folder, pool, say)
         rates = choose_rates(study, folder, models, pool, say)
         say("Runs that count: test tasks.")
-        rows = _all(pool, _cells(study, models, rates), folder, say)
-        rows += [
+        rows = [
             pool.submit(_base, study, start, models[start], folder).result() for start in models
         ]
-    write_atomic(folder / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        for done in [
+            pool.submit(gap, start, arm, study.of(arm), models[start], study.dev_tasks, folder)
+            for start in models
+            for arm in study.arms_at(start)
+        ]:
+            done.result()
+        rows += _all(pool, _cells(study, models, rates), folder, say)
     return rows
 
 
@@ -84,23 +90,28 @@ def choose_rates(
 ) -> dict[tuple[str, str], float]:
     """The learning rate of each (start, arm): the best mean success on dev tasks; ties the lower.
 
-    The mean is over tuning seeds and marks, so that a rate that rises fast and then collapses does
-    not win by its peak.
+    The mean is over tuning seeds and marks (and `tuning_starts`), so that a rate that rises fast
+    and then collapses does not win by its peak.
     """
     if len(study.learning_rates) == 1:
-        [rate] = study.learning_rates
-        return {(start, arm): rate for start in models for arm in study.arms_at(start)}
+        return chosen_rates(study, folder)
     say("Learning rates: dev tasks.")
+    shared = study.tuning_starts
+    wanted = {
+        (start, study.rate_of(arm)): None
+        for at in models
+        for arm in study.arms_at(at)
+        for start in shared or [at]
+    }
     cells = [
         _cell(study, start, models[start], arm, seed=TUNING + k, rate=rate, split="dev")
         for k in range(study.tuning_seeds)
-        for start in models
-        for arm in study.arms_at(start)
+        for start, arm in wanted
         for rate in study.learning_rates
     ]
     successes: dict[tuple[str, str], dict[float, list[float]]] = {}
     for row in _all(pool, cells, folder, say):
-        by_rate = successes.setdefault((row["start"], row["arm"]), {})
+        by_rate = successes.setdefault(("" if shared else row["start"], row["arm"]), {})
         by_rate.setdefault(row["learning_rate"], []).extend(
             mark["success"].count("1") / len(mark["success"]) for mark in row["marks"]
         )
@@ -109,8 +120,8 @@ def choose_rates(
         for key, rates in successes.items()
     }
     kept = {"/".join(key): rates for key, rates in means.items()}
-    write_atomic(folder / "rates.json", json.dumps(kept, indent=1))
-    return {key: max(rates, key=lambda rate: rates[rate]) for key, rates in means.items()}
+    write_atomic(folder / RATES, json.dumps(kept, indent=1))
+    return chosen_rates(study, folder)
 
 
 def _cells(
@@ -141,18 +152,39 @@ def _cell(
 def _all(
     pool: ProcessPoolExecutor, cells: Iterable[Cell], folder: Path, say: Say
 ) -> list[dict[str, Any]]:
+    """The rows of all cells; a cell that fails does not keep the others from being run.
+
+    Raises:
+        Fault: names the first that failed.
+    """
     waiting = {pool.submit(run_cell, cell, folder): cell for cell in cells}
     rows: dict[int, dict[str, Any]] = {}
-    for number, done in enumerate(as_completed(waiting), 1):
-        cell = waiting[done]
-        row = done.result()
-        rows[id(cell)] = row
-        reached = ", ".join(
-            f"{mark['success'].count('1') / len(mark['success']):.1%} @{mark['turns']}"
-            for mark in row["marks"]
+    failed: list[str] = []
+    try:
+        for number, done in enumerate(as_completed(waiting), 1):
+            cell = waiting[done]
+            if (error := done.exception()) is not None:
+                failed.append(f"{cell.name}: {type(error).__name__}: {error}")
+                say(f"{number}/{len(waiting)}  FAILED {failed[-1]}")
+                continue
+            rows[id(cell)] = done.result()
+            say(f"{number}/{len(waiting)}  {cell.name}  {_reached(done.result())}")
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    if failed:
+        raise Fault(
+            f"{len(failed)} of {len(waiting)} runs failed, the first: {failed[0]}\nThe others are "
+            "kept; the same command goes on with those that failed."
         )
-        say(f"{number}/{len(waiting)}  {cell.name}  {reached}")
     return [rows[id(cell)] for cell in waiting.values()]
+
+
+def _reached(row: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{mark['success'].count('1') / len(mark['success']):.1%} @{mark['turns']}"
+        for mark in row["marks"]
+    )
 
 
 def _base(study: StudyConfig, start: str, model: str, folder: Path) -> dict[str, Any]:
@@ -164,14 +196,12 @@ def _base(study: StudyConfig, start: str, model: str, folder: Path) -> dict[str,
     if path.is_file():
         return dict(json.loads(path.read_text(encoding="utf-8")))
     config: TrainConfig = from_dict(study.of(next(iter(study.arms))))
-    found = judge(Policy.load(ModelConfig(path=model)), config, "test", study.test_tasks)
+    policy, number = Policy.load(ModelConfig(path=model)), min(DIAGNOSED, study.test_tasks)
     row = {
-        "start": start,
-        "arm": "base",
-        "seed": 0,
-        "split": "test",
-        "marks": [{"turns": 0, **found}],
-    }
+        "start": start, "arm": BASE, "seed": 0, "split": "test",
+        "marks": [{"turns": 0, **judge(policy, config, "test", study.test_tasks)}],
+        "diagnosing": diagnosing(policy, config, model, number),
+    }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(row))
     return row

@@ -32,6 +32,11 @@ class LMStates(NamedTuple):
             "softcap": self.softcap, "logit_scale": self.logit_scale,
         }  # fmt: skip
 
+    def logits(self) -> Tensor:
+        """[B, L, V] after all, for what needs them whole."""
+        logits = nn.functional.linear(self.hidden, self.weight, self.bias) * self.logit_scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 def lm_states(model: nn.Module, input_ids: Tensor | None = None, **inputs: Any) -> LMStates:
     """Run a causal LM once, without its logits: one position of each sequence is all it makes.
@@ -58,12 +63,21 @@ def lm_states(model: nn.Module, input_ids: Tensor | None = None, **inputs: Any) 
     output: Any = model(
         **inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1, return_dict=True
     )
-    hidden = output.hidden_states[-1]
-    weight, bias = _head_tensors(causal_lm.get_output_embeddings(), hidden.dtype)
-    states = LMStates(hidden, weight, bias, **logit_transform(causal_lm.config))
+    states = with_head(causal_lm, output.hidden_states[-1])
     if not torch.compiler.is_compiling():
         _compare(states, output.logits)
     return states
+
+
+def with_head(model: Any, hidden: Tensor) -> LMStates:
+    """Hidden states [B, L, H] that the caller has already, with the head of their model. Nothing
+    compares them with the model's logits, as `lm_states` does.
+
+    Raises:
+        ValueError: a head that cannot be served as one differentiable tensor.
+    """
+    weight, bias = _head_tensors(model.get_output_embeddings(), hidden.dtype)
+    return LMStates(hidden, weight, bias, **logit_transform(model.config))
 
 
 def logit_transform(config: Any) -> dict[str, Any]:

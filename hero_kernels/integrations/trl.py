@@ -1,4 +1,7 @@
-"""The call orders of TRL: its chunked divergence and `GKDTrainer.generalized_jsd_loss`."""
+"""The call orders of TRL: its chunked divergence and `GKDTrainer.generalized_jsd_loss`.
+
+For whole trainers see trl_trainers.py.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +39,10 @@ def chunked_divergence(
     Raises:
         ValueError: logit scales or soft caps of the two models differ.
     """
-    scaling = (student_logit_scale, student_final_logit_softcapping)
-    if scaling != (teacher_logit_scale, teacher_final_logit_softcapping):
-        raise ValueError(
-            f"logit scale and soft cap must be the same for both models; got {scaling} for the "
-            f"student and {(teacher_logit_scale, teacher_final_logit_softcapping)} for the "
-            "teacher. Fold a scale into the head's weight, or compute the logits and call "
-            "divergence_from_logits."
-        )
+    one_scaling(
+        (student_logit_scale, student_final_logit_softcapping),
+        (teacher_logit_scale, teacher_final_logit_softcapping),
+    )
     output = fused_linear_divergence(
         student_hidden,
         student_weight,
@@ -60,6 +59,16 @@ def chunked_divergence(
     )
     assert isinstance(output, DivergenceOutput)
     return output.loss, output.student_entropy
+
+
+def one_scaling(student: tuple[float, float | None], teacher: tuple[float, float | None]) -> None:
+    """Raise ValueError unless (logit scale, soft cap) is the same for both models."""
+    if student != teacher:
+        raise ValueError(
+            f"logit scale and soft cap must be the same for both models; got {student} for the "
+            f"student and {teacher} for the teacher. Fold a scale into the head's weight, or "
+            "compute the logits and call divergence_from_logits."
+        )
 
 
 def generalized_jsd_loss(

@@ -9,6 +9,7 @@ import random
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -18,6 +19,7 @@ from hero.reflection.filters import HintFilter, Verdict
 from hero.reflection.parse import parse_diagnoses
 from hero.renderer import Renderer
 from hero.text import harmless
+from hero.toolcalls import FORMATS, parse_calls
 from hero.types import Diagnosis, Trajectory
 
 PIECES = [
@@ -25,12 +27,20 @@ PIECES = [
     '{"turn": 1, "hint": [',
     "{turn:}", '{"a":', "<think>", "</think>", "```{", "} ", "```", "`", "<tool_call>", "\\", " ",
     "\x1b[", "\x1b]", "\x9b", "é", "1 ", "a1", "search[", "W1 ",
+    "<tool_call>{}</tool_call>", "[f(", "[f(a=1)", "Action:",
+    "f(a=1),", '"a",', "```json ",
+    "</think", "<think", "\\'", "'",
 ]  # fmt: skip
 READERS: dict[str, Callable[[str], object]] = {
     "reflection": lambda text: parse_diagnoses(text, 9),
     "open reflection": lambda text: parse_diagnoses('{"turn": 1, "hint": "' + text, 9),
     "shop": lambda text: (parse_action(text, True), parse_action("a[" + text, False)),
     "harmless": harmless,
+    **{f"{name} calls": partial(parse_calls, format=name) for name in FORMATS},
+    "open call": lambda text: parse_calls(
+        '<tool_call>{"name": "f", "arguments": {"' + text, "hermes"
+    ),
+    "open list": lambda text: parse_calls("[f(a=[" + text, "pythonic"),
 }
 
 

@@ -285,6 +285,28 @@ def test_grpo_gradient_is_the_policy_gradient(
         torch.testing.assert_close(gradient, truth[name], atol=2e-6, rtol=2e-3)
 
 
+def test_imitation_is_the_cross_entropy_of_corrected_actions(
+    fresh_policy: Policy, experience: Experience, context: TeacherContext
+) -> None:
+    for row in experience.diagnoses:
+        row[0].corrected_action = "look"
+    samples = MODES["imitation"](context).annotate(experience)
+    ids = [*context.renderer.encode("look"), context.renderer.end_id]
+    assert [(s.trajectory, s.turn, s.action_ids) for s in samples] == [
+        (t, 0, ids) for t in range(4)
+    ]
+    total = torch.zeros(())
+    for s in samples:
+        logits = fresh_policy.model(torch.tensor([s.prompt_ids + ids])).logits[0]
+        total = total + torch.nn.functional.cross_entropy(
+            logits[len(s.prompt_ids) - 1 : -1], torch.tensor(ids), reduction="sum"
+        )
+    (total / (4 * len(ids))).backward()
+    truth = {n: p.grad.clone() for n, p in fresh_policy.trainable().items()}
+    for name, gradient in gradients(fresh_policy, config("imitation"), samples).items():
+        torch.testing.assert_close(gradient, truth[name], atol=2e-6, rtol=2e-3)
+
+
 def test_grpo_without_variance_does_nothing(
     fresh_policy: Policy, experience: Experience, context: TeacherContext
 ) -> None:

@@ -198,7 +198,7 @@ class TalkingEnv(QuietEnv):
 
 def rules(env: QuietEnv, renderer: Renderer, *, shuffle: bool = False) -> Any:
     return make_reflector(
-        ReflectionConfig(reflector="rules", shuffle_hints=shuffle),
+        ReflectionConfig(reflector="rules", shuffle_hints="tasks" if shuffle else "off"),
         env=env,
         sampler=ScriptedModel(renderer, lambda prompt, call: ""),
         renderer=renderer,
@@ -248,10 +248,36 @@ def test_shuffled_hints_come_from_other_tasks_and_stay_in_place(episode: Episode
 def test_shuffling_never_falls_back_to_the_right_hint(episode: Episode) -> None:
     lonely = [episode(["s"], task="a"), episode(["s"], task="a")]
     hint = [[Diagnosis(turn=0, hint="right")], [Diagnosis(turn=0)]]
-    with pytest.raises(ValueError, match=r"only \['a'\].*tasks-per-update"):
-        shuffle_hints(hint, lonely, seed=0)
+    for kind in ("tasks", "causes", "unrelated"):  # the last batch of a budget may have one task
+        assert shuffle_hints(hint, lonely, 0, kind) == [[Diagnosis(turn=0)], [Diagnosis(turn=0)]]
     lonely[1].task_id = "b"  # another task, but without a hint to give
     assert shuffle_hints(hint, lonely, seed=0) == [[Diagnosis(turn=0)], [Diagnosis(turn=0)]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"),
+    [("tasks", {"late", "loop"}), ("causes", {"loop"}), ("unrelated", {"buy b", "buy c"})],
+)
+def test_controls_take_the_right_from_the_wrong(
+    episode: Episode, kind: str, taken: set[str]
+) -> None:
+    trajectories = [episode(["s"], task=task, instruction=f"buy {task}") for task in "abc"]
+    told = [("late", "early", "a"), ("late", "early", "b"), ("loop", "stuck", "c")]
+    diagnoses = [
+        [Diagnosis(turn=0, hint=hint, failure_cause=cause, corrected_action=f"do {task}")]
+        for hint, cause, task in told
+    ]
+    drawn = [shuffle_hints(diagnoses, trajectories, seed, kind)[0][0] for seed in range(20)]
+    assert {d.hint for d in drawn} == taken
+    assert not any(d.corrected_action == "do a" for d in drawn)
+    if kind == "unrelated":
+        assert not any(d.corrected_action or d.failure_cause for d in drawn)
+
+
+def test_no_other_cause_leaves_no_hint(episode: Episode) -> None:
+    trajectories = [episode(["s"], task=task) for task in "ab"]
+    diagnoses = [[Diagnosis(turn=0, hint="late", failure_cause="early")] for _ in "ab"]
+    assert shuffle_hints(diagnoses, trajectories, 0, "causes") == [[Diagnosis(turn=0)]] * 2
 
 
 def test_the_setting_shuffles(renderer: Renderer, episode: Episode) -> None:

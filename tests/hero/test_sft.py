@@ -14,7 +14,7 @@ from hero.envs.shop import ShopEnv
 from hero.prompts import make_prompts
 from hero.renderer import Renderer
 from hero.scratch import build_tokenizer
-from hero.sft import hindsight_samples, make_targets
+from hero.sft import blank_samples, hindsight_samples, make_targets
 from hero.types import Diagnosis, Trajectory
 
 Episode = Callable[..., Trajectory]
@@ -53,6 +53,19 @@ def test_the_wrong_action_is_never_taught(
     renderer: Renderer, episode: Episode, diagnosis: Diagnosis, oracle: str, expected: set[str]
 ) -> None:
     assert taught(renderer, episode(["s"]), diagnosis, oracle) == expected
+
+
+def test_behind_a_blank_context_the_demonstrator_acts_as_ever(
+    renderer: Renderer, episode: Episode
+) -> None:
+    trajectory, prompts = episode(["s"] * 200), make_prompts("compact")
+    samples = blank_samples(trajectory, 0.3, prompts, renderer, random.Random(0))
+    assert 40 < len(samples) < 80
+    assert {renderer.decode(s.action_ids) for s in samples} == {
+        "act" + renderer.decode([renderer.end_id])
+    }
+    assert {renderer.decode(s.privileged_ids) for s in samples} == {" | again"}
+    assert blank_samples(trajectory, 0.0, prompts, renderer, random.Random(0)) == []
 
 
 class Silent(ShopEnv):

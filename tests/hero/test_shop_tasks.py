@@ -81,7 +81,7 @@ def finish_length(env: ShopEnv) -> int:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_splits_share_no_goal(profile: str) -> None:
     env = ShopEnv(profile)
-    shop = open_shop(profile, None, 0, None)
+    shop = open_shop(profile, None, 0)
     goals = {
         split: {(shop.goal(task).asin, shop.goal(task).instruction) for task in env.tasks(split)}
         for split in ("train", "dev", "test")
@@ -221,13 +221,13 @@ def test_small_pages_are_short() -> None:
             observation, _, terminated, truncated, _ = env.step(env.demonstrate(rng))
             ended = terminated or truncated
             assert len(re.findall(r"\w+|[^\w\s]", observation)) < 250
-    products = open_shop("small", None, 0, None).products.values()
+    products = open_shop("small", None, 0).products.values()
     assert all(len(product.title.split()) <= 8 for product in products)
     assert {len(product.options) for product in products} == {1, 2}
 
 
 def test_full_follows_the_statistics_of_webshop() -> None:
-    products = list(open_shop("full", 4000, 0, None).products.values())
+    products = list(open_shop("full", 4000, 0).products.values())
     shares = [
         sum(len(product.options) == number for product in products) / len(products)
         for number in range(4)
@@ -242,13 +242,13 @@ def test_full_follows_the_statistics_of_webshop() -> None:
     assert all(11 <= len(product.title.split()) <= 24 for product in products)
     assert all(len(product.bullets) == 5 for product in products)
     assert {len(product.attributes) for product in products} == set(range(9))
-    goals = open_shop("full", 4000, 0, None).goals
+    goals = open_shop("full", 4000, 0).goals
     assert {len(goal.attributes) for goal in goals} == {2, 3, 4}
 
 
 def test_tiny_is_fast() -> None:
     start = time.perf_counter()
-    open_shop.__wrapped__("tiny", None, 11, None)
+    open_shop.__wrapped__("tiny", None, 11)
     built = time.perf_counter() - start
     env, rng = ShopEnv("tiny"), random.Random(8)
     steps, start = 0, time.perf_counter()

@@ -102,8 +102,8 @@ def test_the_reflector_teacher_is_that_model(model_path: Path, tmp_path: Path) -
     config.model.path = str(path)
     [expected] = HFSampler(Policy.load(config.model)).generate([request], sampling)
     [other] = HFSampler(student).generate([request], sampling)
-    assert run.reflector is not None
-    [answer] = run.reflector.model.answer(["review goal red"], 0)  # type: ignore[attr-defined]
+    assert run.stages.reflector is not None
+    [answer] = run.stages.reflector.model.answer(["review goal red"], 0)  # type: ignore[attr-defined]
     assert answer.text == student.renderer.decode(expected.ids)
     assert answer.text != student.renderer.decode(other.ids)
     run.run()

@@ -18,12 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hero.checkpoint import BrokenCheckpoint
 from hero.checks import from_dict
 from hero.config import TrainConfig
 from hero.envs.shop import ShopEnv
 from hero.episodes import EnvironmentFault
 from hero.evaluation import TeacherGate
-from hero.files import BrokenCheckpoint, replacing
+from hero.files import replacing
 from hero.interrupt import Interrupt
 from hero.policy import Policy
 from hero.report.console import Console
@@ -173,14 +174,14 @@ def test_an_environment_that_raises_loses_no_update(
 
 def test_ctrl_c_saves_and_can_be_resumed(model_path: Path, tmp_path: Path) -> None:
     broken = trainer(settings(model_path), tmp_path)
-    rollout = broken.rollout
+    rollout = broken.stages.rollout
 
     def interrupted(assignments: Any, **kwargs: Any) -> Any:
         if assignments[0].id.startswith("u3-"):
             os.kill(os.getpid(), signal.SIGINT)
         return rollout(assignments, **kwargs)
 
-    broken.rollout = interrupted  # type: ignore[assignment]
+    broken.stages.rollout = interrupted  # type: ignore[assignment]
     with pytest.raises(KeyboardInterrupt):
         broken.run()
     assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["update"] == 2
@@ -243,14 +244,14 @@ def test_training_pays_what_it_is_told_to(model_path: Path, tmp_path: Path, rewa
     config.env.name = f"{__name__}:Generous"
     run = trainer(config, tmp_path)
     contexts = []
-    annotate = run._annotate
+    annotate = run.stages.annotate
 
     def watched(trajectories: Any, reflections: Any) -> Any:
         samples = annotate(trajectories, reflections)
         contexts.extend(run.policy.renderer.decode(s.privileged_ids) for s in samples)
         return samples
 
-    run._annotate = watched  # type: ignore[method-assign]
+    run.stages.annotate = watched  # type: ignore[method-assign]
     run.run()
     last = read_jsonl(tmp_path / "metrics.jsonl")[-1]
     assert last["rewards/mean"] == (1.5 if reward == "score" else 0.0)

@@ -190,7 +190,7 @@ def test_without_rules_a_reflector_is_compared_with_itself(
         ]  # fmt: skip
         return Reflections(diagnoses=rows, stats=read.stats)
 
-    monkeypatch.setattr(run.reflector, "reflect", reflect)
+    monkeypatch.setattr(run.stages.reflector, "reflect", reflect)
     assert "agrees with itself on 50%" in run.run()["stopped"]
     assert len(set(seeds)) == 2
 

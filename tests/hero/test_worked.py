@@ -24,7 +24,7 @@ def shop() -> ShopEnv:
 
 
 def test_they_are_chat_turns_of_the_template(renderer: Renderer, shop: ShopEnv) -> None:
-    shown, others = worked_episodes(shop, shop.tasks("train"), 2, 8)
+    shown, others = worked_episodes(shop, shop.tasks("train"), 2, 8, renderer)
     messages = [{"role": "system", "content": "rules"}]
     for task in shop.tasks("train")[:2]:
         observation, _ = shop.reset(task)
@@ -51,7 +51,7 @@ def test_they_are_chat_turns_of_the_template(renderer: Renderer, shop: ShopEnv) 
 
 
 def test_without_any_nothing_changes(renderer: Renderer, shop: ShopEnv) -> None:
-    shown, others = worked_episodes(shop, shop.tasks("train"), 0, 8)
+    shown, others = worked_episodes(shop, shop.tasks("train"), 0, 8, renderer)
     assert shown == [] and others == shop.tasks("train")
     assert opening(renderer, "", "see", shown) == renderer.start(
         [{"role": "user", "content": "see"}]
@@ -60,7 +60,7 @@ def test_without_any_nothing_changes(renderer: Renderer, shop: ShopEnv) -> None:
 
 def test_every_prompt_of_an_episode_begins_with_them(renderer: Renderer, shop: ShopEnv) -> None:
     """And they count: the same caps without them hold more turns."""
-    shown, others = worked_episodes(shop, shop.tasks("train"), 1, 8)
+    shown, others = worked_episodes(shop, shop.tasks("train"), 1, 8, renderer)
 
     def play(cap: int, shown: Any) -> Any:
         [trajectory] = rollout(
@@ -89,12 +89,12 @@ class Clueless(ShopEnv):
 
 
 @pytest.mark.parametrize("world", ["Clueless", "Silent"])
-def test_who_cannot_demonstrate_is_told(world: str) -> None:
+def test_who_cannot_demonstrate_is_told(renderer: Renderer, world: str) -> None:
     env: Any = Clueless("tiny") if world == "Clueless" else object()
     tasks = ShopEnv("tiny").tasks("train")[:3]
     message = "solves 0 of 3 .* within 8 turns" if world == "Clueless" else "object has none"
     with pytest.raises(ValueError, match=message):
-        worked_episodes(env, tasks, 1, 8)
+        worked_episodes(env, tasks, 1, 8, renderer)
 
 
 def test_a_run_with_worked_episodes(model_path: Path, tmp_path: Path) -> None:
@@ -103,10 +103,12 @@ def test_a_run_with_worked_episodes(model_path: Path, tmp_path: Path) -> None:
         eval={"dev_tasks": 2, "test_tasks": 2},
     )  # fmt: skip
     run = trainer(config, tmp_path)
-    assert run.tasks["train"] == ShopEnv("tiny").tasks("train")[2:]
+    assert run.stages.tasks["train"] == ShopEnv("tiny").tasks("train")[2:]
     run.run()
     records = read_jsonl(tmp_path / "trajectories.jsonl")
     assert {record["split"] for record in records} == {"before", "train", "after"}
-    first = run.rollout([Assignment(id="a", group_id="a", task_id=run.tasks["dev"][0])], seed=0)
+    first = run.stages.rollout(
+        [Assignment(id="a", group_id="a", task_id=run.stages.tasks["dev"][0])], seed=0
+    )
     shown = run.policy.renderer.decode(first[0].turns[0].prompt_ids)
     assert shown.count("click[buy now]") == 2

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from trl_helpers import gkd_trainer, installed
 
 from hero_kernels.integrations import liger, trl
-
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-
-
-def installed(package: str, wanted: str, module: str) -> Any:
-    """A module of a package, if the version is the one that the drop-ins are written for."""
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        found = "none"
-    if found != wanted:
-        pytest.skip(f"{package}=={wanted} is needed, found {found}: pip install -e '.[bench]'")
-    return importlib.import_module(module)
 
 
 def parameters(function: Callable[..., Any], drop: tuple[str, ...] = ()) -> list[tuple[str, Any]]:
@@ -76,7 +62,7 @@ def test_a_step_of_the_real_gkd_trainer(tmp_path: Path, monkeypatch: pytest.Monk
     gkd = installed("trl", "1.16.0", "trl.experimental.gkd")
     weights: list[dict[str, torch.Tensor]] = []
     for ours in (False, True):
-        trainer = gkd_trainer(gkd, tmp_path)
+        trainer = gkd_trainer(gkd.GKDTrainer, tmp_path)
         if ours:
             calls = watched(monkeypatch, gkd.GKDTrainer)
         before = trainer.model.lm_head.weight.detach().clone()
@@ -98,43 +84,3 @@ def watched(monkeypatch: pytest.MonkeyPatch, trainer: Any) -> list[dict[str, Any
 
     monkeypatch.setattr(trainer, "generalized_jsd_loss", staticmethod(loss))
     return calls
-
-
-def gkd_trainer(gkd: Any, folder: Path) -> Any:
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(29))]
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
-        "{% if add_generation_prompt %}assistant {% endif %}"
-    )
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    student, teacher = LlamaForCausalLM(config), LlamaForCausalLM(config)
-    rows = [
-        [
-            {"role": "user", "content": f"w{i}"},
-            {"role": "assistant", "content": f"w{i + 1} w{i + 2}"},
-        ]
-        for i in range(8)
-    ]
-    arguments = gkd.GKDConfig(
-        output_dir=str(folder), max_steps=2, per_device_train_batch_size=2, lmbda=0.0,
-        gradient_accumulation_steps=2, report_to=[], use_cpu=True, save_strategy="no", bf16=False,
-        max_length=32, gradient_checkpointing=False, learning_rate=3.0, optim="sgd",
-        disable_tqdm=True,
-    )  # fmt: skip
-    return gkd.GKDTrainer(
-        model=student, teacher_model=teacher, args=arguments, processing_class=tokenizer,
-        train_dataset=Dataset.from_dict({"messages": rows}),
-    )  # fmt: skip

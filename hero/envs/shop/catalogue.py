@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hero.envs.shop.synthetic import PATH_SEPARATOR, RawCatalogue
@@ -16,6 +15,8 @@ PRICE_LIMITS = tuple(10.0 * step for step in range(1, 100))
 NO_PRICE_LIMIT = 1_000_000.0
 DEFAULT_PRICE = 100.0
 MAX_ASIN_LENGTH = 10
+Options = tuple[tuple[str, str], ...]
+"""(name, value) of the options that a goal asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +61,10 @@ class Goal:
     request: str
     """The instruction without options and price."""
     attributes: tuple[str, ...]
-    options: tuple[tuple[str, str], ...]
+    options: Options
+    """(name, value); the name is "" where people wrote the goal."""
     price_upper: float
     """Dollars."""
-
-
-def read_webshop_files(data_dir: Path) -> RawCatalogue:
-    """Read WebShop's files from a folder of the user.
-
-    Raises:
-        ValueError: the folder, or one of its files, is missing or there is more than one of a kind.
-    """
-    return (
-        json.loads(_only_file(data_dir, "items_shuffle*.json").read_text(encoding="utf-8")),
-        json.loads(_only_file(data_dir, "items_ins_v2*.json").read_text(encoding="utf-8")),
-        json.loads(_only_file(data_dir, "title_nouns.json").read_text(encoding="utf-8")),
-    )
-
-
-def _only_file(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        names = [path.name for path in found]
-        raise ValueError(
-            f"data_dir={str(folder)!r} holds {names} for {pattern!r}; expected exactly one file. "
-            "It needs WebShop's items_shuffle*.json and items_ins_v2*.json, and title_nouns.json, "
-            "which maps each asin to the lower-case nouns of its title."
-        )
-    return found[0]
 
 
 def load_products(raw: RawCatalogue, rng: random.Random) -> list[Product]:
@@ -95,15 +72,20 @@ def load_products(raw: RawCatalogue, rng: random.Random) -> list[Product]:
     items, annotations, title_nouns = raw
     unique: dict[str, dict[str, Any]] = {}
     for item in items:
-        if item["asin"] != "nan" and len(item["asin"]) <= MAX_ASIN_LENGTH:
+        if is_sold(item["asin"]):
             unique.setdefault(item["asin"], item)
     return [
-        _product(item, annotations.get(asin, {}), title_nouns.get(asin, []), rng)
+        read_product(item, annotations.get(asin, {}), title_nouns.get(asin, []), rng)
         for asin, item in unique.items()
     ]
 
 
-def _product(
+def is_sold(asin: str) -> bool:
+    """Whether a product of this id is loaded: the official server leaves longer ids out."""
+    return asin != "nan" and len(asin) <= MAX_ASIN_LENGTH
+
+
+def read_product(
     item: dict[str, Any], annotation: dict[str, Any], nouns: list[str], rng: random.Random
 ) -> Product:
     bullets = item["small_description"]
@@ -162,35 +144,66 @@ def build_goals(
     goals = []
     for product in products:
         annotation = annotations.get(product.asin, {})
-        request = annotation.get("instruction")
-        if request is None:
+        if annotation.get("instruction") is None:
             continue
-        limit = _price_limit(product.price, rng)
-        names = sorted(product.options)
-        for values in itertools.product(*(product.options[name] for name in names)):
-            options = tuple(zip(names, values, strict=True))
-            goals.append(
-                Goal(
-                    asin=product.asin,
-                    instruction=_instruction(request, options, limit, terse),
-                    request=request,
-                    attributes=tuple(annotation["instruction_attributes"]),
-                    options=options,
-                    price_upper=NO_PRICE_LIMIT if limit is None else limit,
-                )
-            )
+        limit = price_limit(product.price, rng)
+        for options in combinations(product):
+            goals.append(synthetic_goal(product, annotation, options, limit, terse))
     return goals
 
 
-def _price_limit(price: float, rng: random.Random) -> float | None:
+def combinations(product: Product) -> Iterator[Options]:
+    """Every choice of one value for each option."""
+    names = sorted(product.options)
+    for values in itertools.product(*(product.options[name] for name in names)):
+        yield tuple(zip(names, values, strict=True))
+
+
+def synthetic_goal(
+    product: Product, annotation: dict[str, Any], options: Options, limit: float | None, terse: bool
+) -> Goal:
+    """The goal of an instruction and a choice of options."""
+    request = annotation["instruction"]
+    return Goal(
+        asin=product.asin,
+        instruction=_instruction(request, options, limit, terse),
+        request=request,
+        attributes=tuple(annotation["instruction_attributes"]),
+        options=options,
+        price_upper=NO_PRICE_LIMIT if limit is None else limit,
+    )
+
+
+def human_goals(
+    product: Product, written: Iterable[dict[str, Any]], limits: Callable[[float], float | None]
+) -> Iterator[Goal]:
+    """Goals that people wrote for a product; those without attributes are left out.
+
+    Their options are values without a name. `limits` gives the price limit for a price.
+    """
+    for entry in written:
+        attributes = tuple(entry["instruction_attributes"])
+        if not attributes:
+            continue
+        limit = limits(product.price)
+        request = entry["instruction"].strip(".")
+        yield Goal(
+            asin=product.asin,
+            instruction=_instruction(request, (), limit, terse=False),
+            request=request,
+            attributes=attributes,
+            options=tuple(("", value) for value in entry["instruction_options"]),
+            price_upper=NO_PRICE_LIMIT if limit is None else limit,
+        )
+
+
+def price_limit(price: float, rng: random.Random) -> float | None:
     """The larger of two draws from the next four multiples of ten above the price."""
     above = [limit for limit in PRICE_LIMITS if limit > price][:4]
     return max(rng.sample(above, 2)) if len(above) >= 2 else None
 
 
-def _instruction(
-    request: str, options: tuple[tuple[str, str], ...], limit: float | None, terse: bool
-) -> str:
+def _instruction(request: str, options: Options, limit: float | None, terse: bool) -> str:
     if terse:
         words = [request, *(f"{name} {value}" for name, value in options)]
         return " ".join(words if limit is None else [*words, f"max {limit:.0f}"])

@@ -1,15 +1,14 @@
 """The embedded shop: an agent searches, compares, chooses options and buys.
 
-It speaks WebShop's protocol on a synthetic catalogue, or on WebShop's own files from a folder of
-the user. In `strict` mode it behaves like the official text environment, which answers an invalid
-action with the unchanged page and hides the options chosen. In `feedback` mode one line beneath
-the page says what an action did: without it there is little to reflect on.
+It speaks WebShop's protocol on a synthetic catalogue; `hero.envs.webshop` has the same shop on
+WebShop's own products. In `strict` mode it behaves like the official text environment, which
+answers an invalid action with the unchanged page and hides the options chosen. In `feedback` mode
+one line beneath the page says what an action did: without it there is little to reflect on.
 """
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
 from hero.envs.base import StepResult
@@ -29,7 +28,7 @@ from hero.envs.shop.protocol import (
     parse_action,
 )
 from hero.envs.shop.reward import Score, score_purchase
-from hero.envs.shop.store import PROFILES, Shop, open_shop
+from hero.envs.shop.store import PROFILES, Shop, check_choice, open_shop
 from hero.envs.shop.wording import (
     HINTS,
     Cause,
@@ -70,8 +69,6 @@ class ShopEnv:
     Args:
         profile: "full" (WebShop's statistics), "small" (short pages for small models) or "tiny"
             (two-word titles and a closed vocabulary, for less than a million parameters).
-        data_dir: folder with WebShop's files (`items_shuffle*.json`, `items_ins_v2*.json`,
-            `title_nouns.json`); needs profile "full".
         mode: "feedback", or "strict" for the official behaviour. `strict` also reads actions
             exactly; `feedback` forgives white space around them.
         observation: "text", "text_rich" or "compact"; None takes the profile's own ("compact" for
@@ -83,8 +80,7 @@ class ShopEnv:
             oracle.
         max_steps: actions after which the episode is truncated; None takes 15 (full) or 8.
         catalogue_seed: draws the synthetic catalogue, and the price limits of the goals.
-        num_products: size of the catalogue; None takes 1000 (full), 200 (small, tiny), or all of
-            `data_dir`.
+        num_products: size of the catalogue; None takes 1000 (full) or 200 (small, tiny).
         forget: probability with which `demonstrate` forgets an option, for a whole episode.
         noise: probability with which a step of `demonstrate` is a random action.
 
@@ -96,7 +92,6 @@ class ShopEnv:
         self,
         profile: str = "tiny",
         *,
-        data_dir: str | None = None,
         mode: str = "feedback",
         observation: str | None = None,
         score_breakdown: bool = True,
@@ -107,12 +102,12 @@ class ShopEnv:
         forget: float = 0.45,
         noise: float = 0.06,
     ) -> None:
-        _check_choice("profile", profile, PROFILES)
-        _check_choice("mode", mode, MODES)
-        _check_choice("hints", hints, HINTS)
+        check_choice("profile", profile, PROFILES)
+        check_choice("mode", mode, MODES)
+        check_choice("hints", hints, HINTS)
         defaults = PROFILES[profile]
         self.observation = defaults.observation if observation is None else observation
-        _check_choice("observation", self.observation, RENDERERS)
+        check_choice("observation", self.observation, RENDERERS)
         self.max_steps = defaults.max_steps if max_steps is None else max_steps
         if self.max_steps < 1:
             raise ValueError(
@@ -121,18 +116,16 @@ class ShopEnv:
         for name, value in (("forget", forget), ("noise", noise)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name}={value}; expected a probability from 0 to 1.")
-        if data_dir is not None and (profile != "full" or self.observation == "compact"):
-            raise ValueError(
-                f"data_dir with profile={profile!r}, observation={self.observation!r}; expected "
-                "profile='full' and observation='text' or 'text_rich' for real data."
-            )
         self.score_breakdown, self.hints = score_breakdown, hints
         self.profile, self.mode, self.forget, self.noise = profile, mode, forget, noise
-        resolved = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
-        self._shop_key = (profile, num_products, catalogue_seed, resolved)
-        self._shop: Shop = open_shop(*self._shop_key)
+        self.num_products, self.catalogue_seed = num_products, catalogue_seed
+        self._shop = self._open_shop()
         self._task_id: str | None = None
         self._start()
+
+    def _open_shop(self) -> Shop:
+        """The catalogue, which all instances of a process share."""
+        return open_shop(self.profile, self.num_products, self.catalogue_seed)
 
     def vocabulary(self) -> list[str]:
         """Every word that can occur in compact observations, actions, causes and hints, and product
@@ -155,8 +148,7 @@ class ShopEnv:
     """What every task's actions are made of: naming it gives no answer away."""
 
     def tasks(self, split: str) -> list[str]:
-        _check_choice("split", split, self._shop.splits)
-        return list(self._shop.splits[split])
+        return self._shop.tasks(split)
 
     def reset(self, task_id: str) -> tuple[str, dict[str, Any]]:
         goal = self._shop.goal(task_id)
@@ -187,7 +179,7 @@ class ShopEnv:
                 f"The episode of task {self._task_id!r} has ended; call reset(task_id) first."
             )
         self._steps += 1
-        action = parse_action(text, tolerant=self.mode == "feedback")
+        action = self._read(text)
         after = None if action is None else advance(self._state, action, self._shop)
         outcome = self._outcome(guide, action, after)
         self._state = after or self._state
@@ -204,6 +196,10 @@ class ShopEnv:
             "available_actions": self.available_actions(),
         }
         return self._observe(outcome), reward, terminated, self._truncated, info
+
+    def _read(self, text: str) -> Action | None:
+        """The action in what an agent wrote; None if there is none."""
+        return parse_action(text, tolerant=self.mode == "feedback")
 
     def _outcome(self, guide: Guide, action: Action | None, after: State | None) -> Outcome:
         score, found = None, 0
@@ -230,12 +226,16 @@ class ShopEnv:
         """The actions that the page offers; `search[...]` stands for a search with any words."""
         if self._state.view is View.DONE or self._truncated:
             return []
-        clicks = [self._show(Action("click", label)) for label in labels(self._state, self._shop)]
+        clicks = [self._label(Action("click", label)) for label in labels(self._state, self._shop)]
         return [ANY_SEARCH, *clicks]
 
-    def _show(self, action: Action) -> str:
+    def _label(self, action: Action) -> str:
         """With names as the page writes them: in compact style all lower case."""
         return str(action).lower() if self.observation == "compact" else str(action)
+
+    def _say(self, action: Action) -> str:
+        """An action as an agent writes it."""
+        return self._label(action)
 
     def _guide(self) -> Guide:
         if self._task_id is None:
@@ -243,7 +243,7 @@ class ShopEnv:
         return guide_to(self._shop, self._task_id)
 
     def oracle(self) -> str:
-        return self._show(self._guide().oracle(self._state))
+        return self._say(self._guide().oracle(self._state))
 
     def random_action(self, rng: random.Random) -> str:
         """One of the available actions; a search looks for the kind of a random product."""
@@ -260,7 +260,7 @@ class ShopEnv:
             self._forgotten = frozenset(name for name in names if rng.random() < self.forget)
         if rng.random() < self.noise:
             return self.random_action(rng)
-        return self._show(guide.oracle(self._state, self._forgotten))
+        return self._say(guide.oracle(self._state, self._forgotten))
 
     def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
         """Judge each turn from a replay of its action; the running episode is left alone.
@@ -276,9 +276,9 @@ class ShopEnv:
                 raise ValueError(
                     f"Trajectory {trajectory.id!r} has {len(trajectory.turns)} turns, but the "
                     f"purchase is turn {index - 1}: it is not from this shop. Use the environment "
-                    "it came from (profile, catalogue_seed, num_products, data_dir)."
+                    "it came from (profile, catalogue_seed, num_products)."
                 )
-            action = parse_action(turn.action_text, tolerant=self.mode == "feedback")
+            action = self._read(turn.action_text)
             cause = guide.judge(state, action)
             diagnoses.append(self._diagnosis(guide, state, cause, index, trajectory.task_id))
             state = (advance(state, action, self._shop) if action else None) or state
@@ -289,7 +289,7 @@ class ShopEnv:
     ) -> Diagnosis:
         if cause is None:
             return Diagnosis(turn=turn, source="rules")
-        corrected = self._show(guide.oracle(state))
+        corrected = self._say(guide.oracle(state))
         hint = hint_for(self.hints, cause, corrected, task_id, turn)
         return Diagnosis(
             turn=turn,
@@ -309,9 +309,4 @@ class ShopEnv:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._shop = open_shop(*self._shop_key)
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}; expected one of {sorted(choices)}.")
+        self._shop = self._open_shop()

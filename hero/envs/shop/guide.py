@@ -131,11 +131,12 @@ class Guide:
         return missing
 
     def _value_for(self, product: Product, name: str, wanted: str) -> str | None:
-        """The value of option `name` that serves the goal, if a click can set it there."""
+        """The value of option `name` ("": of any) that serves the goal, if a click can set it."""
         values = [
             value
-            for value in product.options.get(name, ())
-            if option_of(value, product.options) == name
+            for option in ([name] if name else product.options)
+            for value in product.options.get(option, ())
+            if option_of(value, product.options) == option
         ]
         if wanted in values:
             return wanted

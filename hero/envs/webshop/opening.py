@@ -1,0 +1,66 @@
+"""From WebShop's files to a shop, in memory or on disk, made once in each process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from hero.envs.shop.search import Search
+from hero.envs.shop.store import PROFILES, Shop, shop_of
+from hero.envs.webshop.disk import open_index
+from hero.envs.webshop.files import (
+    HUMAN,
+    ITEMS,
+    MAX_IN_MEMORY,
+    NOTES,
+    NOUNS,
+    check_item,
+    entries,
+    find,
+    table,
+)
+from hero.envs.webshop.index import Builder
+from hero.envs.webshop.words import stemmed_words
+
+
+@lru_cache(maxsize=4)
+def open_webshop(
+    data_dir: str, num_products: int | None, seed: int, goals: str, index_dir: str | None
+) -> Shop:
+    """The shop of these files, made once in each process.
+
+    Raises:
+        ValueError: files are missing, several of a kind, or not WebShop's.
+    """
+    if not data_dir:
+        raise ValueError(
+            "webshop needs WebShop's files: --env.options.data-dir DIR (docs/environments/"
+            "webshop.md says how to get them). `--env.name shop` needs none."
+        )
+    folder = Path(data_dir)
+    items = find(folder, ITEMS)
+    if index_dir is not None:
+        return open_index(folder, Path(index_dir), num_products, seed, goals)
+    size = items.stat().st_size
+    if size > MAX_IN_MEMORY and num_products is None:
+        raise ValueError(
+            f"{items} has {size / 1e9:.1f} GB, too much to be read into memory: give "
+            "--env.options.index-dir DIR for an index on disk, which is built once."
+        )
+    products = []
+    for item in entries(items):
+        products.append(check_item(item, items))
+        if len(products) == num_products:
+            break
+    notes = table(find(folder, HUMAN if goals == "human" else NOTES))
+    attributes = table(find(folder, NOTES)) if goals == "human" else notes
+    raw = (products, attributes, table(find(folder, NOUNS)))
+    return shop_of(raw, PROFILES["full"], seed, _index, notes if goals == "human" else None)
+
+
+def _index(texts: Iterable[str]) -> Search:
+    builder = Builder()
+    for text in texts:
+        builder.add(stemmed_words(text))
+    return Search(builder.finish(), stemmed_words)

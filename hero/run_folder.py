@@ -1,0 +1,160 @@
+"""The folder of a run: who may write there, what a run that goes on may change, what is kept.
+
+A run leaves config.json, metrics.jsonl, trajectories.jsonl, before.json, best/ (the best model on
+dev), checkpoint/ (to go on from), summary.json, and `lock`, which says who is writing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hero.checkpoint import checkpoints
+from hero.checks import from_dict
+from hero.config import TrainConfig, redacted
+from hero.files import refuse_to_replace, sweep, write_atomic
+from hero.report.tracking import METRICS
+from hero.types import Fault
+
+CONFIG, BEFORE, SUMMARY, BEST, SELECTED, LOCK = (
+    "config.json", "before.json", "summary.json", "best", "selected", "lock",
+)  # fmt: skip
+FREE = {"updates", "max_env_turns", "threads", "output_dir", "resume", "resume_anyway",
+        "save_every", "save_trajectories", "report_to", "eval", "model.device",
+        "model.gradient_checkpointing", "optim.micro_batch_tokens", "rollout.batch_size",
+        "loss.impl", "reflection.base_url", "reflection.api_key_env"}  # fmt: skip
+"""Settings that a run may change when it goes on: where, how long and how fast, not what."""
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here meanwhile; the lock of a process that was killed does not hold.
+
+        Raises:
+            Fault: another process has the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / LOCK).open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise Fault(
+                    f"{self.path} is being written by another training ({file.read().strip()}). "
+                    "Wait for its end, stop it, or name another --output-dir."
+                ) from None
+            file.truncate(0)
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+            file.flush()
+            sweep(self.path)
+            yield
+
+    def begin(self, config: TrainConfig) -> bool:
+        """Write config.json; returns whether the run goes on from a checkpoint.
+
+        Raises:
+            ValueError: there is nothing to go on from, something is here that would be lost, or
+                the run that is here was made with other settings.
+        """
+        if not checkpoints(self.path):
+            if config.resume not in ("never", "auto"):
+                raise ValueError(
+                    f"{self.path} holds no checkpoint to go on from. Start anew with --resume "
+                    "never and another --output-dir."
+                )
+            if (self.path / METRICS).is_file():
+                raise ValueError(
+                    f"{self.path} holds the logs of a run, but no checkpoint: nothing of it is "
+                    "replaced. Put its checkpoint/ back, or name another --output-dir."
+                )
+        elif config.resume == "never":
+            raise ValueError(
+                f"{self.path} already holds a run: go on from it with --resume {self.path}, or "
+                "name another --output-dir."
+            )
+        else:
+            self._same_run(config)
+        write_atomic(self.path / CONFIG, json.dumps(redacted(config), indent=1))
+        return bool(checkpoints(self.path))
+
+    def _same_run(self, config: TrainConfig) -> None:
+        saved = self.path / CONFIG
+        try:
+            before = flat(redacted(from_dict(json.loads(saved.read_text(encoding="utf-8")))))
+        except OSError as error:
+            raise ValueError(f"Cannot read {saved}: {error.strerror}.") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{saved} is not the configuration of a run of this version: {error}"
+            ) from error
+        now = flat(redacted(config))
+        changed = [
+            f"  {name}: {before.get(name)!r} in the run, {value!r} now"
+            for name, value in now.items()
+            if before.get(name) != value and not _is_free(name)
+        ]
+        if changed and not config.resume_anyway:
+            raise ValueError(
+                f"{self.path} holds a run with other settings:\n" + "\n".join(changed) + "\n"
+                "Go on with the run's own, name another --output-dir, or, if the change is meant, "
+                "add --resume-anyway."
+            )
+
+    def read_before(self) -> dict[str, Any] | None:
+        """The evaluation before training; None if there was none.
+
+        Raises:
+            Fault: it was cut or changed.
+        """
+        path = self.path / BEFORE
+        if not path.is_file():
+            return None
+        try:
+            before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            before["per_task"]["" if not before["per_task"] else next(iter(before["per_task"]))]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Fault(
+                f"{path} cannot be read ({type(error).__name__}: {error}). The training itself is "
+                "whole: remove the file to go without the comparison, or evaluate with hero eval."
+            ) from error
+        return before
+
+
+def claim(path: Path, resume: str) -> None:
+    """Refuse a folder that holds what is not a run's, before minutes of loading."""
+    if not checkpoints(path) and not (path / METRICS).is_file() and resume in ("never", "auto"):
+        held = [item for item in path.iterdir() if item.name != LOCK] if path.is_dir() else []
+        if held or path.is_file():
+            refuse_to_replace(path)
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name; the options of an environment stay together."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and name != "options":
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE or name.partition(".")[0] in FREE

