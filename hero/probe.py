@@ -102,8 +102,8 @@ def measure(
     turns = sum(len(trajectory.turns) for trajectory in paid)
     found = probe_teacher(
         env, paid, reflections.diagnoses, samples, sampler=sampler, teacher_sampler=teacher_sampler,
-        weights=weights, renderer=renderer, max_turn_tokens=config.rollout.max_turn_tokens, seed=seed,
-        max_turns=max_turns,
+        weights=weights, renderer=renderer, seed=seed, max_turns=max_turns,
+        max_turn_tokens=config.rollout.max_turn_tokens,
     )  # fmt: skip
     return Gap(
         turns=found.turns,
