@@ -26,15 +26,13 @@ def main(updates: int) -> None:
     policy, env = Policy.load(config.model), ShopEnv(profile="tiny")
     teacher = TeacherWeights(policy, config.teacher)
     context = TeacherContext(config.teacher, policy.renderer, make_prompts(config.prompts))
-    algorithm = MODES[config.mode](context, config.loss.pg_weight)
+    algorithm = MODES[config.mode](context, config.loss)
     learner = Learner(policy, teacher, config)
     for update in range(updates):
         tasks = env.tasks("train")[16 * update : 16 * update + 16]
         episodes = rollout(policy, ShopEnv, tasks, config=config.rollout, seed=update)
         diagnoses = [env.diagnose(episode) for episode in episodes]
-        samples = algorithm.annotate(
-            Experience(trajectories=episodes, diagnoses=diagnoses, gold={})
-        )
+        samples = algorithm.samples(Experience(trajectories=episodes, diagnoses=diagnoses, gold={}))
         learned = learner.learn(samples, seed=update)
         print(f"update {update + 1}: loss {learned.loss:.3f}, {len(learned.trained)} turns trained")
     result = evaluate(policy, ShopEnv, env.tasks("test")[:16], config=config.rollout)

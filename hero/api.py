@@ -22,6 +22,7 @@ from hero.sampler import HFSampler
 from hero.stages import TEST
 from hero.trainer import Trainer
 from hero.types import Trajectory
+from hero.worked import worked_episodes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,10 @@ class Run:
     """Empty if the run has not ended."""
 
     def policy(self) -> Policy:
-        """The best model of the run."""
-        return Policy.load(ModelConfig(path=str(self.folder / "best")))
+        """The selected model of the run: that of its figures, the best one unless it says else."""
+        selected = self.folder / "selected"
+        path = selected if selected.is_dir() else self.folder / "best"
+        return Policy.load(ModelConfig(path=str(path)))
 
 
 def train(
@@ -92,6 +95,7 @@ def rollout(
     trials_per_task: int = 1,
     temperature: float = 1.0,
     seed: int = 0,
+    demonstrations: int = 0,
 ) -> list[Trajectory]:
     """Play episodes.
 
@@ -103,14 +107,18 @@ def rollout(
         trials_per_task: episodes of each task.
         temperature: of the sampling; 0 is greedy.
         seed: the same seed, weights and tasks give the same episodes.
+        demonstrations: worked episodes of training tasks before each task, which needs an oracle.
 
     Raises:
         ValueError: a first prompt already passes `config.max_episode_tokens`.
         hero.types.Fault: the environment raised.
     """
     config = config or RolloutConfig()
+    envs = [environment() for _ in range(config.batch_size)]
+    train = envs[0].tasks("train")
+    shown, _ = worked_episodes(envs[0], train, demonstrations, config.max_turns, policy.renderer)
     return play(
-        trials(tasks, trials_per_task), envs=[environment() for _ in range(config.batch_size)],
+        trials(tasks, trials_per_task), envs=envs, shown=shown,
         sampler=HFSampler(policy, config.batch_size), renderer=policy.renderer, config=config,
         seed=derive_seed(seed, TEST), temperature=temperature,
     )  # fmt: skip

@@ -97,6 +97,8 @@ def check(config: TrainConfig) -> None:
     if config.mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}; got {config.mode!r}.")
     _check_batches(config)
+    _check_turns(config)
+    _check_teacher(config)
     _check_endpoint(config)
     _check_secrets(config)
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
@@ -138,8 +140,34 @@ def _check_batches(config: TrainConfig) -> None:
         )
 
 
+def _check_turns(config: TrainConfig) -> None:
+    choosing = [name for name, mode in MODES.items() if mode.chooses_turns]
+    if config.loss.turns != "hinted" and config.mode not in choosing:
+        raise ValueError(
+            f"loss.turns={config.loss.turns} is a choice of the modes {', '.join(choosing)}; got "
+            f"mode={config.mode}: leave it at hinted."
+        )
+
+
+def _check_teacher(config: TrainConfig) -> None:
+    teacher = config.teacher
+    if teacher.refresh == "gated" and (teacher.path or teacher.weights != "frozen"):
+        raise ValueError(
+            "teacher.refresh=gated copies the student to a frozen teacher: expected "
+            f"--teacher.weights frozen and no --teacher.path, got {teacher.weights} and "
+            f"{teacher.path!r}."
+        )
+
+
 def _check_endpoint(config: TrainConfig) -> None:
     reflection = config.reflection
+    if reflection.votes > 1 and (reflection.reflector == "rules" or reflection.temperature == 0):
+        raise ValueError(
+            f"reflection.votes={reflection.votes} compares reflections that differ; got "
+            f"reflector={reflection.reflector} at temperature {reflection.temperature:g}, which "
+            "always writes the same: set --reflection.votes 1, or --reflection.temperature 0.7 "
+            "with another reflector."
+        )
     if reflection.reflector != "openai":
         return
     if not (reflection.base_url and reflection.model):

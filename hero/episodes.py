@@ -13,6 +13,7 @@ from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
 from hero.sampler import Sampler, Sampling
 from hero.types import Message, StopReason, Trajectory, Turn
+from hero.worked import Worked, opening, work_out
 
 CHARS_PER_TOKEN = 8
 """Of `max_episode_tokens`: what is longer is cut before it is tokenised. Prose has four."""
@@ -52,7 +53,7 @@ class _Running:
 
     def __init__(
         self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
-        generate: Callable[[list[Message], int], str] | None = None,
+        generate: Callable[[list[Message], int], str] | None = None, shown: Sequence[Worked] = (),
     ) -> None:  # fmt: skip
         self.env, self.renderer, self.config = env, renderer, config
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
@@ -74,13 +75,12 @@ class _Running:
             self.fail(fault)
             return
         self.trajectory.instruction = instruction
-        self.rules, self.tools = rules, tools
+        self.rules, self.tools, self.shown = rules, tools, shown
         self.prompt_ids = self.started_with(observation)
 
     def started_with(self, text: str) -> list[int]:
         """Ids of a conversation in which nothing was said before `text`."""
-        messages: list[Message] = [{"role": "system", "content": self.rules}] if self.rules else []
-        return self.renderer.start([*messages, {"role": "user", "content": text}], self.tools)
+        return opening(self.renderer, self.rules, text, self.shown, self.tools)
 
     def fail(self, cause: object) -> None:
         self.trajectory.fail(cause)
@@ -141,6 +141,7 @@ def rollout(
     seed: int,
     temperature: float | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
+    shown: Sequence[Worked] = (),
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
 
@@ -153,6 +154,7 @@ def rollout(
         seed: of the sampling; the same seed, weights and assignments give the same trajectories.
         temperature: instead of the config's (evaluation).
         count: called after every turn with the number of finished episodes and of all.
+        shown: worked episodes before each task (`env.demonstrations`).
 
     Raises:
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
@@ -170,7 +172,7 @@ def rollout(
 
     for start in range(0, len(assignments), len(envs)):
         batch = [
-            _Running(env, assignment, renderer, config, generate)
+            _Running(env, assignment, renderer, config, generate, shown)
             for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
         ]
         active = [running for running in batch if not running.stopped]
@@ -218,21 +220,14 @@ def gold_episodes(
     gold: dict[str, tuple[tuple[str, str], ...]] = {}
     faults, played = [], 0
     for task in tasks:
-        turns: list[tuple[str, str]] = []
-        ended = success = False
         played += 1
         try:
-            border.reset(env, task)
-            while not ended and len(turns) < max_turns:
-                action = border.action(env, "oracle", where=f"task {task!r}")
-                step = border.step(env, action, task, len(turns))
-                turns.append((action, step.observation))
-                ended, success = step.terminated or step.truncated, step.success
+            worked = work_out(env, task, max_turns)
         except EnvironmentFault as fault:
             faults.append(fault)
             continue
-        if ended and success:
-            gold[task] = tuple(turns)
+        if worked is not None:
+            gold[task] = tuple((action, step.observation) for action, step in worked.turns)
     if faults and len(faults) == played:
         raise faults[0]
     return gold

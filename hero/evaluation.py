@@ -67,10 +67,13 @@ def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
 def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     """What is logged of an evaluation; `cut_rate` is the share of episodes that ended at a cap."""
     result = summarise(trajectories)
+    turns = sum(len(trajectory.turns) for trajectory in trajectories)
     return {
         "dev/success": result.success,
         "dev/score": result.score,
+        "dev/episodes": float(len(trajectories)),
         "dev/turns": result.turns,
+        "dev/turn_tokens": sum(t.num_action_tokens for t in trajectories) / max(1, turns),
         "dev/cut_rate": _mean([float(t.stop_reason is not StopReason.DONE) for t in trajectories]),
     }
 
@@ -159,6 +162,22 @@ def agreement(
     return {f"agreement/{name}": part / whole for name, (part, whole) in found.items() if whole}
 
 
+def consistency(
+    first: Sequence[Sequence[Diagnosis]], second: Sequence[Sequence[Diagnosis]]
+) -> dict[str, float]:
+    """How far two reflections of the same episodes agree; {} if neither finds a fault.
+
+    The share of the turns with a hint in either that have one in both.
+    """
+    hints = [
+        (bool(one.hint), bool(other.hint))
+        for row, again in zip(first, second, strict=True)
+        for one, other in zip(row, again, strict=True)
+    ]
+    either = sum(one or other for one, other in hints)
+    return {"agreement/consistency": sum(map(all, hints)) / either} if either else {}
+
+
 def probe_teacher(
     env: HasDiagnosis,
     trajectories: Sequence[Trajectory],
@@ -166,6 +185,7 @@ def probe_teacher(
     samples: Sequence[Sample],
     *,
     sampler: Sampler,
+    teacher_sampler: Sampler | None = None,
     weights: TeacherWeights,
     renderer: Renderer,
     max_turn_tokens: int,
@@ -178,19 +198,28 @@ def probe_teacher(
         env: judges by its own diagnosis: an action is right if it draws no hint.
         trajectories: finished episodes.
         diagnoses: the reflector's, for the agreement; may be empty lists.
-        samples: annotated turns of these trajectories; at most `max_turns` of them are probed.
+        samples: annotated turns of these trajectories; those with a hint, or all where there are no
+            diagnoses, are probed, at most `max_turns` of them.
         sampler: samples from the policy.
+        teacher_sampler: from the teacher, within `weights.applied()`; None if that is `sampler`.
         weights: the teacher's, applied for its answers.
         renderer: decodes answers.
         max_turn_tokens: cap of an answer.
         seed: of the sampling.
     """
     faults: list[EnvironmentFault] = []  # an answer that cannot be judged is left out
-    chosen = [sample for sample in samples if sample.distill_weight][:max_turns]
+    chosen = [
+        sample
+        for sample in samples
+        if sample.distill_weight
+        and (not (row := diagnoses[sample.trajectory]) or row[sample.turn].hint)
+    ][:max_turns]
     sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
     plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
     with weights.applied():
-        hinted = sampler.generate([sample.teacher_prompt_ids for sample in chosen], sampling)
+        hinted = (teacher_sampler or sampler).generate(
+            [sample.teacher_prompt_ids for sample in chosen], sampling
+        )
 
     def judge(trajectory: Trajectory) -> list[Diagnosis]:
         try:

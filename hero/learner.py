@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero.config import TrainConfig
+from hero.config import TeacherConfig, TrainConfig
 from hero.loss import LossOutput, compute_loss, weigh
 from hero.packing import PackedBatch, micro_batches, pack, plan_rows
 from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
+
+AVERAGED = 10
+"""Updates over which `eval.select=averaged` averages."""
 
 Place = tuple[int, int]
 """(trajectory, turn), as indices into the batch."""
@@ -33,6 +36,8 @@ class Learned:
     """Mean over steps."""
     grad_norm: float = 0.0
     """Mean over steps, before clipping."""
+    terms: dict[str, float] = field(default_factory=dict)
+    """Each term of the loss, weight included; means over steps."""
     entropy: float = 0.0
     """Mean over the tokens looked at, nats."""
     trained: dict[Place, tuple[str, ...]] = field(default_factory=dict)
@@ -57,6 +62,19 @@ class Learner:
             betas=(optim.adam_beta1, optim.adam_beta2),
             weight_decay=optim.weight_decay,
         )
+        self.start: TeacherWeights | None = None
+        """The weights at the start, if the loss needs them; the teacher's, if they stay there."""
+        if config.loss.kl_to_start:
+            stays = teacher.policy is policy and teacher.kind == "frozen"
+            stays &= config.teacher.refresh == "never"
+            frozen = TeacherConfig(weights="frozen")
+            self.start = teacher if stays else TeacherWeights(policy, frozen)
+        self.average: TeacherWeights | None = None
+        """Of the student's weights after each update, if `eval.select` asks for it."""
+        if config.eval.select == "averaged":
+            self.average = TeacherWeights(policy, TeacherConfig(weights="ema"))
+        self.averaged = 0
+        """Updates in it."""
         self.steps_taken = 0
         self.halvings = 0
         """Of the learning rate, each after a collapse."""
@@ -78,15 +96,26 @@ class Learner:
                 done = self._accumulate(minibatch)
                 if not done:
                     continue
-                stepped = self._step(learned, [output.loss for _, output in done])
+                stepped = self._step(learned, [output for _, output in done])
                 for batch, output in done:
                     entropies.append(output.entropy)
                     _record(learned, batch, output, stepped, first_pass=epoch == 0)
-        learned.loss /= max(1, learned.steps + learned.skipped_steps)
+        if learned.steps:
+            self.take_into_average()
+        tried = max(1, learned.steps + learned.skipped_steps)
+        learned.loss /= tried
+        learned.terms = {name: total / tried for name, total in learned.terms.items()}
         learned.grad_norm /= max(1, learned.steps)
-        if entropies:
-            learned.entropy = float(torch.cat(entropies).mean())
+        seen = torch.cat(entropies) if entropies else torch.zeros(0)
+        learned.entropy = float(seen.mean()) if len(seen) else 0.0
         return learned
+
+    def take_into_average(self) -> None:
+        """The student's present weights: a plain mean, later one of about `AVERAGED` updates."""
+        if self.average is not None:
+            self.averaged += 1
+            self.average.rate = 1 / min(self.averaged, AVERAGED)
+            self.average.update()
 
     def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
         """Gradients of one step; [] if no token has weight."""
@@ -97,21 +126,24 @@ class Learner:
             with self.policy.recomputing():
                 output = compute_loss(
                     self.policy, self.teacher, batch, self.config.loss,
-                    self.config.rollout.temperature,
+                    self.config.rollout.temperature, self.start,
                 )  # fmt: skip
                 output.loss.backward()  # type: ignore[no-untyped-call]
             output.loss = output.loss.detach()
             done.append((batch, output))
         return done
 
-    def _step(self, learned: Learned, losses: Sequence[Tensor]) -> bool:
+    def _step(self, learned: Learned, outputs: Sequence[LossOutput]) -> bool:
         """Take an optimiser step unless the gradient is not finite; returns whether it was."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         norm = torch.nn.utils.clip_grad_norm_(
             self.policy.trainable().values(), self.config.optim.max_grad_norm
         )
-        learned.loss += float(sum(losses))
+        learned.loss += float(sum(output.loss for output in outputs))
+        for output in outputs:
+            for name, value in output.terms.items():
+                learned.terms[name] = learned.terms.get(name, 0.0) + float(value)
         finite = bool(torch.isfinite(norm))
         if finite:
             self.optimizer.step()
@@ -124,15 +156,35 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return finite
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the student's weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict() if self.average else {},
+            "averaged": self.averaged,
+        }
+
     def restart(self, best: Path) -> None:
         """Go back to saved weights, without momentum and with half the learning rate."""
         self.policy.restore(best)
         self.teacher.restart()
         self.optimizer.state.clear()
         self.halvings += 1
+        self.averaged = 0
+
+    def select(self, best: Path) -> None:
+        """Put the weights that `eval.select` asks for into the policy; `best` holds the best."""
+        if self.config.eval.select == "best":
+            self.policy.restore(best)
+        elif self.average and self.averaged:
+            self.policy.take_over(self.average.state_dict(), best.parent)
 
     def load_state_dict(self, state: dict[str, Any], steps_taken: int) -> None:
-        self.optimizer.load_state_dict(state)
+        """Take over a `state_dict`.
+
+        An average that it does not hold begins anew.
+        """
+        self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != parameter.shape:
@@ -140,6 +192,9 @@ class Learner:
                         f"the optimiser's {name} is {list(moments[name].shape)} for a parameter "
                         f"{list(parameter.shape)}"
                     )
+        if self.average and state["average"]:
+            self.average.load_state_dict(state["average"])
+        self.averaged = state["averaged"]
         self.steps_taken = steps_taken
 
 

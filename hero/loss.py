@@ -1,16 +1,18 @@
-"""One loss for every algorithm: a weighted sum over action tokens of divergence and policy
-gradient.
+"""One loss for every algorithm: a weighted sum over tokens of up to four terms.
 
     L = Σ_d w_d · min(exp(log S(y) - old), clip) · D(S, T)  -  Σ_p w_p · min(r·A, clip(r)·A)
+        - λ/O · Σ_o log S(o)  +  κ/N · Σ_n KL(S, start)
 
-The weights w hold the aggregation and its denominator for the whole minibatch, so micro-batches
-only add up.
+The first two go over the action tokens that are distilled or follow an advantage, the third over
+the O tokens of the observations that followed (ECHO, arXiv 2605.24517), the fourth over all N
+action tokens. The weights hold the aggregation and its denominator for the whole minibatch, so
+micro-batches only add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,9 @@ from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
 from hero_kernels import DivergenceOutput, fused_linear_divergence, token_coefficients
+
+TERMS = ("distillation", "policy gradient", "observation", "KL to the start")
+"""The terms of the loss, by the names that reports use."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -35,7 +40,9 @@ class LossOutput:
     logprob_gap: Tensor
     """[M] log T(y) - log S(y)."""
     entropy: Tensor
-    """[M] of the student, or [N] of all tokens if nothing is distilled."""
+    """[M] of the student, [N] of all tokens if nothing is distilled, [0] if neither is seen."""
+    terms: dict[str, Tensor] = field(default_factory=dict)
+    """[] of each term of `TERMS` that there is, without gradient; their sum is the loss."""
 
 
 def weigh(samples: Sequence[Sample], config: LossConfig) -> list[Weighted]:
@@ -48,10 +55,16 @@ def weigh(samples: Sequence[Sample], config: LossConfig) -> list[Weighted]:
     skip = int(config.skip_first_token)
     distill = _coefficients(samples, [s.distill_weight for s in samples], config, skip)
     pg = _coefficients(samples, [s.pg_weight for s in samples], config, 0)
+    observed = sum(sample.num_observed for sample in samples)
+    acted = sum(len(sample.action_ids) for sample in samples)
     weighted = [
-        Weighted(sample=sample, distill=d, pg=p)
+        Weighted(
+            sample=sample, distill=d, pg=p,
+            observation=config.observation_weight / max(1, observed),
+            kl_to_start=config.kl_to_start / max(1, acted),
+        )
         for sample, d, p in zip(samples, distill, pg, strict=True)
-    ]
+    ]  # fmt: skip
     return [item for item in weighted if item.losses]
 
 
@@ -79,27 +92,45 @@ def compute_loss(
     batch: PackedBatch,
     config: LossConfig,
     temperature: float,
+    start: TeacherWeights | None = None,
 ) -> LossOutput:
-    """Loss of one micro-batch; `temperature` is the sampler's."""
-    hidden = _action_states(policy, batch.student)
-    terms = []
+    """Loss of one micro-batch.
+
+    Args:
+        policy: the student.
+        teacher_weights: score the rows of the teacher.
+        batch: both, with their weights.
+        config: of the terms.
+        temperature: the sampler's.
+        start: the weights at the start of training, for `kl_to_start`.
+    """
+    states = policy.hidden(**batch.student.inputs()).flatten(0, 1)
+    hidden = states[batch.student.index]
+    terms: dict[str, LossOutput] = {}
     if batch.teacher is not None:
-        with torch.no_grad(), teacher_weights.applied():
-            teacher_hidden = _action_states(policy, batch.teacher)
-        head = teacher_weights.own_head(policy)
-        terms.append(
-            divergence_term(policy, hidden, teacher_hidden, head, batch, config, temperature)
-        )
+        terms["distillation"] = divergence_term(
+            policy, hidden, _teacher_states(teacher_weights, batch.teacher),
+            teacher_weights.own_head(), batch, config, temperature,
+        )  # fmt: skip
     if any("policy gradient" in weighted.losses for weighted in batch.samples):
-        terms.append(policy_gradient_term(policy, hidden, batch, config, temperature))
+        terms["policy gradient"] = policy_gradient_term(policy, hidden, batch, config, temperature)
+    if batch.observation_weight and len(batch.observed_ids):
+        terms["observation"] = observation_term(policy, states[batch.student.observed], batch)
+    if start is not None:
+        terms["KL to the start"] = start_term(policy, hidden, start, batch, config, temperature)
     # What was seen is reported by the first term: the divergence, where there is one.
-    return replace(terms[0], loss=torch.stack([term.loss for term in terms]).sum())
+    return replace(
+        next(iter(terms.values())),
+        loss=torch.stack([term.loss for term in terms.values()]).sum(),
+        terms={name: term.loss.detach() for name, term in terms.items()},
+    )
 
 
-def _action_states(policy: Policy, packed: Packed) -> Tensor:
-    """[N, H] the states that predict each action token."""
-    hidden = policy.hidden(**packed.inputs())
-    return hidden.flatten(0, 1)[packed.index]
+@torch.no_grad()
+def _teacher_states(weights: TeacherWeights, packed: Packed) -> Tensor:
+    """[N, H] the states of other weights that predict each action token."""
+    with weights.applied():
+        return weights.policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
 
 
 def divergence_term(
@@ -166,10 +197,30 @@ def policy_gradient_term(
     ratio = torch.exp(logprobs - torch.where(sampled.isnan(), logprobs.detach(), sampled))
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
+    return _without_teacher(-(batch.pg_weights * gain).sum(), entropy.detach())
+
+
+def observation_term(policy: Policy, hidden: Tensor, batch: PackedBatch) -> LossOutput:
+    """Cross-entropy, at temperature 1, of the observation tokens after their states [O, H]."""
+    logprobs, entropy = policy.logprobs(hidden, batch.observed_ids)
+    return _without_teacher(-batch.observation_weight * logprobs.sum(), entropy.new_zeros(0))
+
+
+def start_term(
+    policy: Policy, hidden: Tensor, start: TeacherWeights, batch: PackedBatch, config: LossConfig,
+    temperature: float,
+) -> LossOutput:  # fmt: skip
+    """KL(student, starting weights) on all action tokens, from the student's states [N, H]."""
+    loss = fused_linear_divergence(
+        hidden, policy.head_weight, _teacher_states(start, batch.student),
+        divergence="reverse_kl", temperature=temperature, student_bias=policy.head.bias,
+        reduction="sum", impl=config.impl, **start.own_head(), **policy.head_options,
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)
+    return _without_teacher(batch.kl_to_start * loss, loss.new_zeros(0))
+
+
+def _without_teacher(loss: Tensor, entropy: Tensor) -> LossOutput:
+    """A term that compares with no teacher."""
     nothing = entropy.new_zeros(0)
-    return LossOutput(
-        loss=-(batch.pg_weights * gain).sum(),
-        divergence=nothing,
-        logprob_gap=nothing,
-        entropy=entropy.detach(),
-    )
+    return LossOutput(loss=loss, divergence=nothing, logprob_gap=nothing, entropy=entropy)

@@ -48,6 +48,8 @@ class Row:
     trunk: list[int] = field(default_factory=list)
     actions: list[tuple[int, int]] = field(default_factory=list)
     """(start, end) of each action in the trunk."""
+    observations: list[tuple[int, int]] = field(default_factory=list)
+    """(start, end) of each observation in the trunk that is predicted."""
     branches: list[Branch] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -63,13 +65,21 @@ class Weighted:
     """[len(action_ids)] of the divergence."""
     pg: Tensor
     """[len(action_ids)] of the policy-gradient loss."""
+    observation: float = 0.0
+    """Of the cross-entropy of each token of the observation that followed."""
+    kl_to_start: float = 0.0
+    """Of the divergence from the starting weights, each action token."""
 
     @property
     def losses(self) -> tuple[str, ...]:
-        """The terms of the loss that train this turn: "distillation", "policy gradient"."""
-        follows = self.sample.advantage != 0 and bool(self.pg.any())
-        distilled = ("distillation",) if bool(self.distill.any()) else ()
-        return (*distilled, "policy gradient") if follows else distilled
+        """The terms of the loss that train this turn, as `loss.TERMS` names them."""
+        trained = {
+            "distillation": bool(self.distill.any()),
+            "policy gradient": self.sample.advantage != 0 and bool(self.pg.any()),
+            "observation": self.observation != 0 and self.sample.num_observed > 0,
+            "KL to the start": self.kl_to_start != 0,
+        }
+        return tuple(term for term, trains in trained.items() if trains)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,6 +113,8 @@ class Packed:
     """[B, 1, T, T] bool, True = seen; None where plain causal attention is right."""
     index: Tensor
     """[N] flat positions in B*T, one for each action token, samples in order."""
+    observed: Tensor
+    """[O] flat positions in B*T of what predicts each observation token, samples in order."""
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the trunk; plain causal rows need neither positions nor a mask."""
@@ -135,6 +147,12 @@ class PackedBatch:
     """[N] float32"""
     distill_index: Tensor
     """[M] which of the N tokens have a teacher."""
+    observed_ids: Tensor
+    """[O] the tokens of the observations that followed."""
+    observation_weight: float
+    """Coefficient of each of them."""
+    kl_to_start: float
+    """Coefficient of each action token's divergence from the starting weights."""
 
 
 def student_rows(samples: Sequence[Sample]) -> list[Row]:
@@ -145,6 +163,10 @@ def student_rows(samples: Sequence[Sample]) -> list[Row]:
             rows.append(Row())
         rows[-1].trunk = sample.prompt_ids + sample.action_ids
         rows[-1].actions.append((len(sample.prompt_ids), len(rows[-1].trunk)))
+        if sample.num_observed:
+            rows[-1].trunk += sample.following_ids
+            end = len(rows[-1].trunk)
+            rows[-1].observations.append((end - sample.num_observed, end))
     return rows
 
 
@@ -231,6 +253,17 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
         pg_weights=torch.cat([weighted.pg for weighted in rows.samples]).to(device),
         advantages=per_token([sample.advantage for sample in samples]),
         distill_index=per_token([s.distill_weight for s in samples]).nonzero().squeeze(1),
+        observed_ids=torch.tensor(
+            [
+                token
+                for s in samples
+                if s.num_observed
+                for token in s.following_ids[-s.num_observed :]
+            ],
+            dtype=torch.long,
+        ).to(device),
+        observation_weight=rows.samples[0].observation,
+        kl_to_start=rows.samples[0].kl_to_start,
     )
     guard_ids(batch)
     return batch
@@ -244,7 +277,7 @@ def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
     mask = None
     if any(row.branches for row in rows):
         mask = torch.zeros(shape[0], 1, shape[1], shape[1], dtype=torch.bool)
-    index = []
+    index, observed = list[Tensor](), list[Tensor]()
     for r, row in enumerate(rows):
         ids, positions, actions = list(row.trunk), list(range(len(row.trunk))), list(row.actions)
         seen = [(0, 0, len(ids))]  # tokens start:end see the trunk up to the first number
@@ -256,8 +289,9 @@ def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
             seen.append((branch.leaves_at, start, end))
         input_ids[r, : len(ids)] = torch.tensor(ids)
         position_ids[r, : len(ids)] = torch.tensor(positions)
-        for start, end in actions:  # the state before a token predicts it
-            index.append(torch.arange(r * shape[1] + start - 1, r * shape[1] + end - 1))
+        for places, spans in ((index, actions), (observed, row.observations)):
+            for start, end in spans:  # the state before a token predicts it
+                places.append(torch.arange(r * shape[1] + start - 1, r * shape[1] + end - 1))
         if mask is not None:
             _fill_mask(mask[r, 0], seen)
     return Packed(
@@ -265,6 +299,7 @@ def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
         position_ids=position_ids.to(device),
         attention_mask=None if mask is None else mask.to(device),
         index=torch.cat(index).to(device),
+        observed=torch.cat([*observed, torch.zeros(0, dtype=torch.long)]).to(device),
     )
 
 
@@ -288,3 +323,5 @@ def guard_ids(batch: PackedBatch) -> None:
         if packed is not None:
             ids = packed.input_ids.flatten()[packed.index + 1]
             assert torch.equal(ids, targets), "packed action ids differ from the sampled ids"
+    seen = batch.student.input_ids.flatten()[batch.student.observed + 1]
+    assert torch.equal(seen, batch.observed_ids), "packed observations differ from those seen"

@@ -7,13 +7,12 @@ The gap between teacher and student before training predicts the gain of self-di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 from hero.algorithms import MODES, Experience
 from hero.checks import from_dict
-from hero.config import TeacherConfig, TrainConfig
+from hero.config import TrainConfig
 from hero.envs.base import Environment, HasDiagnosis
 from hero.episodes import gold_episodes, rewarded
 from hero.evaluation import agreement, probe_teacher
@@ -71,7 +70,8 @@ def measure(
     """The gap of a run's teacher on finished episodes, and what its reflector wrote.
 
     Args:
-        policy: teacher and student before training are the same weights.
+        policy: teacher and student before training are the same weights, unless `config` names
+            another model as teacher.
         config: mode, reflector and block of the run.
         env: judges answers; without a diagnosis there is no gap.
         trajectories: of the student, without reward of the wrong kind.
@@ -81,13 +81,15 @@ def measure(
     paid = rewarded([replace(t) for t in trajectories], config.env.reward)
     sampler = HFSampler(policy, config.rollout.batch_size)
     prompts, renderer = make_prompts(config.prompts), policy.renderer
-    weights = TeacherWeights(policy, TeacherConfig(weights="live"))
+    weights = TeacherWeights(policy, replace(config.teacher, weights="live"))
+    teacher_sampler = HFSampler(weights.policy, config.rollout.batch_size)
     algorithm = MODES[config.mode](TeacherContext(config.teacher, renderer, prompts))
     reflections = Reflections.none(paid)
     if algorithm.needs_reflection:
         reflector = make_reflector(
             config.reflection, env=env, sampler=sampler, renderer=renderer, prompts=prompts,
-            teacher_weights=nullcontext, context=policy.context,
+            teacher_sampler=teacher_sampler, teacher_weights=weights.applied,
+            context=min(policy.context, weights.policy.context),
         )  # fmt: skip
         reflections = reflector.reflect(paid, seed)
     if not algorithm.distils or not isinstance(env, HasDiagnosis):
@@ -99,9 +101,9 @@ def measure(
     )
     turns = sum(len(trajectory.turns) for trajectory in paid)
     found = probe_teacher(
-        env, paid, reflections.diagnoses, samples, sampler=sampler, weights=weights,
-        renderer=renderer, max_turn_tokens=config.rollout.max_turn_tokens, seed=seed,
-        max_turns=max_turns,
+        env, paid, reflections.diagnoses, samples, sampler=sampler, teacher_sampler=teacher_sampler,
+        weights=weights, renderer=renderer, seed=seed, max_turns=max_turns,
+        max_turn_tokens=config.rollout.max_turn_tokens,
     )  # fmt: skip
     return Gap(
         turns=found.turns,

@@ -22,6 +22,8 @@ class Hindsight:
     observation: str | None = None
     reward: float | None = None
     parse_ok: bool = True
+    necessary: bool = True
+    valid: bool = True
     failure_cause: str = ""
     hint: str = ""
     corrected_action: str = ""
@@ -78,6 +80,10 @@ class StandardPrompts:
             lines.append(
                 f"The episode {'succeeded' if hindsight.outcome else 'failed'} in the end."
             )
+        if not hindsight.necessary:
+            lines.append("Your action was not needed for the task.")
+        if not hindsight.valid:
+            lines.append("Your action was not accepted.")
         if hindsight.failure_cause:
             lines.append(f"What went wrong: {hindsight.failure_cause}")
         if hindsight.hint:
@@ -112,7 +118,10 @@ class StandardPrompts:
 
 
 class CompactPrompts:
-    """For the shipped small agent: the same facts in few words."""
+    """For the shipped small agent: the same facts in few words.
+
+    That an action was not needed or not accepted is what its cause says ("step not needed").
+    """
 
     def privileged_context(self, hindsight: Hindsight) -> str:
         parts = []

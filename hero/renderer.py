@@ -104,6 +104,20 @@ class Renderer:
         ended = bool(action_ids) and action_ids[-1] in self.stop_ids
         return ([] if ended else [end_id]) + list(open_ids) + self.encode(text) + list(close)
 
+    def observed(self, action_ids: Sequence[int], ids: Sequence[int]) -> tuple[int, int]:
+        """Where the observation's own tokens start and end in `ids`, which `observe` made."""
+        end = self.branch_at(ids)
+        ended = bool(action_ids) and action_ids[-1] in self.stop_ids
+        for role in ("user", "tool"):
+            try:
+                open_ids, close, end_id = self._pieces(role)
+            except ValueError:  # a template without that role
+                continue
+            before = [*([] if ended else [end_id]), *open_ids]
+            if list(ids[: len(before)]) == before and list(ids[end:]) == list(close):
+                return len(before), end
+        raise ValueError("The ids after an action do not begin with a message of this template.")
+
     def branch_at(self, prompt_ids: Sequence[int]) -> int:
         """Where the content of a prompt's last message ends: hindsight can be spliced in there."""
         for role in ("user", "tool"):

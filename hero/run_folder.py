@@ -23,8 +23,8 @@ from hero.files import refuse_to_replace, sweep, write_atomic
 from hero.report.tracking import METRICS
 from hero.types import Fault
 
-CONFIG, BEFORE, SUMMARY, BEST, LOCK = (
-    "config.json", "before.json", "summary.json", "best", "lock",
+CONFIG, BEFORE, SUMMARY, BEST, SELECTED, LOCK = (
+    "config.json", "before.json", "summary.json", "best", "selected", "lock",
 )  # fmt: skip
 FREE = {"updates", "max_env_turns", "threads", "output_dir", "resume", "resume_anyway",
         "save_every", "save_trajectories", "report_to", "eval", "model.device",

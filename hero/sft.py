@@ -39,6 +39,7 @@ from hero.report.console import Console
 from hero.sampler import Completion, Sampling
 from hero.scratch import build_model, build_tokenizer, diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory, Turn
+from hero.worked import worked_episodes
 
 KINDS = ("plain", "hindsight", "diagnosis")
 
@@ -115,7 +116,9 @@ def make_targets(
     count: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[list[Sample]]]:
     """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
-    tasks, prompts = border.tasks(env, "train"), make_prompts(config.prompts)
+    prompts, demonstrations = make_prompts(config.prompts), config.env.demonstrations
+    train = border.tasks(env, "train")
+    shown, tasks = worked_episodes(env, train, demonstrations, config.max_turns, renderer)
     rules = border.system_prompt(env)
     targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
     for number in range(config.demonstrator_episodes + config.coverage_episodes):
@@ -130,7 +133,7 @@ def make_targets(
         played = rollout(
             [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
             envs=[env], sampler=sampler, renderer=renderer,
-            config=RolloutConfig(max_turns=config.max_turns), seed=number,
+            config=RolloutConfig(max_turns=config.max_turns), seed=number, shown=shown,
         )  # fmt: skip
         [trajectory] = rewarded(played, config.env.reward)
         diagnoses = border.diagnose(env, trajectory)
@@ -227,6 +230,8 @@ def hindsight_samples(
             observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
         )
         told = Hindsight(
+            necessary=diagnosis.necessary,
+            valid=diagnosis.valid,
             failure_cause=diagnosis.failure_cause,
             hint=diagnosis.hint,
             corrected_action=diagnosis.corrected_action,

@@ -10,10 +10,10 @@ from functools import partial
 
 from hero.algorithms import MODES, Experience
 from hero.config import TrainConfig
-from hero.envs.base import Environment, HasDiagnosis, make_env
+from hero.envs.base import Environment, make_env
 from hero.envs.border import disjoint_tasks
 from hero.episodes import assignments_of_update, derive_seed, gold_episodes, rewarded, rollout
-from hero.evaluation import Probe, probe_teacher, trials
+from hero.evaluation import Probe, trials
 from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, Reflector, make_reflector
@@ -22,6 +22,8 @@ from hero.sampler import HFSampler
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Sample, Trajectory
+from hero.watch import Watch
+from hero.worked import worked_episodes
 
 ROLLOUT, REFLECT, LEARN, DEV, TEST, PROBE = range(6)  # purposes of derived seeds
 PURPOSES = {"dev": DEV, "test": TEST}
@@ -42,23 +44,35 @@ class Stages:
         self.env = envs[0]
         splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
         self.tasks = disjoint_tasks(self.env, splits)
+        number, most = config.env.demonstrations, config.rollout.max_turns
+        shown, self.tasks["train"] = worked_episodes(
+            self.env, self.tasks["train"], number, most, self.renderer
+        )
+        self.teacher = TeacherWeights(policy, config.teacher)
         longest = config.rollout.max_episode_tokens + config.teacher.max_privileged_tokens
         if config.teacher.packing == "tree":
-            policy.check_sees_all(longest)
+            self.teacher.policy.check_sees_all(longest)
         self.sampler = HFSampler(policy, size)
+        teacher_sampler = HFSampler(self.teacher.policy, size)
         self.rollout = partial(
-            rollout, envs=envs, sampler=self.sampler, renderer=self.renderer, config=config.rollout
-        )
+            rollout, envs=envs, sampler=self.sampler, renderer=self.renderer, config=config.rollout,
+            shown=shown,
+        )  # fmt: skip
         prompts = make_prompts(config.prompts)
-        self.teacher = TeacherWeights(policy, config.teacher)
         context = TeacherContext(config.teacher, self.renderer, prompts)
-        self.algorithm = MODES[config.mode](context, config.loss.pg_weight)
+        self.algorithm = MODES[config.mode](context, config.loss)
         self.reflector = reflector if self.algorithm.needs_reflection else None
         if self.algorithm.needs_reflection and reflector is None:
             self.reflector = make_reflector(
                 config.reflection, env=self.env, sampler=self.sampler, renderer=self.renderer,
-                prompts=prompts, teacher_weights=self.teacher.applied, context=policy.context,
+                prompts=prompts, teacher_sampler=teacher_sampler,
+                teacher_weights=self.teacher.applied,
+                context=min(policy.context, self.teacher.policy.context),
             )  # fmt: skip
+        self.watch = Watch(
+            config, self.env, self.algorithm, self.reflect, self.annotate, self.teacher,
+            (self.sampler, teacher_sampler), self.renderer,
+        )  # fmt: skip
 
     def play(self, number: int, state: State) -> list[Trajectory]:
         """The episodes of an update, as many as the budget of turns holds.
@@ -85,26 +99,19 @@ class Stages:
         gold = {}
         if self.algorithm.needs_gold:
             gold = gold_episodes(self.env, tasks, self.config.rollout.max_turns)
-        return self.algorithm.annotate(
+        return self.algorithm.samples(
             Experience(trajectories=trajectories, diagnoses=reflections.diagnoses, gold=gold)
         )
 
     def probe(self) -> Probe | None:
         """Teacher lift on dev episodes; None if nothing is distilled or nobody can judge."""
-        if not self.algorithm.distils or not isinstance(self.env, HasDiagnosis):
+        if not self.watch.judges:
             return None
         seed = derive_seed(self.config.seed, PROBE)
         tasks = self.tasks["dev"][: self.config.eval.dev_tasks]
         with self.console.counting("probe") as count:
             played = self.rollout(trials(tasks, 1), seed=seed, count=count)
-        trajectories = rewarded(played, self.config.env.reward)
-        reflections = self.reflect(trajectories, seed)
-        samples = self.annotate(trajectories, reflections)
-        return probe_teacher(
-            self.env, trajectories, reflections.diagnoses, samples, sampler=self.sampler,
-            weights=self.teacher, renderer=self.renderer,
-            max_turn_tokens=self.config.rollout.max_turn_tokens, seed=seed,
-        )  # fmt: skip
+        return self.watch.lift(played, seed)
 
     def held_out(self, split: str, tasks: int) -> list[Trajectory]:
         config = self.config.eval

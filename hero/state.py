@@ -8,6 +8,12 @@ from typing import Any
 
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
+from hero.gate import GATE, gate_opens
+
+CEILING = 0.99
+"""Dev success from which on nothing is expected to be gained."""
+MAX_SATISFIED = 3
+"""Evaluations in a row at the ceiling without a hint, after which a run ends."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -40,6 +46,14 @@ class State:
     """What spoke for a collapse in the last evaluation; "" if nothing did."""
     rescues: int = 0
     """Times that the best weights were loaded again; each halved the learning rate."""
+    blind: str = ""
+    """What spoke against the reflector in the last evaluation; "" if nothing did."""
+    satisfied: int = 0
+    """Evaluations in a row at which nothing was left to learn."""
+    refreshes: int = 0
+    """Times that a frozen teacher took over the student's weights."""
+    at_refresh: dict[str, float] = field(default_factory=dict)
+    """Metrics of the evaluation at the last of them, or before training."""
     idle_updates: int = 0
     """Updates in a row without an optimiser step."""
     stopped: str = ""
@@ -80,6 +94,32 @@ class State:
         self.collapse = ", ".join(signs)
         return False
 
+    def watch(self, metrics: Mapping[str, float], config: TrainConfig) -> bool:
+        """Take in what an evaluation says of teacher and reflector; returns whether to refresh.
+
+        Args:
+            metrics: of the evaluation and of the update before it.
+            config: bounds.
+        """
+        unhinted = metrics.get("reflection/non_empty_rate", 1.0) == 0
+        done = unhinted and metrics["dev/success"] >= CEILING
+        self.satisfied = self.satisfied + 1 if done else 0
+        now = {name: metrics[name] for name in GATE}
+        refresh = config.teacher.refresh == "gated" and bool(self.at_refresh)
+        refresh = refresh and gate_opens(now, self.at_refresh)
+        self.refreshes += refresh
+        if refresh or not self.at_refresh:
+            self.at_refresh = now
+        bound, self.blind = config.reflection.min_agreement, ""
+        agreed = metrics.get("agreement/recall", metrics.get("agreement/consistency"))
+        if bound is not None and agreed is not None and agreed < bound and not refresh:
+            partner = "the rules" if "agreement/recall" in metrics else "itself"
+            self.blind = (
+                f"the reflector agrees with {partner} on {agreed:.0%} of the faults, less than "
+                f"reflection.min_agreement={bound:g}"
+            )
+        return refresh
+
     def affordable(self, config: TrainConfig, played: int = 0) -> int:
         """Episodes, in whole groups, that surely fit into the rest of the budget of turns.
 
@@ -104,6 +144,13 @@ class State:
             )
         elif self.collapse:
             self.stopped = f"collapse: {self.collapse}"
+        elif self.blind:
+            self.stopped = self.blind
+        elif self.satisfied >= MAX_SATISFIED:
+            self.stopped = (
+                f"nothing is left to learn: no turn had a hint and dev success was at least "
+                f"{CEILING:.0%} at {MAX_SATISFIED} evaluations in a row"
+            )
         elif 0 < config.max_idle_updates <= self.idle_updates:
             self.stopped = (
                 f"nothing was trained in {self.idle_updates} updates in a row: no turn had a hint, "

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero.config import TeacherConfig
+from hero.config import ModelConfig, TeacherConfig
 from hero.policy import Policy
 from hero.prompts import Hindsight, Prompts
 from hero.renderer import Renderer
@@ -42,6 +42,8 @@ class TeacherContext:
         config = self.config
         return replace(
             hindsight,
+            necessary=diagnosis.necessary or not config.diagnosis,
+            valid=diagnosis.valid or not config.diagnosis,
             failure_cause=diagnosis.failure_cause if config.diagnosis else "",
             hint=diagnosis.hint if config.diagnosis else "",
             corrected_action=diagnosis.corrected_action if config.corrected_action else "",
@@ -55,9 +57,12 @@ class TeacherContext:
 
 class TeacherWeights:
     """live: the student's weights; frozen: those at the start; ema: θ_T ← (1-r)·θ_T + r·θ after
-    each step.
+    each step; or, with a path, another model that stays as it is.
 
     frozen and ema keep a copy of *every* trained parameter, lm_head and tied embedding included.
+
+    Raises:
+        ValueError: the other model has another vocabulary than the student.
     """
 
     def __init__(self, policy: Policy, config: TeacherConfig) -> None:
@@ -65,7 +70,13 @@ class TeacherWeights:
         self.rate = config.update_rate
         self._student = policy.trainable()
         self._teacher: dict[str, Tensor] = {}
-        if self.kind != "live":
+        self._head_is_trained = any(p.requires_grad for p in policy.head.parameters())
+        self.policy = policy
+        """The model that computes within `applied`: the student's own, or the other one."""
+        if config.path:
+            self.kind, self.policy = "frozen", _other_model(config.path, policy)
+            self._head_is_trained = True  # in any case it is another head
+        elif self.kind != "live":
             self._teacher = {n: p.detach().clone() for n, p in self._student.items()}
 
     @torch.no_grad()
@@ -80,8 +91,7 @@ class TeacherWeights:
     def restart(self) -> None:
         """After the student's weights were replaced: an average begins anew at them."""
         if self.kind == "ema":
-            for name, parameter in self._student.items():
-                self._teacher[name].copy_(parameter)
+            self.refresh()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -92,18 +102,23 @@ class TeacherWeights:
         finally:
             self._swap()
 
-    def own_head(self, policy: Policy) -> dict[str, Any]:
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the student's weights."""
+        for name, weight in self._teacher.items():
+            weight.copy_(self._student[name])
+
+    def own_head(self) -> dict[str, Any]:
         """The teacher's head as arguments of hero_kernels; {} if it is the student's.
 
         It is where the head is not trained (LoRA, `model.train_head=false`) and with live weights.
         """
-        trained = any(parameter.requires_grad for parameter in policy.head.parameters())
-        if self.kind == "live" or not trained:
+        if self.kind == "live" or not self._head_is_trained:
             return {}
         with self.applied():
-            bias = policy.head.bias
+            bias = self.policy.head.bias
             return {
-                "teacher_weight": policy.head_weight.detach(),
+                "teacher_weight": self.policy.head_weight.detach(),
                 "teacher_bias": None if bias is None else bias.detach(),
             }
 
@@ -124,3 +139,29 @@ class TeacherWeights:
             )
         for name, value in state.items():
             self._teacher[name].copy_(value)
+
+
+def _other_model(path: str, student: Policy) -> Policy:
+    """A model that reads the student's ids and predicts them."""
+    device, dtype = str(student.device), str(student.dtype).removeprefix("torch.")
+    config = ModelConfig(path=path, device=device, dtype=dtype)  # type: ignore[arg-type]
+    other = Policy.load(config)
+    other.model.requires_grad_(False)
+    other.model.to(student.dtype)  # type: ignore[arg-type]
+    other.renderer = student.renderer
+    own_ids, ids = student.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    for what, own, theirs in (
+        ("the vocabularies", own_ids, ids),
+        ("rows of the lm_head", len(student.head.weight), len(other.head.weight)),
+        ("scale and cap of the logits", student.head_options, other.head_options),
+        ("bias of the lm_head", student.head.bias is None, other.head.bias is None),
+    ):
+        if own != theirs:
+            sizes = [f"{len(x)} ids" if x is own_ids or x is ids else x for x in (own, theirs)]
+            raise ValueError(
+                f"teacher.path={path!r} must score the student's tokens, but {what} differ: "
+                f"student {sizes[0]}, teacher {sizes[1]}. Expected a model of the same family "
+                "and vocabulary; another one can be a reflector behind an endpoint "
+                "(--reflection.reflector openai)."
+            )
+    return other

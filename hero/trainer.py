@@ -19,18 +19,18 @@ from hero.config import TrainConfig, redacted
 from hero.envs import border
 from hero.envs.base import Environment
 from hero.episodes import derive_seed
-from hero.evaluation import agreement, dev_metrics, summarise
+from hero.evaluation import dev_metrics, summarise
 from hero.files import replacing, write_atomic
 from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
 from hero.policy import Policy
 from hero.reflection import Reflections, Reflector
 from hero.report.console import Console
-from hero.report.facts import header, reflector_facts, versions
+from hero.report.facts import header, outcome
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import Tracker, trajectory_records
-from hero.run_folder import BEFORE, BEST, SUMMARY, RunFolder
-from hero.stages import LEARN, REFLECT, Stages
+from hero.run_folder import BEFORE, BEST, SELECTED, SUMMARY, RunFolder
+from hero.stages import LEARN, PROBE, REFLECT, Stages
 from hero.state import State
 from hero.types import Trajectory
 
@@ -158,7 +158,8 @@ class Trainer:
         samples = self.stages.annotate(trajectories, reflections)
         metrics: dict[str, float] = {"learning_rate": self.learner.learning_rate}
         if self._is_judged(number):
-            metrics |= agreement(self.stages.env, trajectories, reflections.diagnoses)
+            seed = derive_seed(config.seed, REFLECT, number)
+            metrics |= self.stages.watch.agreement(trajectories, reflections, seed)
         clock.lap("annotation")
         self.console.stage("training")
         with self.interrupt.deferred():  # weights, counters and what is pending change together
@@ -213,6 +214,7 @@ class Trainer:
             self._is_torn = True  # until all of it is done
             self.learner.restart(self.folder / BEST)
             state.rescues, state.collapse, state.bad_evaluations = self.learner.halvings, "", 0
+            state.blind = ""
             self._is_torn = False
         self.console.say(
             f"Collapse: {why}. From the best weights (update {state.best_update}) at half the "
@@ -221,42 +223,49 @@ class Trainer:
         )
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
-        """Evaluate the best weights on the test split."""
+        """Evaluate the last and the selected weights on the test split."""
         best = self.state.best_update or "0, training did not help"
         self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
-        summary: dict[str, Any] = {
-            "recipe": self.recipe,
-            "stopped": self.state.stopped,
-            "best_update": self.state.best_update,
-            "rescues": self.state.rescues,
-            "env_turns": self.state.env_turns,
-            "device": str(self.policy.device),
-            "versions": versions(),
-            **reflector_facts(self.config),
-            **border.facts(self.stages.env),
-        }
+        summary = outcome(self.recipe, self.config, self.state, str(self.policy.device))
+        summary |= border.facts(self.stages.env)
         if before := self.folder.read_before():  # its tasks, also if a resumed run asks for others
             self.config.eval.test_tasks = len(before["per_task"])
-            self.policy.restore(self.folder / BEST)
+            last = summarise(self.stages.held_out("test", self.config.eval.test_tasks)).to_dict()
+            self.learner.select(self.folder / BEST)
+            if self.config.eval.select != "best":
+                with replacing(self.folder / SELECTED) as folder:
+                    self.policy.save(folder)
             after = self._evaluate_test(tracker, "after", self.state.update)
-            summary |= {"before": before, "after": after}
-            self.console.final_table(before, after)
+            summary |= {"before": before, "after": after, "last": last}
+            self.console.final_table(before, after, last)
         return summary
 
     # ---- held-out tasks ----------------------------------------------------------------------
 
     def _evaluate_dev(self, number: int, metrics: dict[str, float]) -> None:
         """Evaluate on the dev tasks, into `metrics`; keep the weights if they are the best."""
-        found = dev_metrics(self.stages.held_out("dev", self.config.eval.dev_tasks))
+        played = self.stages.held_out("dev", self.config.eval.dev_tasks)
+        found = dev_metrics(played)
+        if self.config.eval.watch_teacher and number > 0:
+            seed = derive_seed(self.config.seed, PROBE, number)
+            found |= self.stages.watch.lift(played, seed).metrics()
         with self.interrupt.deferred():
             state = deepcopy(self.state)
             if state.judge(metrics | found, number, self.config.eval.stop_drop):
                 with replacing(self.folder / BEST) as folder:
                     self.policy.save(folder)
+            refresh = state.watch(metrics | found, self.config)
             metrics |= found
+            if self.config.teacher.refresh == "gated":
+                metrics["teacher/refreshes"] = state.refreshes
             if state.pending:
                 state.pending = {**state.pending, "metrics": metrics, "is_judged": True}
+            self._is_torn = refresh  # until the teacher is refreshed too
             self.state = state
+            if refresh:
+                self.teacher.refresh()
+                self._is_torn = False
+                self.console.say(f"The teacher takes over the weights of update {number}.")
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
         trajectories = self.stages.held_out("test", self.config.eval.test_tasks)
@@ -282,7 +291,7 @@ class Trainer:
             save_checkpoint(
                 self.run_dir, state=asdict(self.state), teacher=self.teacher.state_dict(),
                 student={name: p.data for name, p in self.policy.trainable().items()},
-                optimizer=self.learner.optimizer.state_dict(),
+                optimizer=self.learner.state_dict(),
             )  # fmt: skip
 
     def _restore(self) -> None:

@@ -139,6 +139,10 @@ class Sample:
     """Weight of the turn in the policy-gradient loss; 0 leaves it out."""
     advantage: float = 0.0
     """For the policy-gradient loss; a turn of advantage 0 still counts in its denominator."""
+    following_ids: list[int] = field(default_factory=list)
+    """What stands behind the action in the next prompt, up to the end of the observation."""
+    num_observed: int = 0
+    """Its last so many tokens are the observation, those before belong to the chat template."""
 
     @property
     def teacher_prompt_ids(self) -> list[int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+from hero.config import LossConfig
 from hero.types import Diagnosis, Sample, Trajectory
 
 if TYPE_CHECKING:  # it loads torch, and the report only asks what the modes are
@@ -35,7 +36,7 @@ class Algorithm(ABC):
 
     Args:
         context: writes what the teacher sees.
-        pg_weight: weight of the policy-gradient term where it is one of two (`loss.pg_weight`).
+        loss: which turns are trained, and how much each term counts; None for the defaults.
     """
 
     needs_reflection = False
@@ -48,16 +49,43 @@ class Algorithm(ABC):
     """Compares the episodes of an update: there must be at least 2."""
     distils = True
     """Has a teacher."""
+    chooses_turns = False
+    """Leaves clean turns out unless `loss.turns` asks for them."""
     teacher_saw = ""
     """What the teacher of a turn has seen that the student had not, for the report."""
 
-    def __init__(self, context: TeacherContext, pg_weight: float = 1.0) -> None:
+    def __init__(self, context: TeacherContext, loss: LossConfig | None = None) -> None:
         self.context = context
-        self.pg_weight = pg_weight
+        self.loss = loss or LossConfig()
 
     @abstractmethod
     def annotate(self, experience: Experience) -> list[Sample]:
         """A sample for each turn that is trained, those of a trajectory together and in order."""
+
+    def samples(self, experience: Experience) -> list[Sample]:
+        """`annotate`'s, and all other turns where a term of the loss looks at every turn."""
+        annotated = self.annotate(experience)
+        if not (self.loss.observation_weight or self.loss.kl_to_start):
+            return annotated
+        chosen = {(sample.trajectory, sample.turn): sample for sample in annotated}
+        return [
+            replace(chosen.get((t, k), sample), **self._followed_by(experience.trajectories[t], k))
+            for sample in self.turns(experience)
+            for t, k in [(sample.trajectory, sample.turn)]
+        ]
+
+    def _followed_by(self, trajectory: Trajectory, turn: int) -> dict[str, Any]:
+        """What of a sample describes the observation after it, as the next prompt holds it.
+
+        Nothing after the last turn, nor where the next prompt does not go on from this one.
+        """
+        own, following = trajectory.turns[turn], trajectory.turns[turn + 1 : turn + 2]
+        before = own.prompt_ids + own.action_ids
+        if not following or following[0].prompt_ids[: len(before)] != before:
+            return {}
+        ids = following[0].prompt_ids[len(before) :]
+        start, end = self.context.renderer.observed(own.action_ids, ids)
+        return {"following_ids": ids[:end], "num_observed": end - start}
 
     def turns(self, experience: Experience) -> Iterator[Sample]:
         """Every turn, without annotation; none of an episode that its environment broke."""

@@ -11,11 +11,15 @@ from hero.types import Sample
 
 
 class Distillation(Algorithm):
-    """Every turn with something to show gets a teacher and weight 1; the others are left out."""
+    """Every turn with something to show gets a teacher; the others are left out."""
 
     @abstractmethod
     def hindsight(self, experience: Experience, trajectory: int, turn: int) -> Hindsight | None:
         """What the teacher of this turn sees; None masks the turn."""
+
+    def weight(self, experience: Experience, trajectory: int, turn: int) -> float:
+        """Of a turn that is not masked."""
+        return 1.0
 
     def annotate(self, experience: Experience) -> list[Sample]:
         samples = []
@@ -24,23 +28,38 @@ class Distillation(Algorithm):
             if seen is not None:
                 sample.privileged_ids = self.context.privileged_ids(seen)
                 sample.branch_at = self.context.renderer.branch_at(sample.prompt_ids)
-                sample.distill_weight = 1.0
+                sample.distill_weight = self.weight(experience, sample.trajectory, sample.turn)
                 samples.append(sample)
         return samples
 
 
 class Hero(Distillation):
-    """Next observation, final reward and the turn's diagnosis; turns with a hint. [P]"""
+    """Next observation, final reward and the turn's diagnosis; turns with a hint. [P]
+
+    `loss.turns` adds clean turns behind observation and reward, at a small weight: something has
+    to hold what is right. [D]
+    """
 
     needs_reflection = True
+    chooses_turns = True
     teacher_saw = "what happened next and the hint"
 
     def hindsight(self, experience: Experience, trajectory: int, turn: int) -> Hindsight | None:
         diagnosis = experience.diagnoses[trajectory][turn]
-        if not diagnosis.hint:
-            return None
         seen = self.context.hindsight(experience.trajectories[trajectory], turn)
-        return self.context.diagnosed(seen, diagnosis)
+        if diagnosis.hint:
+            return self.context.diagnosed(seen, diagnosis)
+        before = experience.diagnoses[trajectory][:turn]
+        joins = {
+            "hinted": False,
+            "from_first_fault": any(earlier.hint for earlier in before),
+            "all": True,
+        }
+        return seen if joins[self.loss.turns] and seen.observation else None
+
+    def weight(self, experience: Experience, trajectory: int, turn: int) -> float:
+        hinted = experience.diagnoses[trajectory][turn].hint
+        return 1.0 if hinted else self.loss.clean_turn_weight
 
 
 class ReflectionOnly(Distillation):

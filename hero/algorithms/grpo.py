@@ -68,15 +68,17 @@ class HeroGrpo(Algorithm):
 
     needs_reflection = True
     needs_groups = True
+    chooses_turns = True
     teacher_saw = Hero.teacher_saw
 
     def annotate(self, experience: Experience) -> list[Sample]:
-        distilled = {(s.trajectory, s.turn): s for s in Hero(self.context).annotate(experience)}
+        hero = Hero(self.context, self.loss).annotate(experience)
+        distilled = {(sample.trajectory, sample.turn): sample for sample in hero}
         return [
             replace(
                 distilled.get((sample.trajectory, sample.turn), sample),
                 pg_weight=1.0,
-                advantage=self.pg_weight * sample.advantage,
+                advantage=self.loss.pg_weight * sample.advantage,
             )
-            for sample in Grpo(self.context).annotate(experience)
+            for sample in Grpo(self.context, self.loss).annotate(experience)
         ]

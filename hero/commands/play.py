@@ -82,6 +82,7 @@ class Play(Command):
         from hero.evaluation import trials
         from hero.sampler import HFSampler
         from hero.stages import TEST
+        from hero.worked import worked_episodes
 
         prepare_torch(None, self.debug)
         Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
@@ -91,20 +92,25 @@ class Play(Command):
         self.facts = facts(envs[0])
         for name, value in self.facts.items():
             Console().say(f"{name.replace('_', ' ')}: {value}")
-        chosen = tasks(envs[0], config.split)[: config.tasks]
+        train, number = tasks(envs[0], "train"), config.env.demonstrations
+        most = config.rollout.max_turns
+        shown, others = worked_episodes(envs[0], train, number, most, policy.renderer)
+        chosen = others if config.split == "train" else tasks(envs[0], config.split)
         with Console().counting("playing") as count:
             return rollout(
-                trials(chosen, config.trials), envs=envs, sampler=HFSampler(policy, size),
+                trials(chosen[: config.tasks], config.trials), envs=envs,
+                sampler=HFSampler(policy, size),
                 renderer=policy.renderer, config=config.rollout, count=count,
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
-                temperature=config.temperature,
+                temperature=config.temperature, shown=shown,
             )  # fmt: skip
 
     def _policy(self) -> Policy:
         from hero.policy import Policy
 
-        best, config = Path(self.model) / "best", self.settings
-        path = str(best) if best.is_dir() else self.model
+        config = self.settings
+        folders = [Path(self.model) / name for name in ("selected", "best")]
+        path = next((str(folder) for folder in folders if folder.is_dir()), self.model)
         return Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
 
 

@@ -95,6 +95,8 @@ class Train(FromRecipe):
             raise
         report = render(run_dir)
         console.say(f"Best model: {run_dir / 'best'}")
+        if (run_dir / "selected").is_dir():
+            console.say(f"Selected:   {run_dir / 'selected'}  (--eval.select)")
         console.say(
             f"Report:     {report}  (open it in a browser; hero view {run_dir} makes it again)"
         )

@@ -16,6 +16,7 @@ CountOrZero = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Gt(0), Le(1)]
+Chance = Annotated[float, Ge(0), Le(1)]
 
 
 class Settings:

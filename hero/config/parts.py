@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Lt
 
 from hero.config.kinds import (
+    Chance,
     Count,
     CountOrZero,
     Dtype,
@@ -58,6 +59,10 @@ class EnvConfig(Settings):
     reward: Literal["score", "success", "failure"] = "score"
     """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]
     failure is a control: 0 for success and 1 for the rest."""
+    demonstrations: CountOrZero = 0
+    """Worked episodes of the first training tasks, as chat turns before each task. Needs an oracle.
+
+    They stand in the context of student and teacher, and these tasks are not trained on. [D]"""
 
 
 @dataclass(kw_only=True)
@@ -96,6 +101,15 @@ class ReflectionConfig(Settings):
     """Further calls for a reflection of which nothing could be read."""
     max_observation_tokens: Count = 400
     """Observations are shortened to this, head and tail kept."""
+    votes: Count = 1
+    """Reflections of each episode: hint and corrected action are kept if half of them agree. [D]"""
+    verify: bool = False
+    """Try corrected actions in the restored state; mask turns where they fail. [D]"""
+    min_agreement: Chance | None = None
+    """Stop if the reflector agrees less than this with the rules, or without them with itself.
+
+    Measured every `eval.every` updates: `agreement/recall`, or `agreement/consistency`, which costs
+    a second reflection of the update's episodes. None only logs the former. [D]"""
     max_hint_tokens: CountOrZero = 96
     """A longer hint is dropped."""
     leak_filter: bool = True
@@ -115,16 +129,20 @@ class ReflectionConfig(Settings):
 class TeacherConfig(Settings):
     """Who scores the student's actions with hindsight, and what it sees."""
 
+    path: str = ""
+    """Another, larger model with the same vocabulary as teacher; "" is the student's own. [D]"""
     weights: Literal["ema", "live", "frozen"] = "ema"
     """ema [L], live (the student itself) or frozen (as at the start): all trained weights."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
+    refresh: Literal["never", "gated"] = "never"
+    """gated: copy the student to a frozen teacher when dev success has risen beyond noise. [L]"""
     observation: bool = True
     """Show the observation that followed the action. [P]"""
     reward: bool = True
     """Show the final reward. [P]"""
     diagnosis: bool = True
-    """Show the turn's failure cause and hint. [P]"""
+    """Show what the turn's diagnosis says, and its hint. [P]"""
     corrected_action: bool = True
     """Show the corrected action. [D]"""
     max_observation_tokens: Count = 512
@@ -151,6 +169,14 @@ class LossConfig(Settings):
     """Clip of the detached importance ratio; 0 switches the ratio off. [L]"""
     loss_aggregation: Literal["token", "turn", "trajectory"] = "token"
     """Mean over tokens; over turns of token means; over trajectories of turn means."""
+    turns: Literal["hinted", "from_first_fault", "all"] = "hinted"
+    """hero: clean turns trained beside those with a hint: none, those after the first hint, all."""
+    clean_turn_weight: Share = 0.1
+    """Weight of these clean turns, whose teacher sees observation and reward. [D]"""
+    observation_weight: NotNegative = 0.0
+    """λ of the cross-entropy of the observations that followed; 0.05 to 0.2 in ECHO. [L]"""
+    kl_to_start: NotNegative = 0.0
+    """Weight of KL(student, starting weights) on the actions of all turns. [D]"""
     skip_first_token: bool = False
     """Leave out the first token of each action: its divergence can explode. [D]"""
     clip_low: NotNegative = 0.2
@@ -189,8 +215,12 @@ class EvalConfig(Settings):
     """Held-out tasks."""
 
     every: Count = 5
-    """Updates between evaluations on the dev split; the best checkpoint is chosen on it."""
-    dev_tasks: Count = 50
+    """Updates between evaluations on the dev split."""
+    select: Literal["best", "last", "averaged"] = "best"
+    """Weights that the run ends with: best on dev, the last, or an average of the last ones.
+
+    Both the last and the selected ones are played on the test split. [D]"""
+    dev_tasks: Count = 100
     test_tasks: CountOrZero = 100
     """Tasks of the test split in the final table (before and after); 0 skips it."""
     trials: Count = 1
@@ -202,6 +232,10 @@ class EvalConfig(Settings):
 
     None only reports the lift: the share of right actions on turns with a hint, teacher minus
     student. Needs an environment that diagnoses."""
+    watch_teacher: bool = False
+    """Measure the lift at every evaluation, not only before training.
+
+    Costs a reflection of the dev episodes and two answers to at most 128 of their turns. [D]"""
     stop_drop: NotNegative = 0.3
     """Collapse: dev success falls this far below its best twice in a row, or half as far with
     another sign (docs/method.md). 1 or more: a run is never taken for collapsed."""

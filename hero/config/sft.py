@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from annotated_types import Ge, Le, MinLen
+from annotated_types import MinLen
 
-from hero.config.kinds import Count, CountOrZero, Positive, PromptStyle, Settings
+from hero.config.kinds import Chance, Count, CountOrZero, Positive, PromptStyle, Settings
 from hero.config.parts import EnvConfig, ModelConfig
 
 
@@ -39,11 +39,11 @@ class SftConfig(Settings):
     """Episodes of the imperfect demonstrator: plain targets, and a part of the others."""
     coverage_episodes: CountOrZero = 1500
     """Near-perfect and noisy episodes: hindsight and diagnosis targets only."""
-    coverage_noise: Annotated[list[Annotated[float, Ge(0), Le(1)]], MinLen(1)] = field(
+    coverage_noise: Annotated[list[Chance], MinLen(1)] = field(
         default_factory=lambda: [0.0, 0.15, 0.4]
     )
     """Share of random actions of the coverage episodes, in turn."""
-    blank_contexts: Annotated[float, Ge(0), Le(1)] = 0.0
+    blank_contexts: Chance = 0.0
     """Share of the demonstrator's turns that are shown with a context that says nothing.
 
     The target is then the demonstrator's own action. Without them a small model learns that any

@@ -7,6 +7,8 @@ models.py      the models that can be asked: the student, its teacher
 endpoint.py    and an OpenAI-compatible endpoint
 parse.py       text of a model -> diagnoses, however badly written
 filters.py     hints that are too long, or that tell what could not be known, are removed
+votes.py       several reflections of an episode, what most of them say
+verify.py      corrected actions tried in the restored state
 shuffle.py     the control experiment: hints of another task
 """
 

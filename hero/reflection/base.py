@@ -32,6 +32,8 @@ class ReflectionStats:
     """Turns that lost their hint to the length filter."""
     retried: int = 0
     """Further calls for episodes of which nothing could be read."""
+    replayed: int = 0
+    """Turns played again to try corrected actions: no part of `max_env_turns`."""
     generated_tokens: int = 0
     seconds: float = 0.0
 
@@ -44,6 +46,7 @@ class ReflectionStats:
             "reflection/specific_rate": self.specific / max(1, self.hinted),
             "reflection/naming_rate": self.naming / max(1, self.hinted),
             "reflection/retried": float(self.retried),
+            **({"reflection/replayed_turns": float(self.replayed)} if self.replayed else {}),
             "reflection/generated_tokens": float(self.generated_tokens),
             "reflection/seconds": self.seconds,
         }

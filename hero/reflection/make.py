@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 
 from hero.config import ReflectionConfig
@@ -15,6 +15,8 @@ from hero.reflection.endpoint import Endpoint
 from hero.reflection.models import ChatModel, OwnModel
 from hero.reflection.reflectors import ModelReflector, RuleReflector
 from hero.reflection.shuffle import ShuffledReflector
+from hero.reflection.verify import VerifiedReflector
+from hero.reflection.votes import VotingReflector
 from hero.renderer import Renderer
 from hero.sampler import Sampler
 from hero.toolcalls import example
@@ -25,16 +27,18 @@ def make_reflector(
     *,
     env: Environment,
     sampler: Sampler,
+    teacher_sampler: Sampler | None = None,
     renderer: Renderer,
     prompts: Prompts,
     teacher_weights: Callable[[], AbstractContextManager[object]],
     context: int,
 ) -> Reflector:
-    """The reflector that `config` asks for, with its hints shuffled as `config.shuffle_hints` says.
+    """The reflector that `config` asks for: asked several times, verified, its hints shuffled.
 
     Args:
-        teacher_weights: makes a context in which `sampler` samples from the teacher's weights.
-        context: longest sequence of the model behind `sampler`.
+        teacher_sampler: samples from another model that is the teacher; None is `sampler`.
+        teacher_weights: makes a context in which it samples from the teacher's weights.
+        context: longest sequence of the model that is asked.
 
     Raises:
         ValueError: `rules` for an environment that has no `diagnose`, or a setting that the
@@ -56,8 +60,10 @@ def make_reflector(
         if config.reflector == "openai":
             model = Endpoint(config, renderer)
         else:
-            weights = teacher_weights if config.reflector == "teacher" else nullcontext
-            model = OwnModel(sampler, renderer, config, weights)
+            if config.reflector == "teacher":
+                model = OwnModel(teacher_sampler or sampler, renderer, config, teacher_weights)
+            else:
+                model = OwnModel(sampler, renderer, config)
             room = _room(config, context)
         reflector = ModelReflector(
             model,
@@ -68,6 +74,10 @@ def make_reflector(
             max_prompt_tokens=room,
             shared=shared,
         )
+    if config.votes > 1:
+        reflector = VotingReflector(reflector, config.votes)
+    if config.verify:
+        reflector = VerifiedReflector(reflector, env)
     if config.shuffle_hints == "off":
         return reflector
     return ShuffledReflector(reflector, config.shuffle_hints)

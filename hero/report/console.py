@@ -143,8 +143,13 @@ class Console:
         if self._training is not None:
             self._progress.update(self._training, completed=step)
 
-    def final_table(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def final_table(
+        self, before: Mapping[str, Any], after: Mapping[str, Any],
+        last: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         """Held-out tasks before and after training; the arguments as in `summary.json`.
+
+        `after` is of the selected weights; those of the last update get a column of their own.
 
         Raises:
             ValueError: the two evaluations were not made on the same tasks.
@@ -159,7 +164,11 @@ class Console:
         table.add_column("")
         for label in ("before", "after", "difference", "95 % interval"):
             table.add_column(label, justify="right")
-        for row in compare(before, after):
+        if last:
+            table.add_column("last weights", justify="right")
+        for row, unselected in zip(
+            compare(before, after), compare(before, last or after), strict=True
+        ):
             low_high = [f"{end:+.{row.digits}f}" for end in row.interval or ()]
             table.add_row(
                 row.label,
@@ -167,5 +176,6 @@ class Console:
                 f"{row.after:.{row.digits}f}",
                 f"{row.difference:+.{row.digits}f}",
                 f"[{', '.join(low_high)}]" if low_high else "-",
+                *([f"{unselected.after:.{row.digits}f}"] if last else []),
             )
         self._rich.print(table)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import hero_kernels
 from hero.algorithms import MODES
 from hero.config import TrainConfig, redacted
 from hero.policy import Policy
+from hero.state import State
 
 TEACHER_WEIGHTS = {
     "ema": "slowly averaged weights",
@@ -35,7 +37,9 @@ def reflector_facts(config: TrainConfig) -> dict[str, str]:
         return {"reflector": "none", "reflector_reason": f"mode {config.mode} uses no reflection"}
     reason = {
         "self": "the student itself reads its episodes, with its present weights",
-        "teacher": "the same model reads its own episodes, with "
+        "teacher": f"{config.teacher.path}, another model, reads the student's episodes"
+        if config.teacher.path
+        else "the same model reads its own episodes, with "
         f"{TEACHER_WEIGHTS[config.teacher.weights]}: one that learns to act while it reflects "
         "forgets how to diagnose",
         "rules": "the environment's own deterministic diagnosis: for tests and for models too "
@@ -45,13 +49,30 @@ def reflector_facts(config: TrainConfig) -> dict[str, str]:
     return {"reflector": reflection.reflector, "reflector_reason": redacted(reason)}
 
 
+def outcome(recipe: str, config: TrainConfig, state: State, device: str) -> dict[str, Any]:
+    """What `summary.json` says of a run that has ended, without its evaluations."""
+    return {
+        "recipe": recipe,
+        "stopped": state.stopped,
+        "selected": config.eval.select,
+        "best_update": state.best_update,
+        "rescues": state.rescues,
+        "refreshes": state.refreshes,
+        "env_turns": state.env_turns,
+        "device": device,
+        "versions": versions(),
+        **reflector_facts(config),
+    }
+
+
 def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
     """What is about to run: name and value of each line of `Console.header`."""
     weight, reflector = policy.head.weight, reflector_facts(config)
     options = " ".join(f"{key}={value}" for key, value in redacted(config.env.options).items())
     loss = hero_kernels.explain(
         1024, weight.shape[1], weight.shape[0], dtype=policy.dtype, device=policy.device,
-        shared_head=config.teacher.weights == "live" or not weight.requires_grad,
+        shared_head=not config.teacher.path
+        and (config.teacher.weights == "live" or not weight.requires_grad),
         trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
     )  # fmt: skip
     return {

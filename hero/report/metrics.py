@@ -57,6 +57,8 @@ def update_metrics(
         "grad_norm": learned.grad_norm,
         "entropy": learned.entropy,
     }
+    if len(learned.terms) > 1:
+        metrics |= {f"loss/{name.replace(' ', '_')}": x for name, x in learned.terms.items()}
     by_kind: dict[str, list[float]] = {"mean": [], "error_turns": [], "clean_turns": []}
     for (t, k), values in learned.divergence.items():
         kind = trajectories[t].turns[k].feedback_kind

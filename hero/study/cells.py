@@ -98,7 +98,14 @@ def judge(policy: Any, config: TrainConfig, split: str, tasks: int) -> dict[str,
 
     environment = partial(make_env, config.env.name, **config.env.options)
     chosen = border.tasks(environment(), split)[:tasks]
-    found = evaluate(policy, environment, chosen, config=config.rollout, seed=PANEL_SEED)
+    found = evaluate(
+        policy,
+        environment,
+        chosen,
+        config=config.rollout,
+        seed=PANEL_SEED,
+        demonstrations=config.env.demonstrations,
+    )
     per_task = [found.per_task[task] for task in chosen]
     return {
         "success": "".join(str(int(task["success"])) for task in per_task),
@@ -130,7 +137,14 @@ def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dic
         return {}
     tasks = border.tasks(env, "dev")[:number]
     player = Policy.load(ModelConfig(path=start, device=config.model.device))
-    played = rollout(player, environment, tasks, config=config.rollout, seed=PANEL_SEED)
+    played = rollout(
+        player,
+        environment,
+        tasks,
+        config=config.rollout,
+        seed=PANEL_SEED,
+        demonstrations=config.env.demonstrations,
+    )
     episodes = rewarded(played, config.env.reward)
     reflector = make_reflector(
         replace(config.reflection, reflector="self", shuffle_hints="off"), env=env,
@@ -168,7 +182,14 @@ def gap(
     policy = Policy.load(ModelConfig(path=model, device=config.model.device))
     env = environment()
     chosen = border.tasks(env, "dev")[:tasks]
-    played = rollout(policy, environment, chosen, config=config.rollout, seed=PANEL_SEED)
+    played = rollout(
+        policy,
+        environment,
+        chosen,
+        config=config.rollout,
+        seed=PANEL_SEED,
+        demonstrations=config.env.demonstrations,
+    )
     found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * tasks)
     path.parent.mkdir(parents=True, exist_ok=True)
     row = asdict(found) | {"gap": found.gap} if found else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import string
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hero.config import ModelConfig, ScratchConfig, TeacherConfig
+from hero.envs.shop import ShopEnv
 from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.renderer import Renderer
 from hero.sampler import HFSampler, Sampling
-from hero.scratch import build_model
+from hero.scratch import build_model, build_tokenizer
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
 
@@ -88,6 +90,17 @@ def policy(tiny_tokenizer: PreTrainedTokenizerFast) -> Policy:
     torch.manual_seed(0)
     model = build_model(ScratchConfig(width=32, layers=2, heads=4, init_std=0.15), tiny_tokenizer)
     return Policy(model, tiny_tokenizer, ModelConfig(device="cpu"))
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random one-layer model for the tiny shop."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = build_tokenizer(ShopEnv(profile="tiny").vocabulary())
+    build_model(ScratchConfig(width=16, layers=1, heads=2), tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

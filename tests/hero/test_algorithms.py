@@ -11,6 +11,7 @@ import pytest
 from hero.algorithms import MODES, Experience
 from hero.algorithms.grpo import group_advantages
 from hero.checks import check, from_dict
+from hero.config import LossConfig
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
 
@@ -100,7 +101,7 @@ def test_hero_grpo_is_both(context: TeacherContext, experience: Experience) -> N
 
 
 def test_the_weight_of_grpo_beside_hero(context: TeacherContext, experience: Experience) -> None:
-    samples = MODES["hero+grpo"](context, pg_weight=0.25).annotate(experience)
+    samples = MODES["hero+grpo"](context, LossConfig(pg_weight=0.25)).annotate(experience)
     assert [s.advantage for s in samples[::3]] == pytest.approx([-0.25, 0.25, -0.25, 0.25])
     assert all(s.pg_weight == 1 for s in samples)  # a weight of all turns would cancel in the mean
 

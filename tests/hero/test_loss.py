@@ -247,7 +247,7 @@ def test_the_head_is_shared_exactly_where_nobody_trains_it(
         ModelConfig(device="cpu", **model),  # type: ignore[arg-type]
     )
     teacher = TeacherWeights(own, TeacherConfig(weights=weights))  # type: ignore[arg-type]
-    assert bool(teacher.own_head(own)) == (not model and weights != "live")
+    assert bool(teacher.own_head()) == (not model and weights != "live")
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import pytest
 
+from hero.algorithms import MODES, Experience
+from hero.config import TeacherConfig
+from hero.envs.shop import ShopEnv
 from hero.learner import Learned
 from hero.prompts import Hindsight, make_prompts
 from hero.report.metrics import update_metrics
-from hero.types import FeedbackKind, Trajectory
+from hero.teacher import TeacherContext
+from hero.types import Diagnosis, FeedbackKind, Trajectory
 
 Episode = Callable[..., Trajectory]
 
@@ -38,6 +42,35 @@ def test_a_reward_is_not_rounded_to_another(
         review = prompts.reflection(trajectory, "")
         assert f"reward {shown} " in block or f"reward was {shown}." in block
         assert f"reward {shown} " in review or f"reward: {shown} " in review
+
+
+@pytest.mark.parametrize("necessary", [True, False])
+@pytest.mark.parametrize("valid", [True, False])
+def test_a_diagnosis_is_shown_whole(
+    context: TeacherContext, episode: Episode, necessary: bool, valid: bool
+) -> None:
+    """As context: whatever the fields say, the turn is trained as long as it has a hint."""
+    row = [
+        Diagnosis(turn=0, necessary=necessary, valid=valid, failure_cause="too early", hint="look")
+    ]
+    experience = Experience(trajectories=[episode(["s"])], diagnoses=[row], gold={})
+    [sample] = MODES["hero"](context).annotate(experience)
+    block = context.renderer.decode(sample.privileged_ids)
+    assert sample.distill_weight == 1.0 and "too early" in block and "look" in block
+    assert ("Your action was not needed for the task." in block) == (not necessary)
+    assert ("Your action was not accepted." in block) == (not valid)
+    hidden = TeacherContext(
+        TeacherConfig(diagnosis=False), context.renderer, make_prompts("standard")
+    )
+    [sample] = MODES["hero"](hidden).annotate(experience)
+    block = context.renderer.decode(sample.privileged_ids)
+    assert not any(word in block for word in ("needed", "accepted", "early", "look"))
+
+
+def test_forms_of_actions_stand_on_lines_of_their_own() -> None:
+    """A 0.5B model copied `search[x] looks for products`: whatever stands behind a form."""
+    forms = [line for line in ShopEnv("small").system_prompt.splitlines() if "[" in line]
+    assert forms == ["search[words]", "click[name]", "click[Buy Now]"]
 
 
 def test_a_budget_warning_is_no_error(episode: Episode) -> None:

@@ -26,7 +26,6 @@ from hero.interrupt import Stopped
 from hero.report.tracking import read_jsonl
 from hero.types import Fault
 from tests.hero.test_trainer import assert_same, settings, trainer, weights
-from tests.hero.test_trainer import model_path as model_path
 
 
 def left(run: Path) -> dict[str, Any]:
@@ -256,7 +255,7 @@ def with_nan(path: Path) -> None:
 
 def other_shapes(path: Path) -> None:
     state = torch.load(path, weights_only=True)
-    for moments in state["state"].values():
+    for moments in state["optimizer"]["state"].values():
         moments["exp_avg"] = torch.zeros(3)
     torch.save(state, path)
 

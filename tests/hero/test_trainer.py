@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from hero.checkpoint import BrokenCheckpoint
 from hero.checks import from_dict
-from hero.config import ScratchConfig, TrainConfig
+from hero.config import TrainConfig
 from hero.envs.shop import ShopEnv
 from hero.episodes import EnvironmentFault
 from hero.evaluation import TeacherGate
@@ -30,18 +30,7 @@ from hero.policy import Policy
 from hero.report.console import Console
 from hero.report.tracking import read_jsonl
 from hero.report.viewer import render
-from hero.scratch import build_model, build_tokenizer
 from hero.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = build_tokenizer(ShopEnv(profile="tiny").vocabulary())
-    build_model(ScratchConfig(width=16, layers=1, heads=2), tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def settings(model_path: Path, **changes: Any) -> TrainConfig:

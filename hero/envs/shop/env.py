@@ -45,11 +45,18 @@ ANY_SEARCH = "search[...]"
 """Stands in `available_actions` for a search with any words."""
 
 SYSTEM_PROMPT = """\
-You shop online for what the instruction asks. Write one action a turn and nothing else:
-search[words] looks for products; it works on every page.
-click[x] clicks x on the page: a product id, an option, Next >, < Prev, Back to Search, \
-Description, Features, Reviews or Buy Now.
-Open the product that fits, click every option that the instruction names, then click[Buy Now]."""
+You shop online for what the instruction asks. Answer with one action and nothing else. \
+There are two forms of actions:
+
+search[words]
+click[name]
+
+The first looks for products and works on every page. The second takes a name on the page: a \
+product id, an option, Next >, < Prev, Back to Search, Description, Features, Reviews or Buy Now.
+Search, open the product that fits, click every option that the instruction names, and buy it last \
+with
+
+click[Buy Now]"""
 
 
 class ShopEnv:
