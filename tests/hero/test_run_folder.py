@@ -1,4 +1,4 @@
-"""The run folder under attack: interruptions, two writers, other settings, broken files.
+"""The run folder under attack: interruptions, two writers, other settings, leftovers.
 
 Oracle: a run that nothing interrupted. Whatever happens to another one, going on must end with the
 same weights, the same logs (times aside) and the same best model.
@@ -6,66 +6,30 @@ same weights, the same logs (times aside) and the same best model.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from hero.checkpoint import BrokenCheckpoint, checksum
-from hero.envs.shop import ShopEnv
 from hero.interrupt import Stopped
 from hero.report.tracking import read_jsonl
 from hero.types import Fault
-from tests.hero.test_trainer import assert_same, settings, trainer, weights
-
-
-def left(run: Path) -> dict[str, Any]:
-    """What a run leaves, without what the clock says."""
-    metrics = [
-        {name: value for name, value in line.items() if "second" not in name}
-        for line in read_jsonl(run / "metrics.jsonl")
-    ]
-    records = [
-        (r["update"], r["split"], r["id"], r["reward"], [t["action_text"] for t in r["turns"]])
-        for r in read_jsonl(run / "trajectories.jsonl")
-    ]
-    best = checksum(run / "best" / "model.safetensors")
-    summary = json.loads((run / "summary.json").read_text())
-    return {
-        "metrics": metrics, "records": records, "best": best,
-        "after": summary["after"], "before": summary["before"],
-    }  # fmt: skip
-
-
-class Countdown(ShopEnv):
-    """A shop in which Ctrl-C arrives at some step."""
-
-    steps_left = 10**9
-
-    def step(self, text: str) -> Any:
-        Countdown.steps_left -= 1
-        if Countdown.steps_left == 0:
-            raise KeyboardInterrupt
-        return super().step(text)
-
-
-def config_of(model_path: Path, **changes: Any) -> Any:
-    small = {"tasks_per_update": 2, "max_turns": 2, "max_turn_tokens": 6, "batch_size": 4}
-    config = settings(
-        model_path, updates=2, rollout=small, save_every=2,
-        eval={"every": 1, "dev_tasks": 2, "test_tasks": 2}, **changes,
-    )  # fmt: skip
-    config.env.name = f"{__name__}:Countdown"
-    return config
+from tests.hero.runs import (
+    Countdown,
+    assert_same,
+    config_of,
+    go_on,
+    left,
+    settings,
+    trainer,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +37,6 @@ def whole(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     trainer(config_of(model_path), run).run()
     return run
-
-
-def go_on(model_path: Path, run: Path) -> None:
-    trainer(config_of(model_path, resume="auto"), run).run()
 
 
 # 4 steps each: probe, dev and test before; then an update and its dev tasks, twice; test.
@@ -222,109 +182,6 @@ def test_logs_without_a_checkpoint_are_not_deleted(
             trainer(config_of(model_path, resume=resume), tmp_path / "run").run()
     kept = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert kept == (whole / "metrics.jsonl").read_bytes()
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def again(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change state.json, as a version or a program of another kind would have written it."""
-    state = json.loads(path.read_text())
-    path.write_text(json.dumps(change(state)))
-
-
-def swap(folder: Path, name: str, write: Callable[[Path], Any]) -> None:
-    """Another file in the checkpoint, with a checksum that is right."""
-    write(folder / name)
-    again(
-        folder / "state.json",
-        lambda state: {**state, "files": {**state["files"], name: checksum(folder / name)}},
-    )
-
-
-def with_nan(path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(path)
-    next(iter(tensors.values())).view(-1)[0] = float("nan")
-    save_file(tensors, path)
-
-
-def other_shapes(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    for moments in state["optimizer"]["state"].values():
-        moments["exp_avg"] = torch.zeros(3)
-    torch.save(state, path)
-
-
-WEIGHTS, OPTIMISER = "student.safetensors", "optimizer.pt"
-BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a flipped bit in the weights": (lambda f: flip(f / WEIGHTS), "student.*checksum"),
-    "a flipped bit in the optimiser": (lambda f: flip(f / OPTIMISER), "optimizer.*checksum"),
-    "a missing file": (lambda f: (f / "teacher.safetensors").unlink(), "teacher.* is missing"),
-    "an empty optimiser": (
-        lambda f: swap(f, OPTIMISER, lambda p: p.write_bytes(b"")), "optimizer.pt cannot be read",
-    ),
-    "a foreign optimiser": (
-        lambda f: swap(f, OPTIMISER, lambda p: torch.save({"a": 1}, p)), "does not fit this run",
-    ),
-    "an optimiser of another model": (
-        lambda f: swap(f, OPTIMISER, other_shapes), r"exp_avg is \[3\] for a parameter",
-    ),
-    "weights with NaN": (lambda f: swap(f, WEIGHTS, with_nan), "holds NaN"),
-    "a state of a newer version": (
-        lambda f: again(f / "state.json", lambda s: {**s, "flux": 1}), "not fit this run.*flux",
-    ),
-    "a state that is a list": (
-        lambda f: again(f / "state.json", lambda s: [1]), "not the state of a run of this version",
-    ),
-    "a state cut short": (
-        lambda f: (f / "state.json").write_text('{"update"'), "state.json cannot be read",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_checkpoint_is_one_message(
-    model_path: Path, whole: Path, tmp_path: Path, name: str
-) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    spoil, message = BROKEN[name]
-    spoil(tmp_path / "run" / "checkpoint")
-    config = config_of(model_path, resume=str(tmp_path / "run"))
-    with pytest.raises(BrokenCheckpoint, match=message):
-        trainer(config, tmp_path / "run").run()
-
-
-def test_the_good_checkpoint_beside_a_broken_one_is_taken(
-    model_path: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    shutil.copytree(whole / "checkpoint", tmp_path / "run" / "checkpoint.old")
-    flip(tmp_path / "run" / "checkpoint" / "student.safetensors")
-    go_on(model_path, tmp_path / "run")
-    assert left(tmp_path / "run") == left(whole)
-
-
-@pytest.mark.parametrize("spoil", ["missing", "cut"])
-def test_a_broken_best_model_is_named_at_the_end(
-    model_path: Path, whole: Path, tmp_path: Path, spoil: str
-) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    model = tmp_path / "run" / "best" / "model.safetensors"
-    model.unlink() if spoil == "missing" else os.truncate(model, 1000)
-    with pytest.raises(BrokenCheckpoint, match=r"The model in .*best cannot be read"):
-        go_on(model_path, tmp_path / "run")
-
-
-def test_a_cut_before_json_is_named(model_path: Path, whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole, tmp_path / "run")
-    (tmp_path / "run" / "before.json").write_text('{"per_task": {')
-    with pytest.raises(Fault, match=r"before.json cannot be read .* training itself is whole"):
-        go_on(model_path, tmp_path / "run")
 
 
 def test_leftovers_of_killed_writes_are_swept(

@@ -6,7 +6,6 @@ what a run writes must be there after a fault at any stage.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import signal
@@ -18,50 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hero.checkpoint import BrokenCheckpoint
-from hero.checks import from_dict
-from hero.config import TrainConfig
 from hero.envs.shop import ShopEnv
 from hero.episodes import EnvironmentFault
 from hero.evaluation import TeacherGate
-from hero.files import replacing
 from hero.interrupt import Interrupt
 from hero.policy import Policy
-from hero.report.console import Console
 from hero.report.tracking import read_jsonl
 from hero.report.viewer import render
-from hero.trainer import Trainer
-
-
-def settings(model_path: Path, **changes: Any) -> TrainConfig:
-    data: dict[str, Any] = {
-        "prompts": "compact",
-        "model": {"path": str(model_path), "device": "cpu"},
-        "env": {"name": "shop", "options": {"profile": "tiny"}},
-        "rollout": {"tasks_per_update": 4, "max_turns": 3, "max_turn_tokens": 6, "batch_size": 4},
-        "reflection": {"reflector": "rules"},
-        "teacher": {"max_privileged_tokens": 500},
-        "optim": {"learning_rate": 1e-3},
-        "eval": {"every": 2, "dev_tasks": 4, "test_tasks": 4},
-        "updates": 4,
-        "save_every": 1,
-    }
-    for key, value in changes.items():
-        data[key] = {**data[key], **value} if isinstance(value, dict) and key in data else value
-    return from_dict(data)
-
-
-def trainer(config: TrainConfig, run_dir: Path) -> Trainer:
-    return Trainer(config, run_dir, "test", Console(io.StringIO()))
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(run_dir / "checkpoint" / "student.safetensors")
-
-
-def assert_same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+from tests.hero.runs import assert_same, settings, trainer, weights
 
 
 def test_a_run_leaves_everything(model_path: Path, tmp_path: Path) -> None:
@@ -345,21 +308,3 @@ def test_a_collapse_goes_back_to_the_best_weights_at_half_the_rate(
 def test_the_gate_stops_a_teacher_without_lift(model_path: Path, tmp_path: Path) -> None:
     with pytest.raises(TeacherGate, match="nothing to distil"):
         trainer(settings(model_path, eval={"min_teacher_lift": 0.5}), tmp_path).run()
-
-
-def test_a_broken_checkpoint_is_named(model_path: Path, tmp_path: Path) -> None:
-    trainer(settings(model_path, updates=1), tmp_path).run()
-    (tmp_path / "checkpoint" / "student.safetensors").write_bytes(b"rubbish")
-    resumed = trainer(settings(model_path, resume=str(tmp_path)), tmp_path)
-    with pytest.raises(BrokenCheckpoint, match=r"cannot be read .*best model so far"):
-        resumed.run()
-
-
-def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    with replacing(tmp_path / "x") as folder:
-        (folder / "file").write_text("first")
-    with pytest.raises(RuntimeError), replacing(tmp_path / "x") as folder:
-        (folder / "file").write_text("second")
-        raise RuntimeError
-    assert (tmp_path / "x" / "file").read_text() == "first"
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
