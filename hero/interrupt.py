@@ -25,7 +25,7 @@ class Interrupt:
     block inside one.
 
     A second signal inside a deferred block raises at once and leaves `torn` set: what the block was
-    changing is half changed and must not be saved. A signal that was ignored before (nohup) stays
+    changing is half changed and must not be saved. A SIGHUP that was ignored before (nohup) stays
     ignored. Outside the main thread signals are left alone.
     """
 
@@ -38,7 +38,8 @@ class Interrupt:
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                ignored = signal.getsignal(number) is signal.SIG_IGN
+                if not (number == signal.SIGHUP and ignored):
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 

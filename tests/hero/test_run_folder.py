@@ -98,8 +98,11 @@ def test_a_callback_that_raises_is_not_called_twice_for_an_update(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_preempted_run_saves_and_goes_on(
-    model_path: Path, whole: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+    model_path: Path, whole: Path, tmp_path: Path, request: pytest.FixtureRequest,
+    number: signal.Signals,
+) -> None:  # fmt: skip
+    before = signal.signal(number, signal.SIG_DFL)  # the tests themselves may run under nohup
+    request.addfinalizer(lambda: signal.signal(number, before))
     broken = trainer(config_of(model_path), tmp_path)
     rollout = broken.stages.rollout
 
