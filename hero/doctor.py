@@ -13,7 +13,6 @@ from hero.report.facts import versions
 
 EXTRAS = {
     "peft": "LoRA (model.lora_rank)",
-    "openai": "reflection.reflector=openai",
     "triton": "Triton kernels",
     "wandb": "report_to=wandb",
     "trackio": "report_to=trackio",
