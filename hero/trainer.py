@@ -157,7 +157,8 @@ class Trainer:
         clock.lap("reflection")
         samples = self.stages.annotate(trajectories, reflections)
         metrics: dict[str, float] = {"learning_rate": self.learner.learning_rate}
-        if self._is_judged(number):
+        turns = sum(len(trajectory.turns) for trajectory in trajectories)
+        if self._is_judged(number, turns):
             seed = derive_seed(config.seed, REFLECT, number)
             metrics |= self.stages.watch.agreement(trajectories, reflections, seed)
         clock.lap("annotation")
@@ -166,7 +167,7 @@ class Trainer:
             learned = self.learner.learn(samples, derive_seed(config.seed, LEARN, number))
             state.update, state.steps_taken = number, self.learner.steps_taken
             state.pending = {"metrics": metrics, "records": [], "is_judged": False}
-            state.env_turns += sum(len(t.turns) for t in trajectories)
+            state.env_turns += turns
             state.generated_tokens += sum(t.num_action_tokens for t in trajectories)
             state.generated_tokens += reflections.stats.generated_tokens
             state.reflection_tokens += reflections.stats.generated_tokens
@@ -181,9 +182,14 @@ class Trainer:
                 number, "train", trajectories, reflections, learned
             )
 
-    def _is_judged(self, number: int) -> bool:
-        """Whether an update is evaluated: in turn, or as the last one."""
-        return number % self.config.eval.every == 0 or number >= self.config.updates
+    def _is_judged(self, number: int, turns: int = 0) -> bool:
+        """Whether an update is evaluated: in turn, or as the last one.
+
+        Args:
+            turns: of this update, which `state.env_turns` does not hold yet.
+        """
+        is_last = number >= self.config.updates or not self.state.affordable(self.config, turns)
+        return number % self.config.eval.every == 0 or is_last
 
     def _log(self, tracker: Tracker) -> None:
         """Evaluate the update that is pending, if that is due, and write it down.
