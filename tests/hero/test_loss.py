@@ -2,91 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import random
 
 import pytest
 import torch
+from loss_helpers import config, gradients, learner, packed, textbook_jsd
 
 from hero.algorithms import MODES, Experience
 from hero.config import (
     LossConfig,
-    ModelConfig,
-    OptimConfig,
-    RolloutConfig,
     TeacherConfig,
-    TrainConfig,
 )
-from hero.learner import Learner, split
+from hero.learner import split
 from hero.loss import compute_loss, weigh
-from hero.packing import PackedBatch, Weighted, micro_batches, pack, plan_rows
 from hero.policy import Policy
 from hero.teacher import TeacherContext, TeacherWeights
-from hero.types import Diagnosis, Sample, Trajectory
-
-
-@pytest.fixture
-def experience(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Experience:
-    return Experience(trajectories=copy.deepcopy(played), diagnoses=hints, gold={})
-
-
-@pytest.fixture
-def samples(experience: Experience, context: TeacherContext) -> list[Sample]:
-    return MODES["hero"](context).annotate(experience)
-
-
-def packed(samples: list[Sample]) -> PackedBatch:
-    """All in one micro-batch, with weight 1 for every token."""
-    ones = [torch.ones(len(sample.action_ids)) for sample in samples]
-    items = [Weighted(sample=s, distill=w, pg=w) for s, w in zip(samples, ones, strict=True)]
-    [rows] = micro_batches(plan_rows(items, "tree"), 10**9)
-    return pack(rows, torch.device("cpu"))
-
-
-def config(mode: str = "hero", **optim: object) -> TrainConfig:
-    settings = {"learning_rate": 1e-2, "warmup_steps": 1, **optim}
-    return TrainConfig(
-        mode=mode,  # type: ignore[arg-type]
-        rollout=RolloutConfig(group_size=2),
-        optim=OptimConfig(**settings),  # type: ignore[arg-type]
-        loss=LossConfig(loss_aggregation="token"),
-    )
-
-
-def learner(policy: Policy, settings: TrainConfig, weights: str = "ema") -> Learner:
-    teacher = TeacherWeights(policy, TeacherConfig(weights=weights))  # type: ignore[arg-type]
-    return Learner(policy, teacher, settings)
-
-
-def gradients(
-    policy: Policy, settings: TrainConfig, samples: list[Sample]
-) -> dict[str, torch.Tensor]:
-    policy.model.zero_grad(set_to_none=True)
-    learner(policy, settings)._accumulate(samples)
-    return {n: p.grad.clone() for n, p in policy.trainable().items() if p.grad is not None}
-
-
-def textbook_jsd(
-    policy: Policy, samples: list[Sample], ratio_clip: float, teacher_policy: Policy | None = None
-) -> torch.Tensor:
-    """Σ over action tokens of min(ratio, clip)·JSD over their number; a forward pass a turn."""
-    old = teacher_policy or policy
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for s in samples:
-
-        def logprobs(policy: Policy, prompt: list[int], s: Sample = s) -> torch.Tensor:
-            logits = policy.model(torch.tensor([prompt + s.action_ids])).logits[0]
-            return logits[len(prompt) - 1 : -1].double().log_softmax(-1)
-
-        student = logprobs(policy, s.prompt_ids)
-        with torch.no_grad():
-            teacher = logprobs(old, s.teacher_prompt_ids)
-        mixed = torch.logaddexp(student, teacher) - torch.log(torch.tensor(2.0))
-        jsd = 0.5 * (student.exp() * (student - mixed) + teacher.exp() * (teacher - mixed)).sum(-1)
-        own = student.gather(1, torch.tensor(s.action_ids)[:, None]).squeeze(1)
-        ratio = (own - torch.tensor(s.sampled_logprobs)).exp().clamp(max=ratio_clip).detach()
-        total, count = total + (ratio * jsd).sum(), count + len(s.action_ids)
-    return total / count
+from hero.types import Sample, Trajectory
 
 
 def test_loss_and_gradient_equal_the_textbook(fresh_policy: Policy, samples: list[Sample]) -> None:
@@ -188,66 +119,6 @@ def test_no_samples_is_no_step_and_no_ema(fresh_policy: Policy) -> None:
     assert learned.steps == 0 and learned.loss == 0.0 and learn.steps_taken == 0
     assert all(torch.equal(p, before[n]) for n, p in fresh_policy.trainable().items())
     assert all(torch.equal(p, teacher[n]) for n, p in learn.teacher.state_dict().items())
-
-
-def test_ema_formula(fresh_policy: Policy, samples: list[Sample]) -> None:
-    learn = learner(fresh_policy, config())
-    start = {n: p.clone() for n, p in learn.teacher.state_dict().items()}
-    learn.learn(samples, seed=0)
-    assert learn.steps_taken == 1
-    for name, value in learn.teacher.state_dict().items():
-        student = fresh_policy.trainable()[name].detach()
-        torch.testing.assert_close(value, 0.95 * start[name] + 0.05 * student)
-        assert not torch.equal(value, start[name])
-
-
-def test_frozen_teacher_stays_and_the_swap_undoes_itself(
-    fresh_policy: Policy, samples: list[Sample]
-) -> None:
-    learn = learner(fresh_policy, config(), weights="frozen")
-    prompt = torch.tensor([samples[0].prompt_ids])
-    before = fresh_policy.model(prompt).logits.detach()
-    learn.learn(samples, seed=0)
-    student = {n: p.detach().clone() for n, p in fresh_policy.trainable().items()}
-    with learn.teacher.applied(), torch.no_grad():
-        assert torch.equal(fresh_policy.model(prompt).logits, before)  # head and embedding as well
-        assert torch.equal(fresh_policy.logits(fresh_policy.hidden(prompt)), before)
-    assert all(torch.equal(p, student[n]) for n, p in fresh_policy.trainable().items())
-    assert not torch.allclose(fresh_policy.model(prompt).logits, before)
-    with pytest.raises(RuntimeError, match="inside"), learn.teacher.applied():
-        raise RuntimeError("inside")
-    assert all(torch.equal(p, student[n]) for n, p in fresh_policy.trainable().items())
-
-
-def test_a_frozen_teacher_scores_with_its_own_head(
-    fresh_policy: Policy, samples: list[Sample]
-) -> None:
-    start = Policy(copy.deepcopy(fresh_policy.model), fresh_policy.tokenizer, ModelConfig())
-    learn = learner(fresh_policy, config(), weights="frozen")
-    with torch.no_grad():
-        fresh_policy.head.weight.mul_(1.5)
-    batch = packed(samples)
-    length = len(batch.target_ids)
-    batch.distill_weights = torch.full_like(batch.distill_weights, 1 / length)
-    loss = compute_loss(fresh_policy, learn.teacher, batch, LossConfig(), 1.0).loss
-    expected = textbook_jsd(fresh_policy, samples, 2.0, teacher_policy=start)
-    torch.testing.assert_close(loss.double(), expected, atol=1e-6, rtol=1e-4)
-
-
-@pytest.mark.parametrize("weights", ["frozen", "ema", "live"])
-@pytest.mark.parametrize("model", [{}, {"train_head": False}, {"lora_rank": 2}])
-def test_the_head_is_shared_exactly_where_nobody_trains_it(
-    policy: Policy, weights: str, model: dict[str, object]
-) -> None:
-    if "lora_rank" in model:
-        pytest.importorskip("peft", reason="LoRA needs peft")
-    own = Policy(
-        copy.deepcopy(policy.model),
-        policy.tokenizer,
-        ModelConfig(device="cpu", **model),  # type: ignore[arg-type]
-    )
-    teacher = TeacherWeights(own, TeacherConfig(weights=weights))  # type: ignore[arg-type]
-    assert bool(teacher.own_head()) == (not model and weights != "live")
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_is_skipped(

@@ -9,14 +9,10 @@ from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from hero.config import TrainConfig
-from hero.report.charts import Chart, Line, _ticks, draw
 from hero.report.tracking import Tracker, trajectory_record
 from hero.report.viewer import render
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
@@ -307,33 +303,6 @@ def test_nan_and_surrogates_are_shown_as_unknown(tmp_path: Path) -> None:
     assert "mean divergence 0.150 nats" in [text for _, text in page.find("span", "mean")]
 
 
-METRICS = [
-    {"step": s, "a": v, "odd": "x"} for s, v in ((1, 0.0), (2, 1.0), (3, None), (4, 4.0), (4, 2.0))
-]
-
-
-def test_a_chart_is_well_formed_and_to_scale() -> None:
-    svg = draw(Chart("T <1>", (Line("a", "A & B"), Line("gone", "gone"))), METRICS)
-    assert svg is not None
-    figure = ElementTree.fromstring(svg)
-    (path,) = [e for e in figure.iter("path") if (e.get("class") or "").startswith("line")]
-    points = [tuple(map(float, p.split())) for p in path.attrib["d"].removeprefix("M").split("L")]
-    (x1, y1), (x2, y2), (x4, y4) = points  # step 3 is unknown; step 4 counts as logged last
-    assert (x4 - x1) == pytest.approx(3 * (x2 - x1), abs=0.2)
-    assert (y1 - y4) == pytest.approx(2 * (y1 - y2), abs=0.2) and y4 < y2 < y1
-    assert [e.text for e in figure.iter("title")][-1] == "A & B, update 4: 2"
-    assert "gone" not in svg
-
-
-def test_the_best_update_is_marked_where_it_is() -> None:
-    metrics = [{"step": step, "v": float(step)} for step in range(5)]
-    svg = str(draw(Chart("t", (Line("v", "v"),)), metrics, best=3))
-    [place] = re.findall(r'class="best" d="M([\d.]+) ', svg)
-    marks = re.findall(r'<circle class="mark s1" cx="([\d.]+)"', svg)
-    assert place == marks[3]
-    assert "best" not in str(draw(Chart("t", (Line("v", "v"),)), metrics))
-
-
 @pytest.mark.parametrize(("best", "said"), [(0, "0: training did not help"), (4, "4")])
 def test_the_header_says_what_the_run_hangs_on(run_dir: Path, best: int, said: str) -> None:
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -349,18 +318,3 @@ def test_the_header_says_what_the_run_hangs_on(run_dir: Path, best: int, said: s
     for value in (said, "shop profile=tiny", "7", "0.25", "90% of turns"):
         assert value in facts
     assert "10% without hindsight, 60% with it: a lift of +0.50" in facts
-
-
-def test_a_chart_without_values_is_left_out() -> None:
-    assert draw(Chart("T", (Line("gone", "gone"),)), METRICS) is None
-
-
-@given(st.floats(-1e30, 1e30), st.floats(0, 1e30))
-@example(0.0, 5e-324)
-@example(1e20, 0.0)
-def test_ticks_are_round_and_enclose(low: float, width: float) -> None:
-    ticks = _ticks(low, low + width)
-    step = ticks[1] - ticks[0]
-    slack = 1e-6 * max(step, abs(low), 1e-9)
-    assert ticks[0] <= low + slack and ticks[-1] >= low + width - slack
-    assert 2 <= len(ticks) <= 7

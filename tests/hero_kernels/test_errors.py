@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from hero_kernels import (
     FusedLinearDivergence,
     KernelOptions,
-    divergence_from_logits,
     fused_linear_divergence,
     linear_logprobs,
 )
@@ -251,30 +249,6 @@ def test_mistake(mistake: str) -> None:
         call(**changes)
 
 
-def test_module_or_list_in_place_of_a_tensor() -> None:
-    with pytest.raises(TypeError, match=r"got the module Linear: pass its \.weight.*LoRA"):
-        call(student_weight=nn.Linear(H, V))
-    for name in ("token_weights", "turn_ids", "trajectory_ids", "target_ids"):
-        with pytest.raises(TypeError, match=f"{name} must be a tensor.*got list"):
-            call(**{name: [1] * N})
-
-
-def test_dtensor_head() -> None:
-    """Any tensor that answers to `full_tensor` is a shard of one."""
-
-    class Shard(torch.Tensor):
-        placements = ("Shard(0)",)
-
-        def full_tensor(self) -> torch.Tensor:
-            return torch.Tensor(self)
-
-    with pytest.raises(
-        ValueError,
-        match=r"DTensor of placements \('Shard\(0\)',\).*fsdp\.whole_head.*\.full_tensor\(\)",
-    ):
-        call(student_weight=torch.randn(V, H).as_subclass(Shard))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -304,76 +278,3 @@ def test_settings_that_cannot_learn() -> None:
             call(**{name: torch.tensor(0.5, requires_grad=True)})
     with pytest.raises(TypeError, match="temperature must be a number for linear_logprobs"):
         linear_logprobs(torch.randn(N, H), torch.randn(V, H), LONG, temperature=torch.ones(N))
-
-
-FUNCTIONS: dict[str, Any] = {
-    "fused_linear_divergence": call,
-    "divergence_from_logits": lambda **changes: divergence_from_logits(
-        torch.randn(N, V), torch.randn(N, V), **changes
-    ),
-    "FusedLinearDivergence": FusedLinearDivergence,
-}
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_an_unknown_keyword(name: str) -> None:
-    message = rf"{name}\(\) got an unexpected keyword argument 'temprature'"
-    with pytest.raises(TypeError, match=message):
-        FUNCTIONS[name](temprature=0.5)
-    with pytest.raises(TypeError, match=r"linear_logprobs.*'temprature'"):
-        linear_logprobs(torch.randn(N, H), torch.randn(V, H), LONG, temprature=0.5)
-
-
-def test_other_functions() -> None:
-    hidden, weight = torch.randn(N, H), torch.randn(V, H)
-    with pytest.raises(ValueError, match="impl='triton' cannot serve this call: it runs on cuda"):
-        linear_logprobs(hidden, weight, LONG, impl="triton")
-    with pytest.raises(ValueError, match=r"impl='cpu' cannot serve this call.*torch\.float64"):
-        linear_logprobs(hidden.double(), weight.double(), LONG, impl="cpu")
-    with pytest.raises(ValueError, match=r"Unknown impl 'cublas'.*'auto', 'torch', 'cpu'"):
-        linear_logprobs(hidden, weight, LONG, impl="cublas")
-    with pytest.raises(
-        ValueError, match="target_ids of tokens with weight must lie between 0 and 19"
-    ):
-        linear_logprobs(hidden, weight, LONG + V)
-    with pytest.raises(ValueError, match=r"logit_scale must be a finite .*got 0\.0"):
-        linear_logprobs(hidden, weight, LONG, logit_scale=0.0)
-    with pytest.raises(ValueError, match="same leading shape"):
-        divergence_from_logits(torch.randn(3, V), torch.randn(4, V))
-    with pytest.raises(ValueError, match="pass vocab_size"):
-        divergence_from_logits(torch.randn(3, V), torch.randn(3, V + 1))
-    with pytest.raises(ValueError, match=r"teacher_logits\.detach\(\)"):
-        divergence_from_logits(torch.randn(3, V), torch.randn(3, V, requires_grad=True))
-
-
-@pytest.mark.parametrize("value", ["2", [2.0], {"a": 1}])
-@pytest.mark.parametrize("name", ["temperature", "beta", "logit_scale", "softcap", "top_k"])
-def test_settings_of_the_wrong_type_are_named(name: str, value: Any) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be an? .*, got"):
-        call(**{name: value})
-
-
-def test_a_fractional_k_and_options_as_a_dict_are_named() -> None:
-    with pytest.raises(TypeError, match=r"top_k must be an integer, got 5\.0"):
-        call(support="topk", top_k=5.0)
-    for function in (
-        call,
-        lambda **k: linear_logprobs(torch.zeros(N, H), OWN["teacher_weight"], LONG, **k),
-    ):
-        with pytest.raises(TypeError, match=r"options must be KernelOptions.*got dict"):
-            function(options={"tile_rows": 4})
-
-
-def test_everything_on_the_meta_device_is_named() -> None:
-    tensors = {"student_hidden": (N, H), "student_weight": (V, H), "teacher_hidden": (N, H)}
-    with pytest.raises(ValueError, match="student_hidden is on the meta device, without data"):
-        call(**{name: torch.empty(shape, device="meta") for name, shape in tensors.items()})
-
-
-def test_fake_tensors_have_shapes_and_no_values() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        tensors = {"student_hidden": (N, H), "student_weight": (V, H), "teacher_hidden": (N, H)}
-        made = {name: torch.empty(shape) for name, shape in tensors.items()}
-        assert call(**made, token_weights=torch.ones(N)).shape == ()
