@@ -22,8 +22,13 @@ from hero.config import LossConfig
 from hero.packing import Packed, PackedBatch, Weighted
 from hero.policy import Policy
 from hero.teacher import TeacherWeights
-from hero.types import Sample
-from hero_kernels import DivergenceOutput, fused_linear_divergence, token_coefficients
+from hero.types import Gate, Sample
+from hero_kernels import (
+    DivergenceOutput,
+    fused_linear_divergence,
+    linear_logprobs,
+    token_coefficients,
+)
 
 TERMS = ("distillation", "policy gradient", "observation", "KL to the start")
 """The terms of the loss, by the names that reports use."""
@@ -108,10 +113,14 @@ def compute_loss(
     hidden = states[batch.student.index]
     terms: dict[str, LossOutput] = {}
     if batch.teacher is not None:
-        terms["distillation"] = divergence_term(
-            policy, hidden, _teacher_states(teacher_weights, batch.teacher),
-            teacher_weights.own_head(), batch, config, temperature,
+        teacher_hidden, head = (
+            _teacher_states(teacher_weights, batch.teacher), teacher_weights.own_head()
         )  # fmt: skip
+        batch = gated(policy, teacher_hidden, head, batch, temperature)
+        if any(weighted.sample.distill_weight for weighted in batch.samples):
+            terms["distillation"] = divergence_term(
+                policy, hidden, teacher_hidden, head, batch, config, temperature
+            )
     if any("policy gradient" in weighted.losses for weighted in batch.samples):
         terms["policy gradient"] = policy_gradient_term(policy, hidden, batch, config, temperature)
     if batch.observation_weight and len(batch.observed_ids):
@@ -131,6 +140,43 @@ def _teacher_states(weights: TeacherWeights, packed: Packed) -> Tensor:
     """[N, H] the states of other weights that predict each action token."""
     with weights.applied():
         return weights.policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
+
+
+@torch.no_grad()
+def gated(
+    policy: Policy, teacher_hidden: Tensor, teacher_head: dict[str, Any], batch: PackedBatch,
+    temperature: float,
+) -> PackedBatch:  # fmt: skip
+    """The batch with divergence weights and advantages as the gates of its samples make them.
+
+    Arguments as those of `divergence_term`. The gap is that of the policy that sampled, so gates
+    are constants of the step.
+    """
+    samples = [item.sample for item in batch.samples if item.sample.has_teacher]
+    if not any(sample.distill_gate or sample.advantage_gate for sample in samples):
+        return batch
+    chosen = batch.distill_index
+    scored = linear_logprobs(
+        teacher_hidden, teacher_head.get("teacher_weight", policy.head_weight),
+        batch.target_ids[chosen], bias=teacher_head.get("teacher_bias", policy.head.bias),
+        temperature=temperature, **policy.head_options,
+    )  # fmt: skip
+    assert isinstance(scored, Tensor)
+    gaps = (scored - batch.sampled_logprobs[chosen]).split([len(s.action_ids) for s in samples])
+
+    def factors(gates: list[Gate | None]) -> Tensor:
+        found = torch.ones_like(batch.advantages)
+        pairs = zip(gates, gaps, strict=True)
+        found[chosen] = torch.cat(
+            [gate(gap) if gate else torch.ones_like(gap) for gate, gap in pairs]
+        )
+        return found
+
+    return replace(
+        batch,
+        distill_weights=batch.distill_weights * factors([s.distill_gate for s in samples]),
+        advantages=batch.advantages * factors([s.advantage_gate for s in samples]),
+    )
 
 
 def divergence_term(

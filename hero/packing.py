@@ -134,7 +134,7 @@ class PackedBatch:
     samples: list[Weighted]
     student: Packed
     teacher: Packed | None
-    """Rows of the M <= N tokens whose sample is distilled; None if there are none."""
+    """Rows of the M <= N tokens whose sample has a teacher; None if there are none."""
     target_ids: Tensor
     """[N] the sampled ids."""
     sampled_logprobs: Tensor
@@ -171,17 +171,17 @@ def student_rows(samples: Sequence[Sample]) -> list[Row]:
 
 
 def teacher_rows(samples: Sequence[Sample], packing: str = "tree") -> list[Row]:
-    """Of the distilled samples: a trunk with branches (`tree`) or a row each (`separate`)."""
+    """Of the samples with a teacher: a trunk with branches (`tree`) or a row each (`separate`)."""
     rows: list[Row] = []
-    distilled = [sample for sample in samples if sample.distill_weight != 0]
-    for i, sample in enumerate(distilled):
+    scored = [sample for sample in samples if sample.has_teacher]
+    for i, sample in enumerate(scored):
         if packing == "separate":
             whole = sample.teacher_prompt_ids + sample.action_ids
             rows.append(Row(trunk=whole, actions=[(len(sample.teacher_prompt_ids), len(whole))]))
             continue
         trunk = sample.prompt_ids[: sample.branch_at]
         own = sample.privileged_ids + sample.prompt_ids[sample.branch_at :] + sample.action_ids
-        if not (_same_trajectory(distilled, i) and _extends(trunk, rows[-1].trunk)):
+        if not (_same_trajectory(scored, i) and _extends(trunk, rows[-1].trunk)):
             rows.append(Row())
         rows[-1].trunk = trunk  # longer than before: earlier branches still leave where they did
         rows[-1].branches.append(Branch(len(trunk), own, len(sample.action_ids)))
@@ -252,7 +252,7 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
         distill_weights=torch.cat([weighted.distill for weighted in rows.samples]).to(device),
         pg_weights=torch.cat([weighted.pg for weighted in rows.samples]).to(device),
         advantages=per_token([sample.advantage for sample in samples]),
-        distill_index=per_token([s.distill_weight for s in samples]).nonzero().squeeze(1),
+        distill_index=per_token([float(s.has_teacher) for s in samples]).nonzero().squeeze(1),
         observed_ids=torch.tensor(
             [
                 token

@@ -11,8 +11,13 @@ sampled.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Message = dict[str, str]
 """One chat message: `{"role": "system" | "user" | "assistant" | "tool", "content": text}`."""
@@ -119,6 +124,10 @@ class Diagnosis:
     """Which reflector wrote it: self, teacher, rules, openai, or "" for none."""
 
 
+Gate = Callable[["Tensor"], "Tensor"]
+"""From the teacher's gap of each token [n], log T(y) - log S(y), to a factor of its weight [n]."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Sample:
     """One turn, annotated by an algorithm: what the loss needs and nothing else."""
@@ -139,10 +148,19 @@ class Sample:
     """Weight of the turn in the policy-gradient loss; 0 leaves it out."""
     advantage: float = 0.0
     """For the policy-gradient loss; a turn of advantage 0 still counts in its denominator."""
+    distill_gate: Gate | None = None
+    """Factors of the tokens' divergence, S being the policy that sampled."""
+    advantage_gate: Gate | None = None
+    """Factors of the tokens' advantage, likewise."""
     following_ids: list[int] = field(default_factory=list)
     """What stands behind the action in the next prompt, up to the end of the observation."""
     num_observed: int = 0
     """Its last so many tokens are the observation, those before belong to the chat template."""
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher scores the turn."""
+        return self.distill_weight != 0 or self.advantage_gate is not None
 
     @property
     def teacher_prompt_ids(self) -> list[int]:

@@ -5,6 +5,7 @@ from hero.algorithms.distillation import EnvOnly, FullDemo, Hero, ReflectionOnly
 from hero.algorithms.grpo import Grpo, HeroGrpo
 from hero.algorithms.imitation import Imitation
 from hero.algorithms.reinforce import Reinforce, Rloo
+from hero.algorithms.rivals import Grsd, HintSd, Sdar, SkillSd
 
 MODES: dict[str, type[Algorithm]] = {
     "hero": Hero,
@@ -18,6 +19,10 @@ MODES: dict[str, type[Algorithm]] = {
     "reinforce": Reinforce,
     "rloo": Rloo,
     "imitation": Imitation,
+    "hint_sd": HintSd,
+    "skill_sd": SkillSd,
+    "sdar": Sdar,
+    "grsd": Grsd,
 }
 
 __all__ = ["MODES", "Algorithm", "Experience"]

@@ -48,7 +48,7 @@ class Algorithm(ABC):
     needs_batch = False
     """Compares the episodes of an update: there must be at least 2."""
     distils = True
-    """Has a teacher."""
+    """Has a teacher whose actions are what is learnt."""
     chooses_turns = False
     """Leaves clean turns out unless `loss.turns` asks for them."""
     teacher_saw = ""

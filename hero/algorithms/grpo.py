@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from hero.algorithms.base import Algorithm, Experience
-from hero.algorithms.distillation import Hero
+from hero.algorithms.distillation import Distillation, Hero
 from hero.types import Sample, Trajectory
 
 
@@ -60,20 +60,18 @@ class Grpo(PolicyGradient):
         return group_advantages(trajectories)
 
 
-class HeroGrpo(Algorithm):
-    """HERO's distillation, and GRPO on all turns of the same episodes, weighted by λ. [D]
+class WithGrpo(Algorithm):
+    """A distillation, and GRPO on all turns of the same episodes, weighted by λ.
 
-    The policy-gradient loss is linear in the advantage, so λ multiplies that.
+    The policy-gradient loss is linear in the advantage, so λ (`loss.pg_weight`) multiplies that.
     """
 
-    needs_reflection = True
     needs_groups = True
-    chooses_turns = True
-    teacher_saw = Hero.teacher_saw
+    distillation: type[Distillation]
 
     def annotate(self, experience: Experience) -> list[Sample]:
-        hero = Hero(self.context, self.loss).annotate(experience)
-        distilled = {(sample.trajectory, sample.turn): sample for sample in hero}
+        own = self.distillation(self.context, self.loss).annotate(experience)
+        distilled = {(sample.trajectory, sample.turn): sample for sample in own}
         return [
             replace(
                 distilled.get((sample.trajectory, sample.turn), sample),
@@ -82,3 +80,12 @@ class HeroGrpo(Algorithm):
             )
             for sample in Grpo(self.context, self.loss).annotate(experience)
         ]
+
+
+class HeroGrpo(WithGrpo):
+    """HERO's distillation beside GRPO. [D]"""
+
+    needs_reflection = True
+    chooses_turns = True
+    teacher_saw = Hero.teacher_saw
+    distillation = Hero
