@@ -1,17 +1,21 @@
-"""Rollouts: the student acts in many environments at once, one batched generation for each turn."""
+"""Rollouts: the student acts in many environments at once.
+
+An episode that has ended makes room for the next at once. What is sampled depends on the seed, the
+episode and the turn, not on which other episodes are under way.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hero.config import RolloutConfig
 from hero.envs import border
 from hero.envs.base import Environment, HasGenerator, HasOracle, HasTools
 from hero.envs.border import EnvironmentFault
 from hero.renderer import Renderer
-from hero.sampler import Sampler, Sampling
+from hero.sampler import Sampler, Sampling, stream_of
 from hero.types import Message, StopReason, Trajectory, Turn
 from hero.worked import Worked, opening, work_out
 
@@ -52,10 +56,11 @@ class _Running:
     """An episode under way."""
 
     def __init__(
-        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
-        generate: Callable[[list[Message], int], str] | None = None, shown: Sequence[Worked] = (),
+        self, env: Environment, assignment: Assignment, number: int, renderer: Renderer,
+        config: RolloutConfig, generate: Callable[[list[Message], int], str],
+        shown: Sequence[Worked],
     ) -> None:  # fmt: skip
-        self.env, self.renderer, self.config = env, renderer, config
+        self.env, self.number, self.renderer, self.config = env, number, renderer, config
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
         self.prompt_ids: list[int] = []
         self.stopped = False
@@ -66,7 +71,7 @@ class _Running:
         try:
             if isinstance(env, HasTools):
                 env.tool_format = renderer.tool_format
-            if isinstance(env, HasGenerator) and generate is not None:
+            if isinstance(env, HasGenerator):
                 env.use_generator(generate)
             rules = border.system_prompt(env)
             observation, instruction = border.reset(env, assignment.task_id, self.max_chars)
@@ -90,19 +95,22 @@ class _Running:
         self.trajectory.stop_reason = reason
         self.stopped = True
 
-    def stop_if_full(self) -> None:
-        """Stop if the context may not hold another turn."""
+    def goes_on(self) -> bool:
+        """Whether there is another turn; if not, why is written down."""
         config = self.config
+        if self.stopped or len(self.trajectory.turns) == config.max_turns:
+            return False
         if len(self.prompt_ids) + config.max_turn_tokens <= config.max_episode_tokens:
-            return
+            return True
         if self.trajectory.turns:
             self.stop(StopReason.MAX_TOKENS)
-            return
+            return False
         self.fail(
             f"{type(self.env).__name__}, task {self.trajectory.task_id!r}: it starts with "
             f"{len(self.prompt_ids)} tokens; with rollout.max_turn_tokens={config.max_turn_tokens} "
             f"this passes rollout.max_episode_tokens={config.max_episode_tokens}. Raise the latter."
         )
+        return False
 
     def act(self, ids: list[int], logprobs: list[float]) -> None:
         """Take the sampled action in the environment and write the turn down."""
@@ -153,47 +161,51 @@ def rollout(
         config: caps and sampling.
         seed: of the sampling; the same seed, weights and assignments give the same trajectories.
         temperature: instead of the config's (evaluation).
-        count: called after every turn with the number of finished episodes and of all.
+        count: called with the number of finished episodes and of all, whenever one has ended.
         shown: worked episodes before each task (`env.demonstrations`).
 
     Raises:
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
     """
-    trajectories: list[Trajectory] = []
+    sampling = Sampling(
+        max_tokens=config.max_turn_tokens, seed=seed, top_p=config.top_p,
+        temperature=config.temperature if temperature is None else temperature,
+    )  # fmt: skip
+    stream = stream_of(sampler, len(envs), sampling, config.max_episode_tokens)
 
     def generate(messages: list[Message], salt: int) -> str:
         """The student's answer where an environment lets it play another part."""
-        sampling = Sampling(
-            max_tokens=config.max_turn_tokens, seed=derive_seed(seed, salt),
-            temperature=config.temperature if temperature is None else temperature,
-        )  # fmt: skip
-        (answer,) = sampler.generate([renderer.start(messages)], sampling)
+        own = replace(sampling, seed=derive_seed(seed, salt), top_p=1.0)
+        (answer,) = sampler.generate([renderer.start(messages)], own)
         return renderer.decode(answer.ids)
 
-    for start in range(0, len(assignments), len(envs)):
-        batch = [
-            _Running(env, assignment, renderer, config, generate, shown)
-            for env, assignment in zip(envs, assignments[start : start + len(envs)], strict=False)
-        ]
-        active = [running for running in batch if not running.stopped]
-        for turn in range(config.max_turns):
-            for running in active:
-                running.stop_if_full()
-            active = [running for running in active if not running.stopped]
-            if not active:
-                break
-            sampling = Sampling(
-                max_tokens=config.max_turn_tokens,
-                seed=derive_seed(seed, start, turn),
-                temperature=config.temperature if temperature is None else temperature,
-                top_p=config.top_p,
+    episodes: list[_Running] = []
+    running: dict[int, _Running] = {}  # by the row of the stream, which is that of its environment
+
+    def go_on(row: int) -> None:
+        """Ask for the next turn on a row: of its episode, or of the next one that has any."""
+        while row not in running or not running[row].goes_on():
+            running.pop(row, None)
+            count(len(episodes) - len(running), len(assignments))
+            if len(episodes) == len(assignments):
+                return
+            assignment = assignments[len(episodes)]
+            number = len(episodes)
+            episodes.append(
+                _Running(envs[row], assignment, number, renderer, config, generate, shown)
             )
-            completions = sampler.generate([running.prompt_ids for running in active], sampling)
-            for running, completion in zip(active, completions, strict=True):
-                running.act(completion.ids, completion.logprobs)
-            active = [running for running in active if not running.stopped]
-            count(start + len(batch) - len(active), len(assignments))
-        trajectories += [running.trajectory for running in batch]
+            running[row] = episodes[-1]
+        episode = running[row]
+        turn_seed = derive_seed(seed, episode.number, len(episode.trajectory.turns))
+        stream.submit(row, episode.prompt_ids, turn_seed)
+
+    for row in range(len(envs)):
+        go_on(row)
+    while running:
+        for row, completion in stream.step():
+            running[row].act(completion.ids, completion.logprobs)
+            go_on(row)
+    trajectories = [episode.trajectory for episode in episodes]
     border.stop_if_all_failed(trajectories)
     return trajectories
 

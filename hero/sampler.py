@@ -6,15 +6,22 @@ model with its key-value cache, on CPU and GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hero.kvcache import RowCache
 from hero.policy import Policy
+
+READ_TOKENS = 8192
+"""Prompt tokens of one forward pass, padded: bounds its mask and activations."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -46,90 +53,249 @@ class Sampler(Protocol):
         ...
 
 
+class Stream(Protocol):
+    """A sampling engine that takes prompts at any time; each goes under a number below `rows`."""
+
+    def submit(self, row: int, prompt: list[int], seed: int) -> None:
+        """Ask for a completion. It depends on prompt, seed and weights, not on what else runs."""
+        ...
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Go on a little; returns what has come to its end, by its number."""
+        ...
+
+
+@runtime_checkable
+class Streaming(Protocol):
+    """Samplers that have such an engine of their own."""
+
+    def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
+        """One for so many prompts at once, none longer than `longest` with its completion."""
+        ...
+
+
+def stream_of(sampler: Sampler, rows: int, sampling: Sampling, longest: int) -> Stream:
+    """The sampler's own stream, or one that waits for each batch."""
+    if isinstance(sampler, Streaming):
+        return sampler.stream(rows, sampling, longest)
+    return _Batches(
+        lambda prompts, seeds: sampler.generate(prompts, replace(sampling, seed=seeds[0]))
+    )
+
+
+class _Batches:
+    """A stream of an engine without one: what was submitted is completed in one call."""
+
+    def __init__(self, complete: Callable[[list[list[int]], list[int]], list[Completion]]) -> None:
+        """`complete` gets prompts and seeds."""
+        self.complete = complete
+        self.waiting: dict[int, tuple[list[int], int]] = {}
+
+    def submit(self, row: int, prompt: list[int], seed: int) -> None:
+        self.waiting[row] = (prompt, seed)
+
+    def step(self) -> list[tuple[int, Completion]]:
+        waiting, self.waiting = self.waiting, {}
+        if not waiting:
+            return []
+        prompts, seeds = zip(*waiting.values(), strict=True)
+        return list(zip(waiting, self.complete(list(prompts), list(seeds)), strict=True))
+
+
 class HFSampler:
     """Samples from the policy's present weights.
 
-    Sampler and trainer are one engine, so log-probabilities agree up to rounding. Prompts are
-    decoded in batches of `batch_size`, longest first, so that the rows of a batch have similar
-    lengths. Rows are padded on the left, and a row that has stopped is dropped.
+    Sampler and trainer are one engine, so log-probabilities agree up to rounding. At most
+    `batch_size` prompts are decoded together; one that has ended makes room for the next.
     """
 
     def __init__(self, policy: Policy, batch_size: int = 64) -> None:
         self.policy = policy
         self.batch_size = batch_size
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        """One completion for each prompt, in order."""
+        """One completion for each prompt, in order; of prompt i by the seed's stream i."""
         if any(not prompt for prompt in prompts):
             raise ValueError("A prompt is empty: the sampler needs at least one token.")
-        random = torch.Generator(self.policy.device).manual_seed(sampling.seed)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        completions = [Completion(ids=[], logprobs=[]) for _ in prompts]
-        for start in range(0, len(order), self.batch_size):
-            rows = order[start : start + self.batch_size]
-            self._decode(
-                [prompts[i] for i in rows], [completions[i] for i in rows], sampling, random
-            )
-        return completions
+        if not prompts:
+            return []
+        order = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        longest = len(prompts[order[0]]) + sampling.max_tokens
+        rows = min(self.batch_size, len(prompts))
+        stream = self.stream(rows, sampling, longest)
+        owners: dict[int, int] = {}
+        found: dict[int, Completion] = {}
 
-    def _decode(
-        self,
-        prompts: list[list[int]],
-        completions: list[Completion],
-        sampling: Sampling,
-        random: torch.Generator,
-    ) -> None:
-        """Fill in the completions of one batch."""
-        policy = self.policy
-        stop = torch.tensor(policy.renderer.stop_ids, device=policy.device)
-        input_ids, mask = _left_pad(prompts, policy.renderer.end_id, policy.device)
-        active = completions
-        cache = DynamicCache(config=policy.model.config)
-        for step in range(sampling.max_tokens):
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-            output = policy.trunk(
-                input_ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = policy.logits(output.last_hidden_state[:, -1].to(policy.dtype))
-            tokens, logprobs = draw_tokens(logits, sampling, random)
-            for row, token, logprob in zip(active, tokens.tolist(), logprobs.tolist(), strict=True):
-                row.ids.append(token)
-                row.logprobs.append(logprob)
-            keep = (~torch.isin(tokens, stop)).nonzero().squeeze(1)
-            if keep.numel() == 0 or step + 1 == sampling.max_tokens:
-                break
-            if keep.numel() < len(active):
-                active = [active[k] for k in keep.tolist()]
-                cache.batch_select_indices(keep)
-                tokens, mask = tokens[keep], mask[keep]
-            input_ids = tokens[:, None]
-            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+        def next_prompt(row: int) -> None:
+            if order:
+                owners[row] = order.popleft()
+                seed = random.Random(f"{sampling.seed}/{owners[row]}").getrandbits(63)
+                stream.submit(row, prompts[owners[row]], seed)
+
+        for row in range(rows):
+            next_prompt(row)
+        while len(found) < len(prompts):
+            for row, completion in stream.step():
+                found[owners[row]] = completion
+                next_prompt(row)
+        return [found[i] for i in range(len(prompts))]
+
+    def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
+        """A stream of the present weights: it must end before they change."""
+        if self.policy.sees_all(longest):
+            return _Rows(self.policy, rows, sampling)
+        return _Batches(partial(_complete_padded, self.policy, sampling))
 
 
-def draw_tokens(
-    logits: Tensor, sampling: Sampling, random: torch.Generator
-) -> tuple[Tensor, Tensor]:
+@dataclass(slots=True)
+class _Row:
+    """One sequence of the cache and the completion under way on it."""
+
+    held: list[int] = field(default_factory=list)
+    """Ids whose keys and values are in the cache."""
+    new: list[int] = field(default_factory=list)
+    """Ids to read next: the rest of a prompt, or the last token; [] if nothing is under way."""
+    completion: Completion = field(default_factory=lambda: Completion(ids=[], logprobs=[]))
+    random: random.Random = field(default_factory=random.Random)
+
+
+class _Rows:
+    """Continuous batching: each row reads its prompt and decodes at its own pace.
+
+    A row keeps what it has read. The next prompt on it, the same episode's next turn or another
+    episode with the same rules, is read from the first id that differs.
+    """
+
+    def __init__(self, policy: Policy, rows: int, sampling: Sampling) -> None:
+        self.policy, self.sampling = policy, sampling
+        self.rows = [_Row() for _ in range(rows)]
+        self.cache = RowCache(rows)
+
+    def submit(self, row: int, prompt: list[int], seed: int) -> None:
+        at = self.rows[row]
+        shared = _common(at.held, prompt[:-1])  # the last one is read in any case
+        at.held, at.new = prompt[:shared], prompt[shared:]
+        at.completion, at.random = Completion(ids=[], logprobs=[]), random.Random(seed)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, Completion]]:
+        """Read the new prompts, then decode one token of every other row."""
+        fresh = [i for i, row in enumerate(self.rows) if row.new and not row.completion.ids]
+        going = [i for i, row in enumerate(self.rows) if row.new and row.completion.ids]
+        for some in _alike(fresh, [len(row.new) for row in self.rows]):
+            self._forward(some)
+        if going:
+            # Rows in a row are not copied, so a few that are idle go along.
+            first = list(range(going[-1] + 1))
+            self._forward(first if len(first) <= 2 * len(going) else going)
+        return [(i, self.rows[i].completion) for i in fresh + going if not self.rows[i].new]
+
+    def _forward(self, chosen: list[int]) -> None:
+        """Read what is new of some rows and sample the next token of each."""
+        policy, rows = self.policy, [self.rows[i] for i in chosen]
+        width = max(len(row.new) for row in rows)
+        ids = torch.tensor([row.new + [0] * (width - len(row.new)) for row in rows])
+        last = torch.tensor([max(0, len(row.new) - 1) for row in rows])
+        uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
+        inputs = self.cache.aim(chosen, [len(row.held) for row in rows], width, policy.device)
+        states = policy.trunk(ids.to(policy.device), **inputs).last_hidden_state
+        states = states[torch.arange(len(rows)), last.to(policy.device)].to(policy.dtype)
+        drawn = draw_tokens(policy.logits(states), self.sampling, uniform.to(policy.device))
+        tokens, logprobs = (values.tolist() for values in drawn)
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+            if not row.new:
+                continue
+            row.held += row.new
+            row.completion.ids.append(token)
+            row.completion.logprobs.append(logprob)
+            ended = token in policy.renderer.stop_ids
+            ended |= len(row.completion.ids) == self.sampling.max_tokens
+            row.new = [] if ended else [token]
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Ids that both begin with."""
+    if one == other[: len(one)]:
+        return len(one)
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+
+
+def _alike(rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
+    """`rows` by length, in parts of at most `READ_TOKENS` of which padding is less than half."""
+    part: list[int] = []
+    for row in sorted(rows, key=lambda i: -lengths[i]):
+        longest = lengths[part[0]] if part else 0
+        if part and (2 * lengths[row] < longest or longest * (len(part) + 1) > READ_TOKENS):
+            yield sorted(part)
+            part = []
+        part.append(row)
+    if part:
+        yield sorted(part)
+
+
+@torch.inference_mode()
+def _complete_padded(
+    policy: Policy, sampling: Sampling, prompts: list[list[int]], seeds: list[int]
+) -> list[Completion]:
+    """For layers that do not see all of a sequence, whose cache is their own affair.
+
+    Prompts are padded on the left, and one that has stopped is dropped.
+    """
+    completions = [Completion(ids=[], logprobs=[]) for _ in prompts]
+    active = list(zip(completions, map(random.Random, seeds), strict=True))
+    stop = torch.tensor(policy.renderer.stop_ids, device=policy.device)
+    input_ids, mask = _left_pad(prompts, policy.renderer.end_id, policy.device)
+    cache = DynamicCache(config=policy.model.config)
+    for step in range(sampling.max_tokens):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
+        output = policy.trunk(
+            input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+        logits = policy.logits(output.last_hidden_state[:, -1].to(policy.dtype))
+        uniform = torch.tensor([stream.random() for _, stream in active], dtype=torch.float64)
+        tokens, logprobs = draw_tokens(logits, sampling, uniform.to(policy.device))
+        for (row, _), token, logprob in zip(
+            active, tokens.tolist(), logprobs.tolist(), strict=True
+        ):
+            row.ids.append(token)
+            row.logprobs.append(logprob)
+        keep = (~torch.isin(tokens, stop)).nonzero().squeeze(1)
+        if keep.numel() == 0 or step + 1 == sampling.max_tokens:
+            break
+        if keep.numel() < len(active):
+            active = [active[k] for k in keep.tolist()]
+            cache.batch_select_indices(keep)
+            tokens, mask = tokens[keep], mask[keep]
+        input_ids = tokens[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+    return completions
+
+
+def draw_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token a row from logits [B, V]; returns tokens [B] and their log-probabilities [B].
 
-    The log-probability is that of the whole distribution at the sampling temperature (greedy: at
-    1), so it is what the trainer recomputes; nucleus truncation changes the draw only.
+    A row takes the token at which its cumulated probability passes its number in `uniform` [B]
+    (float64, 0 <= u < 1). The log-probability is that of the whole distribution at the sampling
+    temperature (greedy: at 1), so it is what the trainer recomputes; nucleus truncation changes the
+    draw only.
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
     logprobs = (logits / sampling.temperature).log_softmax(-1)
-    probabilities = logprobs.exp()
+    probabilities = logprobs.double().exp()
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered
         ordered[before >= sampling.top_p] = 0  # the token that passes top_p stays in
         probabilities = torch.zeros_like(probabilities).scatter_(-1, index, ordered)
-    tokens = torch.multinomial(probabilities, 1, generator=random)
+    cumulated = probabilities.cumsum(-1)
+    tokens = torch.searchsorted(cumulated, uniform[:, None] * cumulated[:, -1:], right=True)
+    tokens = tokens.clamp_max(logits.shape[-1] - 1)
     return tokens.squeeze(1), logprobs.gather(1, tokens).squeeze(1)
 
 

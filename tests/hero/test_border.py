@@ -17,10 +17,11 @@ from hero.envs import border
 from hero.envs.base import make_env
 from hero.envs.border import EnvironmentFault
 from hero.episodes import Assignment, rollout
+from hero.policy import Policy
 from hero.reflection.make import make_reflector
 from hero.renderer import Renderer
 from hero.report.metrics import update_metrics
-from hero.sampler import Completion, Sampling
+from hero.sampler import Completion, HFSampler, Sampling
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, StopReason, Trajectory
 
@@ -298,3 +299,21 @@ def test_no_control_character_passes() -> None:
     assert harmless("a\r\nb\rc\u2028d\te") == "a\nb\nc\nd\te"
     assert harmless("null\x00 half\ud800") == "null\ufffd half\ufffd"
     assert harmless("Grüße 🏳️‍🌈 日本") == "Grüße 🏳️‍🌈 日本"
+
+
+def test_episodes_do_not_depend_on_who_runs_beside_them(policy: Policy) -> None:
+    tasks = [f"{i}" for i in range(7)]
+    assignments = [Assignment(id=t, group_id=t, task_id=t) for t in tasks]
+
+    def play(size: int) -> list[list[int]]:
+        worlds: list[Any] = [World() for _ in range(size)]
+        played = rollout(
+            assignments, envs=worlds, sampler=HFSampler(policy, size), renderer=policy.renderer,
+            config=RolloutConfig(max_turn_tokens=8, max_episode_tokens=400), seed=0,
+        )  # fmt: skip
+        assert [t.task_id for t in played] == tasks
+        return [turn.action_ids for t in played for turn in t.turns]
+
+    alone = play(1)
+    assert alone == play(3) == play(7)
+    assert len({tuple(ids) for ids in alone}) == len(alone)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from hero.config import ModelConfig
 from hero.policy import Policy
-from hero.sampler import HFSampler, Sampling, draw_tokens
+from hero.sampler import Completion, HFSampler, Sampling, draw_tokens
 
 
 @pytest.fixture
@@ -76,12 +78,96 @@ def test_the_same_seed_samples_the_same_ids(policy: Policy, prompts: list[list[i
 
 def test_nucleus_keeps_the_token_that_passes_top_p() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
-    tokens, logprobs = draw_tokens(
-        logits, Sampling(max_tokens=1, seed=0, top_p=0.6), torch.Generator().manual_seed(0)
-    )
+    uniform = torch.rand(4000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = draw_tokens(logits, Sampling(max_tokens=1, seed=0, top_p=0.6), uniform)
     assert set(tokens.tolist()) == {0, 1}
     assert tokens.float().mean().item() == pytest.approx(0.3 / 0.8, abs=0.03)
     assert logprobs[tokens == 1][0].exp().item() == pytest.approx(0.3)  # of the whole distribution
+
+
+def turns(policy: Policy, reuse: bool) -> list[Completion]:
+    """Three episodes of four turns on one stream, or each turn on a stream of its own.
+
+    The third prompt of an episode forgets the second; another episode follows on the same row.
+    """
+    renderer, sampling = policy.renderer, Sampling(max_tokens=7, seed=0)
+    kept = HFSampler(policy).stream(3, sampling, 10**4)
+    starts = [renderer.start([{"role": "user", "content": "x" * 30 * row}]) for row in range(3)]
+    found: list[Completion] = []
+    for episode in range(2):
+        prompts = [[*start, *renderer.encode("y" * episode)] for start in starts]
+        for turn in range(4):
+            streams = [kept] * 3 if reuse else [
+                HFSampler(policy).stream(3, sampling, 10**4) for _ in range(3)
+            ]  # fmt: skip
+            for row, (stream, prompt) in enumerate(zip(streams, prompts, strict=True)):
+                stream.submit(row, prompt, seed=100 * episode + 10 * turn + row)
+            done: dict[int, Completion] = {}
+            while len(done) < 3:
+                for stream in streams[: 1 if reuse else 3]:
+                    done |= dict(stream.step())
+            found += [done[row] for row in range(3)]
+            for row in range(3):
+                told = done[row].ids + renderer.observe(done[row].ids, "user", f"seen {turn}")
+                prompts[row] = (starts[row] if turn == 1 else prompts[row]) + told
+    return found
+
+
+def test_kept_caches_change_nothing(policy: Policy) -> None:
+    read_again, kept = turns(policy, reuse=False), turns(policy, reuse=True)
+    assert [c.ids for c in kept] == [c.ids for c in read_again]
+    assert max(
+        abs(a - b)
+        for one, other in zip(kept, read_again, strict=True)
+        for a, b in zip(one.logprobs, other.logprobs, strict=True)
+    ) < 1e-5  # fmt: skip
+
+
+def test_only_what_is_new_is_read(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    trunk = policy.trunk
+
+    def counted(ids: torch.Tensor, **inputs: Any) -> Any:
+        read.append(ids.numel())
+        return trunk(ids, **inputs)
+
+    monkeypatch.setattr(policy, "trunk", counted)
+    stream = HFSampler(policy).stream(1, Sampling(max_tokens=1, seed=0), 100)
+    prompt = policy.renderer.start([{"role": "user", "content": "a" * 50}])
+    for longer in range(3):
+        stream.submit(0, prompt + [5] * 4 * longer, seed=1)
+        stream.step()
+    assert read == [len(prompt), 4, 4]
+
+
+def test_what_is_sampled_does_not_depend_on_the_batch(
+    policy: Policy, prompts: list[list[int]]
+) -> None:
+    sampling = Sampling(max_tokens=12, seed=3)
+    many = HFSampler(policy, batch_size=64).generate(prompts * 3, sampling)
+    few = HFSampler(policy, batch_size=2).generate(prompts * 3, sampling)
+    assert [c.ids for c in many] == [c.ids for c in few]
+    assert len({tuple(c.ids) for c in many}) == len(many)  # each has a stream of its own
+
+
+def test_layers_with_a_window_are_sampled_as_they_compute(policy: Policy) -> None:
+    """Their cache drops what is out of sight, so nothing of it is kept."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    model = MistralForCausalLM(
+        MistralConfig(vocab_size=len(policy.tokenizer), **sizes, **heads, initializer_range=0.15)
+    )
+    windowed = Policy(model, policy.tokenizer, ModelConfig(device="cpu"))
+    prompts = [policy.renderer.start([{"role": "user", "content": text}]) for text in "ab"]
+    done = HFSampler(windowed).generate(prompts, Sampling(max_tokens=9, seed=1))
+    for prompt, completion in zip(prompts, done, strict=True):
+        with torch.no_grad():
+            logprobs = model(torch.tensor([prompt + completion.ids])).logits[0].log_softmax(-1)
+        expected = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(completion.ids)[:, None])
+        torch.testing.assert_close(
+            torch.tensor(completion.logprobs), expected.squeeze(1), atol=1e-4, rtol=0
+        )
 
 
 def test_an_empty_prompt_is_an_error(policy: Policy) -> None:
