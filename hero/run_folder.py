@@ -18,7 +18,7 @@ from typing import Any
 
 from hero.checkpoint import checkpoints
 from hero.checks import from_dict
-from hero.config import TrainConfig, redacted
+from hero.config import Settings, TrainConfig, redacted
 from hero.files import refuse_to_replace, sweep, write_atomic
 from hero.report.tracking import METRICS
 from hero.types import Fault
@@ -28,8 +28,9 @@ CONFIG, BEFORE, SUMMARY, BEST, SELECTED, LOCK = (
 )  # fmt: skip
 FREE = {"updates", "max_env_turns", "threads", "output_dir", "resume", "resume_anyway",
         "save_every", "save_trajectories", "report_to", "eval", "model.device",
-        "model.gradient_checkpointing", "optim.micro_batch_tokens", "rollout.batch_size",
-        "loss.impl", "reflection.base_url", "reflection.api_key_env"}  # fmt: skip
+        "model.gradient_checkpointing", "optim.micro_batch_tokens", "micro_batch_tokens",
+        "rollout.batch_size", "loss.impl", "reflection.base_url",
+        "reflection.api_key_env"}  # fmt: skip
 """Settings that a run may change when it goes on: where, how long and how fast, not what."""
 
 
@@ -112,27 +113,35 @@ class RunFolder:
         return bool(checkpoints(self.path))
 
     def _same_run(self, config: TrainConfig) -> None:
-        saved = self.path / CONFIG
-        try:
-            before = flat(redacted(from_dict(json.loads(saved.read_text(encoding="utf-8")))))
-        except OSError as error:
-            raise ValueError(f"Cannot read {saved}: {error.strerror}.") from error
-        except ValueError as error:
-            raise ValueError(
-                f"{saved} is not the configuration of a run of this version: {error}"
-            ) from error
-        now = flat(redacted(config))
-        changed = [
-            f"  {name}: {before.get(name)!r} in the run, {value!r} now"
-            for name, value in now.items()
-            if before.get(name) != value and not _is_free(name)
-        ]
+        changed = self.differences(config)
         if changed and not config.resume_anyway:
             raise ValueError(
                 f"{self.path} holds a run with other settings:\n" + "\n".join(changed) + "\n"
                 "Go on with the run's own, name another --output-dir, or, if the change is meant, "
                 "add --resume-anyway."
             )
+
+    def differences(self, config: Settings) -> list[str]:
+        """What differs from the settings that the run here was made with, a line each.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        saved = self.path / CONFIG
+        try:
+            text = saved.read_text(encoding="utf-8")
+            before = flat(redacted(from_dict(json.loads(text), type(config))))
+        except OSError as error:
+            raise ValueError(f"Cannot read {saved}: {error.strerror}.") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{saved} is not the configuration of a run of this version: {error}"
+            ) from error
+        return [
+            f"  {name}: {before.get(name)!r} in the run, {value!r} now"
+            for name, value in flat(redacted(config)).items()
+            if before.get(name) != value and not _is_free(name)
+        ]
 
     def read_before(self) -> dict[str, Any] | None:
         """The evaluation before training; None if there was none.

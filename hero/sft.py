@@ -1,280 +1,236 @@
-"""Warm start: supervised episodes of an imperfect demonstrator, hindsight, and diagnoses.
+"""Warm start: supervised training on targets of three kinds, mixed in every step.
 
-A small model needs to have met the method's texts before it can use them. Three kinds of targets
-are mixed:
-
-- plain: the demonstrator's own actions. This makes the student, with the demonstrator's faults.
-- hindsight: a turn with a privileged context, then the right action. This makes the teacher.
-- diagnosis: the reflection request, then the environment's own diagnoses. This makes the reflector.
-
-The last two also come from near-perfect and from noisy episodes, so that they hold on the states
-that the student will visit while it gets better (docs/method.md).
+A small model needs to have met the method's texts before it can use them (hero/targets.py). What is
+unfinished stands in OUTPUT_DIR.unfinished, with a checkpoint from which the same command goes on.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
+import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hero.algorithms.base import Demonstration
-from hero.config import RolloutConfig, SftConfig
-from hero.envs import border
+from hero.checkpoint import BrokenCheckpoint, checkpoints, load_checkpoint, save_checkpoint
+from hero.config import SftConfig, redacted
 from hero.envs.base import make_env
-from hero.episodes import Assignment, derive_seed, gold_episodes, rewarded, rollout
-from hero.files import new_folder
-from hero.packing import Packed, student_rows, teacher_rows, to_tensors
+from hero.episodes import derive_seed
+from hero.files import new_folder, refuse_to_replace, write_atomic
+from hero.interrupt import Interrupt
+from hero.packing import Row, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
-from hero.prompts import Hindsight, Prompts, make_prompts
-from hero.renderer import Renderer
 from hero.report.console import Console
-from hero.sampler import Completion, Sampling
-from hero.scratch import build_model, build_tokenizer, diagnosis_json
-from hero.types import Diagnosis, Sample, Trajectory, Turn
-from hero.worked import worked_episodes
+from hero.run_folder import CONFIG, RunFolder
+from hero.scratch import build_model, build_tokenizer
+from hero.targets import KINDS, make_targets
+from hero.types import Sample
 
-KINDS = ("plain", "hindsight", "diagnosis")
+ADAM_BYTES = 16
+"""Of each trained parameter: weight, gradient and two moments in float32."""
+LINES = 100
+"""Steps between two lines of losses."""
 
 
 def train_sft(config: SftConfig, console: Console) -> Path:
     """Make the targets, train, and write the model; returns its folder.
 
     Raises:
-        ValueError: the environment cannot demonstrate or diagnose.
+        ValueError: the environment cannot demonstrate or diagnose, or a folder is not ours.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; the steps taken are saved.
     """
-    torch.manual_seed(config.seed)
-    env = make_env(config.env.name, **config.env.options)
-    needed = ("demonstrate", "oracle", "diagnose", "random_action")
-    if missing := [name for name in needed if not hasattr(env, name)]:
+    out = Path(config.output_dir)
+    refuse_to_replace(out)
+    unfinished = RunFolder(out.with_name(f"{out.name}.unfinished"))
+    with unfinished.locked(), Interrupt() as interrupt:
+        try:
+            if checkpoints(unfinished.path):
+                _refuse_other_settings(unfinished, config)
+            write_atomic(unfinished / CONFIG, json.dumps(redacted(config), indent=1))
+            start = WarmStart(config, console, unfinished.path, interrupt)
+            try:
+                start.run()
+                with new_folder(out) as new:
+                    start.policy.save(new)
+            except BaseException as stop:
+                start.keep(stop)
+                raise
+            shutil.rmtree(unfinished.path)
+        finally:
+            if not checkpoints(unfinished.path):
+                shutil.rmtree(unfinished.path, ignore_errors=True)
+    return out
+
+
+def _refuse_other_settings(folder: RunFolder, config: SftConfig) -> None:
+    if changed := folder.differences(config):
         raise ValueError(
-            f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has none."
+            f"{folder.path} holds an unfinished warm start with other settings:\n"
+            + "\n".join(changed)
+            + "\nGo on with those, remove the folder, or name another --output-dir."
         )
-    policy = _load(config, env)
-    started = time.perf_counter()
-    with console.counting("episodes") as count:
-        targets = make_targets(config, env, policy.renderer, count)
-    found = ", ".join(f"{len(targets[kind])} {kind}" for kind in KINDS)
-    if not all(targets.values()):
-        raise ValueError(
-            f"A warm start needs episodes of all kinds, got {found}: raise --demonstrator-episodes."
-        )
-    console.say(
-        f"{policy.num_parameters:,} parameters; {found} episodes "
-        f"in {time.perf_counter() - started:.0f} s"
-    )
-    parameters = list(policy.trainable().values())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    order = random.Random(derive_seed(config.seed, 1))
-    means: dict[str, float] = {}
-    began = time.perf_counter()
-    for step in range(config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * _schedule(step, config)
-        for kind in KINDS:
-            samples = _draw(targets[kind], config.batch_size, order)
-            rows = teacher_rows(samples) if kind == "hindsight" else student_rows(samples)
-            loss = nll(policy, to_tensors(rows, policy.device), samples)
-            loss.backward()  # type: ignore[no-untyped-call]
-            means[kind] = 0.98 * means.get(kind, loss.item()) + 0.02 * loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 100 == 0 or step + 1 == config.steps:
-            losses = "  ".join(f"{kind} {value:.3f}" for kind, value in means.items())
-            spent = time.perf_counter() - began
-            left = spent / (step + 1) * (config.steps - step - 1)
-            console.say(
-                f"step {step + 1}/{config.steps}  {losses}  {spent:.0f} s, {left:.0f} s left"
+
+
+class WarmStart:
+    """Policy, targets and optimiser of one warm start; `run()` takes the steps that are left."""
+
+    def __init__(
+        self, config: SftConfig, console: Console, folder: Path, interrupt: Interrupt
+    ) -> None:
+        self.config, self.console, self.folder, self.interrupt = config, console, folder, interrupt
+        torch.manual_seed(config.seed)
+        self.env = make_env(config.env.name, **config.env.options)
+        needed = ("demonstrate", "oracle", "diagnose", "random_action")
+        if missing := [name for name in needed if not hasattr(self.env, name)]:
+            raise ValueError(
+                f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has "
+                "none."
             )
-    folder = Path(config.output_dir)
-    with new_folder(folder) as new:
-        policy.save(new)
-    return folder
+        self.policy = _load(config, self.env)
+        self.parameters = list(self.policy.trainable().values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        )
+        self.step = 0
+        self.means: dict[str, float] = {}
+        """Running mean of each kind's loss, nats a token."""
+        if checkpoints(folder):
+            self._restore()
+        trained = sum(parameter.numel() for parameter in self.parameters)
+        console.say(
+            f"{self.policy.num_parameters:,} parameters, {trained:,} trained: "
+            f"{trained * ADAM_BYTES / 2**30:.1f} GiB for weights, gradients and optimiser, and "
+            f"activations of at most {config.micro_batch_tokens:,} tokens at once "
+            "(--micro-batch-tokens)."
+        )
+
+    def run(self) -> None:
+        """Make the targets and take the steps that are left.
+
+        Raises:
+            ValueError: a kind of targets is empty.
+        """
+        started = time.perf_counter()
+        with self.console.counting("episodes") as count:
+            targets = make_targets(self.config, self.env, self.policy.renderer, count)
+        found = ", ".join(f"{len(targets[kind])} {kind}" for kind in KINDS)
+        if not all(targets.values()):
+            raise ValueError(
+                f"A warm start needs episodes of all kinds, got {found}: raise "
+                "--demonstrator-episodes."
+            )
+        self.console.say(f"{found} episodes in {time.perf_counter() - started:.0f} s")
+        order = random.Random(derive_seed(self.config.seed, 1))
+        batches = (
+            {kind: _draw(targets[kind], self.config.batch_size, order) for kind in KINDS}
+            for _ in range(self.config.steps)
+        )
+        first, tokens, began = self.step, 0, time.perf_counter()
+        with self.console.counting("training", "steps") as count:
+            count(first, self.config.steps)
+            for batch in itertools.islice(batches, first, None):
+                with self.interrupt.deferred():
+                    tokens += self._take_step(batch)
+                count(self.step, self.config.steps)
+                if self.step % self.config.save_every == 0:
+                    self.save()
+                if self.step % LINES == 0 or self.step == self.config.steps:
+                    self._say(tokens, first, time.perf_counter() - began)
+
+    def _take_step(self, batch: dict[str, list[Sample]]) -> int:
+        """One optimiser step; returns how many tokens were read."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * _schedule(self.step, self.config)
+        read = 0
+        for kind, samples in batch.items():
+            total = sum(len(sample.action_ids) for sample in samples)
+            loss = 0.0
+            for part, rows in parts(kind, samples, self.config.micro_batch_tokens):
+                with self.policy.recomputing():
+                    share = nll(self.policy, rows, part) / total
+                    share.backward()  # type: ignore[no-untyped-call]
+                loss += float(share.detach())
+                read += sum(map(len, rows))
+            self.means[kind] = 0.98 * self.means.get(kind, loss) + 0.02 * loss
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return read
+
+    def _say(self, tokens: int, first: int, seconds: float) -> None:
+        losses = "  ".join(f"{kind} {value:.3f}" for kind, value in self.means.items())
+        left = seconds / (self.step - first) * (self.config.steps - self.step)
+        self.console.say(
+            f"step {self.step}/{self.config.steps}  {losses}  {tokens / seconds:.0f} tokens/s  "
+            f"{seconds:.0f} s, {left:.0f} s left"
+        )
+
+    def save(self) -> None:
+        """Write what the same command goes on from."""
+        with self.interrupt.deferred():
+            save_checkpoint(
+                self.folder, state={"step": self.step, "means": self.means}, teacher={},
+                student={name: p.data for name, p in self.policy.trainable().items()},
+                optimizer=self.optimizer.state_dict(),
+            )  # fmt: skip
+
+    def keep(self, stop: BaseException) -> None:
+        """Save what is done before an error or a signal ends it, which gets a note of this."""
+        if self.step and not self.interrupt.torn:
+            self.save()
+        if checkpoints(self.folder):
+            stop.add_note(f"Saved in {self.folder}: the same command goes on from there.")
+
+    def _restore(self) -> None:
+        """Go on from the checkpoint.
+
+        Raises:
+            BrokenCheckpoint: it cannot be read, or is not of these settings.
+        """
+        saved, said = load_checkpoint(self.folder, self.policy.device)
+        self.policy.take_over(saved["student"], self.folder)
+        try:
+            self.step, self.means = saved["state"]["step"], saved["state"]["means"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            raise BrokenCheckpoint(
+                f"The checkpoint in {self.folder} does not fit ({error}): remove the folder to "
+                "start anew."
+            ) from error
+        self.console.say(f"{said} Going on after step {self.step}.".strip())
 
 
-def nll(policy: Policy, packed: Packed, samples: Sequence[Sample]) -> Tensor:
-    """Mean negative log-likelihood of the action tokens."""
+def parts(
+    kind: str, samples: Sequence[Sample], max_tokens: int
+) -> Iterator[tuple[list[Sample], list[Row]]]:
+    """Whole episodes with their rows, padded to at most `max_tokens`; a longer one goes alone."""
+    part: list[Sample] = []
+    rows: list[Row] = []
+    for _, group in itertools.groupby(samples, key=lambda sample: sample.trajectory):
+        episode = list(group)
+        own = teacher_rows(episode) if kind == "hindsight" else student_rows(episode)
+        if rows and max(map(len, rows + own)) * len(rows + own) > max_tokens:
+            yield part, rows
+            part, rows = [], []
+        part, rows = part + episode, rows + own
+    yield part, rows
+
+
+def nll(policy: Policy, rows: Sequence[Row], samples: Sequence[Sample]) -> Tensor:
+    """Negative log-likelihood of the action tokens of these samples, summed, in nats."""
+    packed = to_tensors(rows, policy.device)
     hidden = policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
     targets = torch.cat([torch.tensor(sample.action_ids) for sample in samples]).to(policy.device)
-    return -policy.logprobs(hidden, targets)[0].mean()
-
-
-def make_targets(
-    config: SftConfig,
-    env: Any,
-    renderer: Renderer,
-    count: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, list[list[Sample]]]:
-    """Roll out all episodes on training tasks; targets of each kind, episode by episode."""
-    prompts, demonstrations = make_prompts(config.prompts), config.env.demonstrations
-    train = border.tasks(env, "train")
-    shown, tasks = worked_episodes(env, train, demonstrations, config.max_turns, renderer)
-    rules = border.system_prompt(env)
-    targets: dict[str, list[list[Sample]]] = {kind: [] for kind in KINDS}
-    for number in range(config.demonstrator_episodes + config.coverage_episodes):
-        count(number, config.demonstrator_episodes + config.coverage_episodes)
-        rng = random.Random(derive_seed(config.seed, 2, number))
-        demonstrated = number < config.demonstrator_episodes
-        noise = config.coverage_noise[number % len(config.coverage_noise)]
-        demonstrate = partial(border.action, env, "demonstrate", rng)
-        act = demonstrate if demonstrated else Wanderer(env, rng, noise)
-        right: list[str] = []  # the oracle's action in the state of each turn
-        sampler = Scripted(partial(_noting, env, right, act), renderer)
-        played = rollout(
-            [Assignment(id=str(number), group_id=str(number), task_id=rng.choice(tasks))],
-            envs=[env], sampler=sampler, renderer=renderer,
-            config=RolloutConfig(max_turns=config.max_turns), seed=number, shown=shown,
-        )  # fmt: skip
-        [trajectory] = rewarded(played, config.env.reward)
-        diagnoses = border.diagnose(env, trajectory)
-        if demonstrated:
-            targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
-        task = trajectory.task_id
-        demo = gold_episodes(env, [task], config.max_turns).get(task, ())
-        told = hindsight_samples(trajectory, diagnoses, right, demo, prompts, renderer, rng)
-        if demonstrated:
-            told += blank_samples(trajectory, config.blank_contexts, prompts, renderer, rng)
-        if told:
-            targets["hindsight"].append(sorted(told, key=lambda sample: len(sample.prompt_ids)))
-        request = renderer.start(
-            [{"role": "user", "content": prompts.reflection(trajectory, rules)}]
-        )
-        answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
-        ids = [*renderer.encode(answer), renderer.end_id]
-        targets["diagnosis"].append([_sample(request, ids)])
-    return targets
-
-
-class Scripted:
-    """A sampler that says what a function says: demonstrations go the way of all rollouts."""
-
-    def __init__(self, act: Callable[[], str], renderer: Renderer) -> None:
-        self.act = act
-        self.renderer = renderer
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        """One scripted answer for each prompt."""
-        answers = [[*self.renderer.encode(self.act()), self.renderer.end_id] for _ in prompts]
-        return [Completion(ids=ids, logprobs=[0.0] * len(ids)) for ids in answers]
-
-
-def _noting(env: Any, right: list[str], act: Callable[[], str]) -> str:
-    """An action, after the oracle's was written down."""
-    right.append(border.action(env, "oracle"))
-    return act()
-
-
-LOOP = 0.7
-"""Chance that a repeated action is repeated once more."""
-
-
-class Wanderer:
-    """The oracle's actions; with probability `noise` a random one, or the last one again.
-
-    A student that learns meets states that the demonstrator never does: it gets stuck in loops of
-    one click, which the reflector has to have seen.
-    """
-
-    def __init__(self, env: Any, rng: random.Random, noise: float) -> None:
-        self.env, self.rng, self.noise = env, rng, noise
-        self.last, self.is_stuck = "", False
-
-    def __call__(self) -> str:
-        draw = self.rng.random()
-        self.is_stuck = bool(self.last) and draw < (LOOP if self.is_stuck else self.noise / 2)
-        if not self.is_stuck:
-            wanders = draw < self.noise
-            self.last = (
-                border.action(self.env, "random_action", self.rng)
-                if wanders
-                else border.action(self.env, "oracle")
-            )
-        return self.last
-
-
-def hindsight_samples(
-    trajectory: Trajectory,
-    diagnoses: Sequence[Diagnosis],
-    oracle: Sequence[str],
-    demonstration: Demonstration,
-    prompts: Prompts,
-    renderer: Renderer,
-    rng: random.Random,
-) -> list[Sample]:
-    """Answers with hindsight: the right action after a hint, the same action after a good turn.
-
-    The right action is the corrected one, or the oracle's in the state of the turn (`oracle`). A
-    turn is left out if it was faulty and nothing better is known.
-
-    What of the hindsight is shown is drawn at random, each kind equally often, so that the teacher
-    of every mode has been met: all of it, the diagnosis alone, observation and reward, the outcome,
-    a successful episode.
-    """
-    samples = []
-    for turn, diagnosis, best in zip(trajectory.turns, diagnoses, oracle, strict=True):
-        faulty = diagnosis != Diagnosis(turn=diagnosis.turn, source=diagnosis.source)
-        right = diagnosis.corrected_action or best if faulty else turn.action_text
-        if faulty and right.strip() in ("", turn.action_text.strip()):
-            continue
-        raw = Hindsight(
-            observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
-        )
-        told = Hindsight(
-            necessary=diagnosis.necessary,
-            valid=diagnosis.valid,
-            failure_cause=diagnosis.failure_cause,
-            hint=diagnosis.hint,
-            corrected_action=diagnosis.corrected_action,
-        )
-        both = replace(told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok)
-        others = [raw, Hindsight(outcome=trajectory.success)]
-        others += [Hindsight(demonstration=demonstration)] if demonstration else []
-        if diagnosis.hint:
-            seen = rng.choice([both, told, replace(both, corrected_action=""), *others])
-        elif not faulty and rng.random() < 0.5:
-            seen = rng.choice(others)
-        else:
-            continue
-        samples.append(_told(turn, right, seen, prompts, renderer))
-    return samples
-
-
-def blank_samples(
-    trajectory: Trajectory, share: float, prompts: Prompts, renderer: Renderer, rng: random.Random
-) -> list[Sample]:
-    """The same action again behind a context that says nothing, for this share of the turns."""
-    return [
-        _told(turn, turn.action_text, Hindsight(), prompts, renderer)
-        for turn in trajectory.turns
-        if rng.random() < share
-    ]
-
-
-def _told(turn: Turn, action: str, seen: Hindsight, prompts: Prompts, renderer: Renderer) -> Sample:
-    """An action behind a privileged context."""
-    sample = _sample(turn.prompt_ids, [*renderer.encode(action), renderer.end_id])
-    sample.privileged_ids = renderer.encode(prompts.privileged_context(seen))
-    sample.branch_at = renderer.branch_at(turn.prompt_ids)
-    sample.distill_weight = 1.0
-    return sample
-
-
-def _sample(prompt_ids: list[int], action_ids: list[int]) -> Sample:
-    """A supervised target; `trajectory` is set when a batch is drawn."""
-    return Sample(
-        trajectory=0, turn=0, prompt_ids=prompt_ids, action_ids=action_ids,
-        sampled_logprobs=[0.0] * len(action_ids),
-    )  # fmt: skip
+    return -policy.logprobs(hidden, targets)[0].sum()
 
 
 def _draw(pool: Sequence[list[Sample]], size: int, order: random.Random) -> list[Sample]:

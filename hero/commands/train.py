@@ -121,7 +121,11 @@ class Sft(FromRecipe):
 
         prepare_torch(config.threads, self.debug)
         console = Console()
-        console.say(f"Model: {train_sft(config, console)}")
+        try:
+            console.say(f"Model: {train_sft(config, console)}")
+        except KeyboardInterrupt as stop:
+            number = getattr(stop, "number", signal.SIGINT)
+            raise Stopped(number, "\n".join(getattr(stop, "__notes__", []))) from None
 
 
 def _run_folder(config: TrainConfig, name: str) -> Path:

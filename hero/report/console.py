@@ -108,13 +108,16 @@ class Console:
         task = self._progress.add_task(f"{stage:<10}", total=None, unit=unit)
         is_outermost = not self._progress.live.is_started
         started = said = time.monotonic()
+        before: int | None = None  # what an earlier process has done
 
         def count(done: int, total: int) -> None:
-            nonlocal said
+            nonlocal said, started, before
             self._progress.update(task, completed=done, total=total)
             now = time.monotonic()
-            if not self.terminal and done and now - said >= EVERY:
-                said, left = now, (now - started) * (total - done) / done
+            if before is None:
+                before, started = done, now
+            if not self.terminal and done > before and now - said >= EVERY:
+                said, left = now, (now - started) * (total - done) / (done - before)
                 self.say(f"{stage}: {done} of {total} {unit}, about {left:.0f} s left")
 
         if is_outermost:

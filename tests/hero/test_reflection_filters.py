@@ -18,7 +18,7 @@ from hero.reflection import ReflectionStats, RuleReflector, make_reflector
 from hero.reflection.filters import numbered_names, unknown_names
 from hero.renderer import Renderer
 from hero.scratch import build_tokenizer
-from hero.sft import Scripted
+from hero.targets import Scripted
 from hero.types import Diagnosis, Trajectory
 
 Episode = Callable[..., Trajectory]

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import random
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from runs import assert_same
+from safetensors.torch import load_file
 
 from hero.checks import from_dict
 from hero.config import SftConfig
 from hero.envs.shop import ShopEnv
 from hero.prompts import make_prompts
 from hero.renderer import Renderer
+from hero.report.console import Console
 from hero.scratch import build_tokenizer
-from hero.sft import blank_samples, hindsight_samples, make_targets
+from hero.sft import train_sft
+from hero.targets import blank_samples, hindsight_samples, make_targets
 from hero.types import Diagnosis, Trajectory
 
 Episode = Callable[..., Trajectory]
@@ -88,3 +97,60 @@ def test_without_corrected_actions_the_same_actions_are_taught() -> None:
         for env in (ShopEnv("tiny"), Silent("tiny"))
     )
     assert told == silent and len(told) > 10
+
+
+def small(folder: Path, **changes: Any) -> SftConfig:
+    data = {
+        "prompts": "compact", "env": {"name": "shop", "options": {"profile": "tiny"}},
+        "scratch": {"width": 16, "layers": 1, "heads": 2}, "demonstrator_episodes": 6,
+        "coverage_episodes": 6, "steps": 6, "warmup_steps": 2, "save_every": 2,
+        "output_dir": str(folder),
+    }  # fmt: skip
+    return from_dict(data | changes, SftConfig)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_a_warm_start_that_was_stopped_goes_on_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    whole = train_sft(small(tmp_path / "whole"), Console(io.StringIO()))
+    assert not (tmp_path / "whole.unfinished").exists()
+    broken = small(tmp_path / "broken")
+
+    class Stopping(Console):
+        """Ctrl-C arrives between two steps."""
+
+        @contextmanager
+        def counting(self, stage: str, unit: str = "episodes") -> Any:
+            def count(done: int, total: int) -> None:
+                if stage == "training" and done == steps:
+                    raise KeyboardInterrupt
+
+            yield count
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        train_sft(broken, Stopping(io.StringIO()))
+    assert "the same command goes on" in stop.value.__notes__[0]
+    assert not (tmp_path / "broken").exists()
+    with pytest.raises(ValueError, match=r"other settings:\n  seed: 0 in the run, 1 now"):
+        train_sft(small(tmp_path / "broken", seed=1), Console(io.StringIO()))
+    said = io.StringIO()
+    assert_same(weights(train_sft(broken, Console(said))), weights(whole))
+    assert f"Going on after step {steps}." in said.getvalue() and "tokens/s" in said.getvalue()
+
+
+def test_micro_batches_change_nothing_but_memory(tmp_path: Path) -> None:
+    whole = train_sft(small(tmp_path / "whole"), Console(io.StringIO()))
+    cut = train_sft(small(tmp_path / "cut", micro_batch_tokens=1), Console(io.StringIO()))
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(cut)[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_warm_start_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="raise --demonstrator-episodes"):
+        train_sft(small(tmp_path / "new", demonstrator_episodes=0), Console(io.StringIO()))
+    assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from hero.envs.shop import ShopEnv
 from hero.episodes import Assignment, rollout
 from hero.renderer import Renderer
 from hero.report.tracking import read_jsonl
-from hero.sft import Scripted
+from hero.targets import Scripted
 from hero.types import StopReason
 from hero.worked import opening, worked_episodes
 
