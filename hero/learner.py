@@ -57,7 +57,7 @@ class Learner:
         self.config = config
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            policy.trainable().values(),
+            policy.to_train(),
             lr=optim.learning_rate,
             betas=(optim.adam_beta1, optim.adam_beta2),
             weight_decay=optim.weight_decay,

@@ -38,7 +38,7 @@ class Policy:
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError(
                     f"{config.path!r} is a LoRA adapter already, and another one would replace it. "
-                    "Merge it into its base model first (peft: merge_and_unload, save_pretrained)."
+                    "Merge it into its base model first: hero merge RUN --output DIR."
                 )
             self.adapter = _add_lora(model, config)
         self.model = model.to(self.device)  # type: ignore[arg-type]
@@ -129,6 +129,20 @@ class Policy:
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trained parameters by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def to_train(self) -> list[nn.Parameter]:
+        """Trained parameters, at least one.
+
+        Raises:
+            ValueError: there are none, as in a LoRA adapter that was loaded to be played.
+        """
+        if found := list(self.trainable().values()):
+            return found
+        raise ValueError(
+            f"{self.model.config.name_or_path!r} has no weight that is trained. A LoRA adapter is "
+            "first merged into its base model (hero merge RUN --output DIR); its own run goes on "
+            "with hero train --resume RUN."
+        )
 
     @property
     def context(self) -> int:
@@ -276,15 +290,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
+def import_peft() -> Any:
     try:
-        from peft import LoraConfig, get_peft_model
+        import peft
     except ImportError as error:
-        raise ValueError("model.lora_rank needs peft: pip install 'hero-kernels[lora]'.") from error
-    lora = LoraConfig(
+        raise ValueError("LoRA needs peft: pip install 'hero-kernels[lora]'.") from error
+    return peft
+
+
+def _add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
+    peft = import_peft()
+    lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    return peft.get_peft_model(model, lora)

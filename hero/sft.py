@@ -95,7 +95,7 @@ class WarmStart:
                 "none."
             )
         self.policy = _load(config, self.env)
-        self.parameters = list(self.policy.trainable().values())
+        self.parameters = self.policy.to_train()
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
         )

@@ -16,7 +16,7 @@ from hero.commands.base import Command
 from hero.commands.play import Eval, Play, Rollout
 from hero.commands.probe import Probe
 from hero.commands.study import Study
-from hero.commands.tools import Doctor, Model, Recipes, View
+from hero.commands.tools import Doctor, Merge, Model, Recipes, View
 from hero.commands.train import Sft, Train
 from hero.commands.worlds import Env, Envs
 from hero.config import TrainConfig
@@ -32,6 +32,7 @@ AnyCommand = (
     | Annotated[Study, subcommand("study")]
     | Annotated[View, subcommand("view")]
     | Annotated[Model, subcommand("model")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Recipes, subcommand("recipes")]
     | Annotated[Envs, subcommand("envs")]
     | Annotated[Env, subcommand("env")]

@@ -1,4 +1,4 @@
-"""The commands that run no model: `hero view`, `model`, `recipes` and `doctor`."""
+"""The commands that run no model: `hero view`, `model`, `merge`, `recipes` and `doctor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import yaml
 from tyro.conf import Positional, arg
 
 from hero import recipes
-from hero.commands.base import Command
+from hero.commands.base import Command, prepare_torch
+from hero.files import refuse_to_replace
 from hero.report.console import Console
 
 
@@ -45,6 +46,23 @@ class Model(Command):
         console = Console()
         folder = Path(self.output or f"models/{self.name}")
         console.say(f"Model: {fetch_model(self.name, folder, console.say)}")
+
+
+@dataclass(kw_only=True)
+class Merge(Command):
+    """Make a plain model of a LoRA run: its adapter, summed with the base."""
+
+    folder: Annotated[str, Positional, arg(metavar="RUN")]
+    """Folder of the run, or of an adapter."""
+    output: str
+    """New folder for the model."""
+
+    def run(self) -> None:
+        refuse_to_replace(Path(self.output))
+        from hero.merge import merge
+
+        prepare_torch(None, self.debug)
+        Console().say(f"Model: {merge(Path(self.folder), Path(self.output))}")
 
 
 @dataclass(kw_only=True)
