@@ -44,14 +44,15 @@ STOP_SENTENCES = {
 }
 
 REQUEST = """\
-Write one JSON object per turn, one a line, in order, and nothing else:
+Write one JSON object for each turn with a fault, one a line, in order, and nothing else:
 {"turn": 1, "necessary": true, "valid": true, "failure_cause": "", "corrected_action": "", \
 "hint": ""}
+Leave turns without a fault out. If no turn has a fault, write only {"turn": 0}.
 Rules: judge a turn by the observation that followed it. necessary: the action served the task. \
-valid: the environment accepted it. If a turn was fine, leave failure_cause, corrected_action and \
-hint empty. Otherwise hint says in at most two sentences what to do at that turn, using only what \
-could be known before it (say "look the order up first", not the id that was learnt later), and \
-corrected_action is the exact action that should have been taken, in the agent's action format. \
+valid: the environment accepted it. failure_cause: what went wrong. hint says in at most two \
+sentences what to do at that turn, using only what could be known before it (say "look the order \
+up first", not the id that was learnt later), and corrected_action is the exact action that should \
+have been taken, in the agent's action format. \
 Do not quote the original action in the hint."""
 
 
@@ -110,7 +111,7 @@ class StandardPrompts:
             for i, turn in enumerate(trajectory.turns, 1)
         )
         return (
-            "You review a finished episode of an agent and diagnose every one of its turns.\n\n"
+            "You review a finished episode of an agent and diagnose the turns that had a fault.\n\n"
             f"Task:\n{trajectory.instruction}{rules_part}\n\n{episode}\n\n"
             f"Final reward: {reward_text(trajectory.reward, 2)} (1.00 is success). It ended "
             f"because {STOP_SENTENCES[trajectory.stop_reason]}.\n\n{REQUEST}"

@@ -89,10 +89,12 @@ class RolloutConfig(Settings):
 
 @dataclass(kw_only=True)
 class ReflectionConfig(Settings):
-    """Hindsight: who reads a finished episode and writes a diagnosis of each turn, in one call."""
+    """Hindsight: who reads a finished episode and diagnoses its turns, in one call."""
 
     reflector: Literal["self", "teacher", "rules", "openai"] = "self"
     """The student's or teacher's weights, the environment's rules, or an OpenAI-like endpoint."""
+    episodes: Literal["all", "imperfect"] = "all"
+    """imperfect: a model does not read episodes with success, reward 1 and no refused turn. [D]"""
     temperature: NotNegative = 0.7
     """Decoding temperature. [D]"""
     max_tokens: Count = 1024

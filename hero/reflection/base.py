@@ -17,7 +17,11 @@ class ReflectionStats:
 
     turns: int
     parsed: int = 0
-    """Turns with a diagnosis that could be read."""
+    """Turns with a diagnosis that was written and could be read."""
+    asked: int = 0
+    """Episodes that a model was asked to read."""
+    read: int = 0
+    """Those of them whose answer could be read, be it that no turn has a fault."""
     non_empty: int = 0
     """Turns with a hint, after the filters."""
     hinted: int = 0
@@ -39,10 +43,15 @@ class ReflectionStats:
 
     def metrics(self) -> dict[str, float]:
         """Rates are shares of the turns; `specific_rate` and `naming_rate` of those with a hint."""
+        of_episodes = {}
+        if self.asked:
+            share = self.read / self.asked
+            of_episodes = {"reflection/asked": float(self.asked), "reflection/read_rate": share}
         rates = ("parsed", "non_empty", "leaked", "too_long")
         return {
             "reflection/turns": float(self.turns),
             **{f"reflection/{n}_rate": getattr(self, n) / max(1, self.turns) for n in rates},
+            **of_episodes,
             "reflection/specific_rate": self.specific / max(1, self.hinted),
             "reflection/naming_rate": self.naming / max(1, self.hinted),
             "reflection/retried": float(self.retried),
@@ -84,6 +93,8 @@ def collect(
     source: str,
     hint_filter: HintFilter,
     started: float,
+    asked: int = 0,
+    read: int = 0,
     retried: int = 0,
     generated_tokens: int = 0,
 ) -> Reflections:
@@ -113,6 +124,8 @@ def collect(
         naming=sum(bool(d.corrected_action) and d.corrected_action in d.hint for d in hinted),
         leaked=verdicts.count(Verdict.LEAKED),
         too_long=verdicts.count(Verdict.TOO_LONG),
+        asked=asked,
+        read=read,
         retried=retried,
         generated_tokens=generated_tokens,
         seconds=time.perf_counter() - started,

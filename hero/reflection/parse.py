@@ -39,7 +39,8 @@ def parse_diagnoses(text: str, num_turns: int) -> list[Diagnosis]:
     """Read the diagnoses of one episode out of a model's answer. Never raises, whatever the text.
 
     Turns are numbered from 1 in the text and from 0 in the result. Turns out of range are dropped,
-    of several diagnoses of one turn the first is kept, unknown keys are ignored.
+    of several diagnoses of one turn the first is kept, unknown keys are ignored. Turns without a
+    fault may be left out or written with empty fields.
 
     Args:
         text: the answer, thoughts included.
@@ -61,6 +62,12 @@ def parse_diagnoses(text: str, num_turns: int) -> list[Diagnosis]:
                 hint=" ".join(_text(item.get("hint")).split()),
             )
     return [found[turn] for turn in sorted(found)]
+
+
+def says_faultless(text: str) -> bool:
+    """Whether an answer says, as the request asks it to, that no turn has a fault: turn 0."""
+    objects = _objects(_without_thoughts(text)[:MAX_CHARS])
+    return any(_turn_number(item["turn"]) == 0 for item in objects)
 
 
 def _without_thoughts(text: str) -> str:

@@ -12,7 +12,7 @@ from hero.prompts import Prompts
 from hero.reflection.base import Reflections, collect
 from hero.reflection.filters import HintFilter
 from hero.reflection.models import ChatModel
-from hero.reflection.parse import parse_diagnoses
+from hero.reflection.parse import parse_diagnoses, says_faultless
 from hero.renderer import Renderer
 from hero.types import Diagnosis, Trajectory
 
@@ -56,7 +56,7 @@ class ModelReflector:
         self.retries = config.retries if config.temperature > 0 else 0
 
     def reflect(self, trajectories: Sequence[Trajectory], seed: int) -> Reflections:
-        """Diagnose every turn of every trajectory.
+        """Diagnose the trajectories; a turn of which nothing was written has no hint.
 
         Raises:
             ValueError: an episode cannot be fitted into `max_prompt_tokens`.
@@ -64,27 +64,35 @@ class ModelReflector:
         started = time.perf_counter()
         found: list[list[Diagnosis]] = [[] for _ in trajectories]
         retried = generated_tokens = 0
-        unread = {
-            i: self._request(t) for i, t in enumerate(trajectories) if t.turns and not t.failed
-        }
+        unread = {i: self._request(t) for i, t in enumerate(trajectories) if self._asks(t)}
+        asked = len(unread)
         for attempt in range(1 + self.retries):
             if not unread:
                 break
             retried += len(unread) if attempt else 0
             answers = self.model.answer(list(unread.values()), seed + attempt)
-            for i, answer in zip(unread, answers, strict=True):
+            for i, answer in zip(list(unread), answers, strict=True):
                 generated_tokens += answer.num_tokens
                 found[i] = parse_diagnoses(answer.text, len(trajectories[i].turns))
-            unread = {i: request for i, request in unread.items() if not found[i]}
+                if found[i] or says_faultless(answer.text):
+                    del unread[i]
         return collect(
             trajectories,
             found,
             source=self.config.reflector,
             hint_filter=self.hint_filter,
             started=started,
+            asked=asked,
+            read=asked - len(unread),
             retried=retried,
             generated_tokens=generated_tokens,
         )
+
+    def _asks(self, trajectory: Trajectory) -> bool:
+        """Whether there is something to read, and `reflection.episodes` wants it read."""
+        if not trajectory.turns or trajectory.failed:
+            return False
+        return self.config.episodes == "all" or not _is_perfect(trajectory)
 
     def _request(self, trajectory: Trajectory) -> str:
         """The request for one episode, short enough for `max_prompt_tokens`."""
@@ -105,6 +113,12 @@ class ModelReflector:
                     "--rollout.max-turns."
                 )
             limit //= 2
+
+
+def _is_perfect(trajectory: Trajectory) -> bool:
+    """Succeeded, with the full reward of 1 and without a turn that the environment refused."""
+    refused = any(turn.is_error or not turn.parse_ok for turn in trajectory.turns)
+    return trajectory.success and trajectory.reward >= 1 and not refused
 
 
 class RuleReflector:

@@ -42,7 +42,7 @@ CHARTS = (
     Chart(
         "Reflections",
         (
-            Line("reflection/parsed_rate", "readable"),
+            Line("reflection/read_rate", "readable"),
             Line("reflection/non_empty_rate", "with a hint"),
             Line("reflection/leaked_rate", "hint leaked"),
         ),

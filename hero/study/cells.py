@@ -152,7 +152,7 @@ def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dic
         prompts=make_prompts(config.prompts), teacher_weights=_no_teacher,
     )  # fmt: skip
     read = reflector.reflect(episodes, PANEL_SEED)
-    found = {"parsed": read.stats.parsed / max(1, read.stats.turns)}
+    found = {"parsed": read.stats.read / max(1, read.stats.asked)}
     for name, value in agreement(env, episodes, read.diagnoses).items():
         found[name.removeprefix("agreement/")] = value
     return {name: round(value, 4) for name, value in found.items()}

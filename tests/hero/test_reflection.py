@@ -95,6 +95,26 @@ def test_one_batch_and_a_retry_of_the_unreadable_only(renderer: Renderer, episod
     assert stats.generated_tokens == sum(len(word) + 1 for word in words)
 
 
+def test_who_finds_no_fault_is_not_asked_again(renderer: Renderer, episode: Episode) -> None:
+    model = ScriptedModel(renderer, lambda prompt, call: '{"turn": 0}' if call == 1 else BARE)
+    stats = model_reflector(model, ReflectionConfig()).reflect([episode(["s", "s"])], 0).stats
+    assert len(model.calls) == 1
+    assert (stats.asked, stats.read, stats.parsed, stats.retried) == (1, 1, 0, 0)
+    assert stats.metrics()["reflection/read_rate"] == 1
+
+
+def test_perfect_episodes_can_be_left_out(renderer: Renderer, episode: Episode) -> None:
+    model = ScriptedModel(renderer, lambda prompt, call: BARE)
+    perfect, low, failed, refused = (episode(["s"], instruction=name) for name in "abcd")
+    for trajectory, success, reward in ((perfect, True, 1.0), (low, True, 0.9), (refused, True, 1)):
+        trajectory.success, trajectory.reward = success, reward
+    refused.turns[0].is_error = True
+    config = ReflectionConfig(episodes="imperfect")
+    found = model_reflector(model, config).reflect([perfect, low, failed, refused], seed=0)
+    assert [row[0].hint for row in found.diagnoses] == ["", "h", "h", "h"]
+    assert found.stats.asked == found.stats.read == 3
+
+
 @pytest.mark.parametrize(
     ("temperature", "retries", "calls"), [(0.7, 0, 1), (0.7, 2, 3), (0.0, 2, 1)]
 )

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hero.reflection import parse_diagnoses
+from hero.reflection.parse import says_faultless
 from hero.types import Diagnosis
 
 GOOD = (
@@ -183,3 +184,12 @@ def test_time_stays_linear(unit: str) -> None:
 
     # Three times the text: quadratic time would be 9-fold. The constant forgives timer noise.
     assert seconds(24_000) < 6 * seconds(8_000) + 0.2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"turn": 0}', True), ('Fine.\n```json\n[{"Turn": "0"}]\n```', True), (GOOD, False),
+     ("no fault", False), ('<think>{"turn": 0}</think>', False), ("", False)],
+)  # fmt: skip
+def test_that_no_turn_has_a_fault_is_said_by_turn_0(text: str, said: bool) -> None:
+    assert says_faultless(text) == said
