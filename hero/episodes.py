@@ -7,6 +7,7 @@ episode and the turn, not on which other episodes are under way.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -56,11 +57,12 @@ class _Running:
     """An episode under way."""
 
     def __init__(
-        self, env: Environment, assignment: Assignment, number: int, renderer: Renderer,
-        config: RolloutConfig, generate: Callable[[list[Message], int], str],
-        shown: Sequence[Worked],
+        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
+        generate: Callable[[list[Message], int], str], shown: Sequence[Worked],
     ) -> None:  # fmt: skip
-        self.env, self.number, self.renderer, self.config = env, number, renderer, config
+        self.env, self.renderer, self.config = env, renderer, config
+        self.salt = zlib.crc32(assignment.id.encode())
+        """Of its sampling, which does not depend on the episodes around it."""
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
         self.prompt_ids: list[int] = []
         self.stopped = False
@@ -150,6 +152,7 @@ def rollout(
     temperature: float | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
     shown: Sequence[Worked] = (),
+    ended: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
 
@@ -159,10 +162,12 @@ def rollout(
         sampler: of the student's actions.
         renderer: messages to ids.
         config: caps and sampling.
-        seed: of the sampling; the same seed, weights and assignments give the same trajectories.
+        seed: of the sampling; the same seed and weights give the same episode for an assignment,
+            whatever else is played.
         temperature: instead of the config's (evaluation).
         count: called with the number of finished episodes and of all, whenever one has ended.
         shown: worked episodes before each task (`env.demonstrations`).
+        ended: called with each episode that is over, for those who keep them at once.
 
     Raises:
         EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
@@ -185,18 +190,16 @@ def rollout(
     def go_on(row: int) -> None:
         """Ask for the next turn on a row: of its episode, or of the next one that has any."""
         while row not in running or not running[row].goes_on():
-            running.pop(row, None)
+            if over := running.pop(row, None):
+                ended(over.trajectory)
             count(len(episodes) - len(running), len(assignments))
             if len(episodes) == len(assignments):
                 return
             assignment = assignments[len(episodes)]
-            number = len(episodes)
-            episodes.append(
-                _Running(envs[row], assignment, number, renderer, config, generate, shown)
-            )
+            episodes.append(_Running(envs[row], assignment, renderer, config, generate, shown))
             running[row] = episodes[-1]
         episode = running[row]
-        turn_seed = derive_seed(seed, episode.number, len(episode.trajectory.turns))
+        turn_seed = derive_seed(seed, episode.salt, len(episode.trajectory.turns))
         stream.submit(row, episode.prompt_ids, turn_seed)
 
     for row in range(len(envs)):

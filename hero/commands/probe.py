@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from hero import recipes
 from hero.checks import from_dict
-from hero.commands.play import Play, PlayConfig
+from hero.commands.play import PlayConfig, PlayOne
 from hero.config import Count, PromptStyle
 from hero.files import write_atomic
 from hero.report.console import Console
@@ -33,7 +33,7 @@ class ProbeConfig(PlayConfig):
 
 
 @dataclass(kw_only=True)
-class Probe(Play):
+class Probe(PlayOne):
     """Before training: can this model learn here, and from what? Minutes, nothing is trained."""
 
     study: str = ""
@@ -52,9 +52,9 @@ class Probe(Play):
         config = self.settings
         from hero.report.probe import report
 
-        trajectories = self._played()
+        trajectories, _ = self.played(self.model)
         of_tasks = replace(config, tasks=config.group_tasks, trials=8)
-        grouped = replace(self, settings=of_tasks)._played()
+        grouped, _ = replace(self, settings=of_tasks).played(self.model)
         gaps, reflecting = self._contexts(trajectories)
         line = None
         if self.study:
@@ -76,4 +76,6 @@ class Probe(Play):
         own = {name: asdict(getattr(config, name)) for name in ("env", "rollout")}
         data = recipes.merge(basis, own | {"prompts": config.prompts})
         env = make_env(config.env.name, **config.env.options)
-        return contexts(self._policy(), data, env, trajectories, derive_seed(config.seed, 9))
+        return contexts(
+            self.policy(self.model), data, env, trajectories, derive_seed(config.seed, 9)
+        )

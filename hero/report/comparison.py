@@ -69,16 +69,16 @@ class Comparison:
 
     @property
     def words(self) -> str:
-        """What can be said of the difference."""
+        """Whether the difference can be told from noise, and how many tasks would tell it."""
         if not self.gains:
             return "no figures for each task"
         if self.is_told:
-            return "told from noise"
+            return "yes"
         if self.needed is None:
             return "no difference"
         if self.needed <= len(self.gains):
-            return f"not told from noise: {sum(g != 0 for g in self.gains)} tasks differ"
-        return f"not told from noise; about {self.needed} tasks would tell"
+            return f"no: {sum(gain != 0 for gain in self.gains)} tasks differ"
+        return f"no; about {self.needed} tasks would"
 
 
 def compare(
