@@ -125,8 +125,27 @@ def _mean(values: Sequence[float]) -> float:
 # ---- does the teacher know better? ---------------------------------------------------------------
 
 
+SHOWN = 600
+"""Characters of a prompt that an `Answer` keeps."""
+
+
 class TeacherGate(Fault):
     """The hinted teacher does not act better than the student: training would teach nothing."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Answer:
+    """A turn that student and teacher answered again, as texts."""
+
+    saw: str
+    """The end of the prompt."""
+    acted: str
+    """What was done in the episode."""
+    hindsight: str
+    student: str
+    teacher: str
+    student_right: bool
+    teacher_right: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -143,6 +162,14 @@ class Probe:
     teacher_right: float
     diagnosis_agreement: float
     """Share of turns on which reflector and environment agree whether there is a fault."""
+    success: float
+    """Of the episodes."""
+    well_formed: float
+    """Of all turns, those whose action could be read."""
+    share: float
+    """Of all turns, those that are trained with a hint, or at all where nothing is diagnosed."""
+    answers: list[Answer]
+    """Of the turns probed."""
 
     @property
     def lift(self) -> float:
@@ -150,9 +177,13 @@ class Probe:
 
     def __str__(self) -> str:
         return (
+            f"Before training {self.well_formed:.0%} of the actions can be read and "
+            f"{self.success:.0%} of the episodes succeed.\n"
             f"Teacher probe on {self.turns} turns: right actions {self.student_right:.0%} without "
             f"hindsight, {self.teacher_right:.0%} with it. The reflector finds fault where the "
-            f"environment does on {self.diagnosis_agreement:.0%} of turns."
+            f"environment does on {self.diagnosis_agreement:.0%} of turns.\n"
+            f"On {self.share:.0%} of the turns there is something to learn: if the student became "
+            f"its teacher, {self.share * self.lift:+.0%} of all actions would turn right."
         )
 
     def demand(self, lift: float | None) -> None:
@@ -248,12 +279,13 @@ def probe_teacher(
         seed: of the sampling.
     """
     faults: list[EnvironmentFault] = []  # an answer that cannot be judged is left out
-    chosen = [
+    trained = [
         sample
         for sample in samples
         if sample.distill_weight
         and (not (row := diagnoses[sample.trajectory]) or row[sample.turn].hint)
-    ][:max_turns]
+    ]
+    chosen = trained[:max_turns]
     sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
     plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
     with weights.applied():
@@ -280,16 +312,27 @@ def probe_teacher(
         for trajectory, row in zip(trajectories, diagnoses, strict=True)
         for own, theirs in zip(row, judge(trajectory) if row else (), strict=False)
     ]
-    pairs = [
-        both
+    answers = [
+        Answer(
+            saw=renderer.decode(sample.prompt_ids)[-SHOWN:].strip(),
+            acted=trajectories[sample.trajectory].turns[sample.turn].action_text,
+            hindsight=renderer.decode(sample.privileged_ids).strip(),
+            student=renderer.decode(one.ids), teacher=renderer.decode(other.ids),
+            student_right=both[0] == 1, teacher_right=both[1] == 1,
+        )
         for sample, one, other in zip(chosen, plain, hinted, strict=True)
         if len(both := right(sample, one.ids) + right(sample, other.ids)) == 2
-    ]
-    if faults and not pairs:
+    ]  # fmt: skip
+    if faults and not answers:
         raise faults[0]
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return Probe(
-        turns=len(pairs),
-        student_right=_mean([student for student, _ in pairs]),
-        teacher_right=_mean([teacher for _, teacher in pairs]),
+        turns=len(answers),
+        student_right=_mean([float(answer.student_right) for answer in answers]),
+        teacher_right=_mean([float(answer.teacher_right) for answer in answers]),
         diagnosis_agreement=_mean(agreed),
+        success=_mean([float(trajectory.success) for trajectory in trajectories]),
+        well_formed=_mean([float(turn.parse_ok) for turn in turns]),
+        share=len(trained) / max(1, len(turns)),
+        answers=answers,
     )

@@ -50,7 +50,8 @@ class Probe(PlayOne):
 
     def run(self) -> None:
         config = self.settings
-        from hero.report.probe import report
+        from hero.report.probe import page, report
+        from hero.study.page import write_page
 
         trajectories, _ = self.played(self.model)
         of_tasks = replace(config, tasks=config.group_tasks, trials=8)
@@ -65,6 +66,9 @@ class Probe(PlayOne):
         Console().say(text)
         if self.output:
             write_atomic(Path(self.output), json.dumps(figures, indent=1))
+            beside = Path(self.output).with_suffix(".html")
+            write_page("\n".join(page(text, gaps)), None, beside, f"hero probe {self.model}")
+            Console().say(f"Figures: {self.output}. Page with examples: {beside}.")
 
     def _contexts(self, trajectories: list[Trajectory]) -> Any:
         from hero.envs.base import make_env
