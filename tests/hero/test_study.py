@@ -26,6 +26,7 @@ from hero.study import cells, runner
 from hero.study.claims import claims
 from hero.study.page import write_page
 from hero.study.plan import claim_folder, load_study
+from hero.study.plots import plot
 from hero.study.statistics import interval, line
 from hero.study.tables import report_lines
 from hero.types import Fault, Trajectory
@@ -213,6 +214,13 @@ def test_a_page_holds_texts_as_texts(tmp_path: Path) -> None:
     write_page("# A\n\n| a | b |\n|---|---|\n| **1** | <script> |\n", None, tmp_path / "p.html")
     page = (tmp_path / "p.html").read_text()
     assert "<td><b>1</b></td><td>&lt;script&gt;</td>" in page and "<h1>A</h1>" in page
+
+
+def test_plots_are_drawn_where_matplotlib_is(study: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra bench")
+    rows = rows_of({"base": "01", "hero": "11", "grpo": "01"})
+    image = plot(study(), rows, tmp_path / "plot.png")
+    assert image is not None and image.read_bytes().startswith(b"\x89PNG")
 
 
 # ---- the probe -----------------------------------------------------------------------------------
