@@ -31,9 +31,9 @@ def plot(study: StudyConfig, rows: Sequence[Row], path: Path) -> Path | None:
 
     starts = [start for start in study.starts if any(r["start"] == start for r in rows)]
     size = (3.4 * (len(AXES) + 1) + 1.5, 3 * len(starts))
-    colours = pyplot.colormaps["tab20"].colors
+    colour = pyplot.colormaps["tab20"]
     styles = {
-        arm: {"color": colours[number % len(colours)], "label": arm, "marker": ".",
+        arm: {"color": colour(number % colour.N), "label": arm, "marker": ".",
               "linestyle": ":" if arm in study.controls else "-"}
         for number, arm in enumerate(study.arms)
     }  # fmt: skip
