@@ -106,10 +106,10 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
             "reflection.reflector=rules and reflection.verify need world=, an environment of "
             "hero.envs": self.world is None
             and (method.reflection.reflector == "rules" or method.reflection.verify),
-            "retries and votes may differ between processes, whose engines work together: set "
-            "reflection.retries=0 and reflection.votes=1":
+            "processes whose engines work together have to reflect equally often: set "
+            "reflection.retries=0 and reflection.episodes='all'":
                 self.accelerator.num_processes > 1 and method.reflection.reflector != "rules"
-                and (method.reflection.retries > 0 or method.reflection.votes > 1),
+                and (method.reflection.retries > 0 or method.reflection.episodes != "all"),
             f"teacher.packing=tree needs attn_implementation='sdpa' or 'eager', got {attention!r}: "
             "load the model with one of them, or set teacher.packing='separate'":
                 method.teacher.packing == "tree" and attention not in ("sdpa", "eager"),
