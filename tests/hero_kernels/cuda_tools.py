@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import random
-import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -190,62 +187,3 @@ def _to_cuda(tensor: Tensor) -> Tensor:
     """With the strides and the storage offset of the original."""
     storage = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage()).cuda()
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """What ptxas made of a kernel."""
-
-    divergence: int
-    delta: bool
-    registers: int
-    spills: int
-    """Bytes of spilled registers that are stored or loaded."""
-    shared: int
-    """Bytes of static shared memory."""
-
-
-def compile_cuda(arch: str, folder: Path) -> tuple[list[Kernel], dict[str, int]]:
-    """The kernels for an architecture such as "90a", and how often each instruction occurs."""
-    cubin = folder / f"rows_{arch}.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
-    done = subprocess.run(
-        [*command, SOURCES / "cuda" / "divergence_rows.cu", "-o", cubin],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
-    pattern = (
-        r"Compiling entry function '\S*divergence_rows_kernelILi(\d)ELb(\d)E.*?"
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)"
-    )
-    kernels = []
-    for divergence, delta, stores, loads, registers, rest in re.findall(
-        pattern, done.stderr, re.DOTALL
-    ):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        kernels.append(
-            Kernel(
-                int(divergence),
-                delta == "1",
-                int(registers),
-                int(stores) + int(loads),
-                int(shared[1]) if shared else 0,
-            )
-        )
-    sass = subprocess.run(
-        [cuobjdump(), "-sass", cubin], check=True, capture_output=True, text=True, timeout=120
-    ).stdout
-    counts: dict[str, int] = {}
-    for name in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass):
-        counts[name] = counts.get(name, 0) + 1
-    return kernels, counts
-
-
-def cuobjdump() -> str:
-    """The disassembler beside nvcc, or the one in Triton's wheel; "" if there is neither."""
-    spec = find_spec("triton")
-    packages = spec.submodule_search_locations if spec else None
-    wheel = [str(Path(package) / "backends" / "nvidia" / "bin") for package in packages or ()]
-    return next(filter(None, (shutil.which("cuobjdump", path=path) for path in (None, *wheel))), "")
