@@ -71,10 +71,13 @@ def scale_logits(raw_s, raw_t, bias_s, bias_t, real, scaling, DELTA: tl.constexp
     z_t, stored = raw_t, raw_s
     if bias_t is not None:
         z_t += bias_t
+    z_t = tl.where(real, z_t, float("-inf"))  # padding may hold NaN
     if DELTA:  # a masked column is masked for both, whatever the GEMM made of its delta
         stored = tl.where(z_t < MASKED, 0.0, stored)
-    elif bias_s is not None:
-        stored += bias_s
+    else:
+        if bias_s is not None:
+            stored += bias_s
+        stored = tl.where(real, stored, float("-inf"))
     slope = tl.full(z_t.shape, 1.0, tl.float32)
     if softcap is not None:
         z_t *= logit_scale
@@ -84,8 +87,9 @@ def scale_logits(raw_s, raw_t, bias_s, bias_t, real, scaling, DELTA: tl.constexp
             stored = soft_cap_gap(stored, z_t, softcap)
         else:
             stored, slope = soft_cap(stored, softcap)
+            stored = tl.where(real, stored, MASKED)
         z_t, _ = soft_cap(z_t, softcap)
-        slope = tl.where(real, slope, 1.0)  # padding may hold NaN
+        z_t = tl.where(real, z_t, MASKED)
         z_t *= inv_temperature
         stored *= inv_temperature
     else:
@@ -94,5 +98,4 @@ def scale_logits(raw_s, raw_t, bias_s, bias_t, real, scaling, DELTA: tl.constexp
     z_t = tl.maximum(z_t, MASKED, propagate_nan=tl.PropagateNan.ALL)
     z_s = z_t + stored if DELTA else stored
     z_s = tl.maximum(z_s, MASKED, propagate_nan=tl.PropagateNan.ALL)
-    gap = stored if DELTA else z_s - z_t
-    return tl.where(real, z_t, MASKED), tl.where(real, z_s, MASKED), tl.where(real, gap, 0.0), slope
+    return z_t, z_s, stored if DELTA else z_s - z_t, slope

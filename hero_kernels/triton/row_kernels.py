@@ -232,6 +232,7 @@ def divergence_kernel(
     if grad_ptr is not None:
         row_scale = tl.load(row_scale_ptr + row)
         scale = row_scale * logit_scale * source[10]
+        num_wanted = tl.where(row_scale == 0.0, 0, num_real)
         grad_ptr += row * stride_gr
         if DIVERGENCE == JSD:
             centre = tl.load(values_ptr + row * NUM_VALUES + CENTRE)
@@ -248,7 +249,10 @@ def divergence_kernel(
         log_p = z_t - max_t - log_mass_t
         log_q = z_s - max_s - log_mass_s
         x = bounded(gap - shift) - offset
-        p, q, difference = probabilities(log_p, log_q, x)
+        if DIVERGENCE == JSD:
+            p, q = exp(log_p), exp(log_q)
+        else:
+            p, q, difference = probabilities(log_p, log_q, x)
         if WITH_STATS:
             entropy_t -= p * log_p
             entropy_s -= q * tl.where(tl.abs(x) <= CLOSE, log_p + x, log_q)
@@ -272,10 +276,8 @@ def divergence_kernel(
                 gradient = difference
             else:
                 gradient = q * (x - centre)
-            gradient *= slope * scale
             # Neither a NaN of a row without weight, nor what a padding column computes.
-            gradient = tl.where(row_scale == 0.0, 0.0, gradient)
-            gradient = tl.where(offs_v < num_real, gradient, 0.0)
+            gradient = tl.where(offs_v < num_wanted, gradient * (slope * scale), 0.0)
             gradient = gradient.to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + offs_v, gradient, mask=offs_v < columns)
 
