@@ -12,12 +12,14 @@ overlap come on top.
 from __future__ import annotations
 
 import argparse
-import json
+import subprocess
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import triton
 
 from benchmarks.machine import write_json
 from benchmarks.offline import Compiled, Instruction, cuda_rows, divergence, gemm, statistics
@@ -108,7 +110,7 @@ def shortest_way(
     while states and (end, exponentials) not in came:
         position, seen = state = states.popleft()
         line = code[position]
-        if position == end or line.name.startswith("EXIT") and not line.predicated:
+        if position == end or (line.name.startswith("EXIT") and not line.predicated):
             continue
         seen = min(seen + line.name.startswith("MUFU.EX2"), exponentials)
         nexts = [position + 1] if line.target is None or line.predicated else []
@@ -217,17 +219,26 @@ def tables(found: dict[str, Bound]) -> str:
     lines += ["", "| bound, not measured | " + " | ".join(f"H = {h}" for h in HIDDEN_SIZES) + " |"]
     lines += ["| --- |" + " ---: |" * len(HIDDEN_SIZES)]
     for name, kernels in designs(found).items():
-        lines.append(f"| `{name}` | " + " | ".join(f"{s:.2f}" for s in shares(kernels).values()) + " |")
+        cells = [f"{share:.2f}" for share in shares(kernels).values()]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
     lines.append("| target | " + " | ".join(f"{s}" for s in TARGETS.values()) + " |")
     return "\n".join(lines)
 
 
+def compilers() -> dict[str, str]:
+    """Versions of what made the machine code: others count otherwise."""
+    nvcc = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    return {"nvcc": nvcc.strip().splitlines()[-1], "triton": triton.__version__}
+
+
 def as_json(found: dict[str, Bound]) -> dict[str, Any]:
     """What is committed under benchmarks/results/."""
-    return {
-        "bounds": [{**asdict(bound), "milliseconds": bound.milliseconds()} for bound in found.values()],
-        "shares": {name: shares(kernels) for name, kernels in designs(found).items()},
+    of_kernels = {
+        name: {**asdict(bound), "least_ms": bound.least()[0], "limit": bound.least()[1]}
+        for name, bound in found.items()
     }
+    of_designs = {name: shares(kernels) for name, kernels in designs(found).items()}
+    return {"compilers": compilers(), "bounds": of_kernels, "shares of the JSD": of_designs}
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ The kernels as the usual call launches them, or with all that a tile may have: w
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import subprocess
@@ -290,6 +291,7 @@ def gemm(arch: int, path: str, mode: str, *, full: bool = False, **ones: int) ->
     )
 
 
+@functools.cache
 def cuda_rows(arch: str) -> dict[tuple[int, bool], Compiled]:
     """The CUDA row kernels for an architecture such as "90a", by divergence and DELTA.
 

@@ -20,14 +20,16 @@ constexpr float CLOSE_LOG_RATIO = 1.0f;
 constexpr float NEAR_GROWTH = 0.5f;
 constexpr float WIDE_LOG_RATIO = 30.0f;
 
-// (e^x - 1 - x) / x^2 is the sum of REMAINDER_k x^k, to 1e-7 for |x| <= CLOSE_LOG_RATIO.
-constexpr float REMAINDER_0 = 1.0f / 2.0f, REMAINDER_1 = 1.0f / 6.0f, REMAINDER_2 = 1.0f / 24.0f,
-                REMAINDER_3 = 1.0f / 120.0f, REMAINDER_4 = 1.0f / 720.0f,
-                REMAINDER_5 = 1.0f / 5040.0f, REMAINDER_6 = 1.0f / 40320.0f,
-                REMAINDER_7 = 1.0f / 362880.0f, REMAINDER_8 = 1.0f / 3628800.0f;
-// artanh(s) is s + s^3 times the sum of ARTANH_k s^2k, to 1e-8 for |s| < 0.172.
-constexpr float ARTANH_0 = 1.0f / 3.0f, ARTANH_1 = 1.0f / 5.0f, ARTANH_2 = 1.0f / 7.0f,
-                ARTANH_3 = 1.0f / 9.0f;
+// (e^x - 1 - x) / x^2 is the sum of REMAINDER_k x^k, to 2e-7 for |x| <= CLOSE_LOG_RATIO: minimax.
+constexpr float REMAINDER_0 = 0.5f, REMAINDER_1 = 1.6666695e-1f, REMAINDER_2 = 4.1666515e-2f,
+                REMAINDER_3 = 8.3309300e-3f, REMAINDER_4 = 1.3891335e-3f,
+                REMAINDER_5 = 2.0325484e-4f, REMAINDER_6 = 2.4960811e-5f;
+// log(1 + f) / f is 1 plus the sum of LOGARITHM_k f^k, to 2e-7 for f from sqrt(1/2) - 1 to
+// sqrt(2) - 1: minimax.
+constexpr float LOGARITHM_1 = -4.9999988e-1f, LOGARITHM_2 = 3.3334187e-1f,
+                LOGARITHM_3 = -2.5002074e-1f, LOGARITHM_4 = 1.9956833e-1f,
+                LOGARITHM_5 = -1.6562393e-1f, LOGARITHM_6 = 1.4952266e-1f,
+                LOGARITHM_7 = -1.4366843e-1f, LOGARITHM_8 = 8.7223552e-2f;
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
 // LN_2 in two parts: small integers times the first are exact.
 constexpr float LN_2_HIGH = 0.693359375f, LN_2_LOW = -2.12194440e-4f;

@@ -20,10 +20,8 @@ HERO_FUNCTION T quadratic_remainder(T x) {
     const T x4 = x2 * x2;
     const T c01 = x * REMAINDER_1 + REMAINDER_0;
     const T c23 = x * REMAINDER_3 + REMAINDER_2;
-    const T c45 = x * REMAINDER_5 + REMAINDER_4;
-    const T c67 = x * REMAINDER_7 + REMAINDER_6;
-    const T c8 = x2 * REMAINDER_8 + c67;
-    return (c01 + x2 * c23) + x4 * (c45 + x2 * c8);
+    const T c46 = x2 * REMAINDER_6 + (x * REMAINDER_5 + REMAINDER_4);
+    return (c01 + x2 * c23) + x4 * c46;
 }
 
 // log(1 + t) for t > -1, given both t and 1 + t: near t = 0 the one is exact, near -1 the other.
@@ -34,11 +32,14 @@ HERO_FUNCTION T log_1_plus(T t, T one_plus_t) {
     const auto k = (offset >> 23) - 127u;
     const T m = as_float((offset & 0x7fffffu) + 0x3f3504f3u);
     const T f = choose(k == 0u, t, m - 1.0f);
-    // log(1 + f) = 2 artanh(s), s = f / (2 + f), |s| < 0.172.
-    const T s = divide(f, 2.0f + f);
-    const T z = s * s;
-    const T series = (z * ARTANH_1 + ARTANH_0) + z * z * (z * ARTANH_3 + ARTANH_2);
-    return to_float(k) * LN_2 + (2.0f * s + 2.0f * s * z * series);
+    const T f2 = f * f;
+    const T f4 = f2 * f2;
+    const T c01 = f * LOGARITHM_1 + 1.0f;
+    const T c23 = f * LOGARITHM_3 + LOGARITHM_2;
+    const T c45 = f * LOGARITHM_5 + LOGARITHM_4;
+    const T c67 = f * LOGARITHM_7 + LOGARITHM_6;
+    const T series = (c01 + f2 * c23) + f4 * ((c45 + f2 * c67) + f4 * LOGARITHM_8);
+    return to_float(k) * LN_2 + f * series;
 }
 
 // F(p, q, x) = q - p - p x >= 0: the column's share of KL(p || q) where log q - log p = x.

@@ -50,11 +50,11 @@ inline BothExponentials<T> both_exponentials(T x) {
     const T shifted = x * LOG2_E + magic;
     const T n = shifted - magic;
     const T r = (x - n * LN_2_HIGH) - n * LN_2_LOW;
-    // The series of e^r - 1; |r| <= 0.35.
+    // Taylor's series of e^r - 1; |r| <= 0.35.
     const T r2 = r * r;
-    const T c01 = r * REMAINDER_1 + REMAINDER_0;
-    const T c23 = r * REMAINDER_3 + REMAINDER_2;
-    const T c45 = r * REMAINDER_5 + REMAINDER_4;
+    const T c01 = r * (1.0f / 6.0f) + 1.0f / 2.0f;
+    const T c23 = r * (1.0f / 120.0f) + 1.0f / 24.0f;
+    const T c45 = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
     const T series = c01 + r2 * (c23 + r2 * c45);
     // 2^n from its bits; at the low end these are -127 + 127 = 0, the bits of 0.
     const T power = as_float((as_bits(shifted) << 23) + 0x3f800000u);

@@ -27,7 +27,7 @@ def test_the_header_equals_the_module() -> None:
     shared = {name for name in header if hasattr(constants, name)}
     assert {name: header[name] for name in shared} == {n: getattr(constants, n) for n in shared}
     assert {name: header[name] for name in dtypes} == dtypes
-    own = {name for name in header if re.fullmatch(r"(REMAINDER|ARTANH)_\d|LOG2_E|LN_2.*", name)}
+    own = {name for name in header if re.fullmatch(r"(REMAINDER|LOGARITHM)_\d|LOG2_E|LN_2.*", name)}
     assert set(header) == shared | set(dtypes) | own
     assert {"JSD", "DIVERGENCE", "TOP1", "NUM_STATS", "MASKED", "WIDE_LOG_RATIO"} <= shared
 
