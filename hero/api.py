@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from hero.checks import from_dict
 from hero.config import ModelConfig, RolloutConfig, TrainConfig
 from hero.envs.base import Environment
+from hero.envs.workers import open_workers
 from hero.episodes import derive_seed
 from hero.episodes import rollout as play
 from hero.evaluation import Evaluation, summarise, trials
@@ -101,7 +103,7 @@ def rollout(
 
     Args:
         policy: who acts.
-        environment: makes an environment, such as its class; `config.batch_size` are made.
+        environment: makes an environment, such as its class; at most `config.batch_size` are made.
         tasks: ids of tasks.
         config: caps and sampling.
         trials_per_task: episodes of each task.
@@ -114,14 +116,16 @@ def rollout(
         hero.types.Fault: the environment raised.
     """
     config = config or RolloutConfig()
-    envs = [environment() for _ in range(config.batch_size)]
-    train = envs[0].tasks("train")
-    shown, _ = worked_episodes(envs[0], train, demonstrations, config.max_turns, policy.renderer)
-    return play(
-        trials(tasks, trials_per_task), envs=envs, shown=shown,
-        sampler=HFSampler(policy, config.batch_size), renderer=policy.renderer, config=config,
-        seed=derive_seed(seed, TEST), temperature=temperature,
-    )  # fmt: skip
+    env = environment()
+    train = env.tasks("train")
+    shown, _ = worked_episodes(env, train, demonstrations, config.max_turns, policy.renderer)
+    workers = open_workers("auto", environment, env, config.batch_size, config.step_timeout)
+    with closing(workers):
+        return play(
+            trials(tasks, trials_per_task), envs=workers, shown=shown,
+            sampler=HFSampler(policy, config.batch_size), renderer=policy.renderer, config=config,
+            seed=derive_seed(seed, TEST), temperature=temperature,
+        )  # fmt: skip
 
 
 def evaluate(

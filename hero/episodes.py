@@ -7,16 +7,17 @@ episode and the turn, not on which other episodes are under way.
 from __future__ import annotations
 
 import random
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hero.config import RolloutConfig
 from hero.envs import border
-from hero.envs.base import Environment, HasGenerator, HasOracle, HasTools
-from hero.envs.border import EnvironmentFault
+from hero.envs.base import Environment, HasOracle
+from hero.envs.border import Beginning, EnvironmentFault, Step
+from hero.envs.workers import Inline, Workers
 from hero.renderer import Renderer
-from hero.sampler import Sampler, Sampling, stream_of
+from hero.sampler import Completion, Sampler, Sampling, stream_of
 from hero.types import Message, StopReason, Trajectory, Turn
 from hero.worked import Worked, opening, work_out
 
@@ -57,12 +58,10 @@ class _Running:
     """An episode under way."""
 
     def __init__(
-        self, env: Environment, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
-        generate: Callable[[list[Message], int], str], shown: Sequence[Worked],
+        self, assignment: Assignment, number: int, renderer: Renderer, config: RolloutConfig,
+        shown: Sequence[Worked],
     ) -> None:  # fmt: skip
-        self.env, self.renderer, self.config = env, renderer, config
-        self.salt = zlib.crc32(assignment.id.encode())
-        """Of its sampling, which does not depend on the episodes around it."""
+        self.number, self.renderer, self.config, self.shown = number, renderer, config, shown
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
         self.prompt_ids: list[int] = []
         self.stopped = False
@@ -70,31 +69,18 @@ class _Running:
             id=assignment.id, group_id=assignment.group_id, task_id=assignment.task_id,
             instruction="", turns=[], reward=0.0, success=False, stop_reason=StopReason.MAX_TURNS,
         )  # fmt: skip
-        try:
-            if isinstance(env, HasTools):
-                env.tool_format = renderer.tool_format
-            if isinstance(env, HasGenerator):
-                env.use_generator(generate)
-            rules = border.system_prompt(env)
-            observation, instruction = border.reset(env, assignment.task_id, self.max_chars)
-            tools = border.tools(env)
-        except EnvironmentFault as fault:
-            self.fail(fault)
-            return
-        self.trajectory.instruction = instruction
-        self.rules, self.tools, self.shown = rules, tools, shown
-        self.prompt_ids = self.started_with(observation)
 
     def started_with(self, text: str) -> list[int]:
         """Ids of a conversation in which nothing was said before `text`."""
-        return opening(self.renderer, self.rules, text, self.shown, self.tools)
-
-    def fail(self, cause: object) -> None:
-        self.trajectory.fail(cause)
-        self.stopped = True
+        begun = self.beginning
+        return opening(self.renderer, begun.rules, text, self.shown, begun.tools)
 
     def stop(self, reason: StopReason) -> None:
         self.trajectory.stop_reason = reason
+        self.stopped = True
+
+    def fail(self, cause: object) -> None:
+        self.trajectory.fail(cause)
         self.stopped = True
 
     def goes_on(self) -> bool:
@@ -108,43 +94,59 @@ class _Running:
             self.stop(StopReason.MAX_TOKENS)
             return False
         self.fail(
-            f"{type(self.env).__name__}, task {self.trajectory.task_id!r}: it starts with "
+            f"{self.beginning.world}, task {self.trajectory.task_id!r}: it starts with "
             f"{len(self.prompt_ids)} tokens; with rollout.max_turn_tokens={config.max_turn_tokens} "
             f"this passes rollout.max_episode_tokens={config.max_episode_tokens}. Raise the latter."
         )
         return False
 
-    def act(self, ids: list[int], logprobs: list[float]) -> None:
-        """Take the sampled action in the environment and write the turn down."""
-        trajectory, text = self.trajectory, self.renderer.decode(ids)
-        turn = Turn(
-            prompt_ids=self.prompt_ids, action_ids=ids, sampled_logprobs=logprobs, action_text=text
-        )
-        number = len(trajectory.turns)
-        trajectory.turns.append(turn)
-        try:
-            step = border.step(self.env, text, trajectory.task_id, number, self.max_chars)
-        except EnvironmentFault as fault:
-            self.fail(fault)
-            return
+    def act(self, completion: Completion) -> tuple[Any, ...]:
+        """Write the sampled action down; returns the job that takes it in the environment."""
+        turns, task, ids = self.trajectory.turns, self.trajectory.task_id, completion.ids
+        text = self.renderer.decode(ids)
+        turns.append(Turn(
+            prompt_ids=self.prompt_ids, action_ids=ids, sampled_logprobs=completion.logprobs,
+            action_text=text,
+        ))  # fmt: skip
+        return border.step, text, task, len(turns) - 1, self.max_chars
+
+    def take(self, answer: Beginning | Step | EnvironmentFault) -> None:
+        """What the environment answered to `begin` or to an action."""
+        if isinstance(answer, EnvironmentFault):
+            self.fail(self._placed(answer))
+        elif isinstance(answer, Beginning):
+            self.beginning, self.trajectory.instruction = answer, answer.instruction
+            self.prompt_ids = self.started_with(answer.observation)
+        else:
+            self._observe(answer)
+
+    def _placed(self, fault: EnvironmentFault) -> str:
+        """What a fault says, with the episode it ended."""
+        task, said = f"task {self.trajectory.task_id!r}", str(fault)
+        turn = max(0, len(self.trajectory.turns) - 1)
+        return said if task in said else f"{task}, turn {turn}: {said}"
+
+    def _observe(self, step: Step) -> None:
+        trajectory = self.trajectory
+        turn = trajectory.turns[-1]
         turn.observation, turn.feedback_kind = step.observation, step.feedback_kind
         turn.is_error, turn.parse_ok = not step.valid, step.parse_ok
         trajectory.reward += step.reward
         if step.terminated or step.truncated:
             trajectory.success = step.success
             self.stop(StopReason.DONE if step.terminated else StopReason.TRUNCATED)
-            return
-        if step.next_prompt:
+        elif step.next_prompt:
             self.prompt_ids = self.started_with(step.next_prompt)
-            return
-        answer = self.renderer.observe(ids, step.role, step.observation)
-        self.prompt_ids = self.prompt_ids + ids + answer
+        else:
+            ids = turn.action_ids
+            answer = self.renderer.observe(ids, step.role, step.observation)
+            self.prompt_ids = self.prompt_ids + ids + answer
 
 
 def rollout(
     assignments: Sequence[Assignment],
     *,
-    envs: Sequence[Environment],
+    envs: Sequence[Environment] | Workers,
     sampler: Sampler,
     renderer: Renderer,
     config: RolloutConfig,
@@ -152,31 +154,33 @@ def rollout(
     temperature: float | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
     shown: Sequence[Worked] = (),
-    ended: Callable[[Trajectory], None] = lambda trajectory: None,
+    beside: Sequence[Trajectory] = (),
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
 
     Args:
         assignments: which episodes.
-        envs: at least one environment; as many episodes run at once as there are environments.
+        envs: at least one environment, or the workers that run some; as many episodes run at once
+            as there are environments.
         sampler: of the student's actions.
         renderer: messages to ids.
         config: caps and sampling.
-        seed: of the sampling; the same seed and weights give the same episode for an assignment,
-            whatever else is played.
+        seed: of the sampling; the same seed, weights and assignments give the same trajectories.
         temperature: instead of the config's (evaluation).
         count: called with the number of finished episodes and of all, whenever one has ended.
         shown: worked episodes before each task (`env.demonstrations`).
-        ended: called with each episode that is over, for those who keep them at once.
+        beside: finished episodes of the same batch, for `config.max_env_errors`.
 
     Raises:
-        EnvironmentFault: every episode failed. One that fails among others ends with `env_error`.
+        EnvironmentFault: all episodes failed, or more than `config.max_env_errors`. Others end with
+            `env_error`.
     """
     sampling = Sampling(
         max_tokens=config.max_turn_tokens, seed=seed, top_p=config.top_p,
         temperature=config.temperature if temperature is None else temperature,
     )  # fmt: skip
-    stream = stream_of(sampler, len(envs), sampling, config.max_episode_tokens)
+    workers = Inline(envs) if isinstance(envs, Sequence) else envs
+    stream = stream_of(sampler, workers.rows, sampling, config.max_episode_tokens)
 
     def generate(messages: list[Message], salt: int) -> str:
         """The student's answer where an environment lets it play another part."""
@@ -186,30 +190,44 @@ def rollout(
 
     episodes: list[_Running] = []
     running: dict[int, _Running] = {}  # by the row of the stream, which is that of its environment
+    acting: set[int] = set()  # rows whose environment is at work
 
-    def go_on(row: int) -> None:
-        """Ask for the next turn on a row: of its episode, or of the next one that has any."""
-        while row not in running or not running[row].goes_on():
-            if over := running.pop(row, None):
-                ended(over.trajectory)
-            count(len(episodes) - len(running), len(assignments))
-            if len(episodes) == len(assignments):
-                return
+    def work(row: int, job: Callable[..., Any], *arguments: Any) -> None:
+        acting.add(row)
+        workers.submit(row, job, *arguments)
+
+    def begin(row: int) -> None:
+        """The next episode, if there is one."""
+        if len(episodes) < len(assignments):
             assignment = assignments[len(episodes)]
-            episodes.append(_Running(envs[row], assignment, renderer, config, generate, shown))
-            running[row] = episodes[-1]
-        episode = running[row]
-        turn_seed = derive_seed(seed, episode.salt, len(episode.trajectory.turns))
-        stream.submit(row, episode.prompt_ids, turn_seed)
+            running[row] = _Running(assignment, len(episodes), renderer, config, shown)
+            episodes.append(running[row])
+            lent = generate if workers.share_memory else None
+            arguments = (assignment.task_id, renderer.tool_format, lent, running[row].max_chars)
+            work(row, border.begin, *arguments)
 
-    for row in range(len(envs)):
-        go_on(row)
-    while running:
-        for row, completion in stream.step():
-            running[row].act(completion.ids, completion.logprobs)
-            go_on(row)
+    try:
+        for row in range(workers.rows):
+            begin(row)
+        while running:
+            for row, completion in stream.step():
+                work(row, *running[row].act(completion))
+            for row, answer in workers.done(wait=len(acting) == len(running)):
+                acting.discard(row)
+                episode = running[row]
+                episode.take(answer)
+                if episode.goes_on():
+                    turn_seed = derive_seed(seed, episode.number, len(episode.trajectory.turns))
+                    stream.submit(row, episode.prompt_ids, turn_seed)
+                    continue
+                del running[row]
+                count(len(episodes) - len(running), len(assignments))
+                begin(row)
+    except BaseException:
+        workers.close()  # what is under way must not answer in the next rollout
+        raise
     trajectories = [episode.trajectory for episode in episodes]
-    border.stop_if_all_failed(trajectories)
+    border.stop_if_failed([*beside, *trajectories], config.max_env_errors)
     return trajectories
 
 

@@ -12,6 +12,7 @@ from hero.algorithms import MODES, Experience
 from hero.config import TrainConfig
 from hero.envs.base import Environment, make_env
 from hero.envs.border import disjoint_tasks
+from hero.envs.workers import open_workers
 from hero.episodes import assignments_of_update, derive_seed, gold_episodes, rewarded, rollout
 from hero.evaluation import Probe, trials
 from hero.policy import Policy
@@ -40,8 +41,8 @@ class Stages:
         self.config, self.console, self.renderer = config, console, policy.renderer
         size = config.rollout.batch_size
         make = environment or partial(make_env, config.env.name, **config.env.options)
-        envs = [make() for _ in range(size)]
-        self.env = envs[0]
+        self.env, timeout = make(), config.rollout.step_timeout
+        self.workers = open_workers(config.env.workers, make, self.env, size, timeout)
         splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
         self.tasks = disjoint_tasks(self.env, splits)
         number, most = config.env.demonstrations, config.rollout.max_turns
@@ -55,8 +56,8 @@ class Stages:
         self.sampler = HFSampler(policy, size)
         teacher_sampler = HFSampler(self.teacher.policy, size)
         self.rollout = partial(
-            rollout, envs=envs, sampler=self.sampler, renderer=self.renderer, config=config.rollout,
-            shown=shown,
+            rollout, envs=self.workers, sampler=self.sampler, renderer=self.renderer,
+            config=config.rollout, shown=shown,
         )  # fmt: skip
         prompts = make_prompts(config.prompts)
         context = TeacherContext(config.teacher, self.renderer, prompts)
@@ -86,7 +87,7 @@ class Stages:
         while fit := state.affordable(config, sum(len(t.turns) for t in played)):
             if not (batch := waiting[len(played) :][:fit]):
                 break
-            played += self.rollout(batch, seed=seed + len(played))
+            played += self.rollout(batch, seed=seed + len(played), beside=played)
         return rewarded(played, config.env.reward)
 
     def reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:

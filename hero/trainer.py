@@ -93,6 +93,7 @@ class Trainer:
                 summary = self._after(tracker)  # loads the best weights, so do not save after this
             finally:
                 tracker.close()
+                self.stages.workers.close()
             summary["seconds"] = time.perf_counter() - started
             write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1))
         return summary

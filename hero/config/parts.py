@@ -59,6 +59,9 @@ class EnvConfig(Settings):
     reward: Literal["score", "success", "failure"] = "score"
     """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]
     failure is a control: 0 for success and 1 for the rest."""
+    workers: Literal["auto", "inline", "threads", "processes"] = "auto"
+    """Who runs it; auto: what the environment says (`workers`), else threads. A process is replaced
+    when it dies, a thread cannot be stopped, inline there is no `rollout.step_timeout`. [D]"""
     demonstrations: CountOrZero = 0
     """Worked episodes of the first training tasks, as chat turns before each task. Needs an oracle.
 
@@ -84,7 +87,11 @@ class RolloutConfig(Settings):
     top_p: Share = 1.0
     """Nucleus sampling; 1.0 is off. [L]"""
     batch_size: Count = 64
-    """Sequences decoded together."""
+    """Sequences decoded together, and environments."""
+    step_timeout: Positive = 300.0
+    """Seconds in which an environment must answer; else its episode ends with `env_error`. [D]"""
+    max_env_errors: Chance = 0.5
+    """The run stops if a larger share of a batch of episodes ends with `env_error`. [D]"""
 
 
 @dataclass(kw_only=True)

@@ -5,6 +5,9 @@ info)`. A task is named by its id, never by a worker's index; its goal is drawn 
 The last observation is returned too: it is the last turn's feedback. `truncated` is the
 environment's own limit.
 
+An attribute `workers` says who should run it in a rollout: "inline" (a step takes less than a
+millisecond and cannot hang), "threads" (without the attribute) or "processes".
+
 Keys of `info`: after `reset` `task_id`, `instruction`; after `step` `valid` (bool), `feedback_kind`
 (FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role
 under which the observation is shown, default "user"), `success` (bool, when the episode has ended),

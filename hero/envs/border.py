@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hero.envs.base import Environment, HasDiagnosis, HasFacts, HasTools, raised
+from hero.envs.base import Environment, HasDiagnosis, HasFacts, HasGenerator, HasTools, raised
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, Fault, FeedbackKind, Trajectory
 
@@ -37,6 +37,18 @@ class EnvironmentFault(Fault):
 
 class _Breach(Exception):
     """Something was got, something else expected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What a reset gave, checked."""
+
+    world: str
+    """Name of the environment's class, for messages."""
+    rules: str
+    observation: str
+    instruction: str
+    tools: list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,24 @@ def reset(env: Environment, task: str, max_chars: int = MAX_CHARS) -> tuple[str,
         info = _info("reset()", answer[1])
         said = info.get("instruction", observation)
         return observation, _text("reset(): info['instruction']", said, max_chars)
+
+
+def begin(
+    env: Environment, task: str, tool_format: str, generate: Any, max_chars: int = MAX_CHARS
+) -> Beginning:
+    """Start a task for a model that writes tool calls in `tool_format`.
+
+    `generate` is for environments that let the model play another part (`HasGenerator`); None where
+    the model cannot be reached.
+    """
+    if isinstance(env, HasTools):
+        env.tool_format = tool_format
+    if isinstance(env, HasGenerator) and generate is not None:
+        with _border(env, "use_generator"):
+            env.use_generator(generate)
+    rules = system_prompt(env)
+    observation, instruction = reset(env, task, max_chars)
+    return Beginning(type(env).__name__, rules, observation, instruction, tools(env))
 
 
 def step(env: Environment, text: str, task: str, turn: int, max_chars: int = MAX_CHARS) -> Step:
@@ -188,12 +218,14 @@ def diagnose(env: HasDiagnosis, trajectory: Trajectory) -> list[Diagnosis]:
         return list(found)
 
 
-def stop_if_all_failed(trajectories: Sequence[Trajectory]) -> None:
-    """Raise EnvironmentFault with the first cause if nothing is left to learn from."""
-    if trajectories and all(trajectory.failed for trajectory in trajectories):
+def stop_if_failed(trajectories: Sequence[Trajectory], share: float = 1.0) -> None:
+    """Raise EnvironmentFault with the first cause if all failed, or more than `share` of them."""
+    failed, number = [t.error for t in trajectories if t.failed], len(trajectories)
+    if failed and (len(failed) == number or len(failed) > share * number):
+        some = "All" if len(failed) == number else f"{len(failed)} of"
+        bound = f", more than rollout.max_env_errors={share:g}" if len(failed) < number else ""
         raise EnvironmentFault(
-            f"All {len(trajectories)} episodes of a batch failed. The first: "
-            f"{trajectories[0].error}"
+            f"{some} {number} episodes of a batch failed{bound}. The first: {failed[0]}"
         )
 
 

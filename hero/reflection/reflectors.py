@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from hero.config import ReflectionConfig
-from hero.envs.border import EnvironmentFault, stop_if_all_failed
+from hero.envs.border import EnvironmentFault, stop_if_failed
 from hero.prompts import Prompts
 from hero.reflection.base import Reflections, collect
 from hero.reflection.filters import HintFilter
@@ -150,7 +150,7 @@ class RuleReflector:
                     found[i] = self.diagnose(trajectory)
                 except EnvironmentFault as fault:
                     trajectory.fail(fault)
-        stop_if_all_failed(trajectories)
+        stop_if_failed(trajectories)
         return collect(
             trajectories, found, source="rules", hint_filter=self.hint_filter, started=started
         )

@@ -88,6 +88,9 @@ class ShopEnv:
         ValueError: an argument that is none of these, or a catalogue too small to be split.
     """
 
+    workers = "inline"
+    """Of a rollout: a step takes less than a thread would."""
+
     def __init__(
         self,
         profile: str = "tiny",

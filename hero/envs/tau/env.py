@@ -137,6 +137,11 @@ class TauEnv:
 
     # ---- an episode -----------------------------------------------------------------------------
 
+    @property
+    def workers(self) -> str:
+        """Threads where steps wait for an endpoint."""
+        return "threads" if self.user == "openai" else "inline"
+
     def use_generator(self, generate: Callable[[list[Message], int], str]) -> None:
         """What plays the user if `user` is "policy": whoever plays the agent sets it."""
         self._generate = generate
