@@ -7,6 +7,7 @@ episode and the turn, not on which other episodes are under way.
 from __future__ import annotations
 
 import random
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,10 +59,12 @@ class _Running:
     """An episode under way."""
 
     def __init__(
-        self, assignment: Assignment, number: int, renderer: Renderer, config: RolloutConfig,
+        self, assignment: Assignment, renderer: Renderer, config: RolloutConfig,
         shown: Sequence[Worked],
     ) -> None:  # fmt: skip
-        self.number, self.renderer, self.config, self.shown = number, renderer, config, shown
+        self.renderer, self.config, self.shown = renderer, config, shown
+        self.salt = zlib.crc32(assignment.id.encode())
+        """Of its sampling, which does not depend on the episodes around it."""
         self.max_chars = CHARS_PER_TOKEN * config.max_episode_tokens
         self.prompt_ids: list[int] = []
         self.stopped = False
@@ -154,6 +157,7 @@ def rollout(
     temperature: float | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
     shown: Sequence[Worked] = (),
+    ended: Callable[[Trajectory], None] = lambda trajectory: None,
     beside: Sequence[Trajectory] = (),
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
@@ -165,10 +169,12 @@ def rollout(
         sampler: of the student's actions.
         renderer: messages to ids.
         config: caps and sampling.
-        seed: of the sampling; the same seed, weights and assignments give the same trajectories.
+        seed: of the sampling; the same seed and weights give the same episode for an assignment,
+            whatever else is played.
         temperature: instead of the config's (evaluation).
         count: called with the number of finished episodes and of all, whenever one has ended.
         shown: worked episodes before each task (`env.demonstrations`).
+        ended: called with each episode that is over, for those who keep them at once.
         beside: finished episodes of the same batch, for `config.max_env_errors`.
 
     Raises:
@@ -200,7 +206,7 @@ def rollout(
         """The next episode, if there is one."""
         if len(episodes) < len(assignments):
             assignment = assignments[len(episodes)]
-            running[row] = _Running(assignment, len(episodes), renderer, config, shown)
+            running[row] = _Running(assignment, renderer, config, shown)
             episodes.append(running[row])
             lent = generate if workers.share_memory else None
             arguments = (assignment.task_id, renderer.tool_format, lent, running[row].max_chars)
@@ -217,10 +223,10 @@ def rollout(
                 episode = running[row]
                 episode.take(answer)
                 if episode.goes_on():
-                    turn_seed = derive_seed(seed, episode.number, len(episode.trajectory.turns))
+                    turn_seed = derive_seed(seed, episode.salt, len(episode.trajectory.turns))
                     stream.submit(row, episode.prompt_ids, turn_seed)
                     continue
-                del running[row]
+                ended(running.pop(row).trajectory)
                 count(len(episodes) - len(running), len(assignments))
                 begin(row)
     except BaseException:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import comb
 from typing import Any
 
 from hero.envs.base import HasDiagnosis
@@ -20,14 +21,29 @@ from hero.types import Diagnosis, Fault, Sample, StopReason, Trajectory
 
 @dataclass(kw_only=True, slots=True)
 class Evaluation:
-    """Means over tasks and trials."""
+    """Means over tasks of the means over each task's trials; shares lie in 0..1."""
 
     success: float
+    """An episode that the environment broke counts as none."""
     score: float
     """Mean reward."""
     turns: float
+    turns_of_successes: float | None
+    """None if nothing succeeded."""
+    tokens: float
+    """Sampled in an episode."""
+    invalid: float
+    """Share of an episode's turns that the environment could not read or did not accept."""
+    duplicate: float
+    """Share of turns that repeat an earlier action and its answer: nothing came of them."""
+    error: float
+    """Share of episodes that the environment broke."""
+    pass_any: dict[int, float]
+    """pass@k: the chance that one of k trials succeeds, from all trials of each task."""
+    pass_all: dict[int, float]
+    """pass^k: the chance that all of k trials succeed."""
     per_task: dict[str, dict[str, float]]
-    """success, score and turns of each task, means over its trials."""
+    """The same figures of each task, means over its trials."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -42,26 +58,50 @@ def trials(tasks: Sequence[str], number: int) -> list[Assignment]:
     ]
 
 
+def figures(trajectory: Trajectory) -> dict[str, float]:
+    """What an evaluation counts of one episode."""
+    turns, success = len(trajectory.turns), float(trajectory.success)
+    seen = {(turn.action_text, turn.observation) for turn in trajectory.turns}
+    invalid = sum(turn.is_error or not turn.parse_ok for turn in trajectory.turns)
+    found = {
+        "success": success, "score": trajectory.reward, "turns": float(turns),
+        "tokens": float(trajectory.num_action_tokens), "invalid": invalid / max(1, turns),
+        "duplicate": (turns - len(seen)) / max(1, turns), "error": float(trajectory.failed),
+    }  # fmt: skip
+    return found | ({"turns_of_successes": found["turns"]} if success else {})
+
+
 def summarise(trajectories: Sequence[Trajectory]) -> Evaluation:
     """Means over tasks of the means over each task's trials."""
-    if not trajectories:
+    return summarise_figures([(t.task_id, figures(t)) for t in trajectories])
+
+
+def summarise_figures(episodes: Sequence[tuple[str, Mapping[str, float]]]) -> Evaluation:
+    """The same from task and `figures` of each episode."""
+    if not episodes:
         raise ValueError("There is no trajectory to summarise.")
-    by_task: dict[str, list[Trajectory]] = {}
-    for trajectory in trajectories:
-        by_task.setdefault(trajectory.task_id, []).append(trajectory)
-    per_task = {
-        task: {
-            "success": _mean([float(t.success) for t in group]),
-            "score": _mean([t.reward for t in group]),
-            "turns": _mean([float(len(t.turns)) for t in group]),
-        }
-        for task, group in by_task.items()
-    }
-    means = {
-        key: _mean([task[key] for task in per_task.values()])
-        for key in ("success", "score", "turns")
-    }
-    return Evaluation(per_task=per_task, **means)
+    by_task: dict[str, list[Mapping[str, float]]] = {}
+    for task, found in episodes:
+        by_task.setdefault(task, []).append(found)
+    per_task = {task: _means(group) for task, group in by_task.items()}
+    counts = [(len(g), round(sum(f["success"] for f in g))) for g in by_task.values()]
+    ks = range(1, min(number for number, _ in counts) + 1)
+    return Evaluation(
+        **{"turns_of_successes": None, **_means(list(per_task.values()))},  # type: ignore[arg-type]
+        pass_any={k: 1 - _mean([_share(n - c, n, k) for n, c in counts]) for k in ks},
+        pass_all={k: _mean([_share(c, n, k) for n, c in counts]) for k in ks},
+        per_task=per_task,
+    )
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each key over the rows that have it."""
+    return {key: _mean([row[key] for row in rows if key in row]) for row in rows for key in row}
+
+
+def _share(of: int, number: int, k: int) -> float:
+    """The chance that k draws from `number` trials without putting back are all among `of`."""
+    return comb(of, k) / comb(number, k)
 
 
 def dev_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
@@ -85,8 +125,27 @@ def _mean(values: Sequence[float]) -> float:
 # ---- does the teacher know better? ---------------------------------------------------------------
 
 
+SHOWN = 600
+"""Characters of a prompt that an `Answer` keeps."""
+
+
 class TeacherGate(Fault):
     """The hinted teacher does not act better than the student: training would teach nothing."""
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Answer:
+    """A turn that student and teacher answered again, as texts."""
+
+    saw: str
+    """The end of the prompt."""
+    acted: str
+    """What was done in the episode."""
+    hindsight: str
+    student: str
+    teacher: str
+    student_right: bool
+    teacher_right: bool
 
 
 @dataclass(kw_only=True, slots=True)
@@ -103,6 +162,14 @@ class Probe:
     teacher_right: float
     diagnosis_agreement: float
     """Share of turns on which reflector and environment agree whether there is a fault."""
+    success: float
+    """Of the episodes."""
+    well_formed: float
+    """Of all turns, those whose action could be read."""
+    share: float
+    """Of all turns, those that are trained with a hint, or at all where nothing is diagnosed."""
+    answers: list[Answer]
+    """Of the turns probed."""
 
     @property
     def lift(self) -> float:
@@ -110,9 +177,13 @@ class Probe:
 
     def __str__(self) -> str:
         return (
+            f"Before training {self.well_formed:.0%} of the actions can be read and "
+            f"{self.success:.0%} of the episodes succeed.\n"
             f"Teacher probe on {self.turns} turns: right actions {self.student_right:.0%} without "
             f"hindsight, {self.teacher_right:.0%} with it. The reflector finds fault where the "
-            f"environment does on {self.diagnosis_agreement:.0%} of turns."
+            f"environment does on {self.diagnosis_agreement:.0%} of turns.\n"
+            f"On {self.share:.0%} of the turns there is something to learn: if the student became "
+            f"its teacher, {self.share * self.lift:+.0%} of all actions would turn right."
         )
 
     def demand(self, lift: float | None) -> None:
@@ -208,12 +279,13 @@ def probe_teacher(
         seed: of the sampling.
     """
     faults: list[EnvironmentFault] = []  # an answer that cannot be judged is left out
-    chosen = [
+    trained = [
         sample
         for sample in samples
         if sample.distill_weight
         and (not (row := diagnoses[sample.trajectory]) or row[sample.turn].hint)
-    ][:max_turns]
+    ]
+    chosen = trained[:max_turns]
     sampling = Sampling(max_tokens=max_turn_tokens, seed=seed)
     plain = sampler.generate([sample.prompt_ids for sample in chosen], sampling)
     with weights.applied():
@@ -240,16 +312,27 @@ def probe_teacher(
         for trajectory, row in zip(trajectories, diagnoses, strict=True)
         for own, theirs in zip(row, judge(trajectory) if row else (), strict=False)
     ]
-    pairs = [
-        both
+    answers = [
+        Answer(
+            saw=renderer.decode(sample.prompt_ids)[-SHOWN:].strip(),
+            acted=trajectories[sample.trajectory].turns[sample.turn].action_text,
+            hindsight=renderer.decode(sample.privileged_ids).strip(),
+            student=renderer.decode(one.ids), teacher=renderer.decode(other.ids),
+            student_right=both[0] == 1, teacher_right=both[1] == 1,
+        )
         for sample, one, other in zip(chosen, plain, hinted, strict=True)
         if len(both := right(sample, one.ids) + right(sample, other.ids)) == 2
-    ]
-    if faults and not pairs:
+    ]  # fmt: skip
+    if faults and not answers:
         raise faults[0]
+    turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     return Probe(
-        turns=len(pairs),
-        student_right=_mean([student for student, _ in pairs]),
-        teacher_right=_mean([teacher for _, teacher in pairs]),
+        turns=len(answers),
+        student_right=_mean([float(answer.student_right) for answer in answers]),
+        teacher_right=_mean([float(answer.teacher_right) for answer in answers]),
         diagnosis_agreement=_mean(agreed),
+        success=_mean([float(trajectory.success) for trajectory in trajectories]),
+        well_formed=_mean([float(turn.parse_ok) for turn in turns]),
+        share=len(trained) / max(1, len(turns)),
+        answers=answers,
     )

@@ -11,7 +11,7 @@ micro-batches only add up.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,18 +50,20 @@ class LossOutput:
     """[] of each term of `TERMS` that there is, without gradient; their sum is the loss."""
 
 
-def weigh(samples: Sequence[Sample], config: LossConfig) -> list[Weighted]:
+def weigh(
+    samples: Sequence[Sample], config: LossConfig, total: Callable[[float], float] = float
+) -> list[Weighted]:
     """The samples of a minibatch, one optimiser step, with their tokens' coefficients.
 
     Those that no term of the loss trains are left out, after they counted in the denominators.
+    `total` adds up a denominator over the processes that share the minibatch; each of them calls
+    it four times.
     """
-    if not samples:
-        return []
     skip = int(config.skip_first_token)
-    distill = _coefficients(samples, [s.distill_weight for s in samples], config, skip)
-    pg = _coefficients(samples, [s.pg_weight for s in samples], config, 0)
-    observed = sum(sample.num_observed for sample in samples)
-    acted = sum(len(sample.action_ids) for sample in samples)
+    distill = _coefficients(samples, [s.distill_weight for s in samples], config, skip, total)
+    pg = _coefficients(samples, [s.pg_weight for s in samples], config, 0, total)
+    observed = total(sum(sample.num_observed for sample in samples))
+    acted = total(sum(len(sample.action_ids) for sample in samples))
     weighted = [
         Weighted(
             sample=sample, distill=d, pg=p,
@@ -74,21 +76,26 @@ def weigh(samples: Sequence[Sample], config: LossConfig) -> list[Weighted]:
 
 
 def _coefficients(
-    samples: Sequence[Sample], turn_weights: Sequence[float], config: LossConfig, skip: int
-) -> Sequence[Tensor]:
+    samples: Sequence[Sample], turn_weights: Sequence[float], config: LossConfig, skip: int,
+    total: Callable[[float], float],
+) -> Sequence[Tensor]:  # fmt: skip
     """Coefficients [len(action_ids)] of each sample's tokens, 0 for the `skip` first ones."""
     lengths = [len(sample.action_ids) for sample in samples]
-    trajectories = torch.tensor([sample.trajectory for sample in samples])
+    trajectories = torch.tensor([sample.trajectory for sample in samples], dtype=torch.long)
     # Numbered anew: ids must be smaller than the number of tokens, and a minibatch may hold few.
     trajectory_ids = trajectories.unique(return_inverse=True)[1]
-    per_turn = torch.tensor(lengths)
-    return token_coefficients(
-        torch.tensor([float(i >= skip) for length in lengths for i in range(length)]),
+    per_turn = torch.tensor(lengths, dtype=torch.long)
+    counted = [float(i >= skip) for length in lengths for i in range(length)]
+    summands = token_coefficients(
+        torch.tensor(counted, dtype=torch.float64),
         turn_ids=torch.arange(len(samples)).repeat_interleave(per_turn),
         turn_weights=torch.tensor(turn_weights),
         trajectory_ids=trajectory_ids.repeat_interleave(per_turn),
         loss_aggregation=config.loss_aggregation,
-    ).split(lengths)
+        num_items=1,
+    )
+    whole = total(float(summands.sum()))
+    return (summands / whole if whole else summands).float().split(lengths)
 
 
 def compute_loss(

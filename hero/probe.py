@@ -15,7 +15,7 @@ from hero.checks import from_dict
 from hero.config import TrainConfig
 from hero.envs.base import Environment, HasDiagnosis
 from hero.episodes import gold_episodes, rewarded
-from hero.evaluation import agreement, probe_teacher
+from hero.evaluation import Answer, agreement, probe_teacher
 from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.recipes import merge
@@ -40,6 +40,8 @@ CONTEXTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What teachers are shown: settings on top of the run's. The last three are controls."""
 CONTROLS = ("shuffled", "unrelated", "empty")
+EXAMPLES = 3
+"""Turns of each context that the page shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,14 @@ class Gap:
     """Of all turns, those that are trained."""
     student_right: float
     teacher_right: float
+    answers: tuple[Answer, ...] = ()
+    """Some of the turns probed, first those where hindsight made a difference."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What is written to files."""
+        names = ("turns", "share", "student_right", "teacher_right", "gap")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def lift(self) -> float:
@@ -109,7 +119,12 @@ def measure(
         turns=found.turns,
         share=sum(bool(sample.distill_weight) for sample in samples) / max(1, turns),
         student_right=found.student_right, teacher_right=found.teacher_right,
+        answers=tuple(sorted(found.answers, key=_as_before)[:EXAMPLES]),
     ), reflections  # fmt: skip
+
+
+def _as_before(answer: Answer) -> bool:
+    return answer.student_right == answer.teacher_right
 
 
 def contexts(

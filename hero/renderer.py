@@ -13,7 +13,7 @@ spliced in before `close` without touching a token of the student's own context.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -30,6 +30,9 @@ class Renderer:
     Raises:
         ValueError: the tokenizer has no chat template, or one that cannot be taken apart.
     """
+
+    template_options: Mapping[str, Any] = {"enable_thinking": False}
+    """Keywords of `apply_chat_template`."""
 
     def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -165,8 +168,8 @@ class Renderer:
     ) -> tuple[str, str]:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False,
-                tools=list(tools) or None,
+                messages, tokenize=False, add_generation_prompt=True, tools=list(tools) or None,
+                **self.template_options,
             )  # fmt: skip
         except Exception as error:  # templates raise jinja2 errors of their own wording
             raise ValueError(

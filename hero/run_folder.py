@@ -164,6 +164,13 @@ class RunFolder:
         return before
 
 
+def played_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """How the settings of a run have its test tasks played, named as `hero eval` names them."""
+    found = {name: saved[name] for name in ("env", "rollout", "seed")}
+    found |= {name: saved["eval"][name] for name in ("temperature", "trials")}
+    return found | {name: saved["model"][name] for name in ("device", "dtype")}
+
+
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted name; the options of an environment stay together."""
     found: dict[str, Any] = {}

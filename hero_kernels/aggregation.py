@@ -151,6 +151,10 @@ class Weighting(NamedTuple):
             num_rows: N.
             like: tensor whose device the result is on; fp64 makes the result fp64, else it is fp32.
         """
+        wide = torch.promote_types(like.dtype, torch.float32)
+        given = [value for value in (*self[:4], self.num_items) if value is not None]
+        if self.reduction == Reduction.MEAN and not given:
+            return torch.full((num_rows,), 1 / max(num_rows, 1), dtype=wide, device=like.device)
         if self.token_weights is None:
             weights = torch.ones(num_rows, dtype=torch.float64, device=like.device)
         else:
@@ -173,7 +177,7 @@ class Weighting(NamedTuple):
             elif self.num_items is not None:  # filled on the device: a copy would wait for it
                 total = total.new_full((), float(self.num_items), dtype=torch.float64)
             result = _divide(result, total)
-        return result.to(torch.promote_types(like.dtype, torch.float32))
+        return result.to(wide)
 
     def turn_means(self, values: Tensor, row_weights: Tensor) -> Tensor:
         """[K] weighted mean of values [N] over the tokens of each turn that count, 0 without any.

@@ -1,8 +1,11 @@
 """The custom op around the loop over tiles, its fake and its gradient.
 
 To autograd and to `torch.compile` the loop is one opaque operation of 13 tensors, five numbers in
-one list and one string, everything else that a call is. (Each argument of a custom op costs about 8
-us a call; numbers stay numbers because torch.compile cannot turn a symbol into text.)
+one list and one string, everything else that a call is. (Each argument of an op costs time in each
+call; numbers stay numbers because torch.compile cannot turn a symbol into text.)
+
+The op is registered with the dispatcher as `torch.library.custom_op` would do it, less what that
+does in each call: filling in defaults of 15 arguments that have none takes a sixth of a small call.
 
 Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them,
 out of place, by the one upstream number. For a loss per row, and where columns are split, the
@@ -63,8 +66,13 @@ def _schema() -> str:
     return f"({arguments}) -> ({', '.join(['Tensor'] * 6)})"
 
 
-@torch.library.custom_op("hero_kernels::linear_divergence", mutates_args=(), schema=_schema())
-def linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+_LIBRARY = torch.library.Library("hero_kernels", "FRAGMENT")
+_LIBRARY.define("linear_divergence" + _schema(), tags=(torch.Tag.pt2_compliant_tag,))
+linear_divergence = torch.ops.hero_kernels.linear_divergence.default
+
+
+@torch.library.impl(_LIBRARY, "linear_divergence", "CompositeExplicitAutograd")
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, statistics and gradients; arguments as in `Inputs`.
 
     Returns:
@@ -94,8 +102,8 @@ def linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     return loss, result.stats, d_hidden, d_weight, d_bias, saved
 
 
-@linear_divergence.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.register_fake("hero_kernels::linear_divergence", lib=_LIBRARY)
+def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = Inputs(*arguments)
     call = decoded_call(inputs.call)
     num_rows = inputs.student_hidden.shape[0]
@@ -115,41 +123,66 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return loss, stats, hidden, weight, bias, saved
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    given = Inputs(*inputs)
-    call = decoded_call(given.call)
-    ctx.call, ctx.numbers = given.call, given.numbers
-    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given[:3]]
-    ctx.recomputes = call.per_row or call.tile_columns > 0
-    if ctx.recomputes:
-        saved = output[5] if call.tile_columns else None
-        ctx.save_for_backward(*given[:12], saved)
-    else:
-        ctx.save_for_backward(*output[2:5])
+class _LinearDivergence(torch.autograd.Function):
+    """The op for tensors of which some require grad."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+        output = _below_autograd(keys, *arguments)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        given = Inputs(*arguments)
+        call = decoded_call(given.call)
+        ctx.call, ctx.numbers = given.call, given.numbers
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in given[:3]]
+        ctx.recomputes = call.per_row or call.tile_columns > 0
+        if ctx.recomputes:
+            saved = output[5] if call.tile_columns else None
+            ctx.save_for_backward(*given[:12], saved)
+        else:
+            ctx.save_for_backward(*output[2:5])
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[1:4]
+        constants = (None,) * (len(Inputs._fields) - 3)
+        if upstream is None:
+            return (None, None, None, None, *constants)
+        first_order("fused_linear_divergence")
+        if ctx.recomputes:
+            call = decoded_call(ctx.call).with_needs(needed)
+            text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
+            inputs = Inputs._make((*ctx.saved_tensors, ctx.numbers, text))
+            # A masked row stays masked, whatever gradient arrives for it.
+            weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)
+            grads = linear_divergence(*inputs._replace(row_weights=weights))[2:5]
+        else:
+            grads = [grad * upstream for grad in ctx.saved_tensors]
+        wanted = (
+            grad.to(dtype) if need else None
+            for grad, dtype, need in zip(grads, ctx.dtypes, needed, strict=True)
+        )
+        return (None, *wanted, *constants)
 
 
-def _backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:3]
-    constants = (None,) * (len(Inputs._fields) - 3)
-    if upstream is None:
-        return (None, None, None, *constants)
-    first_order("fused_linear_divergence")
-    if ctx.recomputes:
-        call = decoded_call(ctx.call).with_needs(needed)
-        text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)
-        inputs = Inputs._make((*ctx.saved_tensors, ctx.numbers, text))
-        # A masked row stays masked, whatever gradient arrives for it.
-        weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)
-        grads = linear_divergence(*inputs._replace(row_weights=weights))[2:5]
-    else:
-        grads = [grad * upstream for grad in ctx.saved_tensors]
-    wanted = (
-        grad.to(dtype) if need else None
-        for grad, dtype, need in zip(grads, ctx.dtypes, needed, strict=True)
-    )
-    return (*wanted, *constants)
+def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+    """The op by those of its dispatch keys that come after autograd's."""
+    with torch._C._AutoDispatchBelowAutograd():
+        keys = keys & torch._C._after_autograd_keyset
+        output: tuple[Tensor, ...] = linear_divergence.redispatch(keys, *arguments)
+        return output
+
+
+def _autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
+    trained = [tensor for tensor in arguments[:3] if tensor is not None and tensor.requires_grad]
+    if trained and torch.is_grad_enabled():
+        output: tuple[Tensor, ...] = _LinearDivergence.apply(keys, *arguments)
+        return output
+    return _below_autograd(keys, *arguments)
+
+
+_LIBRARY.impl("linear_divergence", _autograd, "Autograd", with_keyset=True)
 
 
 def first_order(function: str) -> None:
@@ -159,6 +192,3 @@ def first_order(function: str) -> None:
             f"{function} has no second-order gradients, which create_graph=True asks for: leave it "
             "out, or compute the loss by hero_kernels.reference, which is differentiable twice."
         )
-
-
-linear_divergence.register_autograd(_backward, setup_context=_setup_context)

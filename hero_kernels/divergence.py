@@ -165,19 +165,19 @@ def active_rows(row_weights: Tensor, bound: int) -> tuple[Tensor | None, Tensor 
     Raises:
         ValueError: more rows are active than `bound`, on CPU.
     """
-    active = row_weights != 0
     if not row_weights.is_cuda:
-        if not bound and bool(active.all()):
+        if not bound and bool(row_weights.all()):
             return None, None
-        kept = active.nonzero()[:, 0]
+        kept = row_weights.nonzero()[:, 0]
         if bound and len(kept) > bound:
             raise ValueError(
                 f"{len(kept)} rows have a non-zero weight, more than max_active_rows={bound}: "
                 "raise the bound or leave it None."
             )
-        return (None if len(kept) == len(active) else kept), None
-    if not bound or bound >= len(active):
+        return (None if len(kept) == len(row_weights) else kept), None
+    if not bound or bound >= len(row_weights):
         return None, None
+    active = row_weights != 0
     first = torch.argsort(active, descending=True, stable=True)[:bound]
     return first.sort().values, active.sum() > bound
 

@@ -244,6 +244,8 @@ def weighted_rows(
     weighting = weighting.flat()
     num_rows = tensor.shape[:-1].numel()
     weights = weighting.coefficients(num_rows, tensor)
+    if not [tensor for tensor in given[1:] if tensor is not None]:
+        return weighting, RowTensors(weights)
     active = weights != 0
     readable = checks.values_readable(tensor, validate)
     if target_ids is not None:

@@ -13,7 +13,8 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from hero.checks import elsewhere, from_dict
 from hero.commands.base import Command
-from hero.commands.play import Eval, Play, Rollout
+from hero.commands.evaluate import Compare, Eval
+from hero.commands.play import Play, Rollout
 from hero.commands.probe import Probe
 from hero.commands.study import Study
 from hero.commands.tools import Doctor, Merge, Model, Recipes, View
@@ -27,6 +28,7 @@ AnyCommand = (
     Annotated[Train, subcommand("train")]
     | Annotated[Sft, subcommand("sft")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Compare, subcommand("compare")]
     | Annotated[Rollout, subcommand("rollout")]
     | Annotated[Probe, subcommand("probe")]
     | Annotated[Study, subcommand("study")]

@@ -1,13 +1,12 @@
-"""`hero eval` and `hero rollout`."""
+"""Playing a model without training it; `hero rollout`."""
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -17,9 +16,11 @@ from hero.commands.base import Command, make_importable, prepare_torch, saved_se
 from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, RolloutConfig, Settings
 from hero.files import write_atomic
 from hero.report.console import Console
+from hero.run_folder import played_settings
 from hero.types import Trajectory, to_json
 
 if TYPE_CHECKING:  # it loads torch
+    from hero.evaluated import EvalFolder
     from hero.policy import Policy
 
 
@@ -47,35 +48,36 @@ class PlayConfig(Settings):
 class Play(Command):
     """Base of the commands that play a model without training it."""
 
-    model: Annotated[str, Positional, arg(metavar="MODEL")]
-    """Folder or hub id of a model, or the folder of a run: its best model, in its environment."""
     recipe: str = ""
     """Recipe that says which environment to play, and with which caps."""
-    output: str = ""
-    """File for the results; "" prints only."""
     settings: Annotated[PlayConfig, arg(name="")] = field(default_factory=PlayConfig)
 
-    def __post_init__(self) -> None:
-        self.facts: dict[str, str] = {}
+    def models(self) -> list[str]:
+        """Folders or hub ids of models, or folders of runs, as they were given."""
+        raise NotImplementedError
 
     def with_defaults(self) -> Play:
-        run = Path(self.model)
-        if (run / "config.json").is_file() and (run / "best").is_dir():
-            saved = saved_settings(run)
-            data = {name: saved[name] for name in ("env", "rollout", "seed")}
-            data |= {name: saved["eval"][name] for name in ("temperature", "trials")}
-            data |= {name: saved["model"][name] for name in ("device", "dtype")}
-            data |= {"tasks": saved["eval"]["test_tasks"] or PlayConfig.tasks}
-        else:
-            data = {}
+        """With the settings of the first run among the models: all play in one world."""
+        data: dict[str, Any] = {}
+        for run in map(Path, self.models()):
+            if (run / "config.json").is_file() and (run / "best").is_dir():
+                saved = saved_settings(run)
+                data = played_settings(saved)
+                data |= {"tasks": saved["eval"]["test_tasks"] or PlayConfig.tasks}
+                break
         if self.recipe:
             recipe = recipes.load_recipe(self.recipe)
             data |= {name: recipe[name] for name in ("env", "rollout") if name in recipe}
         return replace(self, settings=from_dict(data, PlayConfig))
 
-    def _played(self) -> list[Trajectory]:
-        """The episodes: `trials` of each task."""
-        config = self.settings
+    def played(
+        self, model: str, kept: EvalFolder | None = None
+    ) -> tuple[list[Trajectory], dict[str, str]]:
+        """The episodes of a model, `trials` of each task, and the facts of the environment.
+
+        Those that are `kept` already are not played; the others are added to it.
+        """
+        config, console = self.settings, Console()
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
@@ -88,68 +90,63 @@ class Play(Command):
         from hero.worked import worked_episodes
 
         prepare_torch(None, self.debug)
-        Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
-        policy = self._policy()
+        policy = self.policy(model)
         size = config.rollout.batch_size
         make = partial(make_env, config.env.name, **config.env.options)
         env, timeout = make(), config.rollout.step_timeout
-        self.facts = facts(env)
-        for name, value in self.facts.items():
-            Console().say(f"{name.replace('_', ' ')}: {value}")
+        for name, value in (of_world := facts(env)).items():
+            console.say(f"{name.replace('_', ' ')}: {value}")
         train, number = tasks(env, "train"), config.env.demonstrations
-        most = config.rollout.max_turns
-        shown, others = worked_episodes(env, train, number, most, policy.renderer)
+        most, renderer = config.rollout.max_turns, policy.renderer
+        shown, others = worked_episodes(env, train, number, most, renderer)
         chosen = others if config.split == "train" else tasks(env, config.split)
+        episodes = trials(chosen[: config.tasks], config.trials)
+        if kept:
+            episodes = [episode for episode in episodes if episode.id not in kept.done]
         workers = open_workers(config.env.workers, make, env, size, timeout)
-        with closing(workers), Console().counting("playing") as count:
-            return rollout(
-                trials(chosen[: config.tasks], config.trials), envs=workers,
-                sampler=HFSampler(policy, size),
-                renderer=policy.renderer, config=config.rollout, count=count,
+        with closing(workers), console.counting(model) as count:
+            found = rollout(
+                episodes, envs=workers, sampler=HFSampler(policy, size),
+                renderer=renderer, config=config.rollout, count=count,
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
                 temperature=config.temperature, shown=shown,
+                ended=partial(kept.add, pieces=renderer.pieces) if kept else lambda episode: None,
             )  # fmt: skip
+        return found, of_world
 
-    def _policy(self) -> Policy:
+    def policy(self, model: str) -> Policy:
         from hero.policy import Policy
 
-        config = self.settings
-        folders = [Path(self.model) / name for name in ("selected", "best")]
-        path = next((str(folder) for folder in folders if folder.is_dir()), self.model)
+        config, path = self.settings, str(weights_of(model))
         return Policy.load(ModelConfig(path=path, device=config.device, dtype=config.dtype))
 
 
-@dataclass(kw_only=True)
-class Eval(Play):
-    """Success, score and turns of a model on held-out tasks.
-
-    For a run: its own test tasks with its own settings, so that the figures are those of its
-    summary. The interval is a bootstrap over tasks.
-    """
-
-    def run(self) -> None:
-        trajectories = self._played()
-
-        from hero.evaluation import summarise
-        from hero.report.comparison import bootstrap_interval
-
-        result, config = summarise(trajectories), self.settings
-        low, high = bootstrap_interval([task["success"] for task in result.per_task.values()])
-        Console().say(
-            f"{self.model} on {len(result.per_task)} {config.split} tasks x {config.trials}: "
-            f"success {result.success:.1%} (95 % interval {low:.1%} to {high:.1%}), "
-            f"score {result.score:.3f}, average turns {result.turns:.1f}"
-        )
-        if self.output:
-            write_atomic(Path(self.output), json.dumps(result.to_dict() | self.facts, indent=1))
+def weights_of(model: str) -> Path:
+    """Where the weights of a model are: those that a run has selected, or its best ones."""
+    folders = [Path(model) / name for name in ("selected", "best")]
+    return next((folder for folder in folders if folder.is_dir()), Path(model))
 
 
 @dataclass(kw_only=True)
-class Rollout(Play):
+class PlayOne(Play):
+    """Base of the commands that play one model."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """Folder or hub id of a model, or the folder of a run: its best model, in its environment."""
+    output: str = ""
+    """File for the results; "" prints only."""
+
+    def models(self) -> list[str]:
+        return [self.model]
+
+
+@dataclass(kw_only=True)
+class Rollout(PlayOne):
     """Play episodes of a model and print them, or write them as JSON lines."""
 
     def run(self) -> None:
-        trajectories, console = self._played(), Console()
+        Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
+        (trajectories, _), console = self.played(self.model), Console()
         if self.output:
             write_atomic(Path(self.output), "".join(to_json(t) + "\n" for t in trajectories))
             console.say(f"{len(trajectories)} trajectories: {self.output}")

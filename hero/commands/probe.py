@@ -11,7 +11,7 @@ from tyro.conf import arg
 
 from hero import recipes
 from hero.checks import from_dict
-from hero.commands.play import Play, PlayConfig
+from hero.commands.play import PlayConfig, PlayOne
 from hero.config import Count, PromptStyle
 from hero.files import write_atomic
 from hero.report.console import Console
@@ -33,7 +33,7 @@ class ProbeConfig(PlayConfig):
 
 
 @dataclass(kw_only=True)
-class Probe(Play):
+class Probe(PlayOne):
     """Before training: can this model learn here, and from what? Minutes, nothing is trained."""
 
     study: str = ""
@@ -50,11 +50,12 @@ class Probe(Play):
 
     def run(self) -> None:
         config = self.settings
-        from hero.report.probe import report
+        from hero.report.probe import page, report
+        from hero.study.page import write_page
 
-        trajectories = self._played()
+        trajectories, _ = self.played(self.model)
         of_tasks = replace(config, tasks=config.group_tasks, trials=8)
-        grouped = replace(self, settings=of_tasks)._played()
+        grouped, _ = replace(self, settings=of_tasks).played(self.model)
         gaps, reflecting = self._contexts(trajectories)
         line = None
         if self.study:
@@ -65,6 +66,9 @@ class Probe(Play):
         Console().say(text)
         if self.output:
             write_atomic(Path(self.output), json.dumps(figures, indent=1))
+            beside = Path(self.output).with_suffix(".html")
+            write_page("\n".join(page(text, gaps)), None, beside, f"hero probe {self.model}")
+            Console().say(f"Figures: {self.output}. Page with examples: {beside}.")
 
     def _contexts(self, trajectories: list[Trajectory]) -> Any:
         from hero.envs.base import make_env
@@ -76,4 +80,6 @@ class Probe(Play):
         own = {name: asdict(getattr(config, name)) for name in ("env", "rollout")}
         data = recipes.merge(basis, own | {"prompts": config.prompts})
         env = make_env(config.env.name, **config.env.options)
-        return contexts(self._policy(), data, env, trajectories, derive_seed(config.seed, 9))
+        return contexts(
+            self.policy(self.model), data, env, trajectories, derive_seed(config.seed, 9)
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -157,28 +157,34 @@ class Console:
         Raises:
             ValueError: the two evaluations were not made on the same tasks.
         """
-        table = Table(
-            title="Held-out tasks, before and after training",
-            title_justify="left",
-            box=box.ROUNDED if self.terminal else box.ASCII,
-            caption="95 % interval: bootstrap over tasks of the paired difference",
-            caption_justify="left",
-        )
-        table.add_column("")
-        for label in ("before", "after", "difference", "95 % interval"):
-            table.add_column(label, justify="right")
-        if last:
-            table.add_column("last weights", justify="right")
+        rows = []
         for row, unselected in zip(
             compare(before, after), compare(before, last or after), strict=True
         ):
-            low_high = [f"{end:+.{row.digits}f}" for end in row.interval or ()]
-            table.add_row(
-                row.label,
-                f"{row.before:.{row.digits}f}",
-                f"{row.after:.{row.digits}f}",
-                f"{row.difference:+.{row.digits}f}",
-                f"[{', '.join(low_high)}]" if low_high else "-",
-                *([f"{unselected.after:.{row.digits}f}"] if last else []),
-            )
+            cells = [row.label, f"{row.before:.{row.digits}f}", f"{row.after:.{row.digits}f}"]
+            cells += [f"{row.difference:+.{row.digits}f}", signed(row.interval, row.digits)]
+            rows.append(cells + ([f"{unselected.after:.{row.digits}f}"] if last else []))
+        self.table(
+            "Held-out tasks, before and after training",
+            ["", "before", "after", "difference", "95 % interval", *["last weights"][: bool(last)]],
+            rows, "95 % interval: bootstrap over tasks of the paired difference",
+        )  # fmt: skip
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str = ""
+    ) -> None:
+        """A table whose first column names the rows."""
+        table = Table(
+            title=harmless(title), title_justify="left", caption=caption, caption_justify="left",
+            box=box.ROUNDED if self.terminal else box.ASCII,
+        )  # fmt: skip
+        for i, label in enumerate(columns):
+            table.add_column(harmless(label), justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(harmless, row))
         self._rich.print(table)
+
+
+def signed(interval: tuple[float, float] | None, digits: int) -> str:
+    """An interval of a difference, "-" if there is none."""
+    return f"[{', '.join(f'{end:+.{digits}f}' for end in interval)}]" if interval else "-"

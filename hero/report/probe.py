@@ -1,10 +1,9 @@
-"""What `hero probe` prints: one table and what it says in words."""
+"""What `hero probe` prints, one table and what it says in words, and its page with examples."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hero.report.comparison import bootstrap_interval
@@ -60,9 +59,26 @@ def report(
     figures = {
         "model": model, "well_formed": well_formed, "success": success, "interval": [low, high],
         "silent_groups": silent, "reflecting": dict(reflecting), "advice": said,
-        "gaps": {name: asdict(gap) | {"gap": gap.gap} for name, gap in gaps.items()},
+        "gaps": {name: gap.figures for name, gap in gaps.items()},
     }  # fmt: skip
     return "\n".join([*lines, "", *said]), figures
+
+
+def page(text: str, gaps: Mapping[str, Gap]) -> Iterator[str]:
+    """Lines of Markdown: what was printed, then turns that were answered again in each context."""
+    yield from (f"    {line}" if line.startswith("  ") else line for line in text.splitlines())
+    for name, gap in gaps.items():
+        yield f"## Examples: {name}"
+        for answer in gap.answers:
+            right = {True: "right", False: "wrong"}
+            for what, said in (
+                ("The agent saw", answer.saw), ("It did", answer.acted),
+                ("The teacher reads besides", answer.hindsight),
+                (f"Asked again, without it ({right[answer.student_right]})", answer.student),
+                (f"With it ({right[answer.teacher_right]})", answer.teacher),
+            ):  # fmt: skip
+                yield f"**{what}:** {' '.join(said.split()) or 'nothing'}"
+            yield "---"
 
 
 def silent_groups(episodes: Sequence[Trajectory], reward: str) -> float:

@@ -49,10 +49,10 @@ class Tracker:
         self._dashboard = _open_dashboard(report_to, run_dir, config, resume_at)
         run_dir.mkdir(parents=True, exist_ok=True)
         last = math.inf if resume_at is None else resume_at
-        _repair(run_dir / METRICS, lambda line: line["step"] <= last)
+        repair(run_dir / METRICS, lambda line: line["step"] <= last)
         # A run that goes on has not come to its end: what was played there is played again.
         ended = "after" if resume_at is not None else ""
-        _repair(
+        repair(
             run_dir / TRAJECTORIES,
             lambda record: record["update"] <= last and record["split"] != ended,
         )
@@ -61,14 +61,14 @@ class Tracker:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line; `step` is the number of the update, 0 what was measured before any."""
-        self._metrics.write(_json_line({"step": step, **metrics}))
+        self._metrics.write(json_line({"step": step, **metrics}))
         self._metrics.flush()
         if self._dashboard is not None:
             self._dashboard.log(step, metrics)
 
     def log_trajectories(self, records: Sequence[dict[str, Any]]) -> None:
         """Append records made by `trajectory_record`."""
-        self._trajectories.write(b"".join(map(_json_line, records)))
+        self._trajectories.write(b"".join(map(json_line, records)))
         self._trajectories.flush()
 
     def close(self) -> None:
@@ -195,16 +195,17 @@ def finite_or_null(value: Any) -> Any:
     return value
 
 
-def _json_line(record: Mapping[str, Any]) -> bytes:
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of a file."""
     text = json.dumps(finite_or_null(record), ensure_ascii=False, allow_nan=False)
     # Agents can produce lone surrogates; their backslash form is the JSON escape for them.
     return text.encode("utf-8", errors="backslashreplace") + b"\n"
 
 
-def _repair(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+def repair(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave the complete lines that `keep` wants."""
     if path.is_file():
-        write_atomic(path, b"".join(_json_line(line) for line in read_jsonl(path) if keep(line)))
+        write_atomic(path, b"".join(json_line(line) for line in read_jsonl(path) if keep(line)))
 
 
 class _Dashboard(Protocol):

@@ -90,14 +90,14 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
     algorithm = MODES.get(config.get("mode", ""), Algorithm)
     shown = _select(records, MAX_TRAJECTORIES)
     try:
-        trajectories = [_trajectory_view(record, algorithm) for record in shown]
+        trajectories = [trajectory_view(record, algorithm) for record in shown]
     except KeyError as error:
         raise ValueError(
             f"{run_dir / TRAJECTORIES}: a trajectory lacks the field {error}."
         ) from error
 
     turns = [turn for item in trajectories for turn in item["turns"]]
-    page = _templates().get_template("report.html.j2")
+    page = templates().get_template("report.html.j2")
     html = page.render(
         title=summary.get("recipe") or run_dir.resolve().name,
         facts=_facts(run_dir, config, summary, metrics),
@@ -123,7 +123,7 @@ def render(run_dir: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _templates() -> Environment:
+def templates() -> Environment:
     return Environment(
         loader=PackageLoader("hero.report"),
         autoescape=True,
@@ -225,7 +225,7 @@ def _select(records: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     return [record for _, _, record in sorted(kept, key=lambda item: item[1])]
 
 
-def _trajectory_view(record: dict[str, Any], algorithm: type[Algorithm]) -> dict[str, Any]:
+def trajectory_view(record: dict[str, Any], algorithm: type[Algorithm]) -> dict[str, Any]:
     """What the template needs of one trajectory record."""
     turns = [_turn_view(turn, record["split"], algorithm) for turn in record["turns"]]
     return {

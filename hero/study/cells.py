@@ -168,8 +168,6 @@ def gap(
     path = folder / "gaps" / start / f"{arm}.json"
     if path.is_file():
         return
-    from dataclasses import asdict
-
     from hero.api import rollout
     from hero.config import ModelConfig
     from hero.envs import border
@@ -192,7 +190,7 @@ def gap(
     )
     found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * tasks)
     path.parent.mkdir(parents=True, exist_ok=True)
-    row = asdict(found) | {"gap": found.gap} if found else {}
+    row = found.figures if found else {}
     write_atomic(path, json.dumps({"start": start, "arm": arm} | row))
 
 

@@ -13,7 +13,7 @@ from hero.files import write_atomic
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.25rem .6rem;
-text-align:left}th{background:#f3f3f3}img{max-width:100%}"""
+text-align:left}th{background:#f3f3f3}img{max-width:100%}pre{margin:0}"""
 
 
 def write_page(text: str, image: Path | None, path: Path, title: str = "hero study") -> None:
@@ -38,7 +38,11 @@ def _blocks(lines: list[str]) -> Iterator[Markup]:
         if table:
             yield _table(table)
             table = []
-        if line.startswith("#"):
+        if line.startswith("    "):
+            yield Markup("<pre>{}</pre>").format(line[4:])
+        elif line == "---":
+            yield Markup("<hr>")
+        elif line.startswith("#"):
             level = len(line) - len(line.lstrip("#"))
             yield Markup("<h{}>{}</h{}>").format(level, _inline(line.lstrip("# ")), level)
         elif line:

@@ -28,7 +28,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-COMMANDS = ("train", "sft", "eval", "rollout", "view", "model", "recipes", "doctor")
+COMMANDS = ("train", "sft", "eval", "compare", "rollout", "view", "model", "recipes", "doctor")
 
 
 def hero(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -145,6 +145,8 @@ def test_sft_recipes_are_valid() -> None:
         (["train", "quickstart", "--updates", "0"], "updates must be greater than 0, got 0"),
         (["sft", "--steps", "0"], "steps must be greater than 0, got 0"),
         (["sft", "tiny-shop", "--batch-size", "0"], "batch_size must be greater than 0, got 0"),
+        (["eval"], "Name each model once, and at least one; got none"),
+        (["eval", "a", "a"], "Name each model once"),
         (["eval", "tiny-shop", "--tasks", "0"], "tasks must be greater than 0, got 0"),
         (["train", "--resume", "auto"], "--resume auto needs --output-dir"),
         (["train", "quickstart", "--resume", "x"], "leave the recipe 'quickstart' out"),
@@ -168,7 +170,7 @@ def test_mistakes_get_one_message_and_exit_code_1(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["eval"], "Missing from hero eval"),
+        (["rollout"], "Missing from hero rollout"),
         (["train", "--updates", "many"], "Error parsing --updates"),
         (["train", "--env.options", "profile"], "expected pairs of KEY and VALUE, got profile"),
         (["train", "--num-generations", "8"], "--num-generations is --rollout.group-size"),
@@ -270,12 +272,14 @@ def test_train_eval_rollout_view(
     assert "already holds a run" in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--updates", "2"]) == 0
     assert json.loads(Path("run/summary.json").read_text())["stopped"] == "all 2 updates done"
-    assert main(["eval", "run", "--output", "again.json"]) == 0  # the run's own test evaluation
+    assert main(["eval", "run", "--output", "again"]) == 0  # the run's own test evaluation
     assert "95 % interval" in capsys.readouterr().out
     summary = json.loads(Path("run/summary.json").read_text())
-    assert json.loads(Path("again.json").read_text()) == summary["after"]
-    assert main(["eval", "run", "--tasks", "3", "--output", "eval.json"]) == 0
-    assert len(json.loads(Path("eval.json").read_text())["per_task"]) == 3
+    again = json.loads(Path("again/run/eval.json").read_text())
+    assert {name: again[name] for name in summary["after"]} == summary["after"]
+    assert main(["compare", "run", "again/run", "--output", "compared"]) == 0
+    rows = json.loads(Path("compared/compare.json").read_text())["rows"]
+    assert rows[0]["label"] == "success %" and all(row["difference"] == 0 for row in rows)
     assert main(["rollout", "run", "--tasks", "2", "--output", "r.jsonl"]) == 0
     assert len(Path("r.jsonl").read_text().splitlines()) == 2
     assert main(["view", "run", "--output", "v.html"]) == 0

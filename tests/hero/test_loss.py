@@ -14,7 +14,7 @@ from hero.config import (
     TeacherConfig,
 )
 from hero.learner import split
-from hero.loss import compute_loss, weigh
+from hero.loss import compute_loss
 from hero.policy import Policy
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Sample, Trajectory
@@ -185,36 +185,6 @@ def test_grpo_without_variance_does_nothing(
         trajectory.reward = 0.5
     samples = MODES["grpo"](context).annotate(experience)
     assert learner(fresh_policy, config("grpo")).learn(samples, seed=0).steps == 0
-
-
-def make_sample(trajectory: int, length: int, weight: float = 1.0) -> Sample:
-    return Sample(
-        trajectory=trajectory, turn=0, prompt_ids=[1], action_ids=[1] * length,
-        sampled_logprobs=[0.0] * length, distill_weight=weight,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("aggregation", "expected"),
-    [
-        ("token", [1 / 7, 1 / 7, 1 / 7]),
-        ("turn", [1 / 6, 1 / 3, 1 / 12]),
-        ("trajectory", [1 / 8, 1 / 4, 1 / 8]),
-    ],
-)
-def test_aggregations_by_hand(aggregation: str, expected: list[float]) -> None:
-    """Trajectory 7: turns of 2 and 1 tokens; trajectory 9: a turn of 4 tokens and a masked one."""
-    samples = [make_sample(7, 2), make_sample(7, 1), make_sample(9, 4), make_sample(9, 3, 0.0)]
-    loss = LossConfig(loss_aggregation=aggregation)  # type: ignore[arg-type]
-    weights = [item.distill for item in weigh(samples, loss)]
-    assert [w.tolist() for w in weights] == [
-        pytest.approx([w] * n) for w, n in zip(expected, [2, 1, 4], strict=True)
-    ]
-
-
-def test_skip_first_token() -> None:
-    [item] = weigh([make_sample(0, 3)], LossConfig(skip_first_token=True))
-    assert item.distill.tolist() == pytest.approx([0.0, 0.5, 0.5])
 
 
 def test_what_is_recorded_as_trained_had_a_gradient(

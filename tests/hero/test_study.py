@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import yaml
 from hero.cli import main
 from hero.commands.arguments import parse
 from hero.config import TrainConfig
+from hero.evaluation import Answer
 from hero.probe import Gap, advice
-from hero.report.probe import silent_groups
+from hero.report.probe import page, silent_groups
 from hero.state import State
 from hero.study import cells, runner
 from hero.study.claims import claims
 from hero.study.page import write_page
 from hero.study.plan import claim_folder, load_study
+from hero.study.plots import plot
 from hero.study.statistics import interval, line
 from hero.study.tables import report_lines
 from hero.types import Fault, Trajectory
@@ -213,6 +216,13 @@ def test_a_page_holds_texts_as_texts(tmp_path: Path) -> None:
     assert "<td><b>1</b></td><td>&lt;script&gt;</td>" in page and "<h1>A</h1>" in page
 
 
+def test_plots_are_drawn_where_matplotlib_is(study: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra bench")
+    rows = rows_of({"base": "01", "hero": "11", "grpo": "01"})
+    image = plot(study(), rows, tmp_path / "plot.png")
+    assert image is not None and image.read_bytes().startswith(b"\x89PNG")
+
+
 # ---- the probe -----------------------------------------------------------------------------------
 
 
@@ -239,6 +249,20 @@ def test_advice_compares_with_the_controls(gaps: dict[str, Gap], said: str) -> N
 def test_advice_asks_for_a_warm_start() -> None:
     assert "warm start" in " ".join(advice(0.0, 0.1, 1.0, {}))
     assert "too many" in advice(0.0, 1.0, 1.0, {})[-1]
+
+
+def test_the_page_shows_what_was_answered_again(tmp_path: Path) -> None:
+    answer = Answer(
+        saw="page | options", acted="buy", hindsight="| hint\nnot yet", student="buy",
+        teacher="<b>",
+        student_right=False, teacher_right=True,
+    )  # fmt: skip
+    gaps = {"rules": replace(a_gap(0.8), answers=(answer,))}
+    write_page("\n".join(page("model:\n  success 1%", gaps)), None, tmp_path / "p.html")
+    text = (tmp_path / "p.html").read_text()
+    assert "<pre>  success 1%</pre>" in text and "<h2>Examples: rules</h2>" in text
+    assert "<p><b>The teacher reads besides:</b> | hint not yet</p>" in text
+    assert "without it (wrong):</b> buy" in text and "With it (right):</b> &lt;b&gt;" in text
 
 
 def test_groups_without_signal(played: list[Trajectory]) -> None:

@@ -1,0 +1,328 @@
+"""HERO as a TRL trainer: in the place of `GRPOTrainer`, with the same arguments.
+
+    trainer = HeroTrainer(model=..., args=GRPOConfig(...), train_dataset=...,
+                          environment_factory=..., reward_funcs=...)
+
+Rollout with tools and environments, vLLM, PEFT, DeepSpeed, logging and checkpoints are TRL's. In
+the place of its policy gradient stands the divergence of each turn from a teacher that has seen
+what followed (docs/method.md): the reflector reads each finished episode, the algorithm says what
+the teacher of a turn is shown, and the loss is that of `hero train`.
+
+Of `GRPOConfig` the shape of the policy gradient (`loss_type`, `epsilon`, `scale_rewards`,
+`importance_sampling_level`, ...) has no meaning here, and advantages are only logged. Terms that
+would be added to its loss are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from hero.algorithms import MODES, Experience
+from hero.envs.base import Environment
+from hero.files import write_atomic
+from hero.integrations.trl_parts import (
+    Generated,
+    MethodConfig,
+    TrlPolicy,
+    TrlRenderer,
+    TrlSampler,
+    episodes,
+)
+from hero.loss import compute_loss, weigh
+from hero.packing import Weighted, micro_batches, pack, plan_rows
+from hero.prompts import make_prompts
+from hero.reflection import Reflections, Reflector, make_reflector
+from hero.teacher import TeacherContext, TeacherWeights
+from hero.types import Trajectory
+
+TEACHER = "hero_teacher.safetensors"
+"""In a checkpoint: the teacher's weights, where they are not the student's."""
+FOREIGN_TERMS = {
+    "beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0,
+    "off_policy_mask_threshold": None, "mask_truncated_completions": False,
+}  # fmt: skip
+"""Arguments of GRPOConfig that add to its loss or mask it, with the values that do neither."""
+
+
+class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
+    """`GRPOTrainer` with HERO's loss.
+
+    Args:
+        method: what is special about HERO; None for the defaults.
+        world: an environment of `hero.envs` for the same tasks, which tells the reflector its
+            rules and the words of its actions, and diagnoses for `reflection.reflector=rules`
+            (episodes bear the dataset's `task_id`). None: rules are the first prompt's system
+            message.
+        **arguments: of `GRPOTrainer`.
+
+    Raises:
+        ValueError: a model, an argument of GRPOConfig or a combination that HERO cannot train
+            with; with what to use.
+    """
+
+    args: Any
+    model: Any
+    chat_template_kwargs: Any
+
+    def __init__(
+        self, *arguments: Any, method: MethodConfig | None = None, world: Environment | None = None,
+        **named: Any,
+    ) -> None:  # fmt: skip
+        self.method, self.world = method or MethodConfig(), world
+        super().__init__(*arguments, **named)
+        self._check()
+        self.add_callback(_AfterStep(self))
+
+    def _check(self) -> None:
+        method, args = self.method, self.args
+        for name, neutral in FOREIGN_TERMS.items():
+            if getattr(args, name) != neutral:
+                raise ValueError(
+                    f"GRPOConfig.{name}={getattr(args, name)!r} changes GRPO's loss, which HERO "
+                    f"does not have: leave it at {neutral!r}. For a penalty on the distance from "
+                    "the start set MethodConfig.loss.kl_to_start."
+                )
+        attention = self.model.config._attn_implementation
+        wrong = {
+            "images are not supported: use a text model": self._is_vlm,
+            "the router's auxiliary loss is not added: set router_aux_loss_coef=0.0":
+                self.aux_loss_enabled,
+            "weights in shards cannot be exchanged for the teacher's: train with DDP, DeepSpeed "
+            "ZeRO 1 or 2, or LoRA, not FSDP or ZeRO 3":
+                self.is_fsdp_enabled or _zero_stage(self.accelerator) == 3,
+            "vLLM samples from the student's weights: set reflection.reflector to self, rules or "
+            "openai, not teacher": self.use_vllm and method.reflection.reflector == "teacher",
+            "reflection.reflector=rules and reflection.verify need world=, an environment of "
+            "hero.envs": self.world is None
+            and (method.reflection.reflector == "rules" or method.reflection.verify),
+            "processes whose engines work together have to reflect equally often: set "
+            "reflection.retries=0 and reflection.episodes='all'":
+                self.accelerator.num_processes > 1 and method.reflection.reflector != "rules"
+                and (method.reflection.retries > 0 or method.reflection.episodes != "all"),
+            f"teacher.packing=tree needs attn_implementation='sdpa' or 'eager', got {attention!r}: "
+            "load the model with one of them, or set teacher.packing='separate'":
+                method.teacher.packing == "tree" and attention not in ("sdpa", "eager"),
+        }  # fmt: skip
+        for what, is_so in wrong.items():
+            if is_so:
+                raise ValueError(f"HeroTrainer: {what}.")
+
+    # ---- the method, made when the model is where it is trained --------------------------------
+
+    @cached_property
+    def policy(self) -> TrlPolicy:
+        """The student, as hero's loss and teacher see it."""
+        options = self.chat_template_kwargs
+        policy = TrlPolicy(self, TrlRenderer(self._tokenizer, self.chat_template, options))
+        if self.method.teacher.packing == "tree":
+            policy.check_sees_all(policy.context)
+        return policy
+
+    @cached_property
+    def teacher(self) -> TeacherWeights:
+        """The weights that score with hindsight."""
+        return TeacherWeights(self.policy, self.method.teacher)
+
+    @cached_property
+    def start(self) -> TeacherWeights | None:
+        """The weights at the start, if the loss needs them."""
+        frozen = replace(self.method.teacher, weights="frozen", path="")
+        return TeacherWeights(self.policy, frozen) if self.method.loss.kl_to_start else None
+
+    @cached_property
+    def algorithm(self) -> Any:
+        """Says what the teacher of each turn sees."""
+        prompts = make_prompts(self.method.prompts)
+        context = TeacherContext(self.method.teacher, self.policy.renderer, prompts)
+        return MODES[self.method.mode](context, self.method.loss)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The teacher is made here: before the first step, on the weights that are trained."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        kept = _kept(self.teacher, self.start)
+        if checkpoint is None or not kept:
+            return
+        path = Path(checkpoint) / TEACHER
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} holds no {TEACHER}: it is not of a HeroTrainer with teacher.weights="
+                f"{self.method.teacher.weights}, and another teacher would be another objective."
+            )
+        saved = load_file(path, device=str(self.policy.device))
+        for name, weights in kept.items():
+            prefix = f"{name}."
+            own = {n.removeprefix(prefix): t for n, t in saved.items() if n.startswith(prefix)}
+            weights.load_state_dict(own)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        kept = _kept(self.teacher, self.start)
+        if kept and self.args.should_save:
+            tensors = {
+                f"{name}.{n}": tensor.contiguous()
+                for name, weights in kept.items()
+                for n, tensor in weights.state_dict().items()
+            }
+            write_atomic(Path(output_dir) / TEACHER, save(tensors))
+
+    # ---- from rollouts to samples --------------------------------------------------------------
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        """TRL's; what it returns is kept for the reflector."""
+        result = super()._generate(prompts)
+        self._generated = Generated(
+            prompts=prompts, prompt_ids=result[0], completion_ids=result[1], tool_mask=result[2],
+            completions=result[3],
+        )  # fmt: skip
+        return result
+
+    def _calculate_rewards(self, *arguments: Any, **named: Any) -> Tensor:
+        """TRL's [episodes of all processes, reward functions], kept for the reflector."""
+        self._rewards: Tensor = super()._calculate_rewards(*arguments, **named)
+        return self._rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        mode = "train" if self.model.training else "eval"
+        trajectories = self._trajectories(inputs, batch)
+        reflections = self._reflect(trajectories)
+        for trajectory, reward in zip(trajectories, self._own_rewards(len(inputs)), strict=True):
+            if reward.isnan().all():
+                trajectory.fail("no reward function could score it")
+        samples = self.algorithm.samples(
+            Experience(trajectories=trajectories, diagnoses=reflections.diagnoses, gold={})
+        )
+        own: list[list[Weighted]] = [[] for _ in trajectories]
+        for item in weigh(samples, self.method.loss, self._total):
+            own[item.sample.trajectory].append(item)
+        batch["hero_samples"] = own
+        trained = sum(map(len, own)) / max(1, sum(len(t.turns) for t in trajectories))
+        self._note(mode, {"turns/trained_rate": trained, **reflections.stats.metrics()})
+        return batch
+
+    def _own_rewards(self, number: int) -> Tensor:
+        first = self.accelerator.process_index * number
+        return self._rewards[first : first + number]
+
+    def _trajectories(self, inputs: list[dict[str, Any]], batch: Any) -> list[Trajectory]:
+        weights = self.reward_weights.to(self._rewards.device)
+        rewards = (self._own_rewards(len(inputs)) * weights).nansum(1).tolist()
+        logprobs = self._sampled_logprobs(batch)
+        of_prompt = self.num_generations if self.model.training else self.num_generations_eval
+        first = self.accelerator.process_index * len(inputs)
+        return episodes(
+            self._generated, inputs, rewards, self.environments, self.policy.renderer,
+            [(first + i) // of_prompt for i in range(len(inputs))],
+            None if logprobs is None else logprobs.tolist(),
+        )  # fmt: skip
+
+    @staticmethod
+    def _sampled_logprobs(batch: dict[str, Any]) -> Tensor | None:
+        """[B, C] as vLLM sampled, else as TRL scored before the first step on them; None where
+        TRL scores nothing, as the weights are still the same."""
+        old: Tensor | None = batch.get("old_per_token_logps")
+        sampled: Tensor | None = batch.get("sampling_per_token_logps")
+        if sampled is None or old is None:
+            return old if sampled is None else sampled
+        return torch.where(sampled.isnan(), old, sampled)
+
+    @cached_property
+    def _reflector(self) -> Reflector:
+        policy, sampler = self.policy, TrlSampler(self)
+        world: Any = self.world or _world_of(self._generated.prompts[0], self.tools, policy)
+        return make_reflector(
+            self.method.reflection, env=world, sampler=sampler, renderer=policy.renderer,
+            prompts=make_prompts(self.method.prompts), teacher_weights=self.teacher.applied,
+            context=min(policy.context, self.teacher.policy.context),
+        )  # fmt: skip
+
+    def _reflect(self, trajectories: list[Trajectory]) -> Reflections:
+        if not self.algorithm.needs_reflection:
+            return Reflections.none(trajectories)
+        return self._reflector.reflect(trajectories, self.args.seed + self._step)
+
+    # ---- loss ----------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """HERO's loss of a micro-batch, in the denominators of the whole optimiser step.
+
+        Processes are averaged after it, and TRL's generation batch may be several steps.
+        """
+        items = [item for own in inputs["hero_samples"] for item in own]
+        policy, args = self.policy, self.args
+        if not items:  # the same calls as elsewhere, so that no process waits for another
+            hidden = policy.hidden(inputs["completion_ids"][:1, :1])
+            return 0.0 * (hidden.sum() + policy.head_weight.sum())
+        config = self.method.loss
+        if self._sampled_logprobs(inputs) is None:
+            config = replace(config, is_clip=0.0)  # the importance ratio is 1
+        [rows] = micro_batches(plan_rows(items, self.method.teacher.packing), 2**62)
+        output = compute_loss(
+            policy, self.teacher, pack(rows, policy.device), config, self.temperature, self.start
+        )
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["divergence/mean"].append(float(output.divergence.mean()))
+        self._metrics[mode]["entropy"].append(float(output.entropy.mean()))
+        scale = float(self.accelerator.num_processes)
+        if mode == "train":
+            scale *= args.steps_per_generation / self.current_gradient_accumulation_steps
+        return scale * output.loss
+
+    def _total(self, own: float) -> float:
+        """The sum of a number over the processes."""
+        mine = torch.tensor(float(own), dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.gather(mine).sum())
+
+    def _note(self, mode: str, metrics: dict[str, float]) -> None:
+        """Log means over the processes."""
+        mine = torch.tensor(list(metrics.values()), device=self.accelerator.device)
+        means = self.accelerator.gather(mine).view(-1, len(metrics)).mean(0)
+        for name, value in zip(metrics, means.tolist(), strict=True):
+            self._metrics[mode][name].append(value)
+
+
+class _AfterStep(TrainerCallback):  # type: ignore[misc]
+    """The teacher follows the student after each step that was taken."""
+
+    def __init__(self, trainer: HeroTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, *arguments: Any, **named: Any) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.trainer.teacher.update()
+
+
+def _kept(*weights: TeacherWeights | None) -> dict[str, TeacherWeights]:
+    """Those that hold tensors of their own."""
+    named = zip(("teacher", "start"), weights, strict=True)
+    return {name: own for name, own in named if own is not None and own.state_dict()}
+
+
+def _zero_stage(accelerator: Any) -> int:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def _world_of(prompt: Any, tools: list[Callable[..., Any]], policy: TrlPolicy) -> Any:
+    """What a reflector asks an environment: the system message, and tools where the template's
+    calls can be written."""
+    from transformers.utils import get_json_schema
+
+    rules = "\n".join(str(m["content"]) for m in prompt if m["role"] == "system")
+    if policy.renderer.tool_format == "react":  # a format that hero.toolcalls does not know
+        return SimpleNamespace(system_prompt=rules)
+    schemas = [get_json_schema(tool) for tool in tools]
+    return SimpleNamespace(
+        system_prompt=rules, tools=lambda: schemas, tool_format=policy.renderer.tool_format
+    )

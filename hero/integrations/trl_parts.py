@@ -1,0 +1,213 @@
+"""What HERO's pipeline needs of a TRL trainer: template, model, engine and episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hero.config import LossConfig, PromptStyle, ReflectionConfig, Settings, TeacherConfig
+from hero.policy import Policy
+from hero.renderer import Renderer
+from hero.sampler import Completion, Sampling
+from hero.types import FeedbackKind, StopReason, Trajectory, Turn
+from hero_kernels.integrations.transformers import lm_states, with_head
+
+
+@dataclass(kw_only=True)
+class MethodConfig(Settings):
+    """The settings of the method itself; all others are those of TRL's `GRPOConfig`."""
+
+    mode: Literal["hero", "env_only", "reflection_only", "terminal"] = "hero"
+    """What the teacher sees and which turns are trained (docs/method.md)."""
+    prompts: PromptStyle = "standard"
+    """Wording of what teachers and reflectors read."""
+    reflection: ReflectionConfig = field(default_factory=lambda: ReflectionConfig(retries=0))
+    """Without further calls for a reflection that cannot be read: with vLLM on several processes
+    all of them have to call as often."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+class TrlRenderer(Renderer):
+    """With the template and the options by which TRL makes its prompts."""
+
+    def __init__(self, tokenizer: Any, template: str | None, options: Mapping[str, Any]) -> None:
+        self.template_options = {**options, "chat_template": template}
+        super().__init__(tokenizer)
+
+    def branch_at(self, prompt_ids: Sequence[int]) -> int:
+        """Where the content of a prompt's last message ends.
+
+        TRL tokenises a message as a whole, so the first characters of the template behind it (a
+        newline) may be one token with the content's last ones: then it ends where the template's
+        first special token stands.
+        """
+        prompt = list(prompt_ids)
+        for role in ("tool", "user"):
+            try:
+                close = list(self._pieces(role)[1])
+            except ValueError:  # a template without that role
+                continue
+            special = [i for i, token in enumerate(close) if token in self._marks]
+            for start in (0, *special[:1]):
+                if prompt[-len(close) + start :] == close[start:]:
+                    return len(prompt) - len(close) + start
+        return super().branch_at(prompt_ids)  # which says what is wrong
+
+    @property
+    def _marks(self) -> set[int]:
+        return set(self.tokenizer.added_tokens_decoder)
+
+
+class TrlPolicy(Policy):
+    """TRL's model as trunk and head. It is called through its wrapper, so that DDP, DeepSpeed and
+    PEFT do their work, and is neither moved nor cast."""
+
+    def __init__(self, trainer: Any, renderer: Renderer) -> None:
+        self.trainer, self.renderer, self.tokenizer = trainer, renderer, renderer.tokenizer
+        self.device, self.adapter = trainer.accelerator.device, None
+        self.model = trainer.accelerator.unwrap_model(trainer.model)
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        self.dtype = kinds.get(trainer.accelerator.mixed_precision, self.model.dtype)
+
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states [B, T, H]; without dropout where no gradient is wanted (teachers)."""
+        training = self.model.training
+        if not torch.is_grad_enabled():
+            self.model.eval()
+        try:
+            with self.trainer.accelerator.autocast():
+                states = lm_states(self.trainer.model_wrapped, input_ids, **inputs)
+        finally:
+            self.model.train(training)
+        return states.hidden.to(self.dtype)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The lm_head's weight in the compute type, differentiable, [V, H]."""
+        nothing = torch.empty(0, dtype=self.dtype, device=self.device)
+        return with_head(self.model, nothing).weight.to(self.dtype)
+
+
+class TrlSampler:
+    """Samples with TRL's engine: transformers, its continuous batching or vLLM.
+
+    Random numbers are TRL's (`args.seed`); `Sampling.seed` has no part in them.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+        """One completion for each prompt, in order, without log-probabilities."""
+        with self._set(sampling):
+            answers, _ = self.trainer._generate_single_turn(list(prompts), None, {}, 1)
+        return [Completion(ids=list(ids), logprobs=[]) for ids in answers]
+
+    @contextmanager
+    def _set(self, sampling: Sampling) -> Iterator[None]:
+        """Length and temperature in place of those of the episodes."""
+        if self.trainer.use_vllm:
+            engine, changed = self.trainer.vllm_generation, {
+                "max_completion_length": sampling.max_tokens, "temperature": sampling.temperature,
+            }  # fmt: skip
+        else:
+            config = copy(self.trainer.generation_config)
+            config.max_new_tokens, config.do_sample = sampling.max_tokens, sampling.temperature > 0
+            config.temperature = sampling.temperature or 1.0
+            engine, changed = self.trainer, {"generation_config": config}
+        before = {name: getattr(engine, name) for name in changed}
+        vars(engine).update(changed)
+        try:
+            yield
+        finally:
+            vars(engine).update(before)
+
+
+@dataclass(kw_only=True, slots=True)
+class Generated:
+    """What TRL's `_generate` returned, and for which prompts."""
+
+    prompts: list[Any]
+    """Messages, with what the environment's `reset` said."""
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
+    """Actions and, where `tool_mask` is 0, what the tools answered in the template's words."""
+    tool_mask: list[list[int]] | None
+    completions: list[Any]
+    """Messages of assistant and tools."""
+
+
+def episodes(
+    generated: Generated, rows: Sequence[dict[str, Any]], rewards: Sequence[float],
+    environments: Sequence[Any] | None, renderer: Renderer, group_of: Sequence[int],
+    logprobs: Sequence[Sequence[float]] | None,
+) -> list[Trajectory]:  # fmt: skip
+    """TRL's rollouts as trajectories; a turn is what the model wrote before the tools answered.
+
+    An environment may say what followed the last answer in its attribute `_feedback`.
+
+    Args:
+        generated: B rollouts.
+        rows: of the dataset; `task_id` names a task.
+        rewards: one for each rollout; a reward of at least 1 is success.
+        environments: of each rollout, as they are after the rewards were computed.
+        renderer: ids to text.
+        group_of: number of each rollout's prompt.
+        logprobs: of each completion token when it was sampled; None if they are the present ones.
+
+    Raises:
+        ValueError: messages and ids do not have the same turns.
+    """
+    found = []
+    for i, completion in enumerate(generated.completions):
+        prompt, ids = generated.prompt_ids[i], generated.completion_ids[i]
+        mask = generated.tool_mask[i] if generated.tool_mask else [1] * len(ids)
+        answers = [
+            "\n".join(str(message["content"]) for message in of_tools)
+            for is_tool, of_tools in groupby(completion, key=lambda m: m["role"] == "tool")
+            if is_tool
+        ]
+        actions = spans(mask)
+        feedback = getattr(environments[i], "_feedback", None) if environments else None
+        if feedback is not None and len(answers) == len(actions) - 1:
+            answers.append(str(feedback))
+        if len(answers) not in (len(actions) - 1, len(actions)):
+            raise ValueError(
+                f"A rollout has {len(actions)} answers of the model and {len(answers)} of tools "
+                "between them: this version of TRL writes them in another way than trl 1.16.0."
+            )
+        turns = []
+        for number, (start, end) in enumerate(actions):
+            seen = answers[number] if number < len(answers) else None
+            refused = seen is not None and seen.startswith("{'error':")
+            turns.append(Turn(
+                prompt_ids=prompt + ids[:start], action_ids=ids[start:end],
+                sampled_logprobs=[0.0] * (end - start) if logprobs is None
+                else list(logprobs[i][start:end]),
+                action_text=renderer.decode(ids[start:end]), observation=seen, is_error=refused,
+                feedback_kind=FeedbackKind.INVALID_ACTION if refused else FeedbackKind.OK,
+            ))  # fmt: skip
+        cut = ids[-1] not in renderer.stop_ids
+        found.append(Trajectory(
+            id=f"{group_of[i]}-{i}", group_id=str(group_of[i]), turns=turns,
+            task_id=str(rows[i].get("task_id", group_of[i])), reward=rewards[i],
+            instruction=str(generated.prompts[i][-1]["content"]), success=rewards[i] >= 1.0,
+            stop_reason=StopReason.MAX_TOKENS if cut else StopReason.DONE,
+        ))  # fmt: skip
+    return found
+
+
+def spans(mask: Sequence[int]) -> list[tuple[int, int]]:
+    """(start, end) of each run of ones."""
+    edges = [0, *(int(value != 0) for value in mask), 0]
+    starts = [i for i in range(len(mask)) if edges[i + 1] > edges[i]]
+    ends = [i for i in range(1, len(mask) + 1) if edges[i + 1] < edges[i]]
+    return list(zip(starts, ends, strict=True))

@@ -1,0 +1,145 @@
+"""`hero eval` and `hero compare` as a user types them: folders, interruptions, what is said."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hero.cli import main
+from hero.evaluated import read_evaluated
+from hero.evaluation import summarise_figures
+from hero.report.comparison import Comparison, compare
+from hero.report.tracking import read_jsonl
+from tests.hero.runs import Countdown
+
+CAPS = ["--rollout.max-turns", "2", "--rollout.max-turn-tokens", "4", "--rollout.batch-size", "2",
+        "--device", "cpu"]  # fmt: skip
+SHOP = ["--env.name", "shop", "--env.options", "profile", "tiny"]
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_several_models_and_what_stands_in_their_folders(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "other").symlink_to(model_path)
+    words = ["eval", str(model_path), "other", *SHOP, *CAPS, "--tasks", "3", "--trials", "2"]
+    assert main([*words, "--output", "out"]) == 0
+    text = said(capsys)
+    assert "success %" in text and "pass@2 %" in text and "pass^2 %" in text and "seconds" in text
+    for folder in (here / "out").iterdir():
+        result = json.loads((folder / "eval.json").read_text())
+        episodes = read_jsonl(folder / "episodes.jsonl")
+        assert len(episodes) == 6 and len(result["per_task"]) == 3
+        again = summarise_figures([(e["task_id"], e["figures"]) for e in episodes]).to_dict()
+        assert json.loads(json.dumps(again)).items() <= result.items()
+        assert result["seconds"] == pytest.approx(sum(e["seconds"] for e in episodes))
+    assert main(["compare", "out/other", "other", *SHOP, *CAPS, "--tasks", "3", "--trials", "2",
+                 "--output", "out"]) == 0  # fmt: skip
+    assert "not played with the same settings" not in said(capsys)
+    page = (here / "out" / "compare.html").read_text()
+    assert page.count('class="episode"') == 12 and "search[" not in page.split("<main>")[0]
+
+
+def test_an_interrupted_evaluation_goes_on(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    world = ["--env.name", f"{Countdown.__module__}:Countdown", *SHOP[2:]]
+    words = ["eval", str(model_path), *world, *CAPS, "--tasks", "6", "--output", "out"]
+    monkeypatch.setattr(Countdown, "steps_left", 6)  # in the second batch
+    assert main(words) == 130
+    assert "the same command goes on with them" in said(capsys)
+    [folder] = (here / "out").iterdir()
+    kept = read_jsonl(folder / "episodes.jsonl")
+    assert 0 < len(kept) < 6 and not (folder / "eval.json").exists()
+    assert main(["compare", str(folder), str(folder)]) == 1
+    assert "is not finished: run the same hero eval again" in said(capsys)
+    with (folder / "episodes.jsonl").open("ab") as file:
+        file.write(b'{"half a line')
+    monkeypatch.setattr(Countdown, "steps_left", 10**9)
+    assert main(words) == 0
+    episodes = read_jsonl(folder / "episodes.jsonl")
+    assert episodes[: len(kept)] == kept and len(episodes) == 6
+    assert main([*words[:-1], "whole"]) == 0
+    [whole] = (here / "whole").iterdir()
+    acted = [
+        {e["id"]: [turn["action_text"] for turn in e["turns"]] for e in read_jsonl(path)}
+        for path in (folder / "episodes.jsonl", whole / "episodes.jsonl")
+    ]
+    assert acted[0] == acted[1] and len(acted[0]) == 6
+    assert main([*words, "--seed", "1"]) == 1
+    assert "seed: 0 there, 1 here" in said(capsys)
+
+
+def test_what_cannot_be_compared_is_said(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tasks, temperature in (("2", "1.0"), ("2", "0.5"), ("3", "1.0")):
+        assert main(["eval", str(model_path), *SHOP, *CAPS, "--tasks", tasks, "--temperature",
+                     temperature, "--output", f"{tasks}-{temperature}"]) == 0  # fmt: skip
+    name = str(model_path).strip("/").replace("/", "-")
+    one, cold, three = (f"{out}/{name}" for out in ("2-1.0", "2-0.5", "3-1.0"))
+    capsys.readouterr()
+    assert main(["compare", one, f"{cold}/eval.json"]) == 0
+    assert "temperature: 1.0 there, 0.5 here" in said(capsys)
+    assert main(["compare", one, three]) == 1
+    assert "same tasks, got 2 and 3; only one of them has" in said(capsys)
+    Path(cold, "eval.json").write_text("{")
+    assert main(["compare", one, cold]) == 1
+    assert "Cannot read" in said(capsys)
+    Path("mine").mkdir()
+    Path("mine", name).mkdir()
+    Path("mine", name, "diary.txt").write_text("precious")
+    assert main(["eval", str(model_path), *SHOP, *CAPS, "--output", "mine"]) == 1
+    assert "nothing in it is replaced" in said(capsys)
+    assert read_evaluated(model_path) is None
+
+
+def row(gains: list[float]) -> Comparison:
+    mean = sum(gains) / len(gains)
+    return Comparison(label="x", before=0.0, after=mean, gains=tuple(gains), digits=1)
+
+
+def test_words_say_what_noise_allows() -> None:
+    assert row([1.0] * 6).words == "yes"
+    assert row([1.0] * 5 + [0.0]).words == "no: 5 tasks differ"  # by chance in 6 %
+    assert row([1.0] * 5).words == "no; about 6 tasks would"
+    assert row([0.0] * 9).words == "no difference"
+    assert row([1.0, -1.0] * 9).words == "no difference"
+    assert Comparison(label="x", before=0.0, after=1.0, digits=1).words.startswith("no figures")
+
+
+def test_as_many_tasks_as_are_named_would_tell() -> None:
+    gains = [random.Random(seed).gauss(0.1, 1.0) for seed in range(50)]
+    found = row(gains)
+    assert found.needed is not None and found.words == f"no; about {found.needed} tasks would"
+    mean, spread = np.mean(gains), np.std(gains, ddof=1)
+    means = np.random.default_rng(0).normal(mean, spread / found.needed**0.5, 20_000)
+    told = np.abs(means) > 1.96 * spread / found.needed**0.5
+    assert told.mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_a_figure_that_some_tasks_lack_is_of_those_that_have_it_in_both() -> None:
+    def of(**turns: float) -> dict[str, Any]:
+        per_task = {t: {"turns_of_successes": n} if n else {} for t, n in turns.items()}
+        return {"turns_of_successes": 99.0, "per_task": per_task}
+
+    figures = [("turns_of_successes", "turns", 1.0, 1)]
+    [found] = compare(of(a=4, b=6, c=0), of(a=3, b=0, c=9), figures)
+    assert (found.before, found.after, found.gains) == (4, 3, (-1,))
+    assert compare(of(a=4, b=0), of(a=0, b=4), figures) == []
