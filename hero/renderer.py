@@ -13,6 +13,7 @@ spliced in before `close` without touching a token of the student's own context.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -22,6 +23,10 @@ from hero.types import Message
 
 CONTENT = "HEROCONTENTMARK"
 ANSWER = "HEROANSWERMARK"
+MAX_UNKNOWN = 1000
+"""Different unknown words that are remembered."""
+SHOWN = 8
+"""Of them, named in one sentence."""
 
 
 class Renderer:
@@ -47,14 +52,48 @@ class Renderer:
         eos = tokenizer.eos_token_id
         self.stop_ids = sorted({self.end_id} | ({eos} if eos is not None else set()))
         """Ids that end a sampled turn."""
+        unknown = tokenizer.unk_token_id
+        self.unknown_id: int | None = None if unknown in self.stop_ids else unknown
+        """Id of a word that the vocabulary lacks; None if it can spell every text."""
+        self.unknown: Counter[str] = Counter()
+        """How often each such word was met."""
+        self._named: set[str] = set()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a message's content: special tokens spelt out in it stay plain text.
 
         An observation that holds `<|im_end|>` must not be able to end the message it stands in.
         """
-        return list(
-            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        if self.unknown_id is not None and self.unknown_id in ids:
+            self._note_unknown(text, ids)
+        return ids
+
+    def _note_unknown(self, text: str, ids: list[int]) -> None:
+        words = ["?"] * len(ids)  # a tokenizer in Python knows no offsets
+        if self.tokenizer.is_fast:
+            places = self.tokenizer(
+                text, add_special_tokens=False, split_special_tokens=True,
+                return_offsets_mapping=True,
+            )["offset_mapping"]  # fmt: skip
+            words = [text[start:end] for start, end in places]
+        for word, token in zip(words, ids, strict=True):
+            if token == self.unknown_id and (
+                word in self.unknown or len(self.unknown) < MAX_UNKNOWN
+            ):
+                self.unknown[word] += 1
+
+    def newly_unknown(self) -> str:
+        """A sentence on the unknown words that were not named before; "" if there are none."""
+        new = [word for word, _ in self.unknown.most_common() if word not in self._named]
+        if not new:
+            return ""
+        self._named |= set(new)
+        times = sum(self.unknown[word] for word in new)
+        more = f" and {len(new) - SHOWN} more" if len(new) > SHOWN else ""
+        return (
+            f"Not in the model's vocabulary, and read as {self.tokenizer.unk_token} {times} times: "
+            f"{', '.join(map(repr, new[:SHOWN]))}{more}. It cannot tell these words apart."
         )
 
     def _encode_template(self, text: str) -> list[int]:

@@ -144,7 +144,12 @@ class Trainer:
                 write_atomic(self.folder / BEFORE, json.dumps(before))
         finally:
             tracker.log(0, metrics)
+            self._say_unknown()
         self.state.is_begun = True
+
+    def _say_unknown(self) -> None:
+        if said := self.policy.renderer.newly_unknown():
+            self.console.say(said)
 
     def _update(self) -> None:
         """One batch of episodes and what is learnt from it; `state.pending` is what to log."""
@@ -175,7 +180,8 @@ class Trainer:
             state.reflection_seconds += reflections.stats.seconds
             state.idle_updates = 0 if learned.steps else state.idle_updates + 1
             clock.lap("train")
-            metrics |= update_metrics(trajectories, self.policy.renderer.stop_ids, learned)
+            renderer = self.policy.renderer
+            metrics |= update_metrics(trajectories, renderer.stop_ids, learned, renderer.unknown_id)
             metrics |= reflections.stats.metrics() if self.stages.reflector else {}
             totals = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
             metrics |= {name: getattr(state, name) for name in totals} | clock.metrics()
@@ -211,6 +217,7 @@ class Trainer:
             tracker.log_trajectories(pending["records"])
             self.state.pending = None
         self.console.update(number, metrics)
+        self._say_unknown()
         for callback in self.callbacks:
             callback(number, metrics)
 

@@ -112,6 +112,8 @@ class Play(Command):
                 temperature=config.temperature, shown=shown,
                 ended=partial(kept.add, pieces=renderer.pieces) if kept else lambda episode: None,
             )  # fmt: skip
+        if said := renderer.newly_unknown():
+            console.say(said)
         return found, of_world
 
     def policy(self, model: str) -> Policy:

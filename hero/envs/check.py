@@ -81,6 +81,7 @@ class _Check:
         yield "junk is answered", self.junk
         yield "oracle", self.oracle
         yield "diagnosis", self.diagnosis
+        yield "vocabulary", self.vocabulary
         yield "same again", self.determinism
         yield "pickling", self.pickling
         yield "speed", self.speed
@@ -161,6 +162,26 @@ class _Check:
         if not hints:
             raise _Broken(f"no hint for the action {JUNK[1]!r}")
         return f"{hints} hints for {bad} unreadable actions, {clean} elsewhere"
+
+    def vocabulary(self) -> str | None:
+        """All that a small agent made from the environment's words would read is made of them."""
+        try:
+            words = self.env.vocabulary()  # type: ignore[attr-defined]
+        except (AttributeError, ValueError):  # there is none, or it is open
+            return None
+        from hero.renderer import Renderer
+        from hero.scratch import build_tokenizer
+
+        renderer = Renderer(build_tokenizer(words))
+        renderer.encode(border.system_prompt(self.env))
+        for task in self._tasks():
+            renderer.encode(border.reset(self.env, task)[0])
+            for turn in self._play(task).turns:
+                renderer.encode(turn.observation or "")
+                renderer.encode(turn.action_text)
+        if said := renderer.newly_unknown():
+            raise _Broken(f"vocabulary() lacks words of its own texts. {said}")
+        return f"{len(renderer.tokenizer)} tokens hold every word of {len(self._tasks())} episodes"
 
     def determinism(self) -> str:
         other = self.make()

@@ -27,9 +27,13 @@ class Clock:
 
 
 def update_metrics(
-    trajectories: Sequence[Trajectory], stop_ids: Sequence[int], learned: Learned
-) -> dict[str, float]:
+    trajectories: Sequence[Trajectory], stop_ids: Sequence[int], learned: Learned,
+    unknown_id: int | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Rewards, turns, divergence and the state of the optimiser.
+
+    `rollout/unknown_tokens` counts `unknown_id`, words that the vocabulary lacks, in what the
+    student had read at the last turn of each episode.
 
     `divergence/error_turns` and `divergence/clean_turns` are means over tokens of turns whose
     observation reported an error or nothing found, and of all others: hindsight should disagree
@@ -57,6 +61,9 @@ def update_metrics(
         "grad_norm": learned.grad_norm,
         "entropy": learned.entropy,
     }
+    if unknown_id is not None:
+        read = [t.turns[-1].prompt_ids for t in trajectories if t.turns]
+        metrics["rollout/unknown_tokens"] = sum(ids.count(unknown_id) for ids in read)
     if len(learned.terms) > 1:
         metrics |= {f"loss/{name.replace(' ', '_')}": x for name, x in learned.terms.items()}
     by_kind: dict[str, list[float]] = {"mean": [], "error_turns": [], "clean_turns": []}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hero.files import write_atomic
+from hero.text import shorten
 from hero.types import Diagnosis, Trajectory
 
 if TYPE_CHECKING:  # the report needs no torch
@@ -24,6 +25,8 @@ if TYPE_CHECKING:  # the report needs no torch
 
 METRICS = "metrics.jsonl"
 TRAJECTORIES = "trajectories.jsonl"
+MAX_TEXT = 4000
+"""Characters of one text of a logged trajectory; of a longer one head and tail are kept."""
 
 Metrics = Mapping[str, float]
 
@@ -107,7 +110,7 @@ def trajectory_record(
     update: int,
     split: str,
 ) -> dict[str, Any]:
-    """One trajectory as `hero view` shows it.
+    """One trajectory as `hero view` shows it; no text is longer than about `MAX_TEXT`.
 
     Args:
         trajectory: the episode, with N turns.
@@ -121,7 +124,13 @@ def trajectory_record(
         update: number of the update; 0 is before training.
         split: train, or before / after for the held-out tasks.
     """
-    diagnosis_of = {diagnosis.turn: asdict(diagnosis) for diagnosis in diagnoses}
+    diagnosis_of = {
+        diagnosis.turn: {
+            name: shorten(value, MAX_TEXT) if isinstance(value, str) else value
+            for name, value in asdict(diagnosis).items()
+        }
+        for diagnosis in diagnoses
+    }
     turns = []
     for number, (turn, texts, nats, gap, terms) in enumerate(
         zip(trajectory.turns, tokens, divergence, logprob_gap, trained, strict=True)
@@ -131,8 +140,8 @@ def trajectory_record(
             del diagnosis["turn"]
         turns.append(
             {
-                "action_text": turn.action_text,
-                "observation": turn.observation,
+                "action_text": shorten(turn.action_text, MAX_TEXT),
+                "observation": turn.observation and shorten(turn.observation, MAX_TEXT),
                 "feedback_kind": str(turn.feedback_kind),
                 "parse_ok": turn.parse_ok,
                 "is_error": turn.is_error,
@@ -148,11 +157,11 @@ def trajectory_record(
         "split": split,
         "id": trajectory.id,
         "task_id": trajectory.task_id,
-        "instruction": trajectory.instruction,
+        "instruction": shorten(trajectory.instruction, MAX_TEXT),
         "reward": trajectory.reward,
         "success": trajectory.success,
         "stop_reason": str(trajectory.stop_reason),
-        "error": trajectory.error,
+        "error": shorten(trajectory.error, MAX_TEXT),
         "turns": turns,
     }
 

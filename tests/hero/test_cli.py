@@ -28,7 +28,18 @@ SMALL = [
 ]  # fmt: skip
 
 
-COMMANDS = ("train", "sft", "eval", "compare", "rollout", "view", "model", "recipes", "doctor")
+COMMANDS = (
+    "train",
+    "sft",
+    "eval",
+    "compare",
+    "rollout",
+    "view",
+    "model",
+    "merge",
+    "recipes",
+    "doctor",
+)
 
 
 def hero(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import io
+from pathlib import Path
+from typing import Any
 
+import pytest
+from runs import settings
+
+from hero.cli import main
+from hero.envs.shop import ShopEnv
 from hero.renderer import Renderer
+from hero.report.console import Console
+from hero.report.tracking import read_jsonl
+from hero.scratch import build_tokenizer
+from hero.trainer import Trainer
 
 USER = {"role": "user", "content": "find a lamp"}
 
@@ -96,3 +107,40 @@ def test_a_template_that_drops_answers_is_an_error(tiny_tokenizer: object) -> No
     )
     with pytest.raises(ValueError, match="drops earlier answers"):
         Renderer(tokenizer)
+
+
+class Chatty(ShopEnv):
+    """A shop whose first page holds a word that is in no vocabulary, twice."""
+
+    def reset(self, task_id: str) -> tuple[str, dict[str, Any]]:
+        page, info = super().reset(task_id)
+        return f"{page} zeppelin zeppelin", info
+
+    def vocabulary(self) -> list[str]:
+        return ["only these words"]
+
+
+def test_unknown_words_are_counted_and_named_once() -> None:
+    renderer = Renderer(build_tokenizer(["a red lamp"]))
+    assert renderer.encode("red lamp a") and renderer.newly_unknown() == ""
+    renderer.encode("red ufo, blue ufo")
+    said = renderer.newly_unknown()
+    assert "<|unk|> 4 times: 'ufo', ',', 'blue'." in said and renderer.newly_unknown() == ""
+    renderer.encode("ufo green")
+    assert "1 times: 'green'." in renderer.newly_unknown()
+    assert renderer.unknown == {"ufo": 3, ",": 1, "blue": 1, "green": 1}
+
+
+def test_a_run_reports_the_words_that_its_agent_does_not_know(
+    model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, said = settings(model_path, updates=2), io.StringIO()
+    config.env.name = f"{__name__}:Chatty"
+    Trainer(config, tmp_path, "test", Console(said)).run()
+    assert said.getvalue().count("'zeppelin'") == 1
+    lines = read_jsonl(tmp_path / "metrics.jsonl")[1:]
+    assert [line["rollout/unknown_tokens"] for line in lines] == [8, 8]  # 4 episodes an update
+    assert main(["eval", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("'zeppelin'") == 1
+    assert main(["env", "check", f"{__name__}:Chatty", "--episodes", "2"]) == 1
+    assert "vocabulary() lacks words of its own texts" in capsys.readouterr().out

@@ -20,6 +20,7 @@ from hero.files import write_atomic
 from hero.report.comparison import bootstrap_interval, compare
 from hero.report.console import Console
 from hero.report.tracking import (
+    MAX_TEXT,
     Tracker,
     read_jsonl,
     trajectory_record,
@@ -80,6 +81,18 @@ def a_record(
         "split": "train",
     }
     return trajectory_record(**{**arguments, **changes})
+
+
+def test_long_texts_are_cut_with_a_mark(tmp_path: Path) -> None:
+    episode = an_episode("x" * 10**6)
+    episode.turns[0].action_text, episode.instruction = "y" * 10**6, "z" * 10**6
+    episode.error = "w" * 10**6
+    diagnosis = Diagnosis(turn=0, hint="h" * 10**6, failure_cause="c" * 10**6)
+    record = a_record(trajectory=episode, diagnoses=[diagnosis])
+    assert len(json.dumps(record)) < 6 * (MAX_TEXT + 50) + 2000
+    seen = record["turns"][0]["observation"]
+    assert seen.startswith("x" * 2000) and f"[{10**6 - MAX_TEXT} characters cut]" in seen
+    assert a_record()["turns"][1]["observation"] is None
 
 
 def test_lines_are_strict_json_and_nan_is_null(tmp_path: Path) -> None:
