@@ -174,8 +174,9 @@ class Trainer:
             state.update, state.steps_taken = number, self.learner.steps_taken
             state.pending = {"metrics": metrics, "records": [], "is_judged": False}
             state.env_turns += turns
-            state.generated_tokens += sum(t.num_action_tokens for t in trajectories)
-            state.generated_tokens += reflections.stats.generated_tokens
+            generated = sum(t.num_action_tokens for t in trajectories)
+            generated += reflections.stats.generated_tokens
+            state.generated_tokens += generated
             state.reflection_tokens += reflections.stats.generated_tokens
             state.reflection_seconds += reflections.stats.seconds
             state.idle_updates = 0 if learned.steps else state.idle_updates + 1
@@ -185,6 +186,7 @@ class Trainer:
             metrics |= reflections.stats.metrics() if self.stages.reflector else {}
             totals = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
             metrics |= {name: getattr(state, name) for name in totals} | clock.metrics()
+            metrics["tokens_per_second"] = generated / max(1e-9, sum(clock.metrics().values()))
             state.pending["records"] = self._records(
                 number, "train", trajectories, reflections, learned
             )

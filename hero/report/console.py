@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TextIO
 
 from rich import box
@@ -58,8 +60,10 @@ class Console:
         )
         self.terminal = self._rich.is_terminal
         self._rich.width = min(self._rich.width, WIDTH) if self.terminal else WIDTH
-        self._total = 0
+        self._total = self._done = 0
         self._training: TaskID | None = None
+        self._began = self._paced = 0.0
+        self._spent: Counter[str] = Counter()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -88,7 +92,7 @@ class Console:
     @contextmanager
     def training(self, total: int, done: int = 0) -> Iterator[None]:
         """Show progress over `total` updates, `done` of which were made before a resume."""
-        self._total = total
+        self._total, self._done, self._began, self._paced = total, done, time.monotonic(), 0.0
         self._training = self._progress.add_task(
             "training", total=total, completed=done, unit="updates"
         )
@@ -145,6 +149,28 @@ class Console:
         self.say("  ".join(fields))
         if self._training is not None:
             self._progress.update(self._training, completed=step)
+            self._pace(step, metrics)
+
+    def _pace(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """After the first update and then every `EVERY` seconds: where the time goes, what is left.
+
+        Shares are those of all updates since the last such line.
+        """
+        for name, seconds in metrics.items():
+            if name.startswith("seconds/"):
+                self._spent[name.removeprefix("seconds/")] += seconds
+        now, spent = time.monotonic(), sum(self._spent.values())
+        if not spent or (self._paced and now - self._paced < EVERY):
+            return
+        left = (now - self._began) / max(1, step - self._done) * (self._total - step)
+        shares = ", ".join(f"{name} {part / spent:.0%}" for name, part in self._spent.items())
+        speed = metrics.get("tokens_per_second")
+        self.say(
+            f"  time: {shares}" + (f"; {speed:.0f} generated tokens/s" if speed else "")
+            + f"; about {timedelta(seconds=round(left))} left"
+        )  # fmt: skip
+        self._paced = now
+        self._spent.clear()
 
     def final_table(
         self, before: Mapping[str, Any], after: Mapping[str, Any],

@@ -29,3 +29,21 @@ def test_a_long_stage_counts_and_says_what_is_left(
             "test tasks: 2 of 4 episodes, about 40 s left",
             "test tasks: 4 of 4 episodes, about 0 s left",
         ]
+
+
+def test_training_says_where_the_time_goes_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    console = Console(out, False)
+    with console.training(10, done=2):  # a run that goes on after two updates
+        for step, rollout in ((3, 6.0), (4, 2.0), (5, 4.0), (6, 6.0)):
+            now[0] += 12.0
+            pace = {"seconds/rollout": rollout, "seconds/train": 6.0, "tokens_per_second": 80.4}
+            console.update(step, pace)
+    assert [line for line in out.getvalue().splitlines() if "time:" in line] == [
+        "  time: rollout 50%, train 50%; 80 generated tokens/s; about 0:01:24 left",
+        "  time: rollout 40%, train 60%; 80 generated tokens/s; about 0:00:48 left",
+    ]
