@@ -14,7 +14,7 @@ quickstart: $(BIN)/python
 
 test: $(BIN)/python
 	$(BIN)/pip install -c constraints.txt -e '.[test]'
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(BIN)/python
 	$(BIN)/ruff check .

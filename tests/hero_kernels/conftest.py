@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import DEVICE
 
 from hero_kernels import supports
 from hero_kernels.backends import IMPLEMENTATIONS
-
-DEVICE = {"cuda": "cuda", "triton": "cuda", "triton_fused": "cuda"}
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
-from problems import ProductCounter, relative_error
+from problems import DEVICE, ProductCounter, relative_error
 from torch import Tensor
 
 from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
