@@ -1,4 +1,4 @@
-"""The quickstart in short, over several seeds: held-out success must rise by a wide margin.
+"""The quickstart in short: held-out success must rise by a wide margin.
 
 The control is the same run with a teacher's block that says nothing: it must stay near the start.
 """
@@ -18,30 +18,29 @@ from hero.report.tracking import read_jsonl
 from hero.trainer import Trainer
 
 SHORT: dict[str, Any] = {
-    "updates": 8,
-    "eval": {"every": 4, "dev_tasks": 100, "test_tasks": 0, "min_teacher_lift": None},
+    "updates": 6,
+    "eval": {"every": 6, "dev_tasks": 100, "test_tasks": 0, "min_teacher_lift": None},
     "rollout": {"batch_size": 100},
     "save_every": 100,
     "save_trajectories": 0,
 }
 
 
-def dev_success(recipe: str, seed: int, folder: Path) -> list[float]:
-    config = from_dict(merge(load_recipe(recipe), SHORT | {"seed": seed}))
+def dev_success(recipe: str, folder: Path) -> list[float]:
+    config = from_dict(merge(load_recipe(recipe), SHORT))
     Trainer(config, folder, recipe, Console(io.StringIO())).run()
     lines = read_jsonl(folder / "metrics.jsonl")
     return [line["dev/success"] for line in lines if "dev/success" in line]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_hero_lifts_success_on_held_out_goals(seed: int, tmp_path: Path) -> None:
-    curve = dev_success("quickstart", seed, tmp_path)
-    assert curve[0] < 0.45
-    assert max(curve) > curve[0] + 0.2
+def test_hero_lifts_success_on_held_out_goals(tmp_path: Path) -> None:
+    before, after = dev_success("quickstart", tmp_path)
+    assert before < 0.45
+    assert after > before + 0.2
 
 
 @pytest.mark.slow
 def test_a_block_that_says_nothing_teaches_nothing(tmp_path: Path) -> None:
-    curve = dev_success("shop-empty-block", 0, tmp_path)
-    assert max(curve) < curve[0] + 0.15
+    before, after = dev_success("shop-empty-block", tmp_path)
+    assert after < before + 0.15
