@@ -1,4 +1,5 @@
-"""What the compiled row kernels owe, on each machine: C++, CUDA's text on a CPU, CUDA on a GPU.
+"""What the compiled row kernels owe, on each machine: C++ here and on ARM, CUDA's text on a CPU,
+CUDA on a GPU.
 
 The oracle is textbook formulas in fp64 (tile_cases.py).
 """
@@ -9,6 +10,7 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+import arm
 import pytest
 import torch
 from cuda_tools import Emulator, on_cuda
@@ -30,10 +32,20 @@ from hero_kernels import cpu, cuda
 
 
 @pytest.fixture(
-    scope="module", params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+    scope="module",
+    params=[
+        "cpu",
+        pytest.param("arm", marks=pytest.mark.slow),
+        "emulated",
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
 )
 def kernel(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowKernel:
     """`divergence_rows` of one machine."""
+    if request.param == "arm":
+        if reason := arm.missing():
+            pytest.skip(reason)
+        return arm.Arm(tmp_path_factory.mktemp("arm")).divergence_rows
     if request.param == "emulated":
         if shutil.which("g++") is None:
             pytest.skip("there is no g++")
