@@ -77,7 +77,7 @@ class TeacherWeights:
             self.kind, self.policy = "frozen", _other_model(config.path, policy)
             self._head_is_trained = True  # in any case it is another head
         elif self.kind != "live":
-            self._teacher = {n: p.detach().clone() for n, p in self._student.items()}
+            self._teacher = self._copy()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -89,9 +89,17 @@ class TeacherWeights:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """After the student's weights were replaced: an average begins anew at them."""
-        if self.kind == "ema":
+        """After the student's weights were replaced: an average begins anew at them.
+
+        A live teacher stays at them from here on: one that follows the student collapses again.
+        """
+        if self.kind == "live":
+            self.kind, self._teacher = "frozen", self._copy()
+        elif self.kind == "ema":
             self.refresh()
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self._student.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -236,6 +236,7 @@ class Trainer:
             f"Collapse: {why}. From the best weights (update {state.best_update}) at half the "
             f"learning rate, {self.learner.learning_rate:.3g} (rescue {state.rescues} of "
             f"--eval.rescues {self.config.eval.rescues})."
+            + (" The live teacher stays there." if self.config.teacher.weights == "live" else "")
         )
 
     def _after(self, tracker: Tracker) -> dict[str, Any]:
@@ -321,8 +322,10 @@ class Trainer:
             self.console.say(said)
         self.policy.take_over(saved["student"], self.run_dir)
         try:
-            self.teacher.load_state_dict(saved["teacher"])
             self.state = State(**saved["state"])
+            if self.state.rescues:  # a live teacher is held since the first
+                self.teacher.restart()
+            self.teacher.load_state_dict(saved["teacher"])
             self.learner.load_state_dict(saved["optimizer"], self.state.steps_taken)
         except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
             raise BrokenCheckpoint(

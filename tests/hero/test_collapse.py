@@ -1,14 +1,19 @@
-"""When a run counts as collapsed, by curves written by hand, and the way back."""
+"""When a run counts as collapsed, by curves written by hand and by one that is provoked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from hero.checks import from_dict
 from hero.envs.shop import ShopEnv
 from hero.evaluation import agreement
+from hero.recipes import load_recipe, merge
+from hero.report.tracking import read_jsonl
 from hero.state import State
+from hero.trainer import Trainer
 from hero.types import Diagnosis, Trajectory
 
 Curve = list[tuple[float, float, float, float]]
@@ -93,3 +98,23 @@ def test_an_agent_that_never_succeeds_can_collapse() -> None:
 def test_an_agent_that_was_always_cut_off_is_not_collapsing() -> None:
     slow: Curve = [(0, 1.0, 0, 0), (0, 1.0, 0.5, 0.4), (0, 1.0, 0.2, 0.1)]
     assert alarms(slow) == []
+
+
+def test_a_collapse_that_is_provoked_is_caught_and_mended(tmp_path: Path) -> None:
+    """A live teacher at ten times the quickstart's rate: everybody clicks to the cap, then not."""
+    changes = {
+        "teacher": {"weights": "live"}, "optim": {"learning_rate": 3e-3, "warmup_steps": 1},
+        "rollout": {"tasks_per_update": 16}, "updates": 4,
+        "eval": {"every": 2, "dev_tasks": 32, "test_tasks": 0, "min_teacher_lift": None},
+    }  # fmt: skip
+    config = from_dict(merge(load_recipe("quickstart"), changes))
+    run = Trainer(config, tmp_path / "run")
+    summary = run.run()
+    start, fallen, risen = (
+        line["dev/success"]
+        for line in read_jsonl(tmp_path / "run" / "metrics.jsonl")
+        if "dev/success" in line
+    )
+    assert fallen < 0.1 < start < risen - 0.15
+    assert summary["rescues"] == 1 and summary["best_update"] == 4
+    assert run.teacher.kind == "frozen"

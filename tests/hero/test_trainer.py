@@ -276,7 +276,7 @@ class Souring(ShopEnv):
         return observation, reward, True, truncated, info | {"success": Souring.episodes <= 8}
 
 
-@pytest.mark.parametrize("weights_of_teacher", ["ema", "frozen"])
+@pytest.mark.parametrize("weights_of_teacher", ["ema", "frozen", "live"])
 def test_a_collapse_goes_back_to_the_best_weights_at_half_the_rate(
     model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights_of_teacher: str
 ) -> None:
