@@ -42,7 +42,7 @@ CHARTS = (
     Chart(
         "Reflections",
         (
-            Line("reflection/read_rate", "readable"),
+            Line("reflection/parsed_rate", "with a diagnosis"),
             Line("reflection/non_empty_rate", "with a hint"),
             Line("reflection/leaked_rate", "hint leaked"),
         ),
