@@ -11,7 +11,7 @@ trunk's last action is not needed):
     position  0 1 2 3 4      | 1 2 3    | 4 5 6
 
 so a teacher's logits equal those of the same turn scored alone. Padding is at the right and never
-seen.
+seen; rows are computed with others of similar length (`Packed.parts`).
 
 Rows are planned once for each trajectory (`plan_rows`), grouped by their sizes (`micro_batches`)
 and only then turned into tensors (`pack`). Action tokens keep one order all the way, that of the
@@ -21,7 +21,7 @@ samples: a row takes its samples in order, and rows follow each other in the ord
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -29,6 +29,9 @@ import torch
 from torch import Tensor
 
 from hero.types import Sample
+
+MAX_PADDING = 1.1
+"""Tokens of a forward pass, padding included, by those that are real."""
 
 
 class Branch(NamedTuple):
@@ -109,22 +112,49 @@ class Packed:
     """[B, T]"""
     position_ids: Tensor
     """[B, T]"""
-    attention_mask: Tensor | None
-    """[B, 1, T, T] bool, True = seen; None where plain causal attention is right."""
+    lengths: list[int]
+    """Tokens of each row, [B]; the rest is padding."""
+    seen: list[list[tuple[int, int, int]]] | None
+    """Of each row: tokens start:end see the trunk up to the first number, and themselves causally.
+    None where plain causal attention is right."""
     index: Tensor
     """[N] flat positions in B*T, one for each action token, samples in order."""
     observed: Tensor
     """[O] flat positions in B*T of what predicts each observation token, samples in order."""
 
-    def inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the trunk; plain causal rows need neither positions nor a mask."""
-        if self.attention_mask is None:
-            return {"input_ids": self.input_ids}
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "attention_mask": self.attention_mask,
-        }
+    def parts(self) -> list[list[int]]:
+        """Rows that are computed together: so alike in length that padding is at most a tenth."""
+        parts, tokens = list[list[int]](), 0
+        for row in sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row]):
+            tokens += self.lengths[row]
+            if parts and self.lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= MAX_PADDING * tokens:
+                parts[-1].append(row)
+            else:
+                parts.append([row])
+                tokens = self.lengths[row]
+        return parts
+
+    def inputs(self, rows: list[int] | None = None) -> dict[str, Tensor]:
+        """Keyword arguments of the trunk, for some rows or all; causal ones need ids alone."""
+        rows = list(range(len(self.lengths))) if rows is None else rows
+        width = max(self.lengths[row] for row in rows)
+        inputs = {"input_ids": self.input_ids[rows, :width]}
+        if self.seen is not None:
+            mask = torch.zeros(len(rows), 1, width, width, dtype=torch.bool)
+            for place, row in enumerate(rows):
+                _fill_mask(mask[place, 0], self.seen[row])
+            inputs["position_ids"] = self.position_ids[rows, :width]
+            inputs["attention_mask"] = mask.to(self.input_ids.device)
+        return inputs
+
+    def states(self, hidden: Callable[..., Tensor]) -> Tensor:
+        """[B*T, H] of a model's `hidden` states, part by part; those of padding say nothing."""
+        parts = self.parts()
+        computed = [hidden(**self.inputs(part)) for part in parts]
+        states = computed[0].new_zeros(*self.input_ids.shape, computed[0].shape[-1])
+        for part, of_part in zip(parts, computed, strict=True):
+            states[part, : of_part.shape[1]] = of_part
+        return states.flatten(0, 1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -239,6 +269,8 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
     """
     samples = [weighted.sample for weighted in rows.samples]
     lengths = torch.tensor([len(sample.action_ids) for sample in samples])
+    seen = [s.following_ids[-s.num_observed :] for s in samples if s.num_observed]
+    observed = [token for ids in seen for token in ids]
 
     def per_token(values: list[float]) -> Tensor:
         return torch.tensor(values).repeat_interleave(lengths).to(device)
@@ -253,15 +285,7 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
         pg_weights=torch.cat([weighted.pg for weighted in rows.samples]).to(device),
         advantages=per_token([sample.advantage for sample in samples]),
         distill_index=per_token([float(s.has_teacher) for s in samples]).nonzero().squeeze(1),
-        observed_ids=torch.tensor(
-            [
-                token
-                for s in samples
-                if s.num_observed
-                for token in s.following_ids[-s.num_observed :]
-            ],
-            dtype=torch.long,
-        ).to(device),
+        observed_ids=torch.tensor(observed, dtype=torch.long).to(device),
         observation_weight=rows.samples[0].observation,
         kl_to_start=rows.samples[0].kl_to_start,
     )
@@ -270,13 +294,11 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
 
 
 def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
-    """Pad to the longest row and build the block-sparse mask where there are branches."""
+    """Pad to the longest row, and note what each row's tokens see where there are branches."""
     shape = (len(rows), max(map(len, rows)))
     input_ids = torch.zeros(shape, dtype=torch.long)
     position_ids = torch.zeros(shape, dtype=torch.long)
-    mask = None
-    if any(row.branches for row in rows):
-        mask = torch.zeros(shape[0], 1, shape[1], shape[1], dtype=torch.bool)
+    all_seen = []
     index, observed = list[Tensor](), list[Tensor]()
     for r, row in enumerate(rows):
         ids, positions, actions = list(row.trunk), list(range(len(row.trunk))), list(row.actions)
@@ -292,12 +314,12 @@ def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
         for places, spans in ((index, actions), (observed, row.observations)):
             for start, end in spans:  # the state before a token predicts it
                 places.append(torch.arange(r * shape[1] + start - 1, r * shape[1] + end - 1))
-        if mask is not None:
-            _fill_mask(mask[r, 0], seen)
+        all_seen.append(seen)
     return Packed(
         input_ids=input_ids.to(device),
         position_ids=position_ids.to(device),
-        attention_mask=None if mask is None else mask.to(device),
+        lengths=[len(row) for row in rows],
+        seen=all_seen if any(row.branches for row in rows) else None,
         index=torch.cat(index).to(device),
         observed=torch.cat([*observed, torch.zeros(0, dtype=torch.long)]).to(device),
     )

@@ -8,6 +8,7 @@ import torch
 from hero.algorithms import MODES, Experience
 from hero.packing import (
     PackedBatch,
+    Row,
     Weighted,
     guard_ids,
     micro_batches,
@@ -15,6 +16,7 @@ from hero.packing import (
     plan_rows,
     student_rows,
     teacher_rows,
+    to_tensors,
 )
 from hero.policy import Policy
 from hero.teacher import TeacherContext
@@ -118,3 +120,19 @@ def test_micro_batches_keep_episodes_whole_and_bounded(samples: list[Sample]) ->
         rows = teacher_rows([item.sample for item in batch.samples])
         assert rows == batch.teacher
         assert len(rows) == 1 or max(map(len, rows)) * len(rows) <= 1200
+
+
+def test_padding_is_at_most_a_tenth(policy: Policy) -> None:
+    """Oracle: counting what the model is given."""
+    lengths = [5, 400, 90, 91, 6, 200, 95, 210, 5, 33]
+    packed = to_tensors([Row(trunk=[1] * n, actions=[(n - 1, n)]) for n in lengths], policy.device)
+    given: list[int] = []
+
+    def hidden(**inputs: torch.Tensor) -> torch.Tensor:
+        given.append(inputs["input_ids"].numel())
+        return policy.hidden(**inputs)
+
+    states = packed.states(hidden)
+    assert sum(lengths) <= sum(given) <= 1.1 * sum(lengths) and len(given) < len(lengths)
+    whole = policy.hidden(**packed.inputs()).flatten(0, 1)
+    torch.testing.assert_close(states[packed.index], whole[packed.index], atol=1e-5, rtol=0)
