@@ -37,7 +37,9 @@ def update_metrics(
 
     `divergence/error_turns` and `divergence/clean_turns` are means over tokens of turns whose
     observation reported an error or nothing found, and of all others: hindsight should disagree
-    more with the former.
+    more with the former. `divergence/auc` is the chance that a turn of the former kind has the
+    larger mean, 0.5 if divergence tells nothing; `divergence/pushed_down` the share of the tokens
+    of clean turns that the teacher finds less likely than the student.
     """
     turns = [turn for trajectory in trajectories for turn in trajectory.turns]
     rewards: dict[str, list[float]] = defaultdict(list)
@@ -66,14 +68,24 @@ def update_metrics(
         metrics["rollout/unknown_tokens"] = sum(ids.count(unknown_id) for ids in read)
     if len(learned.terms) > 1:
         metrics |= {f"loss/{name.replace(' ', '_')}": x for name, x in learned.terms.items()}
-    by_kind: dict[str, list[float]] = {"mean": [], "error_turns": [], "clean_turns": []}
-    for (t, k), values in learned.divergence.items():
-        kind = trajectories[t].turns[k].feedback_kind
-        by_kind["error_turns" if _is_error(kind) else "clean_turns"] += values
-        by_kind["mean"] += values
     return metrics | {
-        f"divergence/{name}": _mean(values) for name, values in by_kind.items() if values
+        f"divergence/{name}": x for name, x in mechanism(trajectories, learned).items()
     }
+
+
+def mechanism(trajectories: Sequence[Trajectory], learned: Learned) -> dict[str, float]:
+    """What the teacher does to turns with a fault and without; what no turn tells is left out."""
+    means: dict[bool, list[float]] = {True: [], False: []}
+    found: dict[str, list[float]] = defaultdict(list)
+    for (t, k), values in learned.divergence.items():
+        fault = _is_error(trajectories[t].turns[k].feedback_kind)
+        means[fault].append(_mean(values))
+        found["error_turns" if fault else "clean_turns"] += values
+        found["mean"] += values
+        if not fault:
+            found["pushed_down"] += [float(gap < 0) for gap in learned.logprob_gap[t, k]]
+    found["auc"] = [(x > y) + (x == y) / 2 for x in means[True] for y in means[False]]
+    return {name: _mean(values) for name, values in found.items() if values}
 
 
 def _is_error(kind: FeedbackKind) -> bool:

@@ -40,6 +40,14 @@ CHARTS = (
         ),
     ),
     Chart(
+        "Does the divergence find the faults?",
+        (
+            Line("divergence/auc", "AUC for turns followed by an error"),
+            Line("divergence/pushed_down", "tokens of clean turns pushed down"),
+        ),
+        percent=True,
+    ),
+    Chart(
         "Reflections",
         (
             Line("reflection/parsed_rate", "with a diagnosis"),
@@ -49,6 +57,7 @@ CHARTS = (
         percent=True,
     ),
     Chart("Entropy of the student, nats", (Line("entropy", "entropy"),)),
+    Chart("Tokens a turn", (Line("completions/mean_length", "training"),)),
     Chart("Norm of the gradient", (Line("grad_norm", "norm"),)),
     Chart("Loss", (Line("loss", "loss"),)),
     Chart(

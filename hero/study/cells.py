@@ -199,7 +199,8 @@ def _no_teacher() -> Any:
 
 
 KEPT = ("rewards/mean", "rollout/success", "rollout/turns_mean", "reflection/non_empty_rate",
-        "frac_reward_zero_std", "loss", "entropy", "env_turns")  # fmt: skip
+        "frac_reward_zero_std", "loss", "entropy", "completions/mean_length", "divergence/auc",
+        "divergence/pushed_down", "env_turns")  # fmt: skip
 
 
 def _curve(run: Path) -> list[dict[str, float]]:

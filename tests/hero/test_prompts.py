@@ -78,8 +78,11 @@ def test_a_budget_warning_is_no_error(episode: Episode) -> None:
     kinds = [FeedbackKind.OK, FeedbackKind.BUDGET, FeedbackKind.NO_RESULTS, FeedbackKind.DONE]
     for turn, kind in zip(trajectory.turns, kinds, strict=True):
         turn.feedback_kind = kind
-    learned = Learned(divergence={(0, k): [float(k)] for k in range(4)})
+    gaps = {(0, k): [-1.0, 1.0 - k] for k in range(4)}
+    learned = Learned(divergence={(0, k): [float(k)] for k in range(4)}, logprob_gap=gaps)
     metrics = update_metrics([trajectory], [0], learned)
     assert metrics["rollout/error_rate"] == 0.25
     assert metrics["divergence/error_turns"] == 2
     assert metrics["divergence/clean_turns"] == pytest.approx(4 / 3)
+    assert metrics["divergence/auc"] == pytest.approx(2 / 3)  # 2 is above 0 and 1, below 3
+    assert metrics["divergence/pushed_down"] == pytest.approx(4 / 6)
