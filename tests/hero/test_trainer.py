@@ -123,7 +123,7 @@ def test_an_environment_that_raises_loses_no_update(
     config = settings(model_path)
     config.env.name = f"{__name__}:Faulty"
     with pytest.raises(
-        EnvironmentFault, match=r"All 4 .*Faulty, task .train-\d+., turn 2: step raised .*broken"
+        EnvironmentFault, match=r"All 4 .*Faulty, task .train-\d+., turn \d: step raised .*broken"
     ):
         trainer(config, tmp_path).run()
     state = json.loads((tmp_path / "checkpoint" / "state.json").read_text())
