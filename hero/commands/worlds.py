@@ -31,18 +31,27 @@ class OptionsOf:
 
 @dataclass(kw_only=True)
 class Envs(Command):
-    """List the environments, what each lacks and how to get it; or describe one."""
+    """List the environments, what each lacks and how to get it; or describe one.
 
-    name: Annotated[str, Positional, arg(metavar="NAME")] = ""
-    """Environment to describe: options, splits, what results depend on."""
+    `hero envs NAME` tells options, splits and what results depend on; `hero envs get NAME` fetches
+    the data of one whose data may be fetched.
+    """
+
+    words: Annotated[list[str], Positional, arg(metavar="[get] NAME")] = field(default_factory=list)
+    """Environment to describe, or `get` and the one whose data to fetch."""
     env: OptionsOf = field(default_factory=OptionsOf)
 
     def run(self) -> None:
         from hero.envs.registry import worlds
 
         console = Console()
-        if self.name:
-            _describe(self.name, self.env, console)
+        if self.words[:1] == ["get"] and len(self.words) == 2:
+            _get(self.words[1], console)
+            return
+        if len(self.words) > 1:
+            raise ValueError(f"Expected NAME or get NAME, got {' '.join(self.words)}.")
+        if self.words:
+            _describe(self.words[0], self.env, console)
             return
         found = worlds()
         for name, world in found.items():
@@ -53,6 +62,16 @@ class Envs(Command):
             if world.data:
                 console.say(f"{'':<10} you bring {world.data}")
         console.say("\nhero envs NAME describes one; hero env init NAME starts one of your own.")
+
+
+def _get(name: str, console: Console) -> None:
+    from hero.envs.registry import find, imported, worlds
+
+    place = find(name).fetch
+    if not place:
+        some = ", ".join(name for name, world in worlds().items() if world.fetch)
+        raise ValueError(f"{name} has no data to fetch; expected {some}. `hero envs` says more.")
+    console.say(f"Data: {imported(place)(console.say)}")
 
 
 def _describe(name: str, env: OptionsOf, console: Console) -> None:

@@ -34,6 +34,8 @@ class World:
     """The command that brings `modules`."""
     data: str = ""
     """What the user must bring, and with which option it is named."""
+    fetch: str = ""
+    """`module:function` that `hero envs get NAME` calls."""
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -58,6 +60,12 @@ BUILTIN = {
         summary="tau-bench: customer service with tools, a policy and a user",
         modules=("tau2", "mcp"),
         install=INSTALL.format("tau"),
+    ),
+    "bfcl": World(
+        factory="hero.envs.bfcl:BfclEnv",
+        summary="BFCL multi-turn: function calls over several requests of a user",
+        data="its data, 2 MB: hero envs get bfcl",
+        fetch="hero.envs.bfcl.package:fetch",
     ),
     "tools": World(
         factory="hero.envs.tools:ToolsEnv",
@@ -158,9 +166,12 @@ def find(name: str) -> World:
 
 def load(world: World) -> Callable[..., Any]:
     """What makes the environment; imports it."""
-    if callable(world.factory):
-        return world.factory
-    module, _, attribute = world.factory.partition(":")
+    return world.factory if callable(world.factory) else imported(world.factory)
+
+
+def imported(place: str) -> Callable[..., Any]:
+    """The class or function at `module:name`."""
+    module, _, attribute = place.partition(":")
     found: Any = importlib.import_module(module)
     for part in attribute.split("."):
         found = getattr(found, part)
