@@ -158,7 +158,8 @@ def test_requests_follow_one_another(env: BfclEnv) -> None:
     env.step("Fine.")
     last, reward, done, _, info = env.step("Done.")
     assert (reward, done, info["feedback_kind"]) == (0.0, True, FeedbackKind.INSUFFICIENT)
-    assert last.endswith("Request 1 is not met: nothing was called.")
+    assert last.endswith("Request 1 is not met: the state of GorillaFileSystem is not what it "
+                         "should be.")  # fmt: skip
     with pytest.raises(RuntimeError, match="reset"):
         env.step("More?")
 
@@ -172,7 +173,7 @@ def test_calls_of_every_format_and_what_cannot_be_read(env: BfclEnv, format: str
     assert (info["parse_ok"], info["feedback_kind"]) == (False, FeedbackKind.PARSE_ERROR)
     assert "could not be read" in seen and info["role"] == "tool"
     for call, words in (
-        (ToolCall(name="cd", arguments={"folder": "nowhere"}), "No such directory"),
+        (ToolCall(name="cd", arguments={"folder": "nowhere"}), "No such file"),
         (ToolCall(name="fly"), "name 'fly' is not defined"),
         (ToolCall(name="cd", arguments={"x": 1}), "unexpected keyword argument"),
     ):
@@ -250,9 +251,9 @@ def test_without_the_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    load_package.cache_clear()
     assert main(["rollout", "tiny-shop", "--env.name", "bfcl"]) == 1
     assert "Run: hero envs get bfcl" in " ".join(capsys.readouterr().err.split())
-    load_package.cache_clear()
     with pytest.raises(ValueError, match="does not hold the package"):
         BfclEnv(data_dir=str(tmp_path))
     load_package.cache_clear()
@@ -287,8 +288,8 @@ def test_a_whole_update_and_an_evaluation(
     shape = ScratchConfig(width=32, layers=1, heads=2, context=40000)
     policy = Policy(build_model(shape, tiny_tokenizer), tiny_tokenizer, ModelConfig(device="cpu"))
     data = {
-        "env": {"name": "bfcl"}, "updates": 1, "eval": {"dev_tasks": 1, "test_tasks": 1},
-        "rollout": {"tasks_per_update": 2, "max_turns": 2, "max_turn_tokens": 8,
+        "env": {"name": "bfcl"}, "updates": 1, "eval": {"dev_tasks": 1, "test_tasks": 0},
+        "rollout": {"tasks_per_update": 1, "max_turns": 2, "max_turn_tokens": 8,
                     "max_episode_tokens": 30000, "batch_size": 2},
         "reflection": {"max_tokens": 16, "retries": 0}, "teacher": {"max_privileged_tokens": 64},
     }  # fmt: skip
@@ -302,6 +303,6 @@ def test_a_whole_update_and_an_evaluation(
             if name != "tasks_per_update"]  # fmt: skip
     monkeypatch.chdir(tmp_path)
     assert (
-        main(["eval", "model", "--env.name", "bfcl", "--tasks", "2", *caps, "--output", "o"]) == 0
+        main(["eval", "model", "--env.name", "bfcl", "--tasks", "1", *caps, "--output", "o"]) == 0
     )
     assert json.loads((tmp_path / "o/model/eval.json").read_text())["success"] == 0.0
