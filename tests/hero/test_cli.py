@@ -144,7 +144,7 @@ def test_sft_recipes_are_valid() -> None:
     ("arguments", "message"),
     [
         (["train"], "Take a recipe: hero train quickstart"),
-        (["train", "quikstart"], "Unknown recipe 'quikstart': expected one of bfcl, quickstart, shop-"),
+        (["train", "quikstart"], "Unknown recipe 'quikstart': expected one of bfcl, quick"),
         (["train", "--config", "no.yaml"], "Cannot read the configuration no.yaml"),
         (["train", "--model.path", "no/model/here"], "Cannot load the model 'no/model/here'"),
         (["train", "--resume", "no-run"], "no-run is not the folder of a run"),
