@@ -34,12 +34,12 @@ HERO_FUNCTION T log_1_plus(T t, T one_plus_t) {
     const T f = choose(k == 0u, t, m - 1.0f);
     const T f2 = f * f;
     const T f4 = f2 * f2;
-    const T c01 = f * LOGARITHM_1 + 1.0f;
-    const T c23 = f * LOGARITHM_3 + LOGARITHM_2;
-    const T c45 = f * LOGARITHM_5 + LOGARITHM_4;
-    const T c67 = f * LOGARITHM_7 + LOGARITHM_6;
-    const T series = (c01 + f2 * c23) + f4 * ((c45 + f2 * c67) + f4 * LOGARITHM_8);
-    return to_float(k) * LN_2 + f * series;
+    const T c12 = f * LOGARITHM_2 + LOGARITHM_1;
+    const T c34 = f * LOGARITHM_4 + LOGARITHM_3;
+    const T c56 = f * LOGARITHM_6 + LOGARITHM_5;
+    const T c78 = f * LOGARITHM_8 + LOGARITHM_7;
+    const T series = (c12 + f2 * c34) + f4 * (c56 + f2 * c78);
+    return to_float(k) * LN_2 + (f + f2 * series);  // f last: it is the result where f is small
 }
 
 // F(p, q, x) = q - p - p x >= 0: the column's share of KL(p || q) where log q - log p = x.

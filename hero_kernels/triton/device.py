@@ -55,7 +55,8 @@ def log_1_plus(t, total):
     f = tl.where(k == 0, t, m - 1.0)
     high = -1.6562393e-01 + f * (1.4952266e-01 + f * (-1.4366843e-01 + f * 8.7223552e-02))
     low = 3.3334187e-01 + f * (-2.5002074e-01 + f * (1.9956833e-01 + f * high))
-    return k.to(tl.float32) * _LN_2 + f * (1.0 + f * (-0.49999988 + f * low))
+    # f last: it is the result where f is small
+    return k.to(tl.float32) * _LN_2 + (f + f * f * (-0.49999988 + f * low))
 
 
 @triton.jit
