@@ -235,7 +235,7 @@ def plot(session: Mapping[str, Any], path: Path) -> None:
     plots.draw(entries_of(session), title, path)
 
 
-def updated(document: str) -> str:
+def updated(document: str, root: Path = ROOT) -> str:
     """The text with every table rendered from its JSON file.
 
     Raises:
@@ -243,7 +243,7 @@ def updated(document: str) -> str:
     """
 
     def fill(block: re.Match[str]) -> str:
-        session = json.loads((ROOT / block[2]).read_text())
+        session = json.loads((root / block[2]).read_text())
         return f"{block[1]}{render(session)}{block[3]}"
 
     return BLOCK.sub(fill, document)

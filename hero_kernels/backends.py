@@ -41,8 +41,6 @@ class Implementation:
     """Whether it makes the logits itself (`logits_into`), in place of the library's products."""
     delta_dtype: torch.dtype | None = None
     """Type in which it makes delta; None where products of the library do."""
-    in_auto: bool = True
-    """Whether `impl="auto"` may take it: not before its speed has been measured."""
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,10 +70,11 @@ IMPLEMENTATIONS = {
         logprobs="hero_kernels.triton.fused",
         makes_logits=True,
         delta_dtype=torch.float16,
-        in_auto=False,
     ),
 }
-"""By name, in order of generality; `auto` takes the last one that serves."""
+AUTO = ("torch", "cpu", "cuda", "triton")
+"""What `impl="auto"` may take, the last one that serves: not before its speed has been measured.
+`python -m benchmarks.settle` writes this line from a session on a GPU."""
 
 
 class Request(NamedTuple):
@@ -185,8 +184,8 @@ def choose(impl: str, request: Request) -> str:
                 f"impl={impl!r} cannot serve this call: {reason}. impl='auto' chooses one that can."
             )
         return impl
-    for name in reversed(IMPLEMENTATIONS):
-        if IMPLEMENTATIONS[name].in_auto and refusal(name, request) is None:
+    for name in reversed(AUTO):
+        if refusal(name, request) is None:
             return name
     raise ValueError(
         f"No implementation takes {request.dtype}; expected float32, bfloat16, float16 or float64."

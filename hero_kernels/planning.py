@@ -196,13 +196,14 @@ def explain(
     name, rows, columns = decide(facts)
     request = _request(facts, bool(columns))
     lines = [f"implementation: {name}"]
-    for other, entry in backends.IMPLEMENTATIONS.items():
+    for other in backends.IMPLEMENTATIONS:
         if other != name:
             reason = backends.refusal(other, request)
             if reason is None and impl != "auto":
                 reason = f"{name} was named"
             elif reason is None:
-                reason = f"{name} was preferred" if entry.in_auto else "only if named: not measured"
+                preferred = other in backends.AUTO
+                reason = f"{name} was preferred" if preferred else "only if named: not measured"
             lines.append(f"  not {other}: {reason}")
     shape = shape_of(facts, name)
     found = layout(shape, rows, columns)

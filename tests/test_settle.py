@@ -1,0 +1,84 @@
+"""From a session's files to what the package does on a GPU; the session is written by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from test_benchmarks import MACHINE
+
+from benchmarks import settle
+from benchmarks.shapes import Case
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def session(*cases: dict[str, float | None]) -> dict[str, Any]:
+    """One round a case: seconds by contestant, None for one that could not run."""
+    entries = []
+    for number, times in enumerate(cases):
+        results = {
+            name: {"skipped": "not built"} if time is None else {"seconds": [time]}
+            for name, time in {**times, "library-gemms": 1.0, "own-gemms": 1.0}.items()
+        }
+        entries.append({"case": vars(Case("tiny", 64 + number)), "results": results})
+    return {"machine": {**MACHINE, "device": "NVIDIA H100"}, "cases": entries}
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    for path in ("hero_kernels/backends.py", "docs/benchmarks.md", "benchmarks/results/cpu.json"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    return tmp_path
+
+
+def write(checkout: Path, comparison: dict[str, Any]) -> Path:
+    folder = checkout / "benchmarks" / "results" / "gpu"
+    folder.mkdir()
+    (folder / "comparison.json").write_text(json.dumps(comparison))
+    (folder / "benchmark.json").write_text(json.dumps(session({"hero": 3.0, "eager": 12.0})))
+    return folder
+
+
+def auto(checkout: Path) -> str:
+    text = (checkout / "hero_kernels" / "backends.py").read_text()
+    return re.findall(r"^AUTO = (.*)$", text, re.MULTILINE)[0]
+
+
+def test_the_fastest_on_average_is_last_and_who_never_wins_is_left_out(checkout: Path) -> None:
+    cases = session(
+        {"hero-triton": 2.0, "hero-cuda": 1.0, "hero-triton-fused": 3.0},
+        {"hero-triton": 2.0, "hero-cuda": 1.5, "hero-triton-fused": None},
+        {"hero-triton": 1.0, "hero-cuda": 1.1, "hero-triton-fused": 1.2},
+    )
+    losers = settle.settle(write(checkout, cases), checkout)
+    assert auto(checkout) == '("torch", "cpu", "triton", "cuda")'
+    assert losers == ["triton_fused"]
+    compile((checkout / "hero_kernels" / "backends.py").read_text(), "backends.py", "exec")
+
+
+def test_the_tables_stand_in_the_document_once(checkout: Path) -> None:
+    cases = session({"hero": 1.0, "hero-triton": 1.0, "hero-cuda": 2.0})
+    folder = write(checkout, cases)
+    settle.settle(folder, checkout)
+    once = (checkout / "docs" / "benchmarks.md").read_text()
+    assert "nothing has been measured" not in once
+    assert re.search(r"\| eager +\| 12000\* +\| +4\.00x", once)
+    settle.settle(folder, checkout)
+    assert (checkout / "docs" / "benchmarks.md").read_text() == once
+
+
+def test_nothing_to_compare_changes_nothing(checkout: Path) -> None:
+    folder = write(checkout, session({"hero-triton": 1.0, "hero-cuda": None}))
+    before = auto(checkout)
+    with pytest.raises(ValueError, match=r"No case .* run `bash benchmarks/gpu_session.sh` on"):
+        settle.settle(folder, checkout)
+    assert auto(checkout) == before
