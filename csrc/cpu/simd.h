@@ -43,6 +43,13 @@ inline float sum_of(Floats value) {
     return total;
 }
 
+// Whether some lane is not 0.
+inline bool any(Ints mask) {
+    int32_t found = 0;
+    for (int i = 0; i < HERO_LANES; ++i) found |= mask[i];
+    return found != 0;
+}
+
 // The same for one float (storage.h) and for a vector of them, so that formulas are written once.
 inline Words as_bits(Floats value) {
     return (Words)value;
