@@ -26,3 +26,10 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         line = text[: match.start(1)].count("\n")
         source = "\n" * line + match[1]  # errors name the line of the page
         exec(compile(source, str(page), "exec"), names)
+
+
+def test_the_tables_of_scaling_are_what_its_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    [code] = BLOCK.findall(text)
+    exec(code, {})
+    assert capsys.readouterr().out in text

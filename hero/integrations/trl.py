@@ -31,14 +31,8 @@ from trl import GRPOTrainer
 from hero.algorithms import MODES, Experience
 from hero.envs.base import Environment
 from hero.files import write_atomic
-from hero.integrations.trl_parts import (
-    Generated,
-    MethodConfig,
-    TrlPolicy,
-    TrlRenderer,
-    TrlSampler,
-    episodes,
-)
+from hero.integrations.common import MethodConfig, WholeRenderer
+from hero.integrations.trl_parts import Generated, TrlPolicy, TrlSampler, episodes
 from hero.loss import compute_loss, weigh
 from hero.packing import Weighted, micro_batches, pack, plan_rows
 from hero.prompts import make_prompts
@@ -124,7 +118,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
     def policy(self) -> TrlPolicy:
         """The student, as hero's loss and teacher see it."""
         options = self.chat_template_kwargs
-        policy = TrlPolicy(self, TrlRenderer(self._tokenizer, self.chat_template, options))
+        policy = TrlPolicy(self, WholeRenderer(self._tokenizer, self.chat_template, options))
         if self.method.teacher.packing == "tree":
             policy.check_sees_all(policy.context)
         return policy

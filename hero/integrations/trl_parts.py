@@ -1,69 +1,23 @@
-"""What HERO's pipeline needs of a TRL trainer: template, model, engine and episodes."""
+"""What HERO's pipeline needs of a TRL trainer: its model, its engine and its episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hero.config import LossConfig, PromptStyle, ReflectionConfig, Settings, TeacherConfig
+from hero.integrations.common import spans
 from hero.policy import Policy
 from hero.renderer import Renderer
 from hero.sampler import Completion, Sampling
 from hero.types import FeedbackKind, StopReason, Trajectory, Turn
 from hero_kernels.integrations.transformers import lm_states, with_head
-
-
-@dataclass(kw_only=True)
-class MethodConfig(Settings):
-    """The settings of the method itself; all others are those of TRL's `GRPOConfig`."""
-
-    mode: Literal["hero", "env_only", "reflection_only", "terminal"] = "hero"
-    """What the teacher sees and which turns are trained (docs/method.md)."""
-    prompts: PromptStyle = "standard"
-    """Wording of what teachers and reflectors read."""
-    reflection: ReflectionConfig = field(default_factory=lambda: ReflectionConfig(retries=0))
-    """Without further calls for a reflection that cannot be read: with vLLM on several processes
-    all of them have to call as often."""
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-
-
-class TrlRenderer(Renderer):
-    """With the template and the options by which TRL makes its prompts."""
-
-    def __init__(self, tokenizer: Any, template: str | None, options: Mapping[str, Any]) -> None:
-        self.template_options = {**options, "chat_template": template}
-        super().__init__(tokenizer)
-
-    def branch_at(self, prompt_ids: Sequence[int]) -> int:
-        """Where the content of a prompt's last message ends.
-
-        TRL tokenises a message as a whole, so the first characters of the template behind it (a
-        newline) may be one token with the content's last ones: then it ends where the template's
-        first special token stands.
-        """
-        prompt = list(prompt_ids)
-        for role in ("tool", "user"):
-            try:
-                close = list(self._pieces(role)[1])
-            except ValueError:  # a template without that role
-                continue
-            special = [i for i, token in enumerate(close) if token in self._marks]
-            for start in (0, *special[:1]):
-                if prompt[-len(close) + start :] == close[start:]:
-                    return len(prompt) - len(close) + start
-        return super().branch_at(prompt_ids)  # which says what is wrong
-
-    @property
-    def _marks(self) -> set[int]:
-        return set(self.tokenizer.added_tokens_decoder)
 
 
 class TrlPolicy(Policy):
@@ -203,11 +157,3 @@ def episodes(
             stop_reason=StopReason.MAX_TOKENS if cut else StopReason.DONE,
         ))  # fmt: skip
     return found
-
-
-def spans(mask: Sequence[int]) -> list[tuple[int, int]]:
-    """(start, end) of each run of ones."""
-    edges = [0, *(int(value != 0) for value in mask), 0]
-    starts = [i for i in range(len(mask)) if edges[i + 1] > edges[i]]
-    ends = [i for i in range(1, len(mask) + 1) if edges[i + 1] < edges[i]]
-    return list(zip(starts, ends, strict=True))

@@ -18,8 +18,9 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 trl = pytest.importorskip("trl", reason="trl is missing: .ci/extras trl")
 
 from hero.config import LossConfig, ReflectionConfig, TeacherConfig  # noqa: E402
+from hero.integrations.common import spans  # noqa: E402
 from hero.integrations.trl import TEACHER, HeroTrainer, MethodConfig  # noqa: E402
-from hero.integrations.trl_parts import Generated, episodes, spans  # noqa: E402
+from hero.integrations.trl_parts import Generated, episodes  # noqa: E402
 from hero.policy import SHIPPED  # noqa: E402
 from hero.types import FeedbackKind, StopReason  # noqa: E402
 from hero_kernels import reference  # noqa: E402
@@ -288,9 +289,9 @@ def test_hindsight_stands_in_the_last_message_of_a_template_that_merges_tokens()
         tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>",
         chat_template=template.read_text(),
     )  # fmt: skip
-    from hero.integrations.trl_parts import TrlRenderer
+    from hero.integrations.common import WholeRenderer
 
-    renderer = TrlRenderer(tokenizer, None, {})
+    renderer = WholeRenderer(tokenizer, None, {})
     call = {"type": "function", "function": {"name": "open", "arguments": {}}}
     messages = [
         {"role": "user", "content": "open it"},
