@@ -124,7 +124,7 @@ class Emulator:
             path.write_text(source.replace(text, replacement))
         path = folder / "emulator.so"
         # longjmp between stacks is what fortified libraries take for an error.
-        options = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
+        options = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-fPIC", "-shared"]
         warnings = ["-Wall", "-Wextra", "-Wno-unused", "-Wno-unknown-pragmas"]
         include = [f"-I{folder / part}" for part in ("cuda", "cpu")]
         command = ["g++", *options, *warnings, *include, EMULATOR / "emulator.cpp", "-o", path]
