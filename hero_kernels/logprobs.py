@@ -2,8 +2,12 @@
 
 The forward pass is one head GEMM and one sweep over the logits, and keeps four numbers for each
 row. The backward pass forms the logits again, turns each into its gradient with those numbers (one
-sweep, no sum over the row), and multiplies: three GEMMs, or two where the head is frozen. Keeping
-the logits, or their gradient, would save one of them at the price of N·V numbers.
+sweep, no sum over the row), and multiplies: three GEMMs. Keeping the logits, or their gradient,
+would save one of them at the price of N·V numbers.
+
+With a frozen head and without entropies nothing is formed again: the forward pass multiplies the
+gradient of each log-probability by the head while its logits are there and keeps d log p / dh
+[N, H], which the backward pass scales by the upstream gradient. Two GEMMs in all in place of three.
 """
 
 from __future__ import annotations
@@ -48,7 +52,8 @@ def linear_logprobs(
 
     Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens
     whose upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products
-    of the backward pass.
+    of the backward pass. With a frozen head and without entropies the forward pass does them all:
+    mask there what will have no gradient, and call under `torch.no_grad()` what needs none.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.
@@ -102,11 +107,15 @@ def linear_logprobs(
     device, vocab = str(hidden.device), operator.index(vocab)
     request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
     name = backends.chosen(impl, *request)
+    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
+    forms_gradient = (
+        torch.is_grad_enabled() and hidden.requires_grad and frozen and not return_entropy
+    ) and not backends.IMPLEMENTATIONS[name].makes_logits
     call = Call(
         name, options.tile_rows or default_rows(device, vocab), 0, vocab,
-        options.max_active_rows or 0, with_stats=return_entropy,
+        options.max_active_rows or 0, need_hidden=forms_gradient, with_stats=return_entropy,
     )  # fmt: skip
-    logprobs, entropy, _ = _linear_logprobs(
+    logprobs, entropy, *_ = _linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, numbers_of(what),
         encoded(what, call.text),
     )  # fmt: skip
@@ -125,12 +134,16 @@ def _linear_logprobs(
     mask: Tensor,
     numbers: Sequence[float],
     call: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities [N], entropies [N] (0 without `with_stats`), and [N, 4] for backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities [N], entropies [N] (0 without `with_stats`), and for backward [N, 4] and,
+    with `need_hidden`, d log p / dh [N, H], else empty."""
     how = decoded_call(call)
     what = decoded_objective(call, *numbers)
-    stats = _forward(Head(hidden, weight, bias), target_ids, mask, what, how)
-    return stats[:, LOGPROB].clone(), stats[:, ENTROPY].clone(), stats
+    of_logprob = torch.stack([mask, torch.zeros_like(mask)], 1) if how.need_hidden else None
+    head = Head(hidden, weight, bias)
+    stats, grads = _computed(head, target_ids, mask, None, of_logprob, what, how)
+    slope = hidden.new_empty(0) if grads.hidden is None else grads.hidden
+    return stats[:, LOGPROB].clone(), stats[:, ENTROPY].clone(), stats, slope
 
 
 @torch.library.custom_op("hero_kernels::linear_logprobs_backward", mutates_args=())
@@ -149,14 +162,14 @@ def _linear_logprobs_backward(
     how = decoded_call(call)
     what = decoded_objective(call, *numbers)
     live = mask & (upstream != 0).any(1)
-    grads = _gradients(Head(hidden, weight, bias), target_ids, live, stats, upstream, what, how)
+    _, grads = _computed(Head(hidden, weight, bias), target_ids, live, stats, upstream, what, how)
     d_hidden, d_weight, d_bias = (hidden.new_empty(0) if grad is None else grad for grad in grads)
     return d_hidden, d_weight, d_bias
 
 
 class _LogprobWork:
-    """Log-probabilities and entropies of the rows of a tile; or, with the numbers kept of them and
-    upstream gradients, their gradient."""
+    """Log-probabilities and entropies of the rows of a tile, unless an earlier call left them, and
+    with `upstream` [N, 2] their gradient."""
 
     num_stats = NUM_LOGPROB_STATS
 
@@ -167,22 +180,22 @@ class _LogprobWork:
         plan: Layout,
         objective: Objective,
         with_entropy: bool,
-        kept: tuple[Tensor, Tensor] | None = None,
+        stats: Tensor | None,
+        upstream: Tensor | None,
     ) -> None:
         self.kernels, self.objective, self.with_entropy = kernels, objective, with_entropy
-        self.ids = ids.split(plan.sizes) if plan.sizes else ()
-        if kept is not None:
-            self.stats, self.upstream = (tensor.split(plan.sizes) for tensor in kept)
-        self.kept = kept
+        self.ids, self.stats, self.upstream = (
+            [] if tensor is None or not plan.sizes else list(tensor.split(plan.sizes))
+            for tensor in (ids, stats, upstream)
+        )
 
     def of_rows(self, tiles: Tiles, i: int) -> Tensor:
-        if self.kept is not None:
-            return self.stats[i]
-        (tile,) = tiles
-        stats: Tensor = self.kernels.logprob_rows(
-            tile, self.ids[i], self.objective, self.with_entropy
-        )
-        return stats
+        if i == len(self.stats):
+            (tile,) = tiles
+            self.stats.append(
+                self.kernels.logprob_rows(tile, self.ids[i], self.objective, self.with_entropy)
+            )
+        return self.stats[i]
 
     def gradient(self, tile: Tile, i: int) -> None:
         self.kernels.logprob_gradient(
@@ -190,29 +203,50 @@ class _LogprobWork:
         )
 
 
-def _forward(
-    head: Head, target_ids: Tensor, mask: Tensor, objective: Objective, call: Call
-) -> Tensor:
-    """[N, 4]; 0 for masked rows, NaN if there are more rows than the bound where that cannot be
-    raised."""
+def _computed(
+    head: Head,
+    target_ids: Tensor,
+    active: Tensor,
+    stats: Tensor | None,
+    upstream: Tensor | None,
+    objective: Objective,
+    call: Call,
+) -> tuple[Tensor, Gradients]:
+    """[N, 4] of rows, unless an earlier call left them, and with `upstream` [N, 2] the gradients of
+    sum(upstream · (log-probability, entropy)). Of rows that are not `active` [N] both are 0; where
+    there are more of these than the bound and that cannot be raised, the former are NaN."""
     num_rows = len(head.hidden)
-    kept, overflow = active_rows(mask, call.max_active_rows)
+    kept, overflow = active_rows(active, call.max_active_rows)
     if kept is not None:
         head = head._replace(hidden=head.hidden[kept])
-        target_ids, mask = target_ids[kept], mask[kept]
-    ids = target_ids.where(mask, -1)
-    sides, plan = _prepared(head, mask, call)
-    kernels = backends.logprob_kernels(call.impl)
+        target_ids, active = target_ids[kept], active[kept]
+        stats = None if stats is None else stats[kept]
+        upstream = None if upstream is None else upstream[kept]
+    sides, plan = _prepared(head, active, call)
+    ids = target_ids.where(active, -1)
+    name, scale, grads = call.impl, None, Gradients(None, None, None)
+    makes_logits = backends.IMPLEMENTATIONS[name].makes_logits
+    if upstream is not None:
+        name = "triton" if makes_logits else name  # a gradient needs the logits in memory
+        upstream = upstream.masked_fill(~active[:, None], 0).to(plan.wide)
+        if head.hidden.dtype == torch.float16:
+            scale = power_of_two_scale(upstream, objective.logit_scale / objective.temperature)
+            upstream = upstream * scale
+    kernels = backends.logprob_kernels(name)
     with without_autocast(head.hidden.device.type):
-        if backends.IMPLEMENTATIONS[call.impl].makes_logits:
+        if makes_logits and upstream is None:
             stats = _without_logits(kernels, sides, ids, plan, objective, call)
         else:
-            work = _LogprobWork(kernels, ids, plan, objective, call.with_stats)
-            stats, _ = walk(sides, work, call, plan, Shards())
-    stats = stats.masked_fill(~mask[:, None], 0.0)
+            work = _LogprobWork(kernels, ids, plan, objective, call.with_stats, stats, upstream)
+            stats, grads = walk(sides, work, call, plan, Shards())
+    if scale is not None:
+        grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))
+    if grads.hidden is not None:
+        grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
+    stats = stats.masked_fill(~active[:, None], 0.0)
     if overflow is not None:
         stats = stats.masked_fill(overflow, torch.nan)
-    return spread(stats, kept, num_rows)
+    return spread(stats, kept, num_rows), grads
 
 
 def _without_logits(
@@ -234,44 +268,6 @@ def _without_logits(
     return stats
 
 
-def _gradients(
-    head: Head,
-    target_ids: Tensor,
-    live: Tensor,
-    stats: Tensor,
-    upstream: Tensor,
-    objective: Objective,
-    call: Call,
-) -> Gradients:
-    """Gradients of sum(upstream · (log-probability, entropy)) over the rows that are `live` [N]:
-    rows whose upstream gradient is 0 cost what masked rows cost."""
-    num_rows = len(head.hidden)
-    kept, _ = active_rows(live, call.max_active_rows)
-    if kept is not None:
-        head = head._replace(hidden=head.hidden[kept])
-        target_ids, live = target_ids[kept], live[kept]
-        stats, upstream = stats[kept], upstream[kept]
-    upstream = upstream.masked_fill(~live[:, None], 0.0)
-    scale = None
-    if head.hidden.dtype == torch.float16:
-        scale = power_of_two_scale(upstream, objective.logit_scale / objective.temperature)
-        upstream = upstream * scale
-    sides, plan = _prepared(head, live, call)
-    name = call.impl
-    if backends.IMPLEMENTATIONS[name].makes_logits:
-        name = "triton"  # the backward pass needs the logits in memory
-    kernels = backends.logprob_kernels(name)
-    ids = target_ids.where(live, -1)
-    with without_autocast(head.hidden.device.type):
-        work = _LogprobWork(kernels, ids, plan, objective, False, (stats, upstream))
-        _, grads = walk(sides, work, call, plan, Shards())
-    if scale is not None:
-        grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))
-    if grads.hidden is not None:
-        grads = grads._replace(hidden=spread(grads.hidden, kept, num_rows))
-    return grads
-
-
 def _prepared(head: Head, active: Tensor, call: Call) -> tuple[Sides, Layout]:
     hidden = head.hidden
     on_cpu = hidden.device.type == "cpu"
@@ -286,11 +282,14 @@ def _prepared(head: Head, active: Tensor, call: Call) -> tuple[Sides, Layout]:
 
 
 @_linear_logprobs.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, *constants: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = torch.promote_types(hidden.dtype, torch.float32)
     num_rows = len(hidden)
     logprobs, entropy = (hidden.new_empty(num_rows, dtype=wide) for _ in range(2))
-    return logprobs, entropy, hidden.new_empty(num_rows, NUM_LOGPROB_STATS, dtype=wide)
+    slope = hidden.new_empty(0)
+    if decoded_call(constants[-1]).need_hidden:
+        slope = torch.empty_like(hidden, dtype=GRADIENT_DTYPE[hidden.dtype])
+    return logprobs, entropy, hidden.new_empty(num_rows, NUM_LOGPROB_STATS, dtype=wide), slope
 
 
 @_linear_logprobs_backward.register_fake
@@ -307,14 +306,24 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs[:5], output[2])
+    ctx.mark_non_differentiable(*output[2:])
     ctx.numbers, ctx.call = inputs[5], inputs[6]
     ctx.num_constants = len(inputs) - 3
+    ctx.has_slope = decoded_call(ctx.call).need_hidden
+    if ctx.has_slope:
+        ctx.save_for_backward(inputs[4], output[3])
+        ctx.dtype = inputs[0].dtype
+    else:
+        ctx.save_for_backward(*inputs[:5], output[2])
 
 
-def _backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_logprobs: Tensor, d_entropy: Tensor, *_: Any) -> tuple[Any, ...]:
     first_order("linear_logprobs")
+    if ctx.has_slope:
+        mask, slope = ctx.saved_tensors
+        live = mask & (d_logprobs != 0)  # other rows may hold anything
+        hidden = (slope * d_logprobs[:, None]).where(live[:, None], 0.0)
+        return (hidden.to(ctx.dtype), None, None, *(None,) * ctx.num_constants)
     needed = ctx.needs_input_grad[:3]
     call = decoded_call(ctx.call).with_needs(needed)
     text = encoded(decoded_objective(ctx.call, *ctx.numbers), call.text)

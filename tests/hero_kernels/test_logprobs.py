@@ -12,12 +12,7 @@ from torch import Tensor
 from hero_kernels import KernelOptions, LinearLogprobs, linear_logprobs, supports
 from hero_kernels.backends import IMPLEMENTATIONS
 from hero_kernels.call import Call, encoded, numbers_of
-from hero_kernels.logprobs import (
-    _forward,
-    _gradients,
-    _linear_logprobs,
-    _linear_logprobs_backward,
-)
+from hero_kernels.logprobs import _computed, _linear_logprobs, _linear_logprobs_backward
 from hero_kernels.objective import Objective
 from hero_kernels.reference import entropy, scaled_logits
 from hero_kernels.types import Head
@@ -155,20 +150,63 @@ def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
 @pytest.mark.parametrize("trunk", [True, False], ids=["trunk", "no_trunk"])
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no_head"])
 def test_gemm_count(trunk: bool, head: bool) -> None:
-    """Forward one head GEMM; backward three, two for a frozen head or trunk; of rows that count."""
+    """Forward one head GEMM; backward three, two for a frozen head or trunk; of rows that count.
+    With a frozen head the forward pass may form the gradient in one more."""
     mask, upstream = torch.arange(24) % 3 > 0, torch.randn(24, 2)
     given = Head(torch.randn(24, 8), torch.randn(50, 8), None), torch.arange(24)
     call, product = Call("torch", 10, 0, 50, with_stats=True), 2 * 8 * 50
     with ProductCounter() as counter:
-        stats = _forward(*given, mask, Objective(), call)
+        stats, _ = _computed(*given, mask, None, None, Objective(), call)
     assert counter.flops == int(mask.sum()) * product
     upstream[:11] = 0
     live = mask & (upstream != 0).any(1)
     needed = call.with_needs((trunk, head, False))
     with ProductCounter() as counter:
-        _gradients(*given, live, stats, upstream, Objective(), needed)
+        _computed(*given, live, stats, upstream, Objective(), needed)
     products = 1 + trunk + head if trunk or head else 0
     assert counter.flops == products * int(mask[11:].sum()) * product
+
+
+def test_a_frozen_head_has_no_backward_products() -> None:
+    """The call forms the gradient by a second product; the backward pass does not call the op."""
+    given = Head(torch.randn(24, 8), torch.randn(50, 8), None), torch.arange(24)
+    mask, call = torch.arange(24) % 3 > 0, Call("torch", 10, 0, 50, need_hidden=True)
+    of_logprob = torch.stack([mask, torch.zeros_like(mask)], 1)
+    with ProductCounter() as counter:
+        _computed(*given, mask, None, of_logprob, Objective(), call)
+    assert counter.flops == 2 * int(mask.sum()) * 2 * 8 * 50
+    hidden = given[0].hidden.requires_grad_()
+    loss = linear_logprobs(hidden, given[0].weight, given[1], impl="torch").sum()
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    assert not [event for event in profile.events() if "logprobs_backward" in event.name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_frozen_head_gets_the_gradient_of_a_trained_one(
+    impl: str, device: str, dtype: torch.dtype
+) -> None:
+    """Masked rows of anything, rows without upstream gradient; oracle: fp64."""
+    hidden, weight, bias, ids = tensors(dtype, device=device, hidden_size=16)
+    mask, upstream = torch.arange(13) % 3 != 0, torch.randn(13)
+    upstream[1] = 0.0
+    with torch.no_grad():
+        hidden[0] = torch.nan
+    exact = [tensor.detach().cpu().double() for tensor in (hidden, weight, bias)]
+    exact[0][0] = 0.0
+    exact[0].requires_grad_()
+    expected = dense(*exact[:2], ids.cpu(), exact[2], softcap=3.0, temperature=0.7)[0]
+    (expected * upstream.double() * mask).sum().backward()
+    got = linear_logprobs(
+        hidden, weight.detach(), ids, bias=bias.detach(), softcap=3.0, temperature=0.7, impl=impl,
+        token_mask=mask.to(device), options=KernelOptions(tile_rows=5),
+    )  # fmt: skip
+    upstream[0] = torch.nan
+    got.backward(upstream.to(device))
+    assert hidden.grad is not None and hidden.grad.dtype == dtype
+    assert hidden.grad[~mask].eq(0).all() and hidden.grad[1].eq(0).all()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
+    assert relative_error(hidden.grad, exact[0].grad) < tolerance
 
 
 def test_rows_without_upstream_gradient_change_nothing(impl: str, device: str) -> None:
@@ -246,6 +284,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(_linear_logprobs, (hidden, weight, bias, ids, mask, *how(call)))
     upstream, stats = torch.randn(13, 2), torch.randn(13, 4)
     frozen = (hidden.detach(), weight.detach(), bias.detach())
+    forms_gradient = Call("torch", 4, 0, 50, need_hidden=True)
+    torch.library.opcheck(_linear_logprobs, (hidden, *frozen[1:], ids, mask, *how(forms_gradient)))
     torch.library.opcheck(
         _linear_logprobs_backward,
         (*frozen, ids, mask, stats, upstream, *how(call.with_needs((True, False, True)))),
