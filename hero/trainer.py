@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hero.callbacks import Callback, Callbacks
 from hero.checkpoint import BrokenCheckpoint, load_checkpoint, save_checkpoint
 from hero.checks import check
 from hero.config import TrainConfig, redacted
@@ -25,6 +26,7 @@ from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
 from hero.policy import Policy
 from hero.reflection import Reflections, Reflector
+from hero.report.card import write_card
 from hero.report.console import Console
 from hero.report.facts import header, outcome
 from hero.report.metrics import Clock, update_metrics
@@ -45,15 +47,16 @@ class Trainer:
         self, config: TrainConfig, run_dir: Path, recipe: str = "", console: Console | None = None,
         *, environment: Callable[[], Environment] | None = None, policy: Policy | None = None,
         reflector: Reflector | None = None,
-        callbacks: Sequence[Callable[[int, dict[str, float]], None]] = (),
+        callbacks: Sequence[Callback | Callable[[int, Any], object]] = (),
     ) -> None:  # fmt: skip
-        """Objects take the place of what settings would make; `callbacks` get (update, metrics)."""
+        """Objects take the place of what settings would make; a function as callback gets (update,
+        metrics) of each update."""
         check(config)
         console = console or Console(io.StringIO(), terminal=False)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.recipe, self.console = config, recipe, console
         self.run_dir, self.folder = run_dir, RunFolder(run_dir)
-        self.callbacks = callbacks
+        self.callbacks = Callbacks(callbacks)
         self.policy = policy or Policy.load(config.model)
         self.stages = Stages(config, self.policy, console, environment, reflector)
         self.teacher = self.stages.teacher
@@ -84,6 +87,7 @@ class Trainer:
                 self.save()  # from here on the run can be gone on with
             self.is_begun = True
             self.console.header(f"hero train {self.recipe}", header(self.config, self.policy))
+            self.callbacks.on_start(self)
             settings = redacted(self.config)
             at = self.state.logged
             tracker = Tracker(self.run_dir, self.config.report_to, settings, at)
@@ -96,6 +100,7 @@ class Trainer:
                 self.stages.workers.close()
             summary["seconds"] = time.perf_counter() - started
             write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1))
+            self.callbacks.on_end(summary)
         return summary
 
     def _train(self, tracker: Tracker) -> None:
@@ -161,6 +166,7 @@ class Trainer:
         self.console.stage("reflection")
         reflections = self.stages.reflect(trajectories, derive_seed(config.seed, REFLECT, number))
         clock.lap("reflection")
+        self.callbacks.on_episodes(number, trajectories, reflections.diagnoses)
         samples = self.stages.annotate(trajectories, reflections)
         metrics: dict[str, float] = {"learning_rate": self.learner.learning_rate}
         turns = sum(len(trajectory.turns) for trajectory in trajectories)
@@ -220,8 +226,7 @@ class Trainer:
             self.state.pending = None
         self.console.update(number, metrics)
         self._say_unknown()
-        for callback in self.callbacks:
-            callback(number, metrics)
+        self.callbacks.on_update(number, metrics)
 
     def _rescue(self) -> None:
         """Go back to the best weights, with half the learning rate and no momentum."""
@@ -249,11 +254,13 @@ class Trainer:
             self.config.eval.test_tasks = len(before["per_task"])
             last = summarise(self.stages.held_out("test", self.config.eval.test_tasks)).to_dict()
             self.learner.select(self.folder / BEST)
+            chosen, at = (BEST, self.state.best_update)
             if self.config.eval.select != "best":
-                with replacing(self.folder / SELECTED) as folder:
-                    self.policy.save(folder)
+                chosen, at = SELECTED, self.state.update
+                self._keep(SELECTED, at, {})
             after = self._evaluate_test(tracker, "after", self.state.update)
             summary |= {"before": before, "after": after, "last": last}
+            write_card(self.folder / chosen, self.config, at, {}, summary)
             self.console.final_table(before, after, last)
         return summary
 
@@ -269,8 +276,7 @@ class Trainer:
         with self.interrupt.deferred():
             state = deepcopy(self.state)
             if state.judge(metrics | found, number, self.config.eval.stop_drop):
-                with replacing(self.folder / BEST) as folder:
-                    self.policy.save(folder)
+                self._keep(BEST, number, found)
             refresh = state.watch(metrics | found, self.config)
             metrics |= found
             if self.config.teacher.refresh == "gated":
@@ -283,6 +289,7 @@ class Trainer:
                 self.teacher.refresh()
                 self._is_torn = False
                 self.console.say(f"The teacher takes over the weights of update {number}.")
+        self.callbacks.on_evaluation(number, played, found)
 
     def _evaluate_test(self, tracker: Tracker, split: str, number: int) -> dict[str, Any]:
         trajectories = self.stages.held_out("test", self.config.eval.test_tasks)
@@ -299,6 +306,12 @@ class Trainer:
             trajectories[: self.config.save_trajectories], reflections.diagnoses, learned,
             pieces=self.policy.renderer.pieces, update=number, split=split,
         )  # fmt: skip
+
+    def _keep(self, name: str, number: int, metrics: dict[str, float]) -> None:
+        """Write the weights of update `number` to a folder that can be uploaded as it is."""
+        with replacing(self.folder / name) as folder:
+            self.policy.save(folder)
+            write_card(folder, self.config, number, metrics)
 
     # ---- saving -------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import stdev
 
 from hero.learner import Learned
 from hero.types import FeedbackKind, Trajectory
@@ -46,8 +47,10 @@ def update_metrics(
     for trajectory in trajectories:
         if not trajectory.failed:
             rewards[trajectory.group_id].append(trajectory.reward)
+    paid = [t.reward for t in trajectories if not t.failed]
     metrics = {
-        "rewards/mean": _mean([t.reward for t in trajectories if not t.failed]),
+        "rewards/mean": _mean(paid),
+        "rewards/std": stdev(paid) if len(paid) > 1 else 0.0,
         "rollout/success": _mean([float(t.success) for t in trajectories]),
         "rollout/env_errors": float(sum(t.failed for t in trajectories)),
         "rollout/turns_mean": _mean([float(len(t.turns)) for t in trajectories]),

@@ -8,15 +8,15 @@ become null. Metrics can go to a dashboard too (wandb, trackio, tensorboard).
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hero.files import write_atomic
+from hero.report.dashboards import Metrics, open_dashboard
 from hero.text import shorten
 from hero.types import Diagnosis, Trajectory
 
@@ -27,8 +27,6 @@ METRICS = "metrics.jsonl"
 TRAJECTORIES = "trajectories.jsonl"
 MAX_TEXT = 4000
 """Characters of one text of a logged trajectory; of a longer one head and tail are kept."""
-
-Metrics = Mapping[str, float]
 
 
 class Tracker:
@@ -49,7 +47,7 @@ class Tracker:
         Raises:
             ValueError: the package of `report_to` is missing, or a file holds a broken line.
         """
-        self._dashboard = _open_dashboard(report_to, run_dir, config, resume_at)
+        self._dashboard = open_dashboard(report_to, run_dir, config, resume_at)
         run_dir.mkdir(parents=True, exist_ok=True)
         last = math.inf if resume_at is None else resume_at
         repair(run_dir / METRICS, lambda line: line["step"] <= last)
@@ -215,58 +213,3 @@ def repair(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Leave the complete lines that `keep` wants."""
     if path.is_file():
         write_atomic(path, b"".join(json_line(line) for line in read_jsonl(path) if keep(line)))
-
-
-class _Dashboard(Protocol):
-    def log(self, step: int, metrics: Metrics) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _WandbLike:
-    """wandb, and trackio, which keeps its interface."""
-
-    def __init__(self, package: str, run_dir: Path, config: dict[str, Any]) -> None:
-        module = _import(package, package)
-        self._run = module.init(project="hero", name=run_dir.name, config=config)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        self._run.log({n: v for n, v in metrics.items() if math.isfinite(v)}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class _TensorBoard:
-    def __init__(self, run_dir: Path, resume_at: int | None) -> None:
-        module = _import("torch.utils.tensorboard", "tensorboard")
-        # Events from `purge_step` on are hidden: they belong to updates that are made again.
-        purge_step = None if resume_at is None else resume_at + 1
-        self._writer = module.SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-def _open_dashboard(
-    report_to: str, run_dir: Path, config: dict[str, Any], resume_at: int | None
-) -> _Dashboard | None:
-    if report_to == "none":
-        return None
-    if report_to == "tensorboard":
-        return _TensorBoard(run_dir, resume_at)
-    return _WandbLike(report_to, run_dir, config)
-
-
-def _import(module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"report_to={extra} needs the package {extra}, which cannot be imported ({error}). "
-            f"Install it with: pip install 'hero-kernels[{extra}]'"
-        ) from error

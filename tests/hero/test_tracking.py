@@ -6,7 +6,6 @@ file at each byte; the textbook standard error of a mean, for the bootstrap inte
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
@@ -220,26 +219,6 @@ def test_a_record_holds_what_the_report_needs() -> None:
 def test_a_record_refuses_figures_of_another_number_of_turns(name: str) -> None:
     with pytest.raises(ValueError, match="shorter"):
         a_record(**{name: [()]})
-
-
-@pytest.mark.parametrize("package", ["wandb", "trackio", "tensorboard"])
-def test_missing_dashboard_names_the_extra(tmp_path: Path, package: str) -> None:
-    if importlib.util.find_spec(package):
-        pytest.skip(f"{package} is installed")
-    with pytest.raises(ValueError, match=rf"pip install 'hero-kernels\[{package}\]'"):
-        Tracker(tmp_path, package, {}, None)
-
-
-def test_tensorboard_gets_the_scalars(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    tracker = Tracker(tmp_path, "tensorboard", {}, None)
-    for step in (1, 2):
-        tracker.log(step, {"loss": 0.5 * step})
-    tracker.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
-    assert [(event.step, event.value) for event in events] == [(1, 0.5), (2, 1.0)]
 
 
 def evaluation(scores: dict[str, float], turns: float = 5.0) -> dict[str, Any]:
