@@ -142,10 +142,10 @@ def _check_batches(config: TrainConfig) -> None:
 
 def _check_turns(config: TrainConfig) -> None:
     choosing = [name for name, mode in MODES.items() if mode.chooses_turns]
-    if config.loss.turns != "hinted" and config.mode not in choosing:
+    if config.loss.turns == "from_first_fault" and config.mode not in choosing:
         raise ValueError(
             f"loss.turns={config.loss.turns} is a choice of the modes {', '.join(choosing)}; got "
-            f"mode={config.mode}: leave it at hinted."
+            f"mode={config.mode}: leave it at all."
         )
 
 

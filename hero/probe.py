@@ -51,7 +51,7 @@ class Gap:
     turns: int
     """How many were probed."""
     share: float
-    """Of all turns, those that are trained."""
+    """Of all turns, those trained with a hint, or all that are trained where nothing is hinted."""
     student_right: float
     teacher_right: float
     answers: tuple[Answer, ...] = ()
@@ -109,7 +109,6 @@ def measure(
     samples = algorithm.annotate(
         Experience(trajectories=paid, diagnoses=reflections.diagnoses, gold=gold)
     )
-    turns = sum(len(trajectory.turns) for trajectory in paid)
     found = probe_teacher(
         env, paid, reflections.diagnoses, samples, sampler=sampler, teacher_sampler=teacher_sampler,
         weights=weights, renderer=renderer, seed=seed, max_turns=max_turns,
@@ -117,7 +116,7 @@ def measure(
     )  # fmt: skip
     return Gap(
         turns=found.turns,
-        share=sum(bool(sample.distill_weight) for sample in samples) / max(1, turns),
+        share=found.share,
         student_right=found.student_right, teacher_right=found.teacher_right,
         answers=tuple(sorted(found.answers, key=_as_before)[:EXAMPLES]),
     ), reflections  # fmt: skip

@@ -50,7 +50,7 @@ class Algorithm(ABC):
     distils = True
     """Has a teacher whose actions are what is learnt."""
     chooses_turns = False
-    """Leaves clean turns out unless `loss.turns` asks for them."""
+    """Lets `loss.turns` say which clean turns are trained."""
     teacher_saw = ""
     """What the teacher of a turn has seen that the student had not, for the report."""
 

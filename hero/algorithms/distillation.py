@@ -36,8 +36,8 @@ class Distillation(Algorithm):
 class Hero(Distillation):
     """Next observation, final reward and the turn's diagnosis; turns with a hint. [P]
 
-    `loss.turns` adds clean turns behind observation and reward, at a small weight: something has
-    to hold what is right. [D]
+    `loss.turns` adds clean turns behind observation and reward: something has to hold what is
+    right. [D]
     """
 
     needs_reflection = True

@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hero.algorithms import MODES, Experience
-from hero.config import ModelConfig, ScratchConfig, TeacherConfig
+from hero.config import LossConfig, ModelConfig, ScratchConfig, TeacherConfig
 from hero.envs.shop import ShopEnv
 from hero.policy import Policy
 from hero.prompts import make_prompts
@@ -175,7 +175,7 @@ def experience(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Experi
 
 @pytest.fixture
 def samples(experience: Experience, context: TeacherContext) -> list[Sample]:
-    return MODES["hero"](context).annotate(experience)
+    return MODES["hero"](context, LossConfig(turns="hinted")).annotate(experience)
 
 
 @pytest.fixture

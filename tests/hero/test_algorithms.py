@@ -24,7 +24,7 @@ def experience(played: list[Trajectory], hints: list[list[Diagnosis]]) -> Experi
 
 
 def annotate(mode: str, context: TeacherContext, experience: Experience) -> list[Sample]:
-    return MODES[mode](context).annotate(experience)
+    return MODES[mode](context, LossConfig(turns="hinted")).annotate(experience)
 
 
 def hindsight_text(sample: Sample, context: TeacherContext) -> str:

@@ -192,7 +192,7 @@ def test_what_is_recorded_as_trained_had_a_gradient(
 ) -> None:
     """hero+grpo trains turns without a hint too: by their advantage, unless that is 0."""
     experience.trajectories[2].reward = experience.trajectories[3].reward  # no variance: group g1
-    samples = MODES["hero+grpo"](context).annotate(experience)
+    samples = MODES["hero+grpo"](context, LossConfig(turns="hinted")).annotate(experience)
     moving = set()
     for sample in samples:  # the oracle: does this turn alone give a gradient?
         alone = gradients(fresh_policy, config("hero+grpo"), [sample]).values()

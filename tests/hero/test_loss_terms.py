@@ -24,7 +24,8 @@ def samples_of(
     mode: str, context: TeacherContext, played: list[Trajectory], hints: Any, **loss: Any
 ) -> list[Sample]:
     experience = Experience(trajectories=played, diagnoses=hints, gold={})
-    return MODES[mode](context, LossConfig(**loss)).samples(experience)
+    choice = LossConfig(**{"turns": "hinted"} | loss)
+    return MODES[mode](context, choice).samples(experience)
 
 
 def learner(policy: Policy, mode: str, micro_batch_tokens: int = 10**6, **loss: Any) -> Learner:
@@ -202,6 +203,8 @@ def test_clean_turns_count_by_their_weight(
 
 @pytest.mark.parametrize("mode", ["env_only", "grpo", "reflection_only"])
 def test_modes_that_choose_no_turns_refuse_the_choice(mode: str) -> None:
-    config = from_dict({"mode": mode, "loss": {"turns": "all"}, "rollout": {"group_size": 2}})
-    with pytest.raises(ValueError, match=r"loss.turns=all .*hero, hero\+grpo"):
+    config = from_dict(
+        {"mode": mode, "loss": {"turns": "from_first_fault"}, "rollout": {"group_size": 2}}
+    )
+    with pytest.raises(ValueError, match=r"loss.turns=from_first_fault .*hero, hero\+grpo"):
         check(config)
