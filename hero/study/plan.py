@@ -211,7 +211,7 @@ def claim_folder(study: StudyConfig, folder: Path) -> None:
 
 
 def chosen_rates(study: StudyConfig, folder: Path) -> dict[tuple[str, str], float]:
-    """The learning rate of each (start, arm): the best of `rates.json`, ties the lower.
+    """The learning rate of each (start, arm) that has one: `rates.json`'s best, ties the lower.
 
     Raises:
         ValueError: the study has not come to choosing them.
@@ -229,10 +229,10 @@ def chosen_rates(study: StudyConfig, folder: Path) -> dict[tuple[str, str], floa
         for key, of in means.items()
     }
     shared = "" if study.tuning_starts else None
-    return {
-        (start, arm): best[f"{start if shared is None else shared}/{study.rate_of(arm)}"]
-        for start, arm in pairs
+    keys = {
+        pair: f"{pair[0] if shared is None else shared}/{study.rate_of(pair[1])}" for pair in pairs
     }
+    return {pair: best[key] for pair, key in keys.items() if key in best}
 
 
 def _tasks(study: StudyConfig) -> str:
