@@ -74,6 +74,11 @@ class Weighting(NamedTuple):
                 f"num_items is the divisor of a mean; got reduction={str(self.reduction)!r}: leave "
                 "num_items None and divide yourself, or use reduction='mean'."
             )
+        if not isinstance(value, Tensor | int | float) or isinstance(value, bool):
+            raise TypeError(
+                "num_items must be a number or a tensor of one element, how many tokens, turns or "
+                f"trajectories the mean is over; got {value!r} ({type(value).__name__})."
+            )
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
                 f"num_items is {list(value.shape)}; expected a number or a tensor of one element, "

@@ -90,13 +90,29 @@ def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
         )
 
 
+def is_transformed() -> bool:
+    """Whether forward-mode differentiation or a transform of torch.func is under way."""
+    if torch.compiler.is_compiling():
+        return forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
 def no_tangent(tensors: dict[str, Tensor | None]) -> None:
-    """Within forward-mode differentiation, which would get a tangent of 0, silently."""
+    """Within forward-mode differentiation, which would get a tangent of 0, silently.
+
+    The transforms of torch.func that differentiate are refused too: the op has no rule for them.
+    """
     for name, value in tensors.items():
         if value is not None and forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(
                 f"{name} has a forward-mode tangent (jvp), which the loss does not propagate: use "
                 "backward-mode gradients, or hero_kernels.reference, which has both."
+            )
+        if value is not None and torch._C._functorch.is_gradtrackingtensor(value):  # type: ignore[attr-defined]
+            raise RuntimeError(
+                f"{name} is inside a transform of torch.func (grad, vjp, jacrev, hessian), which "
+                "the loss does not serve: call backward() or torch.autograd.grad, or take "
+                "hero_kernels.reference, which serves them all."
             )
 
 
@@ -120,9 +136,8 @@ def savable(**tensors: Tensor | None) -> None:
     for name, value in tensors.items():
         if value is not None and not torch.compiler.is_compiling() and value.is_inference():
             raise ValueError(
-                f"{name} was made under torch.inference_mode, but reduction='none' and a split "
-                "vocabulary keep it for the backward pass: compute it under torch.no_grad() "
-                f"instead, or pass {name}.clone()."
+                f"{name} was made under torch.inference_mode, but this call keeps it for the "
+                f"backward pass: compute it under torch.no_grad() instead, or pass {name}.clone()."
             )
 
 
@@ -137,7 +152,7 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     """
     is_tensor(f"{side}hidden", hidden, "[..., H]")
     is_tensor(f"{side}weight", weight, "[V, H]")
-    if forward_ad._current_level >= 0:
+    if is_transformed():
         no_tangent({f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias})
     if (
         hidden.dim() < 1
@@ -308,14 +323,20 @@ def finite(name: str, value: Tensor | None) -> None:
         )
 
 
-def targets(name: str, ids: Tensor, vocab_size: int, active: Tensor) -> None:
+def targets(
+    name: str, ids: Tensor, vocab_size: int, active: Tensor,
+    remedy: str = "Give the other tokens weight 0.",
+) -> None:  # fmt: skip
     """Tokens [N or N, k] of active rows [N] are in the vocabulary."""
     ids = ids[active]
     if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocab_size):
         raise ValueError(
             f"{name} of tokens with weight must lie between 0 and {vocab_size - 1}; got values "
-            f"from {int(ids.min())} to {int(ids.max())}. Give the other tokens weight 0."
+            f"from {int(ids.min())} to {int(ids.max())}. {remedy}"
         )
+
+
+SHORT_ROW = "Fill a row of fewer tokens with others that it does not name, at log-probability -inf."
 
 
 def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
@@ -331,7 +352,7 @@ def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
     ids, logprobs = tensors.teacher_ids, tensors.teacher_logprobs
     if ids is None or logprobs is None:
         return
-    targets("teacher_topk[0]", ids, vocab_size, active)
+    targets("teacher_topk[0]", ids, vocab_size, active, SHORT_ROW)
     ids, logprobs = ids[active], logprobs[active]
     if bool(logprobs.isnan().any()) or bool((logprobs > 1e-3).any()):
         raise ValueError(
@@ -340,7 +361,9 @@ def rows(tensors: RowTensors, vocab_size: int, active: Tensor) -> None:
         )
     in_order = ids.sort(-1).values
     if bool((in_order[:, 1:] == in_order[:, :-1]).any()):
-        raise ValueError("teacher_topk[0] names a token twice in a row: pass each token once.")
+        raise ValueError(
+            f"teacher_topk[0] names a token twice in a row: pass each token once. {SHORT_ROW}"
+        )
     mass = logprobs.double().exp().sum(-1)
     if mass.numel() and float(mass.max()) > 1.0 + 1e-3:
         raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from hero_kernels import backends, checks
@@ -91,7 +90,7 @@ def divergence_from_logits(
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     checks.is_tensor("student_logits", student, "[..., V]")
     checks.is_tensor("teacher_logits", teacher, "[..., V]")
-    if forward_ad._current_level >= 0:
+    if checks.is_transformed():
         checks.no_tangent({"student_logits": student})
     checks.no_grad_wanted("teacher_logits", teacher, "the teacher")
     checks.same_device("teacher_logits", teacher, "student_logits", student)

@@ -145,7 +145,10 @@ def fused_linear_divergence(
     plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
     text, numbers, in_backward = plan(what, facts)
     if in_backward:
-        checks.savable(teacher_hidden=teacher_hidden, teacher_weight=teacher_weight)
+        checks.savable(
+            student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
+            teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias,
+        )  # fmt: skip
     loss, stats, *_ = linear_divergence(
         hidden,
         student_weight,

@@ -104,6 +104,10 @@ def linear_logprobs(
         mask = token_mask.detach().reshape(-1) != 0
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
+    if torch.is_grad_enabled() and any(
+        value is not None and value.requires_grad for value in (hidden, weight, bias)
+    ):
+        checks.savable(hidden=hidden, weight=weight, bias=bias, target_ids=targets, token_mask=mask)
     device, vocab = str(hidden.device), operator.index(vocab)
     request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
     name = backends.chosen(impl, *request)

@@ -10,6 +10,7 @@ import torch
 from hero_kernels import (
     FusedLinearDivergence,
     KernelOptions,
+    divergence_from_logits,
     fused_linear_divergence,
     linear_logprobs,
 )
@@ -278,3 +279,49 @@ def test_settings_that_cannot_learn() -> None:
             call(**{name: torch.tensor(0.5, requires_grad=True)})
     with pytest.raises(TypeError, match="temperature must be a number for linear_logprobs"):
         linear_logprobs(torch.randn(N, H), torch.randn(V, H), LONG, temperature=torch.ones(N))
+
+
+def test_a_divisor_is_a_number() -> None:
+    for value in (True, "3", [3]):
+        with pytest.raises(TypeError, match=r"num_items must be a number.*got"):
+            call(num_items=value)
+
+
+@pytest.mark.parametrize("of", ["hidden", "logits", "logprobs"])
+def test_transforms_that_differentiate_are_refused_by_name(of: str) -> None:
+    weight, teacher = torch.randn(V, H), torch.randn(N, H)
+    losses = {
+        "hidden": lambda x: fused_linear_divergence(x, weight, teacher),
+        "logits": lambda x: divergence_from_logits(x @ weight.T, teacher @ weight.T),
+        "logprobs": lambda x: linear_logprobs(x, weight, LONG).sum(),
+    }
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian):
+        with pytest.raises(RuntimeError, match=r"hidden|logits.*transform of torch\.func"):
+            transform(losses[of])(torch.randn(N, H))
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "target_ids", "token_mask"])
+def test_tensors_of_inference_mode_are_named(name: str) -> None:
+    given = {
+        "hidden": torch.randn(N, H, requires_grad=True), "bias": torch.randn(V),
+        "weight": torch.randn(V, H, requires_grad=True), "target_ids": LONG,
+        "token_mask": torch.ones(N),
+    }  # fmt: skip
+    with torch.inference_mode():
+        made = given[name].detach().clone()
+    if name == "token_mask":  # only which tokens count is kept of it
+        linear_logprobs(**(given | {name: made})).sum().backward()
+        return
+    with pytest.raises(ValueError, match=f"{name} was made under torch.inference_mode"):
+        linear_logprobs(**(given | {name: made}))
+    for side in ("student_", "teacher_") if name in ("hidden", "weight", "bias") else ():
+        tensors = {
+            f"{whose}{what}": given[what].detach().requires_grad_(whose == "student_")
+            for whose in ("student_", "teacher_") for what in ("hidden", "weight", "bias")
+        }  # fmt: skip
+        tensors[side + name] = made
+        with pytest.raises(ValueError, match=f"{side}{name} was made under torch.inference_mode"):
+            fused_linear_divergence(**tensors, reduction="none")
+        fused_linear_divergence(**tensors).backward()  # keeps nothing of them
+    with torch.no_grad():
+        linear_logprobs(**(given | {name: made}))
