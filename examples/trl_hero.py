@@ -23,7 +23,7 @@ from trl import GRPOConfig
 from hero.config import ReflectionConfig, TeacherConfig
 from hero.envs.base import make_env
 from hero.integrations.trl import HeroTrainer, MethodConfig
-from hero.policy import SHIPPED
+from hero.models import SHIPPED
 
 UPDATES, PROMPTS = 6, 32
 

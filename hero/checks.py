@@ -35,6 +35,13 @@ FROM_TRL = {
     "save_steps": "save_every",
 }
 """What the arguments of TRL's trainers are called here, where the names differ."""
+FROM_TRL_SFT = {
+    "gradient_accumulation_steps": "micro_batch_tokens",
+    "max_steps": "steps",
+    "num_train_epochs": "steps",
+    "per_device_train_batch_size": "batch_size",
+}
+"""The same for a warm start."""
 
 
 def from_dict(data: dict[str, Any], cls: type[C] = TrainConfig) -> C:  # type: ignore[assignment]
@@ -73,8 +80,9 @@ def elsewhere(cls: type, name: str, where: str = "") -> str:
     """The field of `cls` that is meant by the name of a field elsewhere, or in TRL; "" if none."""
     paths = [path for path in _paths(cls) if path != where]
     same = [path for path in paths if path.rpartition(".")[2] == name]
-    if FROM_TRL.get(name) in paths:
-        return FROM_TRL[name]
+    for names in (FROM_TRL, FROM_TRL_SFT):
+        if names.get(name) in paths:
+            return names[name]
     return " or ".join(same)
 
 

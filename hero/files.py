@@ -24,6 +24,22 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str) -> None:
+    """Before an hour of work: that a file can be written; "" is none.
+
+    Raises:
+        ValueError: it is a folder.
+        OSError: its folder cannot be made or written to.
+    """
+    file = Path(path)
+    if path and file.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of a file to write.")
+    if path:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A folder to fill in; if all goes well it takes the place of `path`, else nothing changes."""

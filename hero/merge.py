@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
 from hero.files import new_folder
-from hero.policy import find_model, import_peft
+from hero.models import existing_model
 
 ADAPTER = "adapter_config.json"
+
+
+def adapter_of(run: Path) -> Path:
+    """The selected or best adapter of a run, or the adapter in the folder itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = (run / "selected", run / "best", run)
+    source = next((folder for folder in folders if (folder / ADAPTER).is_file()), None)
+    if source is None:
+        raise ValueError(
+            f"{run} holds no adapter: expected the folder of a run with --model.lora-rank, or one "
+            f"with {ADAPTER}. A run that trains all weights has a plain model in its best/ already."
+        )
+    return source
 
 
 def merge(run: Path, out: Path) -> Path:
@@ -25,17 +38,18 @@ def merge(run: Path, out: Path) -> Path:
     Raises:
         ValueError: there is no adapter, its base cannot be loaded, or something is in `out`.
     """
+    source = adapter_of(run)
+    import torch  # here, so that a mistake is answered at once
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from hero.policy import import_peft
+
     peft = import_peft()
-    folders = (run / "selected", run / "best", run)
-    source = next((folder for folder in folders if (folder / ADAPTER).is_file()), None)
-    if source is None:
-        raise ValueError(
-            f"{run} holds no adapter: expected the folder of a run with --model.lora-rank, or one "
-            f"with {ADAPTER}. A run that trains all weights has a plain model in its best/ already."
-        )
     with new_folder(out) as new:
         try:
-            base = find_model(str(peft.PeftConfig.from_pretrained(source).base_model_name_or_path))
+            base = existing_model(
+                str(peft.PeftConfig.from_pretrained(source).base_model_name_or_path)
+            )
             dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             merged = peft.PeftModel.from_pretrained(model, source).merge_and_unload()

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import model_info, try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hero.checkpoint import BrokenCheckpoint
 from hero.config import ModelConfig
+from hero.models import cannot_load, existing_model
 from hero.renderer import Renderer
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
-
-SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
 
 
 class Policy:
@@ -60,19 +58,14 @@ class Policy:
         Raises:
             ValueError: no such model, or no causal LM with tokenizer and chat template.
         """
-        path = find_model(config.path)
+        path = existing_model(config.path)
         try:
-            _find_out(path)
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="sdpa"
             )
         except Exception as error:  # hub, file, format and config errors of many classes
-            raise ValueError(
-                f"Cannot load the model {config.path!r}: {str(error).strip().splitlines()[0]}\n"
-                "Expected a folder with a transformers causal LM and its tokenizer, a hub id, or "
-                f"one of {sorted(SHIPPED)}. For SmolLM2-135M-Instruct: hero model smollm2-135m."
-            ) from error
+            raise cannot_load(config.path, error) from error
         return cls(model, tokenizer, config)
 
     @property
@@ -250,24 +243,6 @@ class Policy:
         with torch.no_grad():
             for name, parameter in self.trainable().items():
                 parameter.copy_(weights[name])
-
-
-def find_model(name: str) -> str:
-    """Folder of a shipped or fetched model; any other name is passed on as it is."""
-    if name in SHIPPED:
-        return str(SHIPPED[name])
-    fetched = Path("models") / name
-    return str(fetched) if fetched.is_dir() else name
-
-
-def _find_out(path: str) -> None:
-    """Ask the hub once for a model that is neither here nor cached: loading would ask for a minute.
-
-    Raises:
-        Exception: of the hub's classes, or of its connection's.
-    """
-    if not Path(path).is_dir() and not try_to_load_from_cache(path, "config.json"):
-        model_info(path, timeout=5)
 
 
 def resolve_device(name: str) -> torch.device:

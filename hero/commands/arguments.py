@@ -20,10 +20,12 @@ from hero.commands.study import Study
 from hero.commands.tools import Doctor, Merge, Model, Recipes, View
 from hero.commands.train import Sft, Train
 from hero.commands.worlds import Env, Envs
-from hero.config import TrainConfig
+from hero.config import Settings, SftConfig, TrainConfig
 
 HELP = ("-h", "--help")
 OPTIONS = "--env.options"
+NAMED: dict[str, type[Settings]] = {"train": TrainConfig, "sft": SftConfig}
+"""Commands that know what their options are called in other tools."""
 AnyCommand = (
     Annotated[Train, subcommand("train")]
     | Annotated[Sft, subcommand("sft")]
@@ -64,8 +66,8 @@ def parse(arguments: list[str]) -> Command:
     try:
         command = _read(arguments, default, True)
     except SystemExit as stop:
-        if stop.code and arguments[:1] == ["train"]:
-            _hint_at_names(arguments)
+        if stop.code and arguments and arguments[0] in NAMED:
+            _hint_at_names(arguments, NAMED[arguments[0]])
         raise
     if isinstance(command, Train | Sft | Play):
         data, env = asdict(command.settings), default.settings.env
@@ -128,10 +130,10 @@ def _pairs(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     )
 
 
-def _hint_at_names(arguments: list[str]) -> None:
+def _hint_at_names(arguments: list[str], settings: type[Settings]) -> None:
     """Say what an option of another tool is called here."""
     for argument in arguments:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and (meant := elsewhere(TrainConfig, name, name)):
+        if argument.startswith("--") and (meant := elsewhere(settings, name, name)):
             flags = " or ".join(f"--{path}" for path in meant.replace("_", "-").split(" or "))
             print(f"hint: {argument} is {flags} here", file=sys.stderr)

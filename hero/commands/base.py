@@ -10,12 +10,16 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff
 
+from hero.checks import from_dict
+
+RUNS_OWN = {"env", "eval", "mode", "model", "rollout"}
+"""Settings that every run has saved, and no other program's config.json."""
 OF_THE_USER = ("tools", "gym")
 """Environments whose options may name a class or function of the user."""
 
@@ -36,9 +40,17 @@ class Command:
 
 
 def saved_settings(run: Path) -> dict[str, Any]:
+    """The settings of a run.
+
+    Raises:
+        ValueError: `run` is not the folder of a run of this version.
+    """
     saved = run / "config.json"
     try:
-        return dict(json.loads(saved.read_text(encoding="utf-8")))
+        settings = json.loads(saved.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict) or not settings.keys() >= RUNS_OWN:
+            raise ValueError(f"expected the settings {', '.join(sorted(RUNS_OWN))} and others")
+        return asdict(from_dict(settings))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{run} is not the folder of a run: cannot read {saved}: {error}"

@@ -15,6 +15,7 @@ from hero.commands.play import Play, weights_of
 from hero.config import redacted
 from hero.files import write_atomic
 from hero.interrupt import Interrupt, Stopped
+from hero.models import existing_model
 from hero.report.comparison import FIGURES, Comparison, bootstrap_interval, compare
 from hero.report.console import Console, signed
 
@@ -31,6 +32,7 @@ class Evaluating(Play):
 
     def evaluated(self, model: str) -> Evaluated:
         """The evaluation of a model: what is missing of it is played."""
+        existing_model(str(weights_of(model)))
         from hero.evaluated import RESULT, EvalFolder, Evaluated, read_evaluated
         from hero.evaluation import summarise
 

@@ -14,8 +14,10 @@ from hero import recipes
 from hero.checks import from_dict
 from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
 from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, RolloutConfig, Settings
-from hero.files import write_atomic
+from hero.files import check_writable, write_atomic
+from hero.models import existing_model
 from hero.report.console import Console
+from hero.report.tracking import METRICS
 from hero.run_folder import played_settings
 from hero.types import Trajectory, to_json
 
@@ -60,7 +62,7 @@ class Play(Command):
         """With the settings of the first run among the models: all play in one world."""
         data: dict[str, Any] = {}
         for run in map(Path, self.models()):
-            if (run / "config.json").is_file() and (run / "best").is_dir():
+            if (run / METRICS).is_file() and (run / "best").is_dir():
                 saved = saved_settings(run)
                 data = played_settings(saved)
                 data |= {"tasks": saved["eval"]["test_tasks"] or PlayConfig.tasks}
@@ -78,6 +80,7 @@ class Play(Command):
         Those that are `kept` already are not played; the others are added to it.
         """
         config, console = self.settings, Console()
+        existing_model(str(weights_of(model)))
         make_importable(config.env.name)
 
         from hero.envs.base import make_env
@@ -147,7 +150,7 @@ class Rollout(PlayOne):
     """Play episodes of a model and print them, or write them as JSON lines."""
 
     def run(self) -> None:
-        Path(self.output).parent.mkdir(parents=True, exist_ok=True)  # not after an hour of work
+        check_writable(self.output)
         (trajectories, _), console = self.played(self.model), Console()
         if self.output:
             write_atomic(Path(self.output), "".join(to_json(t) + "\n" for t in trajectories))

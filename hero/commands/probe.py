@@ -13,7 +13,7 @@ from hero import recipes
 from hero.checks import from_dict
 from hero.commands.play import PlayConfig, PlayOne
 from hero.config import Count, PromptStyle
-from hero.files import write_atomic
+from hero.files import check_writable, write_atomic
 from hero.report.console import Console
 from hero.types import Trajectory
 
@@ -50,6 +50,7 @@ class Probe(PlayOne):
 
     def run(self) -> None:
         config = self.settings
+        check_writable(self.output)
         from hero.report.probe import page, report
         from hero.study.page import write_page
 

@@ -59,8 +59,9 @@ class Merge(Command):
 
     def run(self) -> None:
         refuse_to_replace(Path(self.output))
-        from hero.merge import merge
+        from hero.merge import adapter_of, merge
 
+        adapter_of(Path(self.folder))
         prepare_torch(None, self.debug)
         Console().say(f"Model: {merge(Path(self.folder), Path(self.output))}")
 

@@ -17,6 +17,7 @@ from hero.commands.base import Command, make_importable, prepare_torch, saved_se
 from hero.config import SftConfig, TrainConfig
 from hero.files import refuse_to_replace
 from hero.interrupt import Stopped
+from hero.models import existing_model
 from hero.report.console import Console
 from hero.run_folder import RunFolder
 
@@ -73,6 +74,8 @@ class Train(FromRecipe):
         run_dir = _run_folder(config, name)
         config.output_dir = str(run_dir)
         RunFolder(run_dir).check(config)
+        for model in filter(None, (config.model.path, config.teacher.path)):
+            existing_model(model)
         make_importable(config.env.name)
 
         from hero.report.viewer import render
@@ -115,6 +118,8 @@ class Sft(FromRecipe):
         self._refuse_nothing("hero sft", "tiny-shop")
         config = self.settings
         refuse_to_replace(Path(config.output_dir))
+        if config.model.path:
+            existing_model(config.model.path)
         make_importable(config.env.name)
 
         from hero.sft import train_sft

@@ -140,5 +140,7 @@ def raised(error: BaseException, module: ModuleType | None = None) -> str:
     said = "".join(traceback.format_exception_only(error)).strip()[:500]
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
-    [*_, frame] = own or frames
-    return f"{said}. See {frame.filename}, line {frame.lineno}."
+    others = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+    if not (places := own or others):
+        return f"{said}."
+    return f"{said}. See {places[-1].filename}, line {places[-1].lineno}."

@@ -17,11 +17,28 @@ from hero.config import TrainConfig, redacted
         ("https://me:s3cret@host/v1", "https://***@host/v1"),
         ("https://host/v1?api_key=abc&x=1", "https://host/v1?api_key=***&x=1"),
         ("https://host/v1?x=1&token=abc", "https://host/v1?x=1&token=***"),
+        ("https://host/v1?api-key=abc", "https://host/v1?api-key=***"),
+        ("https://host?subscription-key=abc#x", "https://host?subscription-key=***#x"),
+        ("https://host?sv=1&SIG=abc%2F", "https://host?sv=1&SIG=***"),
+        ("https://me:p@ss@host/v1", "https://***@host/v1"),
+        ("got Authorization: Bearer abc.def-123", "got Authorization: ***"),
+        ("{'x-api-key': 'abc', 'n': 1}", "{'x-api-key': '***', 'n': 1}"),
+        ("no bearer abcdef0123456789 here", "no bearer *** here"),
+        ("the key sk-abcdefghij0123456789 is wrong", "the key *** is wrong"),
+        ("a basic understanding; OPENAI_API_KEY", "a basic understanding; OPENAI_API_KEY"),
+        ("the password: swordfish, said the door", "the password: swordfish, said the door"),
         ("mail me@host.com about http://host/", "mail me@host.com about http://host/"),
     ],
 )
 def test_addresses_lose_their_secrets(text: str, shown: str) -> None:
     assert redacted(text) == shown
+
+
+@pytest.mark.parametrize(
+    "name", ["apiKey", "api-key", "hf_token", "accessToken", "passwd", "auth", "credentials", "pwd"]
+)
+def test_names_of_secrets(name: str) -> None:
+    assert redacted({name: "abc", f"{name}_file": "abc"}) == {name: "***", f"{name}_file": "abc"}
 
 
 def test_settings_lose_their_secrets_and_nothing_else() -> None:

@@ -21,7 +21,7 @@ from hero.config import LossConfig, ReflectionConfig, TeacherConfig  # noqa: E40
 from hero.integrations.common import spans  # noqa: E402
 from hero.integrations.trl import TEACHER, HeroTrainer, MethodConfig  # noqa: E402
 from hero.integrations.trl_parts import Generated, episodes  # noqa: E402
-from hero.policy import SHIPPED  # noqa: E402
+from hero.models import SHIPPED  # noqa: E402
 from hero.types import FeedbackKind, StopReason  # noqa: E402
 from hero_kernels import reference  # noqa: E402
 from hero_kernels.objective import Objective  # noqa: E402
