@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 
+from hero_kernels import gradients
 from hero_kernels.objective import KernelOptions, Objective
 from hero_kernels.types import RowTensors
 
@@ -40,7 +40,7 @@ def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
             )
     if isinstance(settings.get("temperature"), Tensor):
         temperatures = settings["temperature"]
-        no_grad_wanted("temperature", temperatures, "the temperature")
+        gradients.no_grad_wanted("temperature", temperatures, "the temperature")
         settings = {**settings, "temperature": 1.0}
     if torch.compiler.is_compiling():
         return Objective(**settings), temperatures
@@ -82,40 +82,6 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
         raise ValueError(f"{name} is on the meta device, without data: load or move it first.")
 
 
-def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
-    if value is not None and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
-            "or compute it under torch.no_grad()."
-        )
-
-
-def is_transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func is under way."""
-    if torch.compiler.is_compiling():
-        return forward_ad._current_level >= 0
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
-def no_tangent(tensors: dict[str, Tensor | None]) -> None:
-    """Within forward-mode differentiation, which would get a tangent of 0, silently.
-
-    The transforms of torch.func that differentiate are refused too: the op has no rule for them.
-    """
-    for name, value in tensors.items():
-        if value is not None and forward_ad.unpack_dual(value).tangent is not None:
-            raise RuntimeError(
-                f"{name} has a forward-mode tangent (jvp), which the loss does not propagate: use "
-                "backward-mode gradients, or hero_kernels.reference, which has both."
-            )
-        if value is not None and torch._C._functorch.is_gradtrackingtensor(value):  # type: ignore[attr-defined]
-            raise RuntimeError(
-                f"{name} is inside a transform of torch.func (grad, vjp, jacrev, hessian), which "
-                "the loss does not serve: call backward() or torch.autograd.grad, or take "
-                "hero_kernels.reference, which serves them all."
-            )
-
-
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor) and not hidden.is_meta:
@@ -131,16 +97,6 @@ def _autocast_to(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor.to(dtype) if is_eligible else tensor
 
 
-def savable(**tensors: Tensor | None) -> None:
-    """Autograd keeps no tensor made under torch.inference_mode for a backward pass."""
-    for name, value in tensors.items():
-        if value is not None and not torch.compiler.is_compiling() and value.is_inference():
-            raise ValueError(
-                f"{name} was made under torch.inference_mode, but this call keeps it for the "
-                f"backward pass: compute it under torch.no_grad() instead, or pass {name}.clone()."
-            )
-
-
 def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Hidden states [..., H], weight [V, H] and bias [V] belong together.
 
@@ -152,8 +108,10 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     """
     is_tensor(f"{side}hidden", hidden, "[..., H]")
     is_tensor(f"{side}weight", weight, "[V, H]")
-    if is_transformed():
-        no_tangent({f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias})
+    if gradients.is_transformed():
+        gradients.no_tangent(
+            {f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias}
+        )
     if (
         hidden.dim() < 1
         or weight.dim() != 2
@@ -234,7 +192,7 @@ def per_token(
     if not integer:
         if value.is_complex() or (value.is_floating_point() and value.itemsize == 1):
             raise ValueError(f"{name} is {value.dtype}; expected real numbers: use .float().")
-        no_grad_wanted(name, value, name)
+        gradients.no_grad_wanted(name, value, name)
 
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from hero_kernels import backends, checks
+from hero_kernels import backends, checks, gradients
 from hero_kernels import constants as c
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import first_order
@@ -90,9 +90,9 @@ def divergence_from_logits(
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     checks.is_tensor("student_logits", student, "[..., V]")
     checks.is_tensor("teacher_logits", teacher, "[..., V]")
-    if checks.is_transformed():
-        checks.no_tangent({"student_logits": student})
-    checks.no_grad_wanted("teacher_logits", teacher, "the teacher")
+    if gradients.is_transformed():
+        gradients.no_tangent({"student_logits": student})
+    gradients.no_grad_wanted("teacher_logits", teacher, "the teacher")
     checks.same_device("teacher_logits", teacher, "student_logits", student)
     if teacher.shape[:-1] != student.shape[:-1] or not student.dim() or not student.shape[-1]:
         raise ValueError(

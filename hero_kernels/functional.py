@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from hero_kernels import checks, planning, vocab_parallel
+from hero_kernels import checks, gradients, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import linear_divergence, same_memory
 from hero_kernels.objective import (
@@ -145,7 +145,7 @@ def fused_linear_divergence(
     plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
     text, numbers, in_backward = plan(what, facts)
     if in_backward:
-        checks.savable(
+        gradients.savable(
             student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
             teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias,
         )  # fmt: skip
@@ -278,7 +278,7 @@ def _checked_teacher(
     if hidden is None:
         raise ValueError("Pass either teacher_hidden or teacher_topk; got neither.")
     checks.is_tensor("teacher_hidden", hidden, "[..., H]")
-    checks.no_grad_wanted("teacher_hidden", hidden, "the teacher")
+    gradients.no_grad_wanted("teacher_hidden", hidden, "the teacher")
     if weight is None:
         if bias is not None:
             raise ValueError(
@@ -294,8 +294,8 @@ def _checked_teacher(
             )
         checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
         return hidden, None
-    checks.no_grad_wanted("teacher_weight", weight, "the teacher")
-    checks.no_grad_wanted("teacher_bias", bias, "the teacher")
+    gradients.no_grad_wanted("teacher_weight", weight, "the teacher")
+    gradients.no_grad_wanted("teacher_bias", bias, "the teacher")
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("teacher_", hidden, weight, bias)
     checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
@@ -329,7 +329,7 @@ def _check_topk(
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
         checks.is_tensor(name, tensor, "[..., k]")
         checks.same_device(name, tensor, "student_hidden", student_hidden)
-    checks.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
+    gradients.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
         raise ValueError(
             f"teacher_topk is of {ids.dtype} and {logprobs.dtype}; expected integer ids first and "

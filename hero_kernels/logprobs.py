@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hero_kernels import backends, checks, gemm
+from hero_kernels import backends, checks, gemm, gradients
 from hero_kernels.autograd import first_order
 from hero_kernels.call import Call, decoded_call, decoded_objective, encoded, numbers_of
 from hero_kernels.constants import ENTROPY, LOGPROB, NUM_LOGPROB_STATS
@@ -107,7 +107,9 @@ def linear_logprobs(
     if torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (hidden, weight, bias)
     ):
-        checks.savable(hidden=hidden, weight=weight, bias=bias, target_ids=targets, token_mask=mask)
+        gradients.savable(
+            hidden=hidden, weight=weight, bias=bias, target_ids=targets, token_mask=mask
+        )
     device, vocab = str(hidden.device), operator.index(vocab)
     request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
     name = backends.chosen(impl, *request)
