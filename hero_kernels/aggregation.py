@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import checks, gradients
+from hero_kernels import checks
 from hero_kernels import constants as c
 from hero_kernels.objective import DivergenceOutput, LossAggregation, Reduction, choice
 
@@ -65,7 +65,7 @@ class Weighting(NamedTuple):
         if value.dim() != 1:
             raise ValueError(f"turn_weights is {list(value.shape)}; expected [K], one per turn.")
         checks.same_device("turn_weights", value, "turn_ids", self.turn_ids)
-        gradients.no_grad_wanted("turn_weights", value, "turn_weights")
+        checks.no_grad_wanted("turn_weights", value, "turn_weights")
 
     def _check_num_items(self, readable: bool) -> None:
         value = self.num_items

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from hero_kernels import gradients
 from hero_kernels.objective import KernelOptions, Objective
@@ -40,7 +41,7 @@ def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
             )
     if isinstance(settings.get("temperature"), Tensor):
         temperatures = settings["temperature"]
-        gradients.no_grad_wanted("temperature", temperatures, "the temperature")
+        no_grad_wanted("temperature", temperatures, "the temperature")
         settings = {**settings, "temperature": 1.0}
     if torch.compiler.is_compiling():
         return Objective(**settings), temperatures
@@ -82,6 +83,14 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
         raise ValueError(f"{name} is on the meta device, without data: load or move it first.")
 
 
+def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
+    if value is not None and value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
+            "or compute it under torch.no_grad()."
+        )
+
+
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
     if isinstance(hidden, Tensor) and isinstance(weight, Tensor) and not hidden.is_meta:
@@ -108,7 +117,7 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
     """
     is_tensor(f"{side}hidden", hidden, "[..., H]")
     is_tensor(f"{side}weight", weight, "[V, H]")
-    if gradients.is_transformed():
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         gradients.no_tangent(
             {f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias}
         )
@@ -192,7 +201,7 @@ def per_token(
     if not integer:
         if value.is_complex() or (value.is_floating_point() and value.itemsize == 1):
             raise ValueError(f"{name} is {value.dtype}; expected real numbers: use .float().")
-        gradients.no_grad_wanted(name, value, name)
+        no_grad_wanted(name, value, name)
 
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:

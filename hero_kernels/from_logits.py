@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
 from hero_kernels import backends, checks, gradients
@@ -90,9 +91,9 @@ def divergence_from_logits(
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     checks.is_tensor("student_logits", student, "[..., V]")
     checks.is_tensor("teacher_logits", teacher, "[..., V]")
-    if gradients.is_transformed():
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         gradients.no_tangent({"student_logits": student})
-    gradients.no_grad_wanted("teacher_logits", teacher, "the teacher")
+    checks.no_grad_wanted("teacher_logits", teacher, "the teacher")
     checks.same_device("teacher_logits", teacher, "student_logits", student)
     if teacher.shape[:-1] != student.shape[:-1] or not student.dim() or not student.shape[-1]:
         raise ValueError(

@@ -145,22 +145,15 @@ def fused_linear_divergence(
     plan = planning.traced_plan if torch.compiler.is_compiling() else planning.plan
     text, numbers, in_backward = plan(what, facts)
     if in_backward:
-        gradients.savable(
-            student_hidden=student_hidden, student_weight=student_weight, student_bias=student_bias,
-            teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias,
-        )  # fmt: skip
+        gradients.savable("student_", student_hidden, student_weight, student_bias)
+        gradients.savable("teacher_", teacher_hidden, teacher_weight, teacher_bias)
     loss, stats, *_ = linear_divergence(
-        hidden,
-        student_weight,
-        student_bias,
+        hidden, student_weight, student_bias,
         None if teacher_hidden is None else _rows_of(teacher_hidden.detach()),
         None if teacher_weight is None else teacher_weight.detach(),
         None if teacher_bias is None else teacher_bias.detach(),
-        *rows,
-        None,
-        numbers,
-        text,
-    )
+        *rows, None, numbers, text,
+    )  # fmt: skip
     shape = student_hidden.shape[:-1]
     loss = loss.reshape(shape) if reduction == "none" else loss
     if not return_stats:
@@ -278,7 +271,7 @@ def _checked_teacher(
     if hidden is None:
         raise ValueError("Pass either teacher_hidden or teacher_topk; got neither.")
     checks.is_tensor("teacher_hidden", hidden, "[..., H]")
-    gradients.no_grad_wanted("teacher_hidden", hidden, "the teacher")
+    checks.no_grad_wanted("teacher_hidden", hidden, "the teacher")
     if weight is None:
         if bias is not None:
             raise ValueError(
@@ -294,8 +287,8 @@ def _checked_teacher(
             )
         checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
         return hidden, None
-    gradients.no_grad_wanted("teacher_weight", weight, "the teacher")
-    gradients.no_grad_wanted("teacher_bias", bias, "the teacher")
+    checks.no_grad_wanted("teacher_weight", weight, "the teacher")
+    checks.no_grad_wanted("teacher_bias", bias, "the teacher")
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("teacher_", hidden, weight, bias)
     checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
@@ -329,7 +322,7 @@ def _check_topk(
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
         checks.is_tensor(name, tensor, "[..., k]")
         checks.same_device(name, tensor, "student_hidden", student_hidden)
-    gradients.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
+    checks.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
     if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
         raise ValueError(
             f"teacher_topk is of {ids.dtype} and {logprobs.dtype}; expected integer ids first and "

@@ -1,25 +1,10 @@
-"""Gradients that the ops do not have: asked for by name, or kept where autograd cannot keep them."""
+"""What the gradients of the ops do not serve, refused by the name of the argument."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-
-
-def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
-    if value is not None and value.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
-            "or compute it under torch.no_grad()."
-        )
-
-
-def is_transformed() -> bool:
-    """Whether forward-mode differentiation or a transform of torch.func is under way."""
-    if torch.compiler.is_compiling():
-        return forward_ad._current_level >= 0
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def no_tangent(tensors: dict[str, Tensor | None]) -> None:
@@ -41,9 +26,20 @@ def no_tangent(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
-def savable(**tensors: Tensor | None) -> None:
-    """Autograd keeps no tensor made under torch.inference_mode for a backward pass."""
-    for name, value in tensors.items():
+def savable(
+    side: str, hidden: Tensor | None, weight: Tensor | None, bias: Tensor | None, **others: Tensor
+) -> None:
+    """Autograd keeps no tensor made under torch.inference_mode for a backward pass.
+
+    Args:
+        side: what the arguments' names begin with: "student_", "".
+        hidden: states.
+        weight: of the head.
+        bias: of the head.
+        others: further arguments by name.
+    """
+    of_head = {f"{side}hidden": hidden, f"{side}weight": weight, f"{side}bias": bias}
+    for name, value in (of_head | others).items():
         if value is not None and not torch.compiler.is_compiling() and value.is_inference():
             raise ValueError(
                 f"{name} was made under torch.inference_mode, but this call keeps it for the "

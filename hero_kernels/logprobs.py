@@ -107,9 +107,7 @@ def linear_logprobs(
     if torch.is_grad_enabled() and any(
         value is not None and value.requires_grad for value in (hidden, weight, bias)
     ):
-        gradients.savable(
-            hidden=hidden, weight=weight, bias=bias, target_ids=targets, token_mask=mask
-        )
+        gradients.savable("", hidden, weight, bias, target_ids=targets, token_mask=mask)
     device, vocab = str(hidden.device), operator.index(vocab)
     request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
     name = backends.chosen(impl, *request)
