@@ -41,8 +41,10 @@ class Model(Command):
     """New folder for the model; "" is models/NAME."""
 
     def run(self) -> None:
-        from hero.fetch import fetch_model
+        from hero.fetch import MODELS, fetch_model
 
+        if self.name in MODELS:
+            prepare_torch(None, self.debug)
         console = Console()
         folder = Path(self.output or f"models/{self.name}")
         console.say(f"Model: {fetch_model(self.name, folder, console.say)}")
