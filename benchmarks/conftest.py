@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import machine, measure, report
 from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, takes_part
+from benchmarks.loops import Loops
 from benchmarks.machine import device_type
 from benchmarks.ours import ON_REQUEST
 from benchmarks.shapes import Case, case_sets
@@ -108,6 +110,19 @@ def measurements(request: pytest.FixtureRequest) -> Session:
     session = Session(request.config, request.session.items)
     request.config.stash[_SESSION] = session
     return session
+
+
+@pytest.fixture(scope="session")
+def loops(request: pytest.FixtureRequest) -> Loops:
+    """For whole loops: prints tables as soon as they are there, and adds them to `--results`."""
+    torch.set_num_threads(1)  # what the small models of these loops gain from
+    session = request.config.pluginmanager.getplugin("capturemanager")
+
+    def say(text: str) -> None:
+        with session.global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
+
+    return Loops(say, request.config.getoption("results"))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

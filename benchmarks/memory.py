@@ -10,6 +10,7 @@ import ctypes
 import gc
 import re
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,9 +91,26 @@ def _one_call(case: Case, name: str, threads: int) -> int:
         step_of(name, small, make_problem(small, "cpu"))()
     for tensor in problem.trainable:
         tensor.grad = None
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    before = _settled()
     step()
     return _resident("VmHWM") - before
+
+
+def counted(call: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
+    """`call` with the MiB it added to this process at the peak; NaN where that is not told."""
+    if not Path("/proc/self/clear_refs").exists():
+        return lambda: {**call(), "MiB": float("nan")}
+
+    def run() -> dict[str, float]:
+        before = _settled()
+        return {**call(), "MiB": (_resident("VmHWM") - before) / 2**20}
+
+    return run
+
+
+def _settled() -> int:
+    """Resident bytes, after what is free went back to the system; the peak is set back to them."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")

@@ -47,6 +47,12 @@ class RowCache(Cache):
             "past_key_values": self, "use_cache": True,
         }  # fmt: skip
 
+    def copy(self, source: int, targets: list[int], columns: int) -> None:
+        """What a row holds in its first columns, to others."""
+        for kept in self._kept:
+            for tensor in kept:
+                tensor[targets, :, :columns] = tensor[source, :, :columns].clone()
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:

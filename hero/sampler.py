@@ -23,6 +23,9 @@ from hero.policy import Policy
 READ_TOKENS = 8192
 """Prompt tokens of one forward pass, padded: bounds its mask and activations."""
 
+MIN_SHARED = 32
+"""Tokens that many prompts begin with, from which on they are read by themselves."""
+
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Sampling:
@@ -182,6 +185,7 @@ class _Rows:
         """Read the new prompts, then decode one token of every other row."""
         fresh = [i for i, row in enumerate(self.rows) if row.new and not row.completion.ids]
         going = [i for i, row in enumerate(self.rows) if row.new and row.completion.ids]
+        self._share([i for i in fresh if not self.rows[i].held])
         for some in _alike(fresh, [len(row.new) for row in self.rows]):
             self._forward(some)
         if going:
@@ -189,6 +193,20 @@ class _Rows:
             first = list(range(going[-1] + 1))
             self._forward(first if len(first) <= 2 * len(going) else going)
         return [(i, self.rows[i].completion) for i in fresh + going if not self.rows[i].new]
+
+    def _share(self, empty: list[int]) -> None:
+        """Read what the prompts of empty rows begin with, such as the rules, once for all."""
+        if len(empty) < 2:
+            return
+        first = self.rows[empty[0]].new
+        shared = min(_common(first, self.rows[i].new[:-1]) for i in empty)
+        if shared < MIN_SHARED:
+            return
+        inputs = self.cache.aim(empty[:1], [0], shared, self.policy.device)
+        self.policy.trunk(torch.tensor([first[:shared]], device=self.policy.device), **inputs)
+        self.cache.copy(empty[0], empty[1:], shared)
+        for row in (self.rows[i] for i in empty):
+            row.held, row.new = row.new[:shared], row.new[shared:]
 
     def _forward(self, chosen: list[int]) -> None:
         """Read what is new of some rows and sample the next token of each."""

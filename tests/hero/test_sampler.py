@@ -140,6 +140,33 @@ def test_only_what_is_new_is_read(policy: Policy, monkeypatch: pytest.MonkeyPatc
     assert read == [len(prompt), 4, 4]
 
 
+def test_what_prompts_share_is_read_once(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = policy.renderer.encode("r" * 60)
+    prompts = [rules + policy.renderer.encode(text) for text in ("a", "bc", "", "d" * 20)]
+    sampling, read, trunk = Sampling(max_tokens=5, seed=0), [0], policy.trunk
+    alone = []
+    for i, prompt in enumerate(prompts):
+        stream = HFSampler(policy).stream(1, sampling, 100)
+        stream.submit(0, prompt, seed=i)
+        while not (done := stream.step()):
+            pass
+        alone += [done[0][1].ids]
+
+    def counted(ids: torch.Tensor, **inputs: Any) -> Any:
+        read[0] += ids.numel()
+        return trunk(ids, **inputs)
+
+    monkeypatch.setattr(policy, "trunk", counted)
+    stream = HFSampler(policy).stream(4, sampling, 100)
+    for i, prompt in enumerate(prompts):
+        stream.submit(i, prompt, seed=i)
+    found = dict(stream.step())
+    assert read[0] < 60 + 4 * 22
+    while len(found) < 4:
+        found |= dict(stream.step())
+    assert [found[i].ids for i in range(4)] == alone
+
+
 def test_what_is_sampled_does_not_depend_on_the_batch(
     policy: Policy, prompts: list[list[int]]
 ) -> None:
