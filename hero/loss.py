@@ -116,7 +116,7 @@ def compute_loss(
         temperature: the sampler's.
         start: the weights at the start of training, for `kl_to_start`.
     """
-    states = batch.student.states(policy.hidden)
+    states = batch.student.states(policy)
     hidden = states[batch.student.index]
     terms: dict[str, LossOutput] = {}
     if batch.teacher is not None:
@@ -146,7 +146,7 @@ def compute_loss(
 def _teacher_states(weights: TeacherWeights, packed: Packed) -> Tensor:
     """[N, H] the states of other weights that predict each action token."""
     with weights.applied():
-        return packed.states(weights.policy.hidden)[packed.index]
+        return packed.states(weights.policy)[packed.index]
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ trunk's last action is not needed):
     sees      causal         | p0 + own | p0 g0 a0 o1 + own
     position  0 1 2 3 4      | 1 2 3    | 4 5 6
 
-so a teacher's logits equal those of the same turn scored alone. Padding is at the right and never
-seen; rows are computed with others of similar length (`Packed.parts`).
+so a teacher's logits equal those of the same turn scored alone. All rows of a micro-batch follow
+each other in one sequence without padding, and attention is told who sees what (attention.py). A
+model whose layers do not see all of a sequence takes them one by one.
 
 Rows are planned once for each trajectory (`plan_rows`), grouped by their sizes (`micro_batches`)
 and only then turned into tensors (`pack`). Action tokens keep one order all the way, that of the
@@ -21,17 +22,25 @@ samples: a row takes its samples in order, and rows follow each other in the ord
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from hero.attention import Span, as_mask
 from hero.types import Sample
 
-MAX_PADDING = 1.1
-"""Tokens of a forward pass, padding included, by those that are real."""
+
+class HasStates(Protocol):
+    """What packing asks of a policy."""
+
+    def takes_spans(self, length: int) -> bool:
+        """Whether packed rows of up to this length can be computed in one sequence."""
+
+    def hidden(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """[B, T, H]"""
 
 
 class Branch(NamedTuple):
@@ -94,67 +103,42 @@ class Rows:
     teacher: list[Row]
 
     @property
-    def width(self) -> int:
-        """Tokens of the longest row."""
-        return max(map(len, self.student + self.teacher))
-
-    @property
-    def height(self) -> int:
-        """Rows of the larger forward pass."""
-        return max(len(self.student), len(self.teacher))
+    def tokens(self) -> int:
+        """Of the larger forward pass."""
+        return max(sum(map(len, self.student)), sum(map(len, self.teacher)))
 
 
 @dataclass(kw_only=True, slots=True)
 class Packed:
-    """Rows as tensors, and where the hidden state that predicts each action token stands."""
+    """Rows as one sequence of T tokens, and where the state that predicts each action token is."""
 
     input_ids: Tensor
-    """[B, T]"""
+    """[T]"""
     position_ids: Tensor
-    """[B, T]"""
+    """[T] of each token within its row, as it would be without the branches before it."""
     lengths: list[int]
-    """Tokens of each row, [B]; the rest is padding."""
-    seen: list[list[tuple[int, int, int]]] | None
-    """Of each row: tokens start:end see the trunk up to the first number, and themselves causally.
-    None where plain causal attention is right."""
+    """Tokens of each row."""
+    spans: list[Span]
+    """Which tokens see which; a row without branches is one span."""
     index: Tensor
-    """[N] flat positions in B*T, one for each action token, samples in order."""
+    """[N] positions, one for each action token, samples in order."""
     observed: Tensor
-    """[O] flat positions in B*T of what predicts each observation token, samples in order."""
+    """[O] positions of what predicts each observation token, samples in order."""
 
-    def parts(self) -> list[list[int]]:
-        """Rows that are computed together: so alike in length that padding is at most a tenth."""
-        parts, tokens = list[list[int]](), 0
-        for row in sorted(range(len(self.lengths)), key=lambda row: -self.lengths[row]):
-            tokens += self.lengths[row]
-            if parts and self.lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= MAX_PADDING * tokens:
-                parts[-1].append(row)
-            else:
-                parts.append([row])
-                tokens = self.lengths[row]
-        return parts
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a trunk that takes spans."""
+        return {
+            "input_ids": self.input_ids[None],
+            "position_ids": self.position_ids[None],
+            "attention_mask": as_mask(self.spans),
+        }
 
-    def inputs(self, rows: list[int] | None = None) -> dict[str, Tensor]:
-        """Keyword arguments of the trunk, for some rows or all; causal ones need ids alone."""
-        rows = list(range(len(self.lengths))) if rows is None else rows
-        width = max(self.lengths[row] for row in rows)
-        inputs = {"input_ids": self.input_ids[rows, :width]}
-        if self.seen is not None:
-            mask = torch.zeros(len(rows), 1, width, width, dtype=torch.bool)
-            for place, row in enumerate(rows):
-                _fill_mask(mask[place, 0], self.seen[row])
-            inputs["position_ids"] = self.position_ids[rows, :width]
-            inputs["attention_mask"] = mask.to(self.input_ids.device)
-        return inputs
-
-    def states(self, hidden: Callable[..., Tensor]) -> Tensor:
-        """[B*T, H] of a model's `hidden` states, part by part; those of padding say nothing."""
-        parts = self.parts()
-        computed = [hidden(**self.inputs(part)) for part in parts]
-        states = computed[0].new_zeros(*self.input_ids.shape, computed[0].shape[-1])
-        for part, of_part in zip(parts, computed, strict=True):
-            states[part, : of_part.shape[1]] = of_part
-        return states.flatten(0, 1)
+    def states(self, policy: HasStates) -> Tensor:
+        """[T, H] the last hidden states of a model."""
+        if policy.takes_spans(max(self.lengths)):
+            return policy.hidden(**self.inputs())[0]
+        rows = self.input_ids.split(self.lengths)
+        return torch.cat([policy.hidden(input_ids=row[None])[0] for row in rows])
 
 
 @dataclass(kw_only=True, slots=True)
@@ -244,14 +228,20 @@ def plan_rows(samples: Sequence[Weighted], packing: str) -> list[Rows]:
 
 
 def micro_batches(plans: Sequence[Rows], max_tokens: int) -> Iterator[Rows]:
-    """Join trajectories so that no padded forward pass exceeds `max_tokens`.
+    """Join trajectories so that no forward pass exceeds `max_tokens`.
 
     A single trajectory that is larger goes alone.
     """
     batch = Rows(samples=[], student=[], teacher=[])
-    for plan in sorted(plans, key=lambda plan: (plan.width, plan.height)):
-        # Ascending, so the newest trajectory is the widest.
-        if batch.samples and plan.width * (batch.height + plan.height) > max_tokens:
+    for plan in sorted(plans, key=lambda plan: plan.tokens):
+        if (
+            batch.samples
+            and max(
+                sum(map(len, batch.student + plan.student)),
+                sum(map(len, batch.teacher + plan.teacher)),
+            )
+            > max_tokens
+        ):
             yield batch
             batch = Rows(samples=[], student=[], teacher=[])
         batch.samples += plan.samples
@@ -294,46 +284,32 @@ def pack(rows: Rows, device: torch.device) -> PackedBatch:
 
 
 def to_tensors(rows: Sequence[Row], device: torch.device) -> Packed:
-    """Pad to the longest row, and note what each row's tokens see where there are branches."""
-    shape = (len(rows), max(map(len, rows)))
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    all_seen = []
-    index, observed = list[Tensor](), list[Tensor]()
-    for r, row in enumerate(rows):
-        ids, positions, actions = list(row.trunk), list(range(len(row.trunk))), list(row.actions)
-        seen = [(0, 0, len(ids))]  # tokens start:end see the trunk up to the first number
+    """The rows one after the other."""
+    ids, positions = list[int](), list[int]()
+    spans = list[Span]()
+    index, observed = list[int](), list[int]()
+    for row in rows:
+        first, actions = len(ids), list(row.actions)
+        ids += row.trunk
+        positions += range(len(row.trunk))
+        spans.append(Span(first, first, first, len(ids)))
         for branch in row.branches:
-            start, end = len(ids), len(ids) + len(branch.ids)
+            start = len(ids)
             ids += branch.ids
             positions += range(branch.leaves_at, branch.leaves_at + len(branch.ids))
-            actions.append((end - branch.num_actions, end))
-            seen.append((branch.leaves_at, start, end))
-        input_ids[r, : len(ids)] = torch.tensor(ids)
-        position_ids[r, : len(ids)] = torch.tensor(positions)
-        for places, spans in ((index, actions), (observed, row.observations)):
-            for start, end in spans:  # the state before a token predicts it
-                places.append(torch.arange(r * shape[1] + start - 1, r * shape[1] + end - 1))
-        all_seen.append(seen)
+            spans.append(Span(first, first + branch.leaves_at, start, len(ids)))
+            actions.append((len(ids) - branch.num_actions - first, len(ids) - first))
+        for places, found in ((index, actions), (observed, row.observations)):
+            for start, end in found:  # the state before a token predicts it
+                places += range(first + start - 1, first + end - 1)
     return Packed(
-        input_ids=input_ids.to(device),
-        position_ids=position_ids.to(device),
+        input_ids=torch.tensor(ids, device=device),
+        position_ids=torch.tensor(positions, device=device),
         lengths=[len(row) for row in rows],
-        seen=all_seen if any(row.branches for row in rows) else None,
-        index=torch.cat(index).to(device),
-        observed=torch.cat([*observed, torch.zeros(0, dtype=torch.long)]).to(device),
+        spans=spans,
+        index=torch.tensor(index, dtype=torch.long, device=device),
+        observed=torch.tensor(observed, dtype=torch.long, device=device),
     )
-
-
-def _fill_mask(mask: Tensor, seen: Sequence[tuple[int, int, int]]) -> None:
-    """Let tokens start:end see the row's first `trunk` tokens, and themselves causally.
-
-    Rows of `mask` [T, T] are the tokens that look, columns what they see.
-    """
-    mask.fill_diagonal_(True)  # padding sees itself, so that no softmax is empty
-    for trunk, start, end in seen:
-        mask[start:end, :trunk] = True
-        mask[start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
 
 
 def guard_ids(batch: PackedBatch) -> None:
@@ -343,7 +319,7 @@ def guard_ids(batch: PackedBatch) -> None:
         (batch.teacher, batch.target_ids[batch.distill_index]),
     ):
         if packed is not None:
-            ids = packed.input_ids.flatten()[packed.index + 1]
+            ids = packed.input_ids[packed.index + 1]
             assert torch.equal(ids, targets), "packed action ids differ from the sampled ids"
-    seen = batch.student.input_ids.flatten()[batch.student.observed + 1]
+    seen = batch.student.input_ids[batch.student.observed + 1]
     assert torch.equal(seen, batch.observed_ids), "packed observations differ from those seen"

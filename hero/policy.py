@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hero import attention
 from hero.checkpoint import BrokenCheckpoint
 from hero.config import ModelConfig
 from hero.models import cannot_load, existing_model
@@ -39,6 +40,8 @@ class Policy:
                     "Merge it into its base model first: hero merge RUN --output DIR."
                 )
             self.adapter = _add_lora(model, config)
+        if model.config._attn_implementation == "sdpa":
+            attention.use(model)
         self.model = model.to(self.device)  # type: ignore[arg-type]
         self.model.eval()  # no dropout: student and sampler must be one distribution
         if not config.train_head:
@@ -145,7 +148,7 @@ class Policy:
     def sees_all(self, length: int) -> bool:
         """Whether every layer attends to all of a sequence of this length.
 
-        Tree packing brings a mask of its own, which a sliding window or a recurrent layer ignores.
+        Packed rows bring a mask of their own, which a sliding window or a recurrent layer ignores.
         """
         config = self.model.config.get_text_config()
         window = getattr(config, "sliding_window", None)
@@ -153,6 +156,10 @@ class Policy:
             window = None
         kinds = set(getattr(config, "layer_types", None) or ())
         return kinds <= {"full_attention", "sliding_attention"} and not (window and length > window)
+
+    def takes_spans(self, length: int) -> bool:
+        """Whether packed rows of up to this length can be computed in one sequence."""
+        return self.model.config._attn_implementation == attention.NAME and self.sees_all(length)
 
     def check_sees_all(self, length: int) -> None:
         """Raise ValueError unless tree packing is right for sequences of this length."""

@@ -212,13 +212,13 @@ class WarmStart:
 def parts(
     kind: str, samples: Sequence[Sample], max_tokens: int
 ) -> Iterator[tuple[list[Sample], list[Row]]]:
-    """Whole episodes with their rows, padded to at most `max_tokens`; a longer one goes alone."""
+    """Whole episodes with their rows, at most `max_tokens` together; a longer one goes alone."""
     part: list[Sample] = []
     rows: list[Row] = []
     for _, group in itertools.groupby(samples, key=lambda sample: sample.trajectory):
         episode = list(group)
         own = teacher_rows(episode) if kind == "hindsight" else student_rows(episode)
-        if rows and max(map(len, rows + own)) * len(rows + own) > max_tokens:
+        if rows and sum(map(len, rows + own)) > max_tokens:
             yield part, rows
             part, rows = [], []
         part, rows = part + episode, rows + own
@@ -228,7 +228,7 @@ def parts(
 def nll(policy: Policy, rows: Sequence[Row], samples: Sequence[Sample]) -> Tensor:
     """Negative log-likelihood of the action tokens of these samples, summed, in nats."""
     packed = to_tensors(rows, policy.device)
-    hidden = policy.hidden(**packed.inputs()).flatten(0, 1)[packed.index]
+    hidden = packed.states(policy)[packed.index]
     targets = torch.cat([torch.tensor(sample.action_ids) for sample in samples]).to(policy.device)
     return -policy.logprobs(hidden, targets)[0].sum()
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from hero import attention
 from hero.algorithms import MODES, Experience
 from hero.envs.base import Environment
 from hero.files import write_atomic
@@ -87,7 +88,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
                     f"does not have: leave it at {neutral!r}. For a penalty on the distance from "
                     "the start set MethodConfig.loss.kl_to_start."
                 )
-        attention = self.model.config._attn_implementation
+        implementation = self.model.config._attn_implementation
         wrong = {
             "images are not supported: use a text model": self._is_vlm,
             "the router's auxiliary loss is not added: set router_aux_loss_coef=0.0":
@@ -104,13 +105,15 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
             "reflection.retries=0 and reflection.episodes='all'":
                 self.accelerator.num_processes > 1 and method.reflection.reflector != "rules"
                 and (method.reflection.retries > 0 or method.reflection.episodes != "all"),
-            f"teacher.packing=tree needs attn_implementation='sdpa' or 'eager', got {attention!r}: "
-            "load the model with one of them, or set teacher.packing='separate'":
-                method.teacher.packing == "tree" and attention not in ("sdpa", "eager"),
+            f"teacher.packing=tree needs attn_implementation='sdpa', got {implementation!r}: load "
+            "the model with it, or set teacher.packing='separate'":
+                method.teacher.packing == "tree" and implementation not in ("sdpa", attention.NAME),
         }  # fmt: skip
         for what, is_so in wrong.items():
             if is_so:
                 raise ValueError(f"HeroTrainer: {what}.")
+        if implementation == "sdpa":
+            attention.use(self.model)
 
     # ---- the method, made when the model is where it is trained --------------------------------
 

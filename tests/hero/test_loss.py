@@ -87,10 +87,13 @@ def test_observation_tokens_are_never_trained(
     fresh_policy: Policy, samples: list[Sample], played: list[Trajectory]
 ) -> None:
     batch = packed(samples)
-    width = batch.student.input_ids.shape[1]
-    trained = {(int(i) // width, int(i) % width + 1) for i in batch.student.index}
     order = list(dict.fromkeys(item.sample.trajectory for item in batch.samples))
-    trained = {(order[row], column) for row, column in trained}
+    places = [
+        (row, column)
+        for row, length in zip(order, batch.student.lengths, strict=True)
+        for column in range(length)
+    ]
+    trained = {places[int(i) + 1] for i in batch.student.index}
     for row in range(len(played)):
         for turn in played[row].turns:
             start, end = len(turn.prompt_ids), len(turn.prompt_ids) + len(turn.action_ids)

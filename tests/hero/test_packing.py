@@ -8,7 +8,6 @@ import torch
 from hero.algorithms import MODES, Experience
 from hero.packing import (
     PackedBatch,
-    Row,
     Weighted,
     guard_ids,
     micro_batches,
@@ -16,7 +15,6 @@ from hero.packing import (
     plan_rows,
     student_rows,
     teacher_rows,
-    to_tensors,
 )
 from hero.policy import Policy
 from hero.teacher import TeacherContext
@@ -61,7 +59,7 @@ def test_packed_states_equal_separate_scoring(
         (batch.student, [s.prompt_ids for s in ordered]),
         (batch.teacher, [s.teacher_prompt_ids for s in ordered]),
     ):
-        states = policy.hidden(**rows.inputs()).flatten(0, 1)[rows.index]
+        states = rows.states(policy)[rows.index]
         alone = [
             states_alone(policy, p, s.action_ids) for p, s in zip(prompts, ordered, strict=True)
         ]
@@ -89,7 +87,7 @@ def test_teacher_and_student_share_the_exact_action_ids(samples: list[Sample]) -
     batch = packed(samples)
     guard_ids(batch)
     assert batch.teacher is not None
-    batch.teacher.input_ids.flatten()[batch.teacher.index[4] + 1] += 1
+    batch.teacher.input_ids[batch.teacher.index[4] + 1] += 1
     with pytest.raises(AssertionError, match="differ from the sampled ids"):
         guard_ids(batch)
 
@@ -119,20 +117,25 @@ def test_micro_batches_keep_episodes_whole_and_bounded(samples: list[Sample]) ->
         assert len(batch.samples) == 3 * len(episodes)
         rows = teacher_rows([item.sample for item in batch.samples])
         assert rows == batch.teacher
-        assert len(rows) == 1 or max(map(len, rows)) * len(rows) <= 1200
+        assert len(rows) == 1 or sum(map(len, rows)) <= 1200
 
 
-def test_padding_is_at_most_a_tenth(policy: Policy) -> None:
-    """Oracle: counting what the model is given."""
-    lengths = [5, 400, 90, 91, 6, 200, 95, 210, 5, 33]
-    packed = to_tensors([Row(trunk=[1] * n, actions=[(n - 1, n)]) for n in lengths], policy.device)
-    given: list[int] = []
+@torch.no_grad()
+def test_a_model_that_does_not_see_all_takes_rows_one_by_one(
+    fresh_policy: Policy, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = packed(samples, "separate")
+    expected = batch.student.states(fresh_policy)
+    monkeypatch.setattr(fresh_policy.model.config, "sliding_window", 16, raising=False)
+    given: list[tuple[int, ...]] = []
+    hidden = fresh_policy.hidden
 
-    def hidden(**inputs: torch.Tensor) -> torch.Tensor:
-        given.append(inputs["input_ids"].numel())
-        return policy.hidden(**inputs)
+    def noted(input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        given.append(tuple(input_ids.shape))
+        assert not inputs
+        return hidden(input_ids)
 
-    states = packed.states(hidden)
-    assert sum(lengths) <= sum(given) <= 1.1 * sum(lengths) and len(given) < len(lengths)
-    whole = policy.hidden(**packed.inputs()).flatten(0, 1)
-    torch.testing.assert_close(states[packed.index], whole[packed.index], atol=1e-5, rtol=0)
+    monkeypatch.setattr(fresh_policy, "hidden", noted)
+    states = batch.student.states(fresh_policy)
+    assert given == [(1, length) for length in batch.student.lengths]
+    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)

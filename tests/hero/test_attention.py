@@ -1,0 +1,128 @@
+"""Attention of spans against a dense mask, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from hero import attention
+from hero.attention import Span
+from hero.policy import Policy
+
+SPANS = [
+    Span(0, 0, 0, 40),  # a trunk
+    Span(0, 17, 40, 49),  # a branch
+    Span(0, 40, 49, 50),  # of one token
+    Span(50, 50, 50, 83),  # another row
+    Span(50, 60, 83, 90),
+]
+
+
+def dense(spans: list[Span]) -> Tensor:
+    """[T, T] which token (row) sees which (column)."""
+    mask = torch.zeros(spans[-1].end, spans[-1].end, dtype=torch.bool)
+    for span in spans:
+        for token in range(span.start, span.end):
+            mask[token, span.prefix_start : span.prefix_end] = True
+            mask[token, span.start : token + 1] = True
+    return mask
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_equals_a_dense_mask_forward_and_backward(groups: int) -> None:
+    torch.manual_seed(0)
+    shape = (1, 4, SPANS[-1].end, 8)
+    query = torch.randn(shape, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 4 // groups, *shape[2:], dtype=torch.float64)
+    upstream = torch.randn(shape, dtype=torch.float64)
+    results = []
+    for spans in (True, False):
+        tensors = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
+        if spans:
+            out = attention.attend(*tensors, SPANS, 0.3)
+        else:
+            repeated = [tensor.repeat_interleave(groups, 1) for tensor in tensors[1:]]
+            scores = 0.3 * tensors[0] @ repeated[0].mT
+            out = scores.masked_fill(~dense(SPANS), -torch.inf).softmax(-1) @ repeated[1]
+        out.backward(upstream)
+        results.append([out, *(tensor.grad for tensor in tensors)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
+    """Sixteen branches of 32 tokens each: a fixed number of bytes a token."""
+    for trunk in (1024, 4096):
+        spans = [Span(0, 0, 0, trunk)]
+        for branch in range(16):
+            start = spans[-1].end
+            spans.append(Span(0, trunk * (branch + 1) // 16, start, start + 32))
+        query, key, value = torch.randn(3, 1, 2, spans[-1].end, 8)
+        activity = torch.profiler.ProfilerActivity.CPU
+        with (
+            torch.profiler.profile(activities=[activity], profile_memory=True) as profile,
+            torch.no_grad(),
+        ):
+            attention.attend(query, key, value, spans, 1.0)
+        assert profile.profiler is not None
+        events = profile.profiler.kineto_results.events()
+        largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+        assert largest <= 600 * query.shape[2]  # a mask of all would have 1500 and 4600 times T
+
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "mistral": {"sliding_window": None},
+    "smollm3": {"pad_token_id": 0},
+    "phi3": {"pad_token_id": 0},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 512},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_families_score_branches_as_alone(family: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, **FAMILIES[family],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    ids = torch.randint(1, 64, (SPANS[-1].end,))
+    positions = torch.cat(
+        [
+            torch.arange(span.end - span.start) + span.prefix_end - span.prefix_start
+            for span in SPANS
+        ]
+    )
+    alone = [
+        model.get_decoder()(
+            torch.cat([ids[span.prefix_start : span.prefix_end], ids[span.start : span.end]])[None]
+        ).last_hidden_state[0, span.prefix_end - span.prefix_start :]
+        for span in SPANS
+    ]
+    attention.use(model)
+    together = model.get_decoder()(
+        ids[None], position_ids=positions[None], attention_mask=attention.as_mask(SPANS)
+    ).last_hidden_state[0]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+def test_a_saved_model_does_not_name_it(policy: Policy, tmp_path: Path) -> None:
+    """Whoever loads the folder need not have this package."""
+    policy.model.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
+
+
+def test_what_spans_lack_is_refused(policy: Policy) -> None:
+    heads = torch.zeros(1, 1, 90, 8)
+    with pytest.raises(ValueError, match=r"wants 's_aux'.*teacher.packing=separate"):
+        attention.attention(
+            policy.model, heads, heads, heads, attention.as_mask(SPANS), s_aux=torch.zeros(1)
+        )
