@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -186,6 +188,13 @@ def _check_endpoint(config: TrainConfig) -> None:
 
 
 def _check_secrets(config: TrainConfig) -> None:
+    variable = config.reflection.api_key_env
+    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) and variable not in os.environ:
+        raise ValueError(
+            "reflection.api_key_env must be the name of an environment variable, such as "
+            f"OPENAI_API_KEY; got {len(variable)} characters that are none, and may be the key "
+            "itself: they are not shown. Export the key, and name its variable."
+        )
     values = {f"env.options {name}": value for name, value in config.env.options.items()}
     if config.reflection.reflector == "openai":
         values["reflection.base_url"] = config.reflection.base_url

@@ -49,7 +49,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
     """
     out = Path(config.output_dir)
     refuse_to_replace(out)
-    unfinished = RunFolder(out.with_name(f"{out.name}.unfinished"))
+    unfinished = RunFolder(out.resolve().with_name(f"{out.resolve().name}.unfinished"))
     with unfinished.locked(), Interrupt() as interrupt:
         try:
             if checkpoints(unfinished.path):

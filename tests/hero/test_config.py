@@ -41,6 +41,17 @@ def test_names_of_secrets(name: str) -> None:
     assert redacted({name: "abc", f"{name}_file": "abc"}) == {name: "***", f"{name}_file": "abc"}
 
 
+def test_a_key_in_the_place_of_its_variable_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig()
+    config.reflection.api_key_env = "9f86d081884c7d65"
+    with pytest.raises(ValueError, match="got 16 characters that are none") as said:
+        check(config)
+    assert "9f86" not in str(said.value)
+    monkeypatch.setenv("my_key", "abc")
+    config.reflection.api_key_env = "my_key"
+    check(config)
+
+
 def test_settings_lose_their_secrets_and_nothing_else() -> None:
     config = TrainConfig()
     config.reflection.base_url = "https://me:s3cret@host/v1"
