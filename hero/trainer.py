@@ -24,6 +24,7 @@ from hero.evaluation import dev_metrics, summarise
 from hero.files import replacing, write_atomic
 from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
+from hero.memory import beside_measured
 from hero.policy import Policy
 from hero.reflection import Reflections, Reflector
 from hero.report.card import write_card
@@ -98,6 +99,7 @@ class Trainer:
             finally:
                 tracker.close()
                 self.stages.workers.close()
+            self.console.say(beside_measured(self.config, self.policy))
             summary["seconds"] = time.perf_counter() - started
             write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1))
             self.callbacks.on_end(summary)

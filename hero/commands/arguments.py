@@ -17,7 +17,7 @@ from hero.commands.evaluate import Compare, Eval
 from hero.commands.play import Play, Rollout
 from hero.commands.probe import Probe
 from hero.commands.study import Study
-from hero.commands.tools import Doctor, Merge, Model, Recipes, View
+from hero.commands.tools import Doctor, Memory, Merge, Model, Recipes, View
 from hero.commands.train import Sft, Train
 from hero.commands.worlds import Env, Envs
 from hero.config import Settings, SftConfig, TrainConfig
@@ -34,6 +34,7 @@ AnyCommand = (
     | Annotated[Rollout, subcommand("rollout")]
     | Annotated[Probe, subcommand("probe")]
     | Annotated[Study, subcommand("study")]
+    | Annotated[Memory, subcommand("memory")]
     | Annotated[View, subcommand("view")]
     | Annotated[Model, subcommand("model")]
     | Annotated[Merge, subcommand("merge")]
@@ -69,7 +70,7 @@ def parse(arguments: list[str]) -> Command:
         if stop.code and arguments and arguments[0] in NAMED:
             _hint_at_names(arguments, NAMED[arguments[0]])
         raise
-    if isinstance(command, Train | Sft | Play):
+    if isinstance(command, Train | Sft | Play | Memory):
         data, env = asdict(command.settings), default.settings.env
         given = first.settings.env.options
         emptied = OPTIONS in arguments and not given

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +10,10 @@ import yaml
 from tyro.conf import Positional, arg
 
 from hero import recipes
+from hero.checks import from_dict
 from hero.commands.base import Command, prepare_torch
+from hero.commands.train import FromRecipe
+from hero.config import TrainConfig
 from hero.files import refuse_to_replace
 from hero.report.console import Console
 
@@ -88,6 +91,38 @@ class Recipes(Command):
             console.say(f"hero {kind} …")
             for name in recipes.recipe_names(kind):
                 console.say(f"  {name:<22} {recipes.recipe_summary(name, kind)}")
+
+
+@dataclass(kw_only=True)
+class Memory(FromRecipe):
+    """How much GPU memory a training run will take, before anything is loaded."""
+
+    gpu: float = 80.0
+    """Memory of the GPU in GB."""
+    settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+
+    def with_defaults(self) -> Memory:
+        return replace(self, settings=from_dict(self._stored("train")))
+
+    def run(self) -> None:
+        from hero.memory import GIB, advice, predict
+
+        self._refuse_nothing("hero memory", "tau-retail")
+        if self.gpu <= 0:
+            raise ValueError(f"gpu={self.gpu}; expected a size above 0 in GB.")
+        console, limit = Console(), int(self.gpu * 1e9)
+        found = predict(self.settings, "cuda")
+        for phase in ("always", "rollout", "training"):
+            for name, size in getattr(found, phase).items():
+                console.say(f"{phase:<10}{name:<42}{size / GIB:8.2f} GiB")
+        console.say(f"{'peak':<52}{found.peak / GIB:8.2f} GiB")
+        if found.peak <= limit:
+            console.say(f"It fits {self.gpu:g} GB ({limit / GIB:.1f} GiB).")
+            return
+        options, peak = advice(self.settings, "cuda", limit)
+        fits = "It fits" if peak <= limit else "Nothing here makes it fit: the least is"
+        console.say(f"It does not fit {self.gpu:g} GB ({limit / GIB:.1f} GiB). {fits} "
+                    f"{peak / GIB:.1f} GiB with {' '.join(options)}")  # fmt: skip
 
 
 @dataclass(kw_only=True)

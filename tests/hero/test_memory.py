@@ -1,0 +1,147 @@
+"""Predicted memory, against the tensors that a small run really has, and published sizes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hero.checks import from_dict
+from hero.cli import main
+from hero.config import ModelConfig, ScratchConfig, TrainConfig
+from hero.kvcache import RowCache
+from hero.learner import Learner
+from hero.memory import GIB, PROBED, advice, predict, sizes, sizes_of
+from hero.policy import Policy
+from hero.recipes import load_recipe
+from hero.scratch import build_model
+from hero.teacher import TeacherWeights
+from tests.hero.runs import settings, trainer
+
+
+@pytest.fixture
+def small(tiny_tokenizer: Any) -> Policy:
+    torch.manual_seed(0)
+    shape = ScratchConfig(width=64, layers=3, heads=4)
+    return Policy(build_model(shape, tiny_tokenizer), tiny_tokenizer, ModelConfig(device="cpu"))
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def test_what_is_there_always_is_counted_to_the_byte(small: Policy) -> None:
+    config = TrainConfig()
+    found = predict(config, "cpu", sizes_of(small.model.config))
+    teacher = TeacherWeights(small, config.teacher)
+    learner = Learner(small, teacher, config)
+    parameters = list(small.trainable().values())
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    moments = [t for state in learner.optimizer.state.values() for t in state.values() if t.dim()]
+    assert found.always == {
+        "trained weights": nbytes(parameters), "AdamW": nbytes(moments),
+        "teacher": nbytes(teacher.state_dict().values()),
+    }  # fmt: skip
+    assert found.training["gradients"] == nbytes(p.grad for p in parameters)
+
+
+def test_lora_trains_what_peft_trains(small: Policy, tiny_tokenizer: Any) -> None:
+    pytest.importorskip("peft")
+    size = sizes_of(small.model.config)
+    model = ModelConfig(device="cpu", lora_rank=4)
+    adapted = Policy(copy.deepcopy(small.model), tiny_tokenizer, model)
+    found = predict(TrainConfig(model=model), "cpu", size)
+    trained = list(adapted.trainable().values())
+    assert found.always["trained weights"] == nbytes(trained)
+    frozen = [p for p in adapted.model.parameters() if not p.requires_grad]
+    assert found.always["frozen weights"] == nbytes(frozen)
+
+
+def test_activations_are_those_of_a_real_pass(small: Policy) -> None:
+    weights = {p.untyped_storage().data_ptr() for p in small.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(1, 4 * PROBED, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        small.hidden(ids)  # the fused attention of a CPU keeps no map
+    size = sizes_of(small.model.config)
+    of_maps = sum(t.numel() for t in kept.values() if t.shape[-2:] == (4 * PROBED,) * 2)
+    real = sum(t.numel() for t in kept.values()) - of_maps
+    predicted = 4 * PROBED * size.saved * size.layers
+    assert real == pytest.approx(predicted, rel=0.25)
+
+
+def test_a_cache_grows_no_larger_than_predicted(small: Policy) -> None:
+    config = from_dict({"rollout": {"batch_size": 3, "max_episode_tokens": 200}})
+    cache, rows = RowCache(3), [0, 1, 2]
+    for start in range(0, 200, 20):
+        aimed = cache.aim(rows, [start] * 3, 20, "cpu")
+        with torch.no_grad():
+            small.model.get_decoder()(input_ids=torch.zeros(3, 20, dtype=torch.long), **aimed)
+    held = nbytes(t for pair in cache._kept for t in pair)
+    predicted = predict(config, "cpu", sizes_of(small.model.config)).rollout["key-value cache"]
+    assert 2 / 3 * predicted <= held <= predicted
+
+
+def test_the_recipes_models_have_their_published_size() -> None:
+    size = sizes("Qwen/Qwen3-4B-Instruct-2507")
+    assert size.parameters == 4_022_468_096  # of the model's page
+    assert (size.layers, size.kv_heads, size.head_size) == (36, 8, 128)
+
+
+@pytest.mark.parametrize(
+    "name", ["tau-retail", "tau-retail-grpo", "tau-airline", "webshop", "bfcl"]
+)
+def test_recipes_for_one_80_gb_gpu_fit_it(name: str) -> None:
+    assert predict(from_dict(load_recipe(name)), "cuda").peak < 80e9
+
+
+def test_advice_makes_a_run_fit_or_says_the_least() -> None:
+    config = from_dict(load_recipe("webshop"))
+    options, peak = advice(config, "cuda", int(24e9))
+    assert peak <= 24e9 < predict(config, "cuda").peak
+    changes: dict[str, dict[str, int]] = {"rollout": {}, "optim": {}}
+    for option in options:
+        part, name = option.split()[0].removeprefix("--").split(".")
+        changes[part][name.replace("-", "_")] = int(option.split()[1])
+    data = load_recipe("webshop")
+    changed = from_dict({**data, **{part: data[part] | new for part, new in changes.items()}})
+    assert predict(changed, "cuda").peak == peak
+    options, peak = advice(config, "cuda", 10**9)
+    assert peak > 1e9 and options
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["memory", "webshop", "--gpu", "24", "--rollout.batch-size", "64"]) == 0
+    said = capsys.readouterr().out
+    assert "key-value cache" in said and "It does not fit 24 GB (22.4 GiB). It fits" in said
+    assert "--rollout.batch-size" in said
+    assert main(["memory", "quickstart"]) == 0
+    assert "It fits 80 GB" in capsys.readouterr().out
+    for words, message in (
+        (["memory"], "hero memory tau-retail"), (["memory", "webshop", "--gpu", "0"], "above 0"),
+        (["memory", "webshop", "--model.path", "no/model"], "Cannot read the configuration"),
+    ):  # fmt: skip
+        assert main(words) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_training_says_what_was_predicted_and_measured(model_path: Path, tmp_path: Path) -> None:
+    run = trainer(settings(model_path, updates=1, eval={"test_tasks": 0}), tmp_path)
+    run.run()
+    said = run.console._rich.file.getvalue()  # type: ignore[attr-defined]
+    line = next(line for line in said.splitlines() if line.startswith("Memory: "))
+    predicted, measured = float(line.split()[1]), float(line.split("most; ")[1].split()[0])
+    assert 0 <= predicted < measured < 64 and "GiB" in line
+    assert json.loads((tmp_path / "summary.json").read_text())["stopped"] and GIB == 1024**3
