@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from hero.checks import from_dict
@@ -49,12 +51,19 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
 
 
 def _prepare() -> None:
-    import os
-
     from hero.commands.base import prepare_torch
 
+    Thread(target=_end_with_the_study, daemon=True).start()
     os.nice(5)
     prepare_torch(1)
+
+
+def _end_with_the_study() -> None:
+    """A study that is killed leaves nobody behind; a row is whole or not there."""
+    study = parent_process()
+    assert study is not None
+    study.join()
+    os._exit(1)
 
 
 def make_starts(

@@ -6,6 +6,9 @@ Oracles: values worked out by hand, and the plain bootstrap, draw by draw.
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -269,6 +272,26 @@ def test_groups_without_signal(played: list[Trajectory]) -> None:
     # task-0 has rewards 0 and 1, task-1 too; paid alike, both say nothing.
     assert silent_groups(played, "score") == 0.0
     assert silent_groups(played[::2], "success") == 1.0
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import os\nfrom concurrent.futures import ProcessPoolExecutor\n"
+        "from multiprocessing import get_context\nfrom hero.study import runner\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, get_context('spawn'), initializer=runner._prepare)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True)\n"
+        "    os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    worker = Path("/proc", done.stdout.strip())
+    assert done.returncode == -9 and worker.name.isdigit()
+    for _ in range(200):
+        if not worker.exists() or ") Z" in (worker / "stat").read_text():  # a zombie has ended
+            return
+        time.sleep(0.05)
+    pytest.fail(f"process {worker.name} goes on")
 
 
 def test_a_study_runs_once_and_reports(study: Callable[..., Any], tmp_path: Path) -> None:
