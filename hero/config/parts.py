@@ -218,7 +218,7 @@ class OptimConfig(Settings):
     inner_epochs: Count = 1
     """Passes over each rollout batch. [L]"""
     micro_batch_tokens: Count = 16384
-    """Padded tokens in one forward pass. Gradients accumulate: results do not depend on it."""
+    """Tokens in one forward pass. Gradients accumulate: results do not depend on it."""
 
 
 @dataclass(kw_only=True)
