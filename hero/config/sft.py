@@ -56,7 +56,7 @@ class SftConfig(Settings):
     learning_rate: Positive = 5e-3
     warmup_steps: CountOrZero = 50
     micro_batch_tokens: Count = 16384
-    """Padded tokens in one forward pass. Gradients accumulate: results do not depend on it."""
+    """Tokens in one forward pass. Gradients accumulate: results do not depend on it."""
     save_every: Count = 500
     """Steps between checkpoints for going on; the last state is always saved."""
     seed: int = 0
