@@ -106,9 +106,9 @@ def test_a_dashboard_gets_them_without_a_network(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a process of its own: wandb's service writes the last of a file when it ends."""
-    pytest.importorskip(package, reason=f"{package} is missing: .ci/extras hub")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(package, reason=f"{package} is missing: .ci/extras hub")
     run_dir = tmp_path / "a-run"
     run_dir.mkdir()
     done = subprocess.run(
