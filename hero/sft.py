@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hero.checkpoint import BrokenCheckpoint, checkpoints, load_checkpoint, save_checkpoint
 from hero.config import SftConfig, redacted
+from hero.envs import border
 from hero.envs.base import make_env
 from hero.episodes import derive_seed
 from hero.files import new_folder, refuse_to_replace, write_atomic
@@ -88,7 +89,8 @@ class WarmStart:
         self.config, self.console, self.folder, self.interrupt = config, console, folder, interrupt
         torch.manual_seed(config.seed)
         self.env = make_env(config.env.name, **config.env.options)
-        needed = ("demonstrate", "oracle", "diagnose", "random_action")
+        needed = ["demonstrate", "oracle", "diagnose"]
+        needed += ["random_action"] if any(config.coverage_noise) else []
         if missing := [name for name in needed if not hasattr(self.env, name)]:
             raise ValueError(
                 f"hero sft needs an environment with {', '.join(missing)}; {config.env.name} has "
@@ -257,5 +259,5 @@ def _load(config: SftConfig, env: Any) -> Policy:
             f"A model from nothing needs the words of {config.env.name}, but it has no "
             "vocabulary(); name a pretrained model with --model.path."
         )
-    tokenizer = build_tokenizer(env.vocabulary())
+    tokenizer = build_tokenizer(border.vocabulary(env))
     return Policy(build_model(config.scratch, tokenizer), tokenizer, config.model)

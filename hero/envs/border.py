@@ -82,7 +82,8 @@ def tasks(env: Environment, split: str) -> list[str]:
         if not isinstance(found, (list, tuple)) or not found:
             raise _breach(f"tasks({split!r})", found, "a list of at least one task id")
         for task in found:
-            if not isinstance(task, str) or not 0 < len(task) <= MAX_ID or harmless(task) != task:
+            is_text = isinstance(task, str) and 0 < len(task) <= MAX_ID
+            if not is_text or harmless(task) != task or "\n" in task or "\t" in task:
                 what = f"text of 1 to {MAX_ID} characters without control characters as task id"
                 raise _breach(f"tasks({split!r})", task, what)
         if len(set(found)) < len(found):
@@ -197,6 +198,15 @@ def action(env: Any, method: str, *arguments: Any, where: str = "") -> str:
         return _text(f"{method}()", getattr(env, method)(*arguments), MAX_CHARS)
 
 
+def vocabulary(env: Any) -> list[str]:
+    """Texts whose words a small agent is made of."""
+    with _border(env, "vocabulary"):
+        found = env.vocabulary()
+        if not isinstance(found, (list, tuple, set, frozenset)) or not found:
+            raise _breach("vocabulary()", found, "a list of texts")
+        return [_text("vocabulary()", text, MAX_CHARS) for text in found]
+
+
 def diagnose(env: HasDiagnosis, trajectory: Trajectory) -> list[Diagnosis]:
     """The environment's own diagnoses: one for each turn, in order."""
     number = len(trajectory.turns)
@@ -276,7 +286,10 @@ def _border(env: Any, method: str, where: str = "") -> Iterator[None]:
         raise EnvironmentFault(harmless(f"{at}: {breach}.{_defined(env, method)}")) from None
     except BaseException as error:  # sys.exit in a step must not end a run, and not as a success
         said = f"{at}: {method} raised {raised(error, inspect.getmodule(type(env)))}"
-        raise EnvironmentFault(harmless(said)) from error
+        # A RuntimeError caused by a StopIteration would be taken for that one by contextlib.
+        raise EnvironmentFault(harmless(said)) from (
+            None if isinstance(error, StopIteration) else error
+        )
 
 
 def _defined(env: Any, method: str) -> str:

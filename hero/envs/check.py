@@ -166,13 +166,13 @@ class _Check:
     def vocabulary(self) -> str | None:
         """All that a small agent made from the environment's words would read is made of them."""
         try:
-            words = self.env.vocabulary()  # type: ignore[attr-defined]
+            self.env.vocabulary()  # type: ignore[attr-defined]
         except (AttributeError, ValueError):  # there is none, or it is open
             return None
         from hero.renderer import Renderer
         from hero.scratch import build_tokenizer
 
-        renderer = Renderer(build_tokenizer(words))
+        renderer = Renderer(build_tokenizer(border.vocabulary(self.env)))
         renderer.encode(border.system_prompt(self.env))
         for task in self._tasks():
             renderer.encode(border.reset(self.env, task)[0])

@@ -102,6 +102,9 @@ def stepped(observation: Any = "o", reward: Any = 0.0, end: Any = True, **info: 
 BROKEN: list[tuple[str, Answer, str]] = [
     ("step", leave, "SystemExit: 0"),
     ("step", lambda: 1 / 0, "ZeroDivisionError"),
+    *((method, lambda: next(iter(())), f"{method} raised StopIteration")
+      for method in ("step", "reset")),
+    ("step", lambda: (_ for _ in ()).throw(GeneratorExit()), "step raised GeneratorExit"),
     ("step", unspeakable, "Unspeakable"),
     ("step", lambda: None, "got None"),
     ("step", lambda: ("o", 0.0, True, {}), "tuple of length 4"),
@@ -226,7 +229,7 @@ def test_a_broken_diagnosis_breaks_its_episode(renderer: Renderer, answer: Answe
     "answer",
     [
         leave, list, lambda: None, lambda: "abc", lambda: [1, 2], lambda: ["a", None],
-        lambda: ["a", "b", "a"], lambda: [""], lambda: ["a\x1b[31m"], lambda: ["\ud800"],
+        lambda: ["a", "b", "a"], lambda: [""], lambda: ["a\n"], lambda: ["a\x1b[31m"], lambda: ["\ud800"],
         lambda: ["x" * 10_000], lambda: {"a": 1}, lambda: range(3),
     ],
 )  # fmt: skip

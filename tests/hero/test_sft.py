@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from hero.checks import from_dict
 from hero.config import ModelConfig, SftConfig
+from hero.envs.border import EnvironmentFault
 from hero.envs.shop import ShopEnv
 from hero.policy import Policy
 from hero.prompts import make_prompts
@@ -150,6 +151,23 @@ def test_micro_batches_change_nothing_but_memory(tmp_path: Path) -> None:
     cut = train_sft(small(tmp_path / "cut", micro_batch_tokens=1), Console(io.StringIO()))
     for name, weight in weights(whole).items():
         torch.testing.assert_close(weights(cut)[name], weight, rtol=1e-4, atol=1e-5)
+
+
+class Wordless(ShopEnv):
+    """A shop whose list of words is none, and whose demonstrator never errs."""
+
+    random_action = None
+
+    def vocabulary(self) -> Any:
+        return None
+
+
+def test_what_a_warm_start_asks_of_a_world_is_checked(tmp_path: Path) -> None:
+    config = small(tmp_path / "new", coverage_noise=[0.0])
+    config.env.name = f"{__name__}:Wordless"
+    with pytest.raises(EnvironmentFault, match=r"vocabulary.*got None.*a list of texts"):
+        train_sft(config, Console(io.StringIO()))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_warm_start_that_cannot_begin_leaves_nothing(tmp_path: Path) -> None:
