@@ -229,7 +229,8 @@ def test_a_broken_diagnosis_breaks_its_episode(renderer: Renderer, answer: Answe
     "answer",
     [
         leave, list, lambda: None, lambda: "abc", lambda: [1, 2], lambda: ["a", None],
-        lambda: ["a", "b", "a"], lambda: [""], lambda: ["a\n"], lambda: ["a\x1b[31m"], lambda: ["\ud800"],
+        lambda: ["a", "b", "a"], lambda: [""], lambda: ["a\n"], lambda: ["a\x1b[31m"],
+        lambda: ["\ud800"],
         lambda: ["x" * 10_000], lambda: {"a": 1}, lambda: range(3),
     ],
 )  # fmt: skip
