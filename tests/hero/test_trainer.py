@@ -63,7 +63,8 @@ class Lottery(ShopEnv):
 def test_turns_without_a_hint_are_recorded_as_what_they_are(
     model_path: Path, tmp_path: Path
 ) -> None:
-    changes = {"rollout": {"group_size": 2}, "reflection": {"max_hint_tokens": 0}, "updates": 1}
+    changes = {"rollout": {"group_size": 2}, "reflection": {"max_hint_tokens": 0},
+               "loss": {"turns": "hinted"}, "updates": 1}  # fmt: skip
     for mode in ("hero+grpo", "hero"):  # no turn has a hint: the second has nothing to train
         config = settings(model_path, mode=mode, **changes)
         config.env.name = f"{__name__}:Lottery"
