@@ -157,8 +157,11 @@ class Weighting(NamedTuple):
             like: tensor whose device the result is on; fp64 makes the result fp64, else it is fp32.
         """
         wide = torch.promote_types(like.dtype, torch.float32)
-        given = [value for value in (*self[:4], self.num_items) if value is not None]
-        if self.reduction == Reduction.MEAN and not given:
+        if (
+            (self.token_weights is None and self.turn_ids is None and self.trajectory_ids is None)
+            and self.reduction == Reduction.MEAN
+            and self.num_items is None
+        ):
             return torch.full((num_rows,), 1 / max(num_rows, 1), dtype=wide, device=like.device)
         if self.token_weights is None:
             weights = torch.ones(num_rows, dtype=torch.float64, device=like.device)

@@ -175,8 +175,7 @@ def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Ten
 
 
 def _autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:
-    trained = [tensor for tensor in arguments[:3] if tensor is not None and tensor.requires_grad]
-    if trained and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
         output: tuple[Tensor, ...] = _LinearDivergence.apply(keys, *arguments)
         return output
     return _below_autograd(keys, *arguments)

@@ -240,7 +240,7 @@ def weighted_rows(
     weighting = weighting.flat()
     num_rows = tensor.shape[:-1].numel()
     weights = weighting.coefficients(num_rows, tensor)
-    if not [tensor for tensor in given[1:] if tensor is not None]:
+    if target_ids is None and temperatures is None and ids is None:  # nor what belongs to them
         return weighting, RowTensors(weights)
     active = weights != 0
     readable = checks.values_readable(tensor, validate)
