@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from hero.config import ReflectionConfig
+from hero.config import ReflectionConfig, redacted
 from hero.reflection.models import Answer
 from hero.reflection.wire import post
 from hero.renderer import Renderer
@@ -122,12 +122,12 @@ class Endpoint:
         secret = self.headers["Authorization"].partition(" ")[2]
         if secret != NO_KEY:  # an endpoint may echo it
             cause = cause.replace(secret, "***")
-        return ReflectionError(
+        return ReflectionError(redacted(
             f"{self.who} at {self.config.base_url} (model {self.config.model!r}) failed:"
             f" {harmless(cause)}. Check that the endpoint runs and that {self.base_url},"
             f" {self.model} and the key in {self.config.api_key_env} are right, or set "
             f"{self.remedy}."
-        )
+        ))  # fmt: skip
 
 
 def _read_completion(data: bytes) -> tuple[str, int | None]:

@@ -141,3 +141,11 @@ def test_a_busy_endpoint_is_asked_again(renderer: Renderer, endpoint: Any) -> No
     answers = iter([(503, "text/plain", b"busy"), (200, "application/json", OK)])
     endpoint.reply = lambda request: next(answers)
     assert ask(renderer, endpoint.url).text == BARE
+
+
+def test_a_password_in_the_address_is_not_in_the_error(renderer: Renderer, endpoint: Any) -> None:
+    endpoint.reply = lambda request: (401, "text/plain", b"X-Api-Key: abcdef is not yours")
+    address = endpoint.url.replace("://", "://me:s3cret@") + "?api-key=t0ken"
+    with pytest.raises(ReflectionError) as caught:
+        ask(renderer, address)
+    assert not any(word in str(caught.value) for word in ("s3cret", "t0ken", "abcdef"))
