@@ -57,7 +57,7 @@ def test_five_hooks_hear_a_run_and_may_change_what_is_learnt(
     model_path: Path, tmp_path: Path
 ) -> None:
     heard, functions = Heard(), []
-    config = settings(model_path, max_idle_updates=0)
+    config = settings(model_path, max_idle_updates=0, loss={"turns": "hinted"})
     run = Trainer(config, tmp_path, callbacks=[heard, lambda n, metrics: functions.append(n)])
     summary = run.run()
     assert [call[:2] for call in heard.calls] == [
