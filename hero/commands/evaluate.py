@@ -40,6 +40,8 @@ class Evaluating(Play):
         if not self.output:
             result = summarise(self.played(model)[0]).to_dict()
             return Evaluated(name=model, result=result, settings=settings)
+        if Path(self.output).is_file():
+            raise ValueError(f"--output {self.output} is a file; expected a folder, or a new name.")
         path = self.folder(model)
         saved = {"model": model, "weights": _fingerprint(weights_of(model)), **settings}
         kept = EvalFolder(path, saved)
@@ -129,9 +131,13 @@ class Compare(Evaluating):
         from hero.evaluated import difference, read_evaluated
         from hero.report.side_by_side import render
 
-        one, other = (
-            read_evaluated(Path(model)) or self.evaluated(model) for model in self.models()
-        )
+        try:
+            one, other = (
+                read_evaluated(Path(model)) or self.evaluated(model) for model in self.models()
+            )
+        except ValueError as mistake:
+            mistake.add_note("A and B are folders of hero eval, runs, or models to be played.")
+            raise
         rows, console = compare(one.result, other.result, FIGURES), Console()
         known = {name: value for name, value in other.settings.items() if name in one.settings}
         shared = {name: one.settings[name] for name in known}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
@@ -108,7 +109,7 @@ class Memory(FromRecipe):
         from hero.memory import GIB, advice, predict
 
         self._refuse_nothing("hero memory", "tau-retail")
-        if self.gpu <= 0:
+        if not 0 < self.gpu < math.inf:
             raise ValueError(f"gpu={self.gpu}; expected a size above 0 in GB.")
         console, limit = Console(), int(self.gpu * 1e9)
         found = predict(self.settings, "cuda")

@@ -306,3 +306,7 @@ def test_a_whole_update_and_an_evaluation(
         main(["eval", "model", "--env.name", "bfcl", "--tasks", "1", *caps, "--output", "o"]) == 0
     )
     assert json.loads((tmp_path / "o/model/eval.json").read_text())["success"] == 0.0
+    words = ["rollout", "model", "--env.name", "bfcl", "--tasks", "1", *caps]
+    assert main([*words, "--output", "e.jsonl"]) == 0
+    [episode] = map(json.loads, (tmp_path / "e.jsonl").read_text().splitlines())
+    assert episode["turns"] and episode["stop_reason"] != "env_error"

@@ -108,6 +108,10 @@ def test_what_cannot_be_compared_is_said(
     assert main(["eval", str(model_path), *SHOP, *CAPS, "--output", "mine"]) == 1
     assert "nothing in it is replaced" in said(capsys)
     assert read_evaluated(model_path) is None
+    assert main(["eval", str(model_path), *SHOP, *CAPS, "--output", f"{one}/eval.json"]) == 1
+    assert "is a file; expected a folder" in said(capsys)
+    assert main(["compare", one, "nowhere/at/all"]) == 1
+    assert "hint: A and B are folders of hero eval, runs, or models" in said(capsys)
 
 
 def row(gains: list[float]) -> Comparison:

@@ -131,6 +131,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "It fits 80 GB" in capsys.readouterr().out
     for words, message in (
         (["memory"], "hero memory tau-retail"), (["memory", "webshop", "--gpu", "0"], "above 0"),
+        (["memory", "webshop", "--gpu", "nan"], "above 0"),
         (["memory", "webshop", "--model.path", "no/model"], "Cannot read the configuration"),
     ):  # fmt: skip
         assert main(words) == 1

@@ -122,7 +122,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Run: hero envs get bfcl") from error
+        raise ValueError(
+            f"{path} cannot be read: {error}. Remove the folder, then run: hero envs get bfcl"
+        ) from error
 
 
 def _tasks(data: Path, category: str) -> list[dict[str, Any]]:
