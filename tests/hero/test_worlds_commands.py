@@ -26,7 +26,7 @@ WORLDS = {
     "webshop": f"data_dir {WEBSHOP}",
     "tau": "domain mock user none max_steps 3",
     "gym": "id FrozenLake-v1",
-    "textarena": "id Wordle-v0",
+    "textarena": "id GuessTheNumber-v0",
     "textworld": "",
 }
 
