@@ -106,7 +106,7 @@ def test_trls_grpo_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hero.policy import SHIPPED
+    from hero.models import SHIPPED
 
     logged = []
     for code in snippets("TRL's GRPOTrainer"):
