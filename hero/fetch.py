@@ -50,8 +50,8 @@ def unpack_package(requirement: str, folder: Path, sha256: str = "") -> None:
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = " ".join((done.stderr or done.stdout).split())[-500:]
-        raise ValueError(f"{requirement} could not be downloaded: {reason}")
+        reason = " ".join((done.stderr or done.stdout).split()).rsplit("ERROR: ")[-1]
+        raise ValueError(f"{requirement} could not be downloaded: {reason[:500]}")
 
 
 def _installer() -> list[str]:
