@@ -149,7 +149,7 @@ jobs=() # most of the time of the tests goes into compiling kernels
 look=("$python" -m benchmarks.gpu_check --first-look)
 check=("$python" -m benchmarks.gpu_check --quiet --groups)
 exact=rows,operation,logprobs,behaviour
-benchmark=("$python" -m pytest benchmarks -p no:cacheprovider "${more[@]}")
+benchmark=("$python" -m pytest benchmarks/test_divergence.py -p no:cacheprovider "${more[@]}")
 # Only our kernels are instrumented; torch's own would take the whole session.
 mapfile -t kernels < <(sed -nE 's/^def (\w+_kernel)\(.*/\1/p' hero_kernels/triton/*.py)
 kernels+=(divergence_rows) # part of the name of the row kernel in CUDA
@@ -175,7 +175,10 @@ gpu_stage racecheck 28 "${sanitizer[@]}" --tool racecheck "${check[@]}" "$exact"
     --one-process --size smallest
 stage sweep 40 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
     --contestants hero,eager --results "$out/sweep.json"
-# In what time is left. Compiling takes longer than all the rest: one case.
+# In what time is left: rollouts and whole steps beside plain loops, then what ncu sees. Compiling
+# takes longer than all the rest: one case.
+optional_gpu_stage loops 60 "$python" -m pytest benchmarks/test_rollout.py benchmarks/test_step.py \
+    -p no:cacheprovider
 optional_gpu_stage ncu 30 ncu --set basic \
     --kernel-name "regex:$(IFS='|' && echo "${kernels[*]}")" --filter-mode per-launch-config \
     --launch-count 1 --clock-control none \
