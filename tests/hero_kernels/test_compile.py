@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import setuptools  # noqa: F401  before any test: Inductor imports it, too late once distutils is loaded
 import torch
 from torch import Tensor
 
