@@ -36,6 +36,11 @@ class Span(NamedTuple):
     start: int
     end: int
 
+    @property
+    def sees(self) -> int:
+        """Tokens that its last one sees."""
+        return self.prefix_end - self.prefix_start + self.end - self.start
+
 
 def as_mask(spans: Sequence[Span]) -> Tensor:
     """What a model takes as its `attention_mask`: [1, 1, spans, 4], on the CPU."""
@@ -85,8 +90,7 @@ def attention(
     for name in UNKNOWN:
         if options.get(name) is not None:
             raise ValueError(
-                f"Packed rows: {type(module).__name__} wants {name!r} in its attention, which is "
-                "not supported: set teacher.packing=separate."
+                f"{type(module).__name__} wants {name!r} in its attention, which spans do not have."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     spans = [Span(*numbers) for numbers in attention_mask[0, 0].tolist()]

@@ -120,7 +120,7 @@ class Learner:
     def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
         """Gradients of one step; [] if no token has weight."""
         done = []
-        plans = plan_rows(weigh(samples, self.config.loss), self.config.teacher.packing)
+        plans = plan_rows(weigh(samples, self.config.loss))
         for rows in micro_batches(plans, self.config.optim.micro_batch_tokens):
             batch = pack(rows, self.policy.device)
             with self.policy.recomputing():

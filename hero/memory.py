@@ -201,8 +201,6 @@ def _learning(
     return {
         "activations": tokens * (layers + in_layer if layers else size.layers * in_layer),
         "gradients of a layer, the teacher's pass": tokens * in_layer,
-        "mask of a tree": 3 * rollout.max_episode_tokens**2
-        if config.teacher.packing == "tree" else 0,
         "divergence": workspace(shape, default_rows(device, size.vocab), 0, False)
         + 4 * actions * size.hidden * item + of_head,
     }  # fmt: skip

@@ -12,7 +12,7 @@ trunk's last action is not needed):
 
 so a teacher's logits equal those of the same turn scored alone. All rows of a micro-batch follow
 each other in one sequence without padding, and attention is told who sees what (attention.py). A
-model whose layers do not see all of a sequence takes them one by one.
+model that cannot be told, or whose layers do not see all, takes trunks and branches one by one.
 
 Rows are planned once for each trajectory (`plan_rows`), grouped by their sizes (`micro_batches`)
 and only then turned into tensors (`pack`). Action tokens keep one order all the way, that of the
@@ -37,7 +37,7 @@ class HasStates(Protocol):
     """What packing asks of a policy."""
 
     def takes_spans(self, length: int) -> bool:
-        """Whether packed rows of up to this length can be computed in one sequence."""
+        """Whether rows can be computed in one sequence, tokens that see up to so many others."""
 
     def hidden(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
         """[B, T, H]"""
@@ -103,9 +103,9 @@ class Rows:
     teacher: list[Row]
 
     @property
-    def tokens(self) -> int:
-        """Of the larger forward pass."""
-        return max(sum(map(len, self.student)), sum(map(len, self.teacher)))
+    def tokens(self) -> tuple[int, int]:
+        """Of the student's and of the teacher's forward pass."""
+        return sum(map(len, self.student)), sum(map(len, self.teacher))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,11 +134,14 @@ class Packed:
         }
 
     def states(self, policy: HasStates) -> Tensor:
-        """[T, H] the last hidden states of a model."""
-        if policy.takes_spans(max(self.lengths)):
+        """[T, H] the last hidden states of a model; of one that takes no spans, span by span."""
+        if policy.takes_spans(max(span.sees for span in self.spans)):
             return policy.hidden(**self.inputs())[0]
-        rows = self.input_ids.split(self.lengths)
-        return torch.cat([policy.hidden(input_ids=row[None])[0] for row in rows])
+        states = []
+        for first, last, start, end in self.spans:
+            ids = torch.cat([self.input_ids[first:last], self.input_ids[start:end]])
+            states.append(policy.hidden(input_ids=ids[None])[0, last - first :])
+        return torch.cat(states)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -184,15 +187,11 @@ def student_rows(samples: Sequence[Sample]) -> list[Row]:
     return rows
 
 
-def teacher_rows(samples: Sequence[Sample], packing: str = "tree") -> list[Row]:
-    """Of the samples with a teacher: a trunk with branches (`tree`) or a row each (`separate`)."""
+def teacher_rows(samples: Sequence[Sample]) -> list[Row]:
+    """Of the samples with a teacher: trunks, with a branch for each turn."""
     rows: list[Row] = []
     scored = [sample for sample in samples if sample.has_teacher]
     for i, sample in enumerate(scored):
-        if packing == "separate":
-            whole = sample.teacher_prompt_ids + sample.action_ids
-            rows.append(Row(trunk=whole, actions=[(len(sample.teacher_prompt_ids), len(whole))]))
-            continue
         trunk = sample.prompt_ids[: sample.branch_at]
         own = sample.privileged_ids + sample.prompt_ids[sample.branch_at :] + sample.action_ids
         if not (_same_trajectory(scored, i) and _extends(trunk, rows[-1].trunk)):
@@ -210,45 +209,44 @@ def _same_trajectory(samples: Sequence[Sample], i: int) -> bool:
     return i > 0 and samples[i - 1].trajectory == samples[i].trajectory
 
 
-def plan_rows(samples: Sequence[Weighted], packing: str) -> list[Rows]:
-    """The rows of each trajectory.
-
-    Args:
-        samples: turns, those of one trajectory together and in order.
-        packing: "tree" or "separate", for the teacher.
-    """
+def plan_rows(samples: Sequence[Weighted]) -> list[Rows]:
+    """The rows of each trajectory; `samples` are turns, those of one together and in order."""
     plans = []
     for _, group in itertools.groupby(samples, key=lambda weighted: weighted.sample.trajectory):
         own = list(group)
         turns = [weighted.sample for weighted in own]
-        plans.append(
-            Rows(samples=own, student=student_rows(turns), teacher=teacher_rows(turns, packing))
-        )
+        plans.append(Rows(samples=own, student=student_rows(turns), teacher=teacher_rows(turns)))
     return plans
 
 
 def micro_batches(plans: Sequence[Rows], max_tokens: int) -> Iterator[Rows]:
-    """Join trajectories so that no forward pass exceeds `max_tokens`.
+    """Join trajectories so that no forward pass exceeds `max_tokens`, the shortest first.
 
     A single trajectory that is larger goes alone.
     """
-    batch = Rows(samples=[], student=[], teacher=[])
-    for plan in sorted(plans, key=lambda plan: plan.tokens):
-        if (
-            batch.samples
-            and max(
-                sum(map(len, batch.student + plan.student)),
-                sum(map(len, batch.teacher + plan.teacher)),
-            )
-            > max_tokens
-        ):
-            yield batch
-            batch = Rows(samples=[], student=[], teacher=[])
-        batch.samples += plan.samples
-        batch.student += plan.student
-        batch.teacher += plan.teacher
-    if batch.samples:
-        yield batch
+    ordered = sorted(plans, key=lambda plan: max(plan.tokens))
+    for group in in_groups([plan.tokens for plan in ordered], max_tokens):
+        own = [ordered[i] for i in group]
+        yield Rows(
+            samples=[sample for plan in own for sample in plan.samples],
+            student=[row for plan in own for row in plan.student],
+            teacher=[row for plan in own for row in plan.teacher],
+        )
+
+
+def in_groups(sizes: Sequence[tuple[int, ...]], most: int) -> Iterator[list[int]]:
+    """Indices in order, together while no sum of their sizes exceeds `most`."""
+    group = list[int]()
+    sums: tuple[int, ...] = ()
+    for i, size in enumerate(sizes):
+        joined = tuple(map(sum, zip(sums, size, strict=True))) if group else size
+        if group and max(joined) > most:
+            yield group
+            group, joined = [], size
+        group.append(i)
+        sums = joined
+    if group:
+        yield group
 
 
 def pack(rows: Rows, device: torch.device) -> PackedBatch:

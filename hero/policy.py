@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,16 +159,25 @@ class Policy:
         return kinds <= {"full_attention", "sliding_attention"} and not (window and length > window)
 
     def takes_spans(self, length: int) -> bool:
-        """Whether packed rows of up to this length can be computed in one sequence."""
-        return self.model.config._attn_implementation == attention.NAME and self.sees_all(length)
+        """Whether rows can be computed in one sequence, tokens that see up to so many others."""
+        named = self.model.config._attn_implementation == attention.NAME
+        return named and self.sees_all(length) and self._spans_are_right
 
-    def check_sees_all(self, length: int) -> None:
-        """Raise ValueError unless tree packing is right for sequences of this length."""
-        if not self.sees_all(length):
-            raise ValueError(
-                f"teacher.packing=tree needs layers that see all of {length} tokens, and those of "
-                f"{type(self.model).__name__} do not: set --teacher.packing separate."
-            )
+    @cached_property
+    @torch.no_grad()
+    def _spans_are_right(self) -> bool:
+        """Whether this family hands the mask to its attention as it is: tried on six tokens."""
+        ids = torch.arange(6, device=self.device)[None]
+        spans = [attention.Span(0, 0, 0, 4), attention.Span(0, 2, 4, 6)]
+        alone = self.hidden(ids[:, [0, 1, 4, 5]])[:, 2:]
+        try:
+            together = self.hidden(
+                ids, position_ids=torch.tensor([[0, 1, 2, 3, 2, 3]], device=self.device),
+                attention_mask=attention.as_mask(spans),
+            )[:, 4:]  # fmt: skip
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return False
+        return bool((together - alone).abs().max() <= 0.05 * alone.abs().max())
 
     def take_over(self, weights: dict[str, Tensor], run: Path) -> None:
         """Overwrite the trained weights by those of a checkpoint of `run`."""

@@ -27,7 +27,7 @@ from hero.envs.base import make_env
 from hero.episodes import derive_seed
 from hero.files import new_folder, refuse_to_replace, write_atomic
 from hero.interrupt import Interrupt
-from hero.packing import Row, student_rows, teacher_rows, to_tensors
+from hero.packing import Row, in_groups, student_rows, teacher_rows, to_tensors
 from hero.policy import Policy
 from hero.report.console import Console
 from hero.run_folder import CONFIG, RunFolder
@@ -215,16 +215,11 @@ def parts(
     kind: str, samples: Sequence[Sample], max_tokens: int
 ) -> Iterator[tuple[list[Sample], list[Row]]]:
     """Whole episodes with their rows, at most `max_tokens` together; a longer one goes alone."""
-    part: list[Sample] = []
-    rows: list[Row] = []
-    for _, group in itertools.groupby(samples, key=lambda sample: sample.trajectory):
-        episode = list(group)
-        own = teacher_rows(episode) if kind == "hindsight" else student_rows(episode)
-        if rows and sum(map(len, rows + own)) > max_tokens:
-            yield part, rows
-            part, rows = [], []
-        part, rows = part + episode, rows + own
-    yield part, rows
+    rows_of = teacher_rows if kind == "hindsight" else student_rows
+    episodes = [list(g) for _, g in itertools.groupby(samples, key=lambda s: s.trajectory)]
+    rows = [rows_of(episode) for episode in episodes]
+    for group in in_groups([(sum(map(len, own)),) for own in rows], max_tokens):
+        yield [s for i in group for s in episodes[i]], [row for i in group for row in rows[i]]
 
 
 def nll(policy: Policy, rows: Sequence[Row], samples: Sequence[Sample]) -> Tensor:

@@ -50,9 +50,6 @@ class Stages:
             self.env, self.tasks["train"], number, most, self.renderer
         )
         self.teacher = TeacherWeights(policy, config.teacher)
-        longest = config.rollout.max_episode_tokens + config.teacher.max_privileged_tokens
-        if config.teacher.packing == "tree":
-            self.teacher.policy.check_sees_all(longest)
         self.sampler = HFSampler(policy, size)
         teacher_sampler = HFSampler(self.teacher.policy, size)
         self.rollout = partial(

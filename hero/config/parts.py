@@ -158,8 +158,6 @@ class TeacherConfig(Settings):
     """Observations are shortened to this, head and tail kept. [D]"""
     max_privileged_tokens: Count = 1024
     """Cap of the whole privileged context. [L]"""
-    packing: Literal["tree", "separate"] = "tree"
-    """tree: an episode in one pass, as a trunk with branches; separate: each turn is a row."""
 
 
 @dataclass(kw_only=True)

@@ -88,7 +88,6 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
                     f"does not have: leave it at {neutral!r}. For a penalty on the distance from "
                     "the start set MethodConfig.loss.kl_to_start."
                 )
-        implementation = self.model.config._attn_implementation
         wrong = {
             "images are not supported: use a text model": self._is_vlm,
             "the router's auxiliary loss is not added: set router_aux_loss_coef=0.0":
@@ -105,14 +104,12 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
             "reflection.retries=0 and reflection.episodes='all'":
                 self.accelerator.num_processes > 1 and method.reflection.reflector != "rules"
                 and (method.reflection.retries > 0 or method.reflection.episodes != "all"),
-            f"teacher.packing=tree needs attn_implementation='sdpa', got {implementation!r}: load "
-            "the model with it, or set teacher.packing='separate'":
-                method.teacher.packing == "tree" and implementation not in ("sdpa", attention.NAME),
         }  # fmt: skip
         for what, is_so in wrong.items():
             if is_so:
                 raise ValueError(f"HeroTrainer: {what}.")
-        if implementation == "sdpa":
+        paged = getattr(args, "use_transformers_continuous_batching", False)
+        if self.model.config._attn_implementation == "sdpa" and not paged:
             attention.use(self.model)
 
     # ---- the method, made when the model is where it is trained --------------------------------
@@ -121,10 +118,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
     def policy(self) -> TrlPolicy:
         """The student, as hero's loss and teacher see it."""
         options = self.chat_template_kwargs
-        policy = TrlPolicy(self, WholeRenderer(self._tokenizer, self.chat_template, options))
-        if self.method.teacher.packing == "tree":
-            policy.check_sees_all(policy.context)
-        return policy
+        return TrlPolicy(self, WholeRenderer(self._tokenizer, self.chat_template, options))
 
     @cached_property
     def teacher(self) -> TeacherWeights:
@@ -264,7 +258,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         config = self.method.loss
         if self._sampled_logprobs(inputs) is None:
             config = replace(config, is_clip=0.0)  # the importance ratio is 1
-        [rows] = micro_batches(plan_rows(items, self.method.teacher.packing), 2**62)
+        [rows] = micro_batches(plan_rows(items), 2**62)
         output = compute_loss(
             policy, self.teacher, pack(rows, policy.device), config, self.temperature, self.start
         )

@@ -16,7 +16,7 @@ def packed(samples: list[Sample]) -> PackedBatch:
     """All in one micro-batch, with weight 1 for every token."""
     ones = [torch.ones(len(sample.action_ids)) for sample in samples]
     items = [Weighted(sample=s, distill=w, pg=w) for s, w in zip(samples, ones, strict=True)]
-    [rows] = micro_batches(plan_rows(items, "tree"), 10**9)
+    [rows] = micro_batches(plan_rows(items), 10**9)
     return pack(rows, torch.device("cpu"))
 
 

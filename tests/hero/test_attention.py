@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from hero import attention
 from hero.attention import Span
+from hero.config import ModelConfig
 from hero.policy import Policy
 
 SPANS = [
@@ -120,9 +122,19 @@ def test_a_saved_model_does_not_name_it(policy: Policy, tmp_path: Path) -> None:
     assert attention.NAME not in (tmp_path / "config.json").read_text()
 
 
+@torch.no_grad()
+def test_a_family_that_does_not_hand_the_mask_on_is_noticed(tiny_tokenizer: Any) -> None:
+    """Falcon makes a mask of its own of what it is given."""
+    config = AutoConfig.for_model("falcon", vocab_size=64, hidden_size=32, num_hidden_layers=1,
+                                  num_attention_heads=4, alibi=False)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    policy = Policy(model, tiny_tokenizer, ModelConfig(device="cpu"))
+    assert not policy.takes_spans(1)
+
+
 def test_what_spans_lack_is_refused(policy: Policy) -> None:
     heads = torch.zeros(1, 1, 90, 8)
-    with pytest.raises(ValueError, match=r"wants 's_aux'.*teacher.packing=separate"):
+    with pytest.raises(ValueError, match="wants 's_aux' in its attention"):
         attention.attention(
             policy.model, heads, heads, heads, attention.as_mask(SPANS), s_aux=torch.zeros(1)
         )

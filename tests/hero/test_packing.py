@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hero.algorithms import MODES, Experience
+from hero.config import ModelConfig
 from hero.packing import (
     PackedBatch,
     Weighted,
@@ -15,6 +19,7 @@ from hero.packing import (
     plan_rows,
     student_rows,
     teacher_rows,
+    to_tensors,
 )
 from hero.policy import Policy
 from hero.teacher import TeacherContext
@@ -42,17 +47,21 @@ def weighted(samples: list[Sample]) -> list[Weighted]:
     return [Weighted(sample=s, distill=w, pg=w) for s, w in zip(samples, ones, strict=True)]
 
 
-def packed(samples: list[Sample], packing: str = "tree") -> PackedBatch:
-    [rows] = micro_batches(plan_rows(weighted(samples), packing), 10**9)
+def packed(samples: list[Sample]) -> PackedBatch:
+    [rows] = micro_batches(plan_rows(weighted(samples)), 10**9)
     return pack(rows, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("packing", ["tree", "separate"])
+@pytest.mark.parametrize("implementation", ["spans", "sdpa", "eager"])
 @torch.no_grad()
 def test_packed_states_equal_separate_scoring(
-    policy: Policy, samples: list[Sample], packing: str
+    fresh_policy: Policy, samples: list[Sample], implementation: str
 ) -> None:
-    batch = packed(samples, packing)
+    policy = fresh_policy
+    if implementation != "spans":
+        policy.model.set_attn_implementation(implementation)
+    assert policy.takes_spans(1000) == (implementation == "spans")
+    batch = packed(samples)
     assert batch.teacher is not None
     ordered = [item.sample for item in batch.samples]
     for rows, prompts in (
@@ -68,11 +77,10 @@ def test_packed_states_equal_separate_scoring(
 
 def test_one_trunk_an_episode(samples: list[Sample]) -> None:
     assert [len(row.actions) for row in student_rows(samples)] == [3, 3, 3, 3]
-    tree = teacher_rows(samples, "tree")
+    tree = teacher_rows(samples)
     assert [len(row.branches) for row in tree] == [3, 3, 3, 3]
-    separate = teacher_rows(samples, "separate")
-    assert len(separate) == 12
-    assert sum(map(len, tree)) < sum(map(len, separate))
+    separate = sum(len(s.teacher_prompt_ids) + len(s.action_ids) for s in samples)
+    assert sum(map(len, tree)) < separate
 
 
 def test_prompts_that_do_not_extend_get_rows_of_their_own(samples: list[Sample]) -> None:
@@ -108,7 +116,7 @@ def test_masked_turns_cost_no_teacher_pass(samples: list[Sample]) -> None:
 
 
 def test_micro_batches_keep_episodes_whole_and_bounded(samples: list[Sample]) -> None:
-    batches = list(micro_batches(plan_rows(weighted(samples), "tree"), 1200))
+    batches = list(micro_batches(plan_rows(weighted(samples)), 1200))
     turns = [(item.sample.trajectory, item.sample.turn) for b in batches for item in b.samples]
     assert sorted(turns) == [(s.trajectory, s.turn) for s in samples]
     assert len(batches) > 1
@@ -120,22 +128,30 @@ def test_micro_batches_keep_episodes_whole_and_bounded(samples: list[Sample]) ->
         assert len(rows) == 1 or sum(map(len, rows)) <= 1200
 
 
+@pytest.mark.parametrize("window", [24, 64])
 @torch.no_grad()
-def test_a_model_that_does_not_see_all_takes_rows_one_by_one(
-    fresh_policy: Policy, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+def test_a_row_longer_than_the_window_that_no_context_reaches(
+    tiny_tokenizer: Any, window: int
 ) -> None:
-    batch = packed(samples, "separate")
-    expected = batch.student.states(fresh_policy)
-    monkeypatch.setattr(fresh_policy.model.config, "sliding_window", 16, raising=False)
-    given: list[tuple[int, ...]] = []
-    hidden = fresh_policy.hidden
-
-    def noted(input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
-        given.append(tuple(input_ids.shape))
-        assert not inputs
-        return hidden(input_ids)
-
-    monkeypatch.setattr(fresh_policy, "hidden", noted)
-    states = batch.student.states(fresh_policy)
-    assert given == [(1, length) for length in batch.student.lengths]
-    torch.testing.assert_close(states, expected, atol=1e-5, rtol=0)
+    """The longest context has 21 tokens, the row with its branches 37. Oracle: each turn alone."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mistral", vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, sliding_window=window, initializer_range=0.3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    policy = Policy(model, tiny_tokenizer, ModelConfig(device="cpu"))
+    ids = torch.randint(3, 60, (60,)).tolist()
+    samples = [
+        Sample(
+            trajectory=0, turn=k, prompt_ids=ids[: 4 + 5 * k],
+            action_ids=ids[4 + 5 * k : 7 + 5 * k], sampled_logprobs=[0.0] * 3,
+            privileged_ids=ids[40 + 4 * k : 44 + 4 * k],
+            branch_at=3 + 5 * k, distill_weight=1.0,
+        )
+        for k in range(3)
+    ]  # fmt: skip
+    rows = to_tensors(teacher_rows(samples), policy.device)
+    assert rows.lengths == [37] and max(span.sees for span in rows.spans) == 21
+    alone = [states_alone(policy, s.teacher_prompt_ids, s.action_ids) for s in samples]
+    torch.testing.assert_close(rows.states(policy)[rows.index], torch.cat(alone), atol=1e-4, rtol=0)

@@ -90,13 +90,12 @@ def dense_loss(trainer: Any, teacher: Any, items: list[Any]) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("packing", ["tree", "separate"])
-def test_the_loss_is_that_of_whole_logits(packing: Any, tmp_path: Path) -> None:
+def test_the_loss_is_that_of_whole_logits(tmp_path: Path) -> None:
     """Two micro-batches of one step add up to the mean over all tokens; the teacher is another
     model by then."""
     method = MethodConfig(
         prompts="compact", reflection=RULES,
-        teacher=TeacherConfig(weights="frozen", packing=packing),
+        teacher=TeacherConfig(weights="frozen"),
     )  # fmt: skip
     trainer = shopper(tmp_path, method, temperature=0.8)
     trainer.model.train()
@@ -179,10 +178,6 @@ def test_what_hero_has_not_is_refused(tmp_path: Path) -> None:
     trainer = shopper(tmp_path, method)
     trainer.world = None
     with pytest.raises(ValueError, match=r"reflector=rules .* need world="):
-        trainer._check()
-    trainer.model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="got 'flash_attention_2'"):
-        trainer.world = example.world()
         trainer._check()
 
 
