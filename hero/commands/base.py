@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ OF_THE_USER = ("tools", "gym")
 
 
 @dataclass(kw_only=True)
-class Command:
+class Command(ABC):
     """Base of all commands."""
 
     debug: Annotated[bool, FlagCreatePairsOff] = False
@@ -35,8 +36,9 @@ class Command:
         """The command with the settings of the recipe, file or run that it names."""
         return self
 
+    @abstractmethod
     def run(self) -> None:
-        raise NotImplementedError
+        """Do what the command is for."""
 
 
 def saved_settings(run: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -54,9 +55,9 @@ class Play(Command):
     """Recipe that says which environment to play, and with which caps."""
     settings: Annotated[PlayConfig, arg(name="")] = field(default_factory=PlayConfig)
 
+    @abstractmethod
     def models(self) -> list[str]:
         """Folders or hub ids of models, or folders of runs, as they were given."""
-        raise NotImplementedError
 
     def with_defaults(self) -> Play:
         """With the settings of the first run among the models: all play in one world."""
