@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hero.algorithms import MODES, Experience
+from hero.config import LossConfig
 from hero.integrations.common import MethodConfig, WholeRenderer, spans
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, make_reflector
@@ -55,10 +57,14 @@ class HindsightTeacher:
 
     Turns without hindsight get NaN for the teacher's log-probability, which the loss `hero` leaves
     out, and are taken out of `output.response_mask`, by which verl's V1 trainer divides.
+
+    Raises:
+        ValueError: at the first rollout, if `hero.loss` asks for what verl's loss does not do.
     """
 
     hero = MethodConfig()
-    """Its teacher's weights are those of verl's teacher server."""
+    """Its teacher's weights are those of verl's teacher server. Of `loss` only `turns` has a
+    meaning, and a `clean_turn_weight` of 0, which is turns=hinted."""
     tokenizer: Any
     llm_client: Any
     teacher_server_manager: Any
@@ -117,8 +123,7 @@ class HindsightTeacher:
             )  # fmt: skip
             reflections = reflector.reflect([trajectory], 0)
         seen = Experience(trajectories=[trajectory], diagnoses=reflections.diagnoses, gold={})
-        samples: list[Sample] = self._algorithm.samples(seen)
-        return samples
+        return [sample for sample in self._algorithm.samples(seen) if sample.distill_weight]
 
     @cached_property
     def _renderer(self) -> WholeRenderer:
@@ -126,6 +131,7 @@ class HindsightTeacher:
 
     @cached_property
     def _algorithm(self) -> Any:
+        _check(self.hero.loss)
         context = TeacherContext(self.hero.teacher, self._renderer, make_prompts(self.hero.prompts))
         return MODES[self.hero.mode](context, self.hero.loss)
 
@@ -187,6 +193,22 @@ def sampled_reverse_kl(
         return gap, metrics
     ratio = torch.ones_like(gap) if old is None else (student.detach() - old).exp()
     return (ratio.clamp(max=is_clip) * gap * student).masked_fill(~trained, 0.0), metrics
+
+
+def _check(loss: LossConfig) -> None:
+    """verl's loss weighs all turns alike and has no further terms."""
+    served = replace(LossConfig(), turns=loss.turns)
+    if loss in (served, replace(served, clean_turn_weight=0.0)):
+        return
+    wrong = [
+        f"loss.{item.name}={getattr(loss, item.name)!r} (expected {getattr(served, item.name)!r})"
+        for item in fields(loss)
+        if getattr(loss, item.name) != getattr(served, item.name)
+    ]
+    raise ValueError(
+        f"The loss hero in verl does not know {', '.join(wrong)}: leave all but loss.turns at "
+        "their defaults, or train with hero train or HeroTrainer."
+    )
 
 
 def _no_weights() -> Any:

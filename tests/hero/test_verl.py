@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hero.config import ModelConfig, ReflectionConfig
+from hero.config import LossConfig, ModelConfig, ReflectionConfig
 from hero.envs.base import make_env
 from hero.integrations import verl_parts
 from hero.integrations.common import MethodConfig
@@ -111,15 +111,46 @@ def rolled_out(server: Server, task: int) -> tuple[Any, dict[str, Any]]:
     return output, {"raw_prompt": [{"role": "user", "content": said}], "index": name, "uid": "u"}
 
 
-def test_the_teacher_scores_each_turn_behind_its_hindsight(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server()
+def worker_of(server: Server, **loss: Any) -> HindsightTeacher:
     worker = HindsightTeacher()
     worker.tokenizer, worker.llm_client = server.policy.tokenizer, server
     worker.teacher_server_manager, worker.teacher_key = server, "data_source"
     worker.distillation_enabled = True
     reflection = ReflectionConfig(temperature=0.0, max_tokens=256, retries=0)
-    worker.hero = MethodConfig(prompts="compact", reflection=reflection)
-    trained = 0
+    worker.hero = MethodConfig(prompts="compact", reflection=reflection, loss=LossConfig(**loss))
+    return worker
+
+
+def masks(server: Server, **loss: Any) -> list[list[int]]:
+    """The response masks of two episodes, as the teacher leaves them."""
+    worker, found = worker_of(server, **loss), []
+    for task in range(2):
+        output, row = rolled_out(server, task)
+        given = (output, output.prompt_ids, output.response_ids, False, row)
+        asyncio.run(worker._compute_teacher_logprobs(*given))
+        found.append(output.response_mask)
+    return found
+
+
+def test_clean_turns_without_weight_are_not_trained() -> None:
+    server = Server()
+    hinted = masks(server, turns="hinted")
+    assert masks(server, clean_turn_weight=0.0) == hinted
+    assert 0 < sum(map(sum, hinted)) < sum(map(sum, masks(server)))
+
+
+@pytest.mark.parametrize(
+    "loss", [{"observation_weight": 0.1}, {"clean_turn_weight": 0.5}, {"divergence": "forward_kl"}]
+)
+def test_a_loss_that_verl_does_not_compute_is_refused(loss: dict[str, Any]) -> None:
+    [(name, value)] = loss.items()
+    with pytest.raises(ValueError, match=f"loss.{name}={value!r} .expected"):
+        masks(Server(), **loss)
+
+
+def test_the_teacher_scores_each_turn_behind_its_hindsight() -> None:
+    server = Server()
+    worker, trained = worker_of(server), 0
     for task in range(4):
         output, row = rolled_out(server, task)
         whole = output.prompt_ids + output.response_ids
