@@ -55,7 +55,7 @@ class State:
     at_refresh: dict[str, float] = field(default_factory=dict)
     """Metrics of the evaluation at the last of them, or before training."""
     idle_updates: int = 0
-    """Updates in a row without an optimiser step."""
+    """Updates in a row without an optimiser step, or without a reflection that could be read."""
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
 
@@ -120,6 +120,10 @@ class State:
             )
         return refresh
 
+    def count_idle(self, idle: bool) -> None:
+        """Take in whether an update came to nothing."""
+        self.idle_updates = self.idle_updates + 1 if idle else 0
+
     def affordable(self, config: TrainConfig, played: int = 0) -> int:
         """Episodes, in whole groups, that surely fit into the rest of the budget of turns.
 
@@ -153,8 +157,8 @@ class State:
             )
         elif 0 < config.max_idle_updates <= self.idle_updates:
             self.stopped = (
-                f"nothing was trained in {self.idle_updates} updates in a row: no turn had a hint, "
-                "an observation or an advantage to learn from, or no gradient was finite "
-                "(max_idle_updates)"
+                f"in {self.idle_updates} updates in a row nothing was trained or no reflection "
+                "could be read: no turn had a hint, an observation or an advantage to learn from, "
+                "or no gradient was finite (max_idle_updates)"
             )
         return bool(self.stopped)

@@ -187,7 +187,7 @@ class Trainer:
             state.generated_tokens += generated
             state.reflection_tokens += reflections.stats.generated_tokens
             state.reflection_seconds += reflections.stats.seconds
-            state.idle_updates = 0 if learned.steps else state.idle_updates + 1
+            state.count_idle(learned.steps == 0 or reflections.stats.unread)
             clock.lap("train")
             renderer = self.policy.renderer
             metrics |= update_metrics(trajectories, renderer.stop_ids, learned, renderer.unknown_id)

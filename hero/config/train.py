@@ -39,7 +39,8 @@ class TrainConfig(Settings):
     max_env_turns: Count | None = None
     """Budget of environment turns of the whole run, never exceeded; None for no limit."""
     max_idle_updates: CountOrZero = 5
-    """Stop after so many updates in a row without a step; 0 goes on.
+    """Stop after so many updates in a row without a step, or in which a model was asked to reflect
+    and nothing could be read; 0 goes on.
 
     Where successes are rare GRPO has many of them and may still learn later."""
     seed: int = 0

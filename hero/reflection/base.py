@@ -41,6 +41,11 @@ class ReflectionStats:
     generated_tokens: int = 0
     seconds: float = 0.0
 
+    @property
+    def unread(self) -> bool:
+        """A model was asked, and nothing that it wrote could be read."""
+        return self.asked > 0 and not self.read
+
     def metrics(self) -> dict[str, float]:
         """Rates are shares of the turns; `specific_rate` and `naming_rate` of those with a hint."""
         of_episodes = {}

@@ -147,6 +147,8 @@ class Console:
         if spent := sum(value for name, value in metrics.items() if name.startswith("seconds/")):
             fields.append(f"{spent:.1f} s")
         self.say("  ".join(fields))
+        if metrics.get("reflection/read_rate") == 0:
+            self.say("  no reflection could be read: without hints (reflection/read_rate 0)")
         if self._training is not None:
             self._progress.update(self._training, completed=step)
             self._pace(step, metrics)

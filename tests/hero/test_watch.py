@@ -5,6 +5,7 @@ Oracles: bounds and shares worked out by hand, the weights that a run saves.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hero.envs.shop import ShopEnv
 from hero.evaluation import consistency
 from hero.gate import gate_opens
 from hero.reflection import Reflections
+from hero.report.console import Console
 from hero.report.tracking import read_jsonl
 from hero.state import State
 from hero.trainer import Trainer
@@ -242,3 +244,17 @@ def test_the_lift_is_measured_at_every_evaluation(
     trainer(config, tmp_path).run()
     lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert ["probe/teacher_lift" in line for line in lines] == [True, False, True, False, True]
+
+
+def test_a_reflector_that_writes_nothing_readable_ends_the_run(
+    model_path: Path, tmp_path: Path
+) -> None:
+    """A random model reflects: every turn has an observation to learn from, and none a hint."""
+    said = io.StringIO()
+    reflection = {"reflector": "self", "max_tokens": 8, "retries": 0}
+    config = settings(model_path, reflection=reflection, max_idle_updates=2)
+    summary = Trainer(config, tmp_path, "test", Console(said)).run()
+    last = read_jsonl(tmp_path / "metrics.jsonl")[-1]
+    assert last["step"] == 2 and last["optim/steps"] == 1 and last["reflection/read_rate"] == 0
+    assert "no reflection could be read" in summary["stopped"]
+    assert said.getvalue().count("  no reflection could be read") == 2
