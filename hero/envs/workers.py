@@ -224,14 +224,15 @@ class _Child:
         self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
         self._process.start()
         theirs.close()
-        self._receive()  # made, or the reason why not
+        self._answer()  # made, or the reason why not
 
     def ask(self, job: Job, arguments: tuple[Any, ...]) -> Any:
-        self._pipe.send((job, arguments))
-        return self._receive()
+        return self._answer(job, arguments)
 
-    def _receive(self) -> Any:
+    def _answer(self, *asked: Any) -> Any:
         try:
+            if asked:
+                self._pipe.send(asked)
             answer = self._pipe.recv()
         except (EOFError, OSError) as error:
             self._process.join(1)

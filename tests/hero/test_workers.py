@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from dataclasses import replace
 from functools import partial
@@ -85,6 +86,22 @@ def test_what_cannot_be_made_is_a_fault(policy: Policy) -> None:
 
     with pytest.raises(EnvironmentFault, match=r"All 2 .* could not be made: OSError: no disk"):
         play(policy, ["a", "b"], Threads(make, 2, 1))
+
+
+def test_a_process_that_dies_between_two_jobs_is_replaced() -> None:
+    workers = open_workers("processes", World, World(), rows=1, timeout=60)
+
+    def answer(*job: Any) -> Any:
+        workers.submit(0, *job)
+        [(_, found)] = workers.done(wait=True)
+        return found
+
+    pid = int(answer(World.reset, "fine")[0].split()[0])
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert "the process of an environment died (exit code -9)" in str(answer(World.reset, "fine"))
+    assert int(answer(World.reset, "fine")[0].split()[0]) != pid
+    workers.close()
 
 
 def test_too_many_failures_stop_the_run(policy: Policy) -> None:
