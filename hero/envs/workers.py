@@ -257,9 +257,13 @@ def _serve(pipe: Any, make: MakeEnv) -> None:
         while True:
             job, arguments = pipe.recv()
             try:
-                pipe.send(job(env, *arguments))
+                answer = job(env, *arguments)
             except EnvironmentFault as fault:
-                pipe.send(fault)
+                answer = fault
+            try:
+                pipe.send(answer)
+            except Exception as error:  # pickling calls code of the environment
+                pipe.send(EnvironmentFault(f"the answer cannot be sent: {raised(error)}"))
     except EOFError:
         return
     except BaseException as error:

@@ -19,7 +19,7 @@ from hero.config import RolloutConfig
 from hero.envs.base import Environment
 from hero.envs.border import EnvironmentFault
 from hero.envs.shop import ShopEnv
-from hero.envs.workers import GRACE, Inline, Threads, open_workers
+from hero.envs.workers import GRACE, Inline, Threads, Workers, open_workers
 from hero.episodes import Assignment, rollout
 from hero.policy import Policy
 from hero.report.tracking import read_jsonl
@@ -88,19 +88,31 @@ def test_what_cannot_be_made_is_a_fault(policy: Policy) -> None:
         play(policy, ["a", "b"], Threads(make, 2, 1))
 
 
+def answer(workers: Workers, *job: Any) -> Any:
+    workers.submit(0, *job)
+    [(_, found)] = workers.done(wait=True)
+    return found
+
+
+def pid_of(workers: Workers) -> int:
+    return int(answer(workers, World.reset, "fine")[0].split()[0])
+
+
 def test_a_process_that_dies_between_two_jobs_is_replaced() -> None:
     workers = open_workers("processes", World, World(), rows=1, timeout=60)
-
-    def answer(*job: Any) -> Any:
-        workers.submit(0, *job)
-        [(_, found)] = workers.done(wait=True)
-        return found
-
-    pid = int(answer(World.reset, "fine")[0].split()[0])
+    pid = pid_of(workers)
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    assert "the process of an environment died (exit code -9)" in str(answer(World.reset, "fine"))
-    assert int(answer(World.reset, "fine")[0].split()[0]) != pid
+    assert "environment died (exit code -9)" in str(answer(workers, World.reset, "fine"))
+    assert pid_of(workers) != pid
+    workers.close()
+
+
+def test_a_process_outlives_an_answer_that_cannot_be_sent() -> None:
+    workers = open_workers("processes", World, World(), rows=1, timeout=60)
+    pid = pid_of(workers)
+    assert "the answer cannot be sent: " in str(answer(workers, World.lock))
+    assert pid_of(workers) == pid
     workers.close()
 
 

@@ -36,4 +36,8 @@ class World:
             raise KeyboardInterrupt
         return "seen", 0.5, self.turn == 2, False, {"success": self.turn == 2}
 
+    def lock(self) -> Any:
+        """What cannot be pickled."""
+        return threading.Lock()
+
     def close(self) -> None: ...
