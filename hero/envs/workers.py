@@ -75,6 +75,16 @@ def open_workers(
     return Threads(make, rows, timeout, in_processes=kind == "processes")
 
 
+def _made(make: Callable[[], Any]) -> Any:
+    """A new environment; whatever its constructor raises is a fault, also that it leaves."""
+    try:
+        return make()
+    except EnvironmentFault:
+        raise
+    except (Exception, SystemExit) as error:
+        raise EnvironmentFault(f"an environment could not be made: {raised(error)}") from error
+
+
 class Inline:
     """Jobs are done where they are submitted."""
 
@@ -90,7 +100,7 @@ class Inline:
         try:
             while len(self._envs) <= row:
                 assert self._make is not None
-                self._envs.append(self._make())
+                self._envs.append(_made(self._make))
             self._done.append((row, job(self._envs[row], *arguments)))
         except EnvironmentFault as fault:
             self._done.append((row, fault))
@@ -188,19 +198,15 @@ class _Thread(threading.Thread):
     def _answer(self, job: Any, arguments: tuple[Any, ...]) -> Any:
         try:
             if self.env is None:
-                self.env = self.make()
+                self.env = _made(self.make)
             self.began = time.monotonic()
             if isinstance(self.env, _Child):
                 return self.env.ask(job, arguments)
             return job(self.env, *arguments)
         except _Died as died:
             self.env = None  # the next job makes another one
-            return EnvironmentFault(str(died))
-        except EnvironmentFault as fault:
-            return fault
-        except Exception as error:
-            return EnvironmentFault(f"an environment could not be made: {raised(error)}")
-        except BaseException as error:  # Ctrl-C and its like: not for this thread to deal with
+            return died
+        except BaseException as error:  # what is no fault is not for this thread to deal with
             return error
         finally:
             self.began = None
@@ -211,7 +217,7 @@ class _Thread(threading.Thread):
             self.env.kill()
 
 
-class _Died(Exception):
+class _Died(EnvironmentFault):
     """A process ended without an answer."""
 
 
@@ -240,6 +246,8 @@ class _Child:
                 f"the process of an environment died (exit code {self._process.exitcode}); "
                 "another one takes its place"
             ) from error
+        except Exception as error:  # unpickling calls code of the environment
+            raise EnvironmentFault(f"the answer cannot be read: {raised(error)}") from error
         if isinstance(answer, BaseException):
             raise answer
         return answer
@@ -252,7 +260,7 @@ def _serve(pipe: Any, make: MakeEnv) -> None:
     """What the process does: make the environment, then job after job until the other end goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
     try:
-        env = make()
+        env = _made(make)
         pipe.send(None)
         while True:
             job, arguments = pipe.recv()
@@ -266,5 +274,5 @@ def _serve(pipe: Any, make: MakeEnv) -> None:
                 pipe.send(EnvironmentFault(f"the answer cannot be sent: {raised(error)}"))
     except EOFError:
         return
-    except BaseException as error:
-        pipe.send(EnvironmentFault(f"an environment could not be made: {raised(error)}"))
+    except EnvironmentFault as fault:
+        pipe.send(fault)

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from runs import settings, trainer
-from worlds import World
+from worlds import Unmade, World
 
 from hero.config import RolloutConfig
-from hero.envs.base import Environment
 from hero.envs.border import EnvironmentFault
 from hero.envs.shop import ShopEnv
 from hero.envs.workers import GRACE, Inline, Threads, Workers, open_workers
@@ -80,12 +79,15 @@ def test_the_environment_says_who_runs_it() -> None:
         open_workers("auto", World, world, 4, 1)
 
 
-def test_what_cannot_be_made_is_a_fault(policy: Policy) -> None:
-    def make() -> Environment:
-        raise OSError("no disk")
-
-    with pytest.raises(EnvironmentFault, match=r"All 2 .* could not be made: OSError: no disk"):
-        play(policy, ["a", "b"], Threads(make, 2, 1))
+@pytest.mark.parametrize("kind", ["inline", *KINDS])
+@pytest.mark.parametrize("how", ["OSError", "SystemExit"])
+def test_what_cannot_be_made_is_a_fault(kind: str, how: str) -> None:
+    workers = open_workers(kind, partial(Unmade, how), World(), rows=2, timeout=60)
+    workers.submit(1, World.reset, "fine")
+    [(_, fault)] = workers.done(wait=True)
+    assert isinstance(fault, EnvironmentFault)
+    assert f"an environment could not be made: {how}: no disk" in str(fault)
+    workers.close()
 
 
 def answer(workers: Workers, *job: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import threading
 import time
@@ -41,3 +42,10 @@ class World:
         return threading.Lock()
 
     def close(self) -> None: ...
+
+
+class Unmade(World):
+    """Raises when it is made."""
+
+    def __init__(self, error: str) -> None:
+        raise getattr(builtins, error)("no disk")
