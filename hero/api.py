@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from hero.checks import from_dict
 from hero.config import ModelConfig, RolloutConfig, TrainConfig
 from hero.envs.base import Environment
-from hero.envs.workers import open_workers
+from hero.envs.workers import closing, open_workers
 from hero.episodes import derive_seed
 from hero.episodes import rollout as play
 from hero.evaluation import Evaluation, summarise, trials
@@ -120,7 +119,7 @@ def rollout(
     train = env.tasks("train")
     shown, _ = worked_episodes(env, train, demonstrations, config.max_turns, policy.renderer)
     workers = open_workers("auto", environment, env, config.batch_size, config.step_timeout)
-    with closing(workers):
+    with closing(workers, env):
         return play(
             trials(tasks, trials_per_task), envs=workers, shown=shown,
             sampler=HFSampler(policy, config.batch_size), renderer=policy.renderer, config=config,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -230,7 +231,8 @@ def rollout(
                 count(len(episodes) - len(running), len(assignments))
                 begin(row)
     except BaseException:
-        workers.close()  # what is under way must not answer in the next rollout
+        with suppress(EnvironmentFault):
+            workers.close()  # what is under way must not answer in the next rollout
         raise
     trajectories = [episode.trajectory for episode in episodes]
     border.stop_if_failed([*beside, *trajectories], config.max_env_errors)

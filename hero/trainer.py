@@ -19,6 +19,7 @@ from hero.checks import check
 from hero.config import TrainConfig, redacted
 from hero.envs import border
 from hero.envs.base import Environment
+from hero.envs.workers import closing
 from hero.episodes import derive_seed
 from hero.evaluation import dev_metrics, summarise
 from hero.files import replacing, write_atomic
@@ -81,7 +82,7 @@ class Trainer:
             Fault: another process is writing there.
         """
         started = time.perf_counter()
-        with self.folder.locked(), self.interrupt:
+        with self.folder.locked(), self.interrupt, closing(self.stages.workers, self.stages.env):
             if self.folder.begin(self.config):
                 self._restore()
             else:
@@ -98,7 +99,6 @@ class Trainer:
                 summary = self._after(tracker)  # loads the best weights, so do not save after this
             finally:
                 tracker.close()
-                self.stages.workers.close()
             self.console.say(beside_measured(self.config, self.policy))
             summary["seconds"] = time.perf_counter() - started
             write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +85,7 @@ class Play(Command):
 
         from hero.envs.base import make_env
         from hero.envs.border import facts, tasks
-        from hero.envs.workers import open_workers
+        from hero.envs.workers import closing, open_workers
         from hero.episodes import derive_seed, rollout
         from hero.evaluation import trials
         from hero.sampler import HFSampler
@@ -108,7 +107,7 @@ class Play(Command):
         if kept:
             episodes = [episode for episode in episodes if episode.id not in kept.done]
         workers = open_workers(config.env.workers, make, env, size, timeout)
-        with closing(workers), console.counting(model) as count:
+        with closing(workers, env), console.counting(model) as count:
             found = rollout(
                 episodes, envs=workers, sampler=HFSampler(policy, size),
                 renderer=renderer, config=config.rollout, count=count,

@@ -166,6 +166,12 @@ def step(env: Environment, text: str, task: str, turn: int, max_chars: int = MAX
         )
 
 
+def close(env: Environment) -> None:
+    """Release what the environment holds."""
+    with _border(env, "close"):
+        env.close()
+
+
 def tools(env: Environment) -> list[dict[str, Any]]:
     """OpenAI schemas of the tools of the present task; [] for an environment without tools."""
     if not isinstance(env, HasTools):

@@ -12,10 +12,12 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
+from hero.envs import border
 from hero.envs.base import Environment, raised
 from hero.envs.border import EnvironmentFault
 
@@ -44,8 +46,27 @@ class Workers(Protocol):
         ...
 
     def close(self) -> None:
-        """Give up all environments; a job after that makes new ones."""
+        """Close the environments made here, and give up those at work; later jobs make new ones.
+
+        Raises:
+            EnvironmentFault: one could not be closed; the others are.
+        """
         ...
+
+
+@contextmanager
+def closing(workers: Workers, env: Environment) -> Iterator[None]:
+    """Close both at the end; what that raises takes the place of no other error."""
+    closes = (workers.close, partial(border.close, env))
+    try:
+        yield
+    except BaseException:
+        for close in closes:
+            with suppress(EnvironmentFault):
+                close()
+        raise
+    for close in closes:
+        close()
 
 
 def open_workers(
@@ -57,7 +78,7 @@ def open_workers(
         kind: "inline", "threads", "processes", or "auto" for the environment's own `workers`:
             threads if it has none.
         make: makes an environment; pickled for processes.
-        first: an environment that is there already.
+        first: an environment that is there already; whoever made it closes it.
         rows: how many.
         timeout: seconds of one job, not counting the making of its environment; inline has none.
 
@@ -95,6 +116,7 @@ class Inline:
     ) -> None:
         self.rows = rows or len(envs)
         self._make, self._envs, self._done = make, list(envs), list[tuple[int, Any]]()
+        self._given = len(envs)
 
     def submit(self, row: int, job: Job, *arguments: Any) -> None:
         try:
@@ -111,6 +133,12 @@ class Inline:
 
     def close(self) -> None:
         self._done = []
+        for row in range(self._given, len(self._envs)):
+            self.submit(row, border.close)
+        faults = [answer for _, answer in self.done(wait=True) if answer]
+        del self._envs[self._given :]
+        if faults:
+            raise faults[0]
 
 
 class Threads:
@@ -174,9 +202,19 @@ class Threads:
         return late
 
     def close(self) -> None:
+        for row in self._busy:
+            self._threads.pop(row).give_up()
+        self._busy = set()
+        for row in [row for row, thread in self._threads.items() if thread.env is not None]:
+            self.submit(row, border.close)
+        faults: list[EnvironmentFault] = []
+        while self._busy:
+            faults += [answer for _, answer in self.done(wait=True) if answer]
         for thread in self._threads.values():
             thread.give_up()
-        self._threads, self._busy = {}, set()
+        self._threads = {}
+        if faults:
+            raise faults[0]
 
 
 class _Thread(threading.Thread):

@@ -18,7 +18,7 @@ from worlds import Unmade, World
 from hero.config import RolloutConfig
 from hero.envs.border import EnvironmentFault
 from hero.envs.shop import ShopEnv
-from hero.envs.workers import GRACE, Inline, Threads, Workers, open_workers
+from hero.envs.workers import GRACE, Inline, Threads, Workers, closing, open_workers
 from hero.episodes import Assignment, rollout
 from hero.policy import Policy
 from hero.report.tracking import read_jsonl
@@ -116,6 +116,34 @@ def test_a_process_outlives_an_answer_that_cannot_be_sent() -> None:
     assert "the answer cannot be sent: " in str(answer(workers, World.lock))
     assert pid_of(workers) == pid
     workers.close()
+
+
+@pytest.mark.parametrize("kind", ["inline", *KINDS])
+def test_environments_are_closed_by_those_who_made_them(
+    policy: Policy, tmp_path: Path, kind: str
+) -> None:
+    tasks, first = [f"close {tmp_path / str(i)}" for i in range(3)], World()
+    workers = open_workers(kind, World, first, rows=3, timeout=60)
+    play(policy, tasks, workers)
+    assert not list(tmp_path.iterdir())
+    workers.close()
+    closed = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    own = {} if kind == "inline" else {"0": "closed\n"}
+    assert closed == {**own, "1": "closed\n", "2": "closed\n"}
+    with closing(workers, first):  # it is used again
+        play(policy, tasks, workers)
+    assert (tmp_path / "0").read_text() == "closed\n" * (1 if kind == "inline" else 2)
+
+
+@pytest.mark.parametrize("kind", ["inline", *KINDS])
+def test_a_fault_of_closing_hides_no_other(policy: Policy, kind: str) -> None:
+    workers = open_workers(kind, World, World(), rows=2, timeout=60)
+    play(policy, ["fine", "stay"], workers)
+    with pytest.raises(EnvironmentFault, match="World: close raised OSError: stuck"):
+        workers.close()
+    with pytest.raises(ZeroDivisionError), closing(workers, World()):
+        play(policy, ["fine", "stay"], workers)
+        1 / 0  # noqa: B018
 
 
 def test_too_many_failures_stop_the_run(policy: Policy) -> None:
