@@ -3,8 +3,10 @@
     python -m benchmarks.settle FOLDER [--root CHECKOUT]
 
 Reads comparison.json and benchmark.json of `benchmarks/gpu_session.sh`. In hero_kernels/backends.py
-it orders what `impl="auto"` may take on a GPU by speed, the fastest last; an implementation that
-never wins is left out, and named: delete it. In docs/benchmarks.md it puts the tables.
+it orders what `impl="auto"` may take on a GPU: "triton", which serves what the others refuse (fp32,
+split columns, process groups, log-probabilities), then what wins a case and is faster on average,
+the fastest last. Other rivals are left out, and named: delete them. In docs/benchmarks.md it puts
+the tables.
 """
 
 from __future__ import annotations
@@ -20,51 +22,59 @@ from benchmarks.machine import ROOT
 from benchmarks.measure import Result, speedup
 from benchmarks.report import entries_of, updated
 
-CONTESTANTS = {"hero-triton": "triton", "hero-cuda": "cuda", "hero-triton-fused": "triton_fused"}
+GENERAL = "hero-triton"
+RIVALS = {"hero-cuda": "cuda", "hero-triton-fused": "triton_fused"}
 """Name in the comparison and name of the implementation."""
-WITHOUT_A_GPU = ("torch", "cpu")
+ALWAYS = ("torch", "cpu", "triton")
+"""Of `impl="auto"`, before the rivals."""
 AUTO = re.compile(r"^AUTO = \(.*\)$", re.MULTILINE)
-HEADING = re.compile(r"^## On a GPU.*$", re.MULTILINE)
+HEADING = re.compile(r"^## On a GPU.*\n(?:\nNo kernel (?:.+\n)+)?", re.MULTILINE)
+"""With the paragraph that says that nothing has been measured."""
 
 
 def order(cases: Sequence[Mapping[str, Result]]) -> tuple[list[str], list[str]]:
-    """The implementations that win a case, the fastest on average last, and those that never do.
+    """The rivals that win a case and are faster than "triton" on average, and the other ones.
+
+    The average is the geometric mean over the cases that measured both; the fastest is last.
 
     Raises:
-        ValueError: no case has two of them to compare.
+        ValueError: no case has a rival beside "triton".
     """
-    wins: dict[str, int] = {}
-    slowness: dict[str, list[float]] = {}
+    gains: dict[str, list[float]] = {}
+    winners = set()
     for results in cases:
-        met = [name for name in CONTESTANTS if name in results and not results[name].skipped]
-        if len(met) < 2:
-            continue
-        fastest = max(met, key=lambda name: speedup(results, name, met[0]))
-        for name in met:
-            wins[name] = wins.get(name, 0) + (name == fastest)
-            slowness.setdefault(name, []).append(math.log(speedup(results, fastest, name)))
-    if not wins:
+        met = [name for name in (GENERAL, *RIVALS) if name in results and not results[name].skipped]
+        if GENERAL in met:
+            speeds = {name: speedup(results, name, GENERAL) for name in met}
+            winners.add(max(met, key=speeds.__getitem__))
+            for name in met[1:]:
+                gains.setdefault(name, []).append(math.log(speeds[name]))
+    if not gains:
         raise ValueError(
-            "No case of comparison.json measured two of "
-            f"{', '.join(CONTESTANTS)}: run `bash benchmarks/gpu_session.sh` on a GPU."
+            f"No case of comparison.json measured {GENERAL} beside one of {', '.join(RIVALS)}: "
+            "run `bash benchmarks/gpu_session.sh` on a GPU."
         )
-    mean = {name: sum(logs) / len(logs) for name, logs in slowness.items()}
-    winners = sorted((name for name in wins if wins[name]), key=mean.__getitem__, reverse=True)
-    return [CONTESTANTS[n] for n in winners], [CONTESTANTS[n] for n in wins if not wins[n]]
+    mean = {name: sum(logs) / len(logs) for name, logs in gains.items()}
+    faster = sorted((n for n in winners & mean.keys() if mean[n] > 0), key=mean.__getitem__)
+    return [RIVALS[n] for n in faster], [RIVALS[n] for n in mean if n not in faster]
 
 
 def settle(folder: Path, root: Path) -> list[str]:
-    """Writes both files of the checkout `root`; returns the implementations that never win.
+    """Writes both files of the checkout `root`; returns the implementations to delete.
 
     Raises:
-        FileNotFoundError: the session's files are not in `folder`, or not in `root`: results that
-            documents show are committed.
-        ValueError: nothing was compared; see `order`.
+        FileNotFoundError: the session's files are not in `folder`.
+        ValueError: `folder` is not in `root`, or nothing was compared; see `order`.
     """
+    if not folder.resolve().is_relative_to(root):
+        raise ValueError(
+            f"{folder} is not in the checkout {root}: copy it to benchmarks/results/gpu there, for "
+            "results that documents show are committed."
+        )
     comparison = json.loads((folder / "comparison.json").read_text())
-    winners, losers = order([results for _, results in entries_of(comparison)])
+    faster, losers = order([results for _, results in entries_of(comparison)])
     backends = root / "hero_kernels" / "backends.py"
-    names = ", ".join(f'"{name}"' for name in (*WITHOUT_A_GPU, *winners))
+    names = ", ".join(f'"{name}"' for name in (*ALWAYS, *faster))
     document = root / "docs" / "benchmarks.md"
     text = document.read_text()
     tables = (folder / f"{name}.json" for name in ("benchmark", "comparison"))
@@ -87,7 +97,7 @@ def main() -> None:
     options = parser.parse_args()
     losers = settle(options.folder, options.root.resolve())
     for name in losers:
-        print(f'impl="{name}" is never the fastest: delete it.')
+        print(f'impl="{name}" wins nothing over "triton": delete it.')
     print("Written: hero_kernels/backends.py, docs/benchmarks.md. Look at `git diff`.")
 
 

@@ -53,7 +53,7 @@ def auto(checkout: Path) -> str:
     return re.findall(r"^AUTO = (.*)$", text, re.MULTILINE)[0]
 
 
-def test_the_fastest_on_average_is_last_and_who_never_wins_is_left_out(checkout: Path) -> None:
+def test_what_is_faster_on_average_stands_last_and_what_is_not_is_left_out(checkout: Path) -> None:
     cases = session(
         {"hero-triton": 2.0, "hero-cuda": 1.0, "hero-triton-fused": 3.0},
         {"hero-triton": 2.0, "hero-cuda": 1.5, "hero-triton-fused": None},
@@ -65,12 +65,41 @@ def test_the_fastest_on_average_is_last_and_who_never_wins_is_left_out(checkout:
     compile((checkout / "hero_kernels" / "backends.py").read_text(), "backends.py", "exec")
 
 
+def test_triton_serves_what_a_faster_one_refuses(checkout: Path) -> None:
+    cases = session({"hero-triton": 2.0, "hero-cuda": 1.5, "hero-triton-fused": 1.0})
+    assert settle.settle(write(checkout, cases), checkout) == ["cuda"]
+    assert auto(checkout) == '("torch", "cpu", "triton", "triton_fused")'
+
+
+def test_the_fastest_of_several_winners_is_last(checkout: Path) -> None:
+    cases = session(
+        {"hero-triton": 3.0, "hero-cuda": 2.0, "hero-triton-fused": 1.0},
+        {"hero-triton": 3.0, "hero-cuda": 1.0, "hero-triton-fused": 1.2},
+    )
+    assert settle.settle(write(checkout, cases), checkout) == []
+    assert auto(checkout) == '("torch", "cpu", "triton", "cuda", "triton_fused")'
+
+
+def test_triton_stays_where_nothing_is_faster(checkout: Path) -> None:
+    cases = session({"hero-triton": 1.0, "hero-cuda": 2.0, "hero-triton-fused": 3.0})
+    losers = settle.settle(write(checkout, cases), checkout)
+    assert auto(checkout) == '("torch", "cpu", "triton")'
+    assert set(losers) == {"cuda", "triton_fused"}
+
+
+def test_results_outside_of_the_checkout_are_refused(checkout: Path) -> None:
+    folder = write(checkout, session({"hero-triton": 1.0, "hero-cuda": 2.0}))
+    with pytest.raises(ValueError, match=r"is not in the checkout .* copy it to benchmarks"):
+        settle.settle(folder, checkout / "another")
+
+
 def test_the_tables_stand_in_the_document_once(checkout: Path) -> None:
     cases = session({"hero": 1.0, "hero-triton": 1.0, "hero-cuda": 2.0})
     folder = write(checkout, cases)
     settle.settle(folder, checkout)
     once = (checkout / "docs" / "benchmarks.md").read_text()
-    assert "nothing has been measured" not in once
+    assert "nothing has been measured" not in once and "has run on a GPU yet" not in once
+    assert "The targets for an H100" in once
     assert re.search(r"\| eager +\| 12000\* +\| +4\.00x", once)
     settle.settle(folder, checkout)
     assert (checkout / "docs" / "benchmarks.md").read_text() == once
