@@ -5,6 +5,7 @@ Sums over turns and trajectories are taken in fp64, and in the same order from r
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class Weighting(NamedTuple):
                 f"num_items is the divisor of a mean; got reduction={str(self.reduction)!r}: leave "
                 "num_items None and divide yourself, or use reduction='mean'."
             )
-        if not isinstance(value, Tensor | int | float) or isinstance(value, bool):
+        if not isinstance(value, Tensor | numbers.Real) or isinstance(value, bool):
             raise TypeError(
                 "num_items must be a number or a tensor of one element, how many tokens, turns or "
                 f"trajectories the mean is over; got {value!r} ({type(value).__name__})."

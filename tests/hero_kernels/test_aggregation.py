@@ -124,6 +124,15 @@ def test_coefficients(
         assert got.sum().item() == pytest.approx(1.0)
 
 
+def test_a_divisor_may_be_a_scalar_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    for count in (numpy.int64(4), numpy.float32(4)):
+        got = token_coefficients(token_weights=torch.ones(3), num_items=count)
+        assert torch.equal(got.float(), torch.full((3,), 0.25))
+    with pytest.raises(TypeError, match=r"num_items must be a number"):
+        token_coefficients(token_weights=torch.ones(3), num_items=numpy.True_)
+
+
 @pytest.mark.parametrize(("aggregation", "turns", "weights", "trajectories"), SETTINGS)
 @pytest.mark.parametrize(("reduction", "num_items"), [("mean", None), ("mean", 5.0), ("sum", None)])
 def test_loss(
