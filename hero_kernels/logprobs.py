@@ -8,6 +8,7 @@ would save one of them at the price of N·V numbers.
 With a frozen head and without entropies nothing is formed again: the forward pass multiplies the
 gradient of each log-probability by the head while its logits are there and keeps d log p / dh
 [N, H], which the backward pass scales by the upstream gradient. Two GEMMs in all in place of three.
+"triton_fused" has no logits then, and goes the longer way.
 """
 
 from __future__ import annotations
@@ -52,8 +53,9 @@ def linear_logprobs(
 
     Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens
     whose upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products
-    of the backward pass. With a frozen head and without entropies the forward pass does them all:
-    mask there what will have no gradient, and call under `torch.no_grad()` what needs none.
+    of the backward pass. With a frozen head and without entropies the forward pass does them all
+    (not with "triton_fused"): mask there what will have no gradient, and call under
+    `torch.no_grad()` what needs none.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.
@@ -104,20 +106,20 @@ def linear_logprobs(
         mask = token_mask.detach().reshape(-1) != 0
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
-    if torch.is_grad_enabled() and any(
-        value is not None and value.requires_grad for value in (hidden, weight, bias)
-    ):
-        gradients.savable("", hidden, weight, bias, target_ids=targets, token_mask=mask)
     device, vocab = str(hidden.device), operator.index(vocab)
     request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
     name = backends.chosen(impl, *request)
-    frozen = not weight.requires_grad and (bias is None or not bias.requires_grad)
-    forms_gradient = (
-        torch.is_grad_enabled() and hidden.requires_grad and frozen and not return_entropy
-    ) and not backends.IMPLEMENTATIONS[name].makes_logits
+    trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or trains_head)
+    needs_logits_again = (
+        trains_head or return_entropy or backends.IMPLEMENTATIONS[name].makes_logits
+    )
+    if wanted and needs_logits_again:
+        gradients.savable("", hidden, weight, bias, target_ids=targets)
     call = Call(
         name, options.tile_rows or default_rows(device, vocab), 0, vocab,
-        options.max_active_rows or 0, need_hidden=forms_gradient, with_stats=return_entropy,
+        options.max_active_rows or 0, need_hidden=wanted and not needs_logits_again,
+        with_stats=return_entropy,
     )  # fmt: skip
     logprobs, entropy, *_ = _linear_logprobs(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets, mask, numbers_of(what),

@@ -209,6 +209,16 @@ def test_a_frozen_head_gets_the_gradient_of_a_trained_one(
     assert relative_error(hidden.grad, exact[0].grad) < tolerance
 
 
+def test_a_frozen_head_made_under_inference_mode_serves() -> None:
+    """Nothing of it is kept; oracle: a head made as usual."""
+    hidden, weight, bias, ids = tensors(torch.float32)
+    with torch.inference_mode():
+        made = [tensor.detach().clone() for tensor in (weight, ids, bias)]
+    got = linear_logprobs(hidden, made[0], made[1], bias=made[2]).sum()
+    expected = linear_logprobs(hidden, weight, ids, bias=bias).sum()
+    assert torch.allclose(*(torch.autograd.grad(loss, hidden)[0] for loss in (got, expected)))
+
+
 def test_rows_without_upstream_gradient_change_nothing(impl: str, device: str) -> None:
     hidden, weight, bias, ids = tensors(torch.float32, device=device)
     upstream = torch.randn(13, device=device)
