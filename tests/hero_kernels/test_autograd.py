@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -329,3 +331,16 @@ def test_autocast_leaves_fp64_alone(impl: str) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = loss_of(problem)
     assert loss.dtype == torch.float64 and torch.equal(loss, expected)
+
+
+def test_the_package_may_be_imported_again() -> None:
+    code = """
+import sys, torch, hero_kernels as first
+for name in [name for name in sys.modules if name.partition(".")[0] == "hero_kernels"]:
+    del sys.modules[name]
+import hero_kernels as second
+assert second is not first
+states, head = (torch.randn(shape, requires_grad=True) for shape in ((2, 4), (8, 4)))
+second.fused_linear_divergence(states, head, torch.randn(2, 4)).backward()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
