@@ -138,7 +138,8 @@ struct Value {
 constexpr int64_t GROUP = 4 * LANES;  // columns whose log ratios are all near, or not
 
 // Pass 3: the divergence. Leaves in log_ratio the gradient's bracket minus `reference`, or for
-// forward KL q - p. One function for a row and for its reference, so that both round alike.
+// forward KL q - p. One function for a row and for its reference: both round alike, except in
+// a JSD whose top token has a near log ratio among far ones: only its reference is by the series.
 template <int divergence>
 __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                                            const Mixture& mixture, float reference, int64_t size) {
