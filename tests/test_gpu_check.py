@@ -114,8 +114,7 @@ def test_gpu_session_dry_run(tmp_path: Path) -> None:
     log = (tmp_path / "session.log").read_text()
     limits = {name: int(limit) for name, limit in re.findall(r"== (\S+) \(at most (\d+) s\)", log)}
     assert next(iter(limits)) == "first" and limits["first"] <= 60
-    for optional in ("loops", "ncu", "compiled"):
-        assert limits.pop(optional) <= 90
+    assert sum(limits.pop(optional) for optional in ("loops", "ncu", "compiled")) <= 185
     assert sum(limits.values()) < 540  # a command on the GPU machine may take ten minutes
 
 
