@@ -2,8 +2,9 @@
 
     python -m benchmarks.modes --seeds 0 1 2 --updates 15 --jobs 2 [--output FILE]
 
-Prints a Markdown table. All recipes play the same number of episodes. Learning rates were not tuned
-for each mode: all take the quickstart's.
+Prints a Markdown table. All recipes play the same number of episodes, and `loss.turns` is hinted in
+all, so that the controls train the turns that HERO trains. Learning rates were not tuned for each
+mode: all take the quickstart's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
     from hero.trainer import Trainer
 
     torch.set_num_threads(1)
-    changes = {"seed": seed, "updates": updates, "eval": {"min_teacher_lift": None}}
+    changes = {
+        "seed": seed, "updates": updates, "loss": {"turns": "hinted"},
+        "eval": {"min_teacher_lift": None},
+    }  # fmt: skip
     config = from_dict(merge(load_recipe(recipe), changes))
     with tempfile.TemporaryDirectory() as folder:
         summary = Trainer(config, Path(folder), recipe, Console(io.StringIO())).run()

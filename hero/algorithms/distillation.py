@@ -36,8 +36,8 @@ class Distillation(Algorithm):
 class Hero(Distillation):
     """Next observation, final reward and the turn's diagnosis; turns with a hint. [P]
 
-    `loss.turns` adds clean turns behind observation and reward: something has to hold what is
-    right. [D]
+    `loss.turns` adds clean turns behind observation and reward, as far as the config shows them, if
+    something followed: something has to hold what is right. [D]
     """
 
     needs_reflection = True
@@ -55,7 +55,9 @@ class Hero(Distillation):
             "from_first_fault": any(earlier.hint for earlier in before),
             "all": True,
         }
-        return seen if joins[self.loss.turns] and seen.observation else None
+        answered = experience.trajectories[trajectory].turns[turn].observation
+        shown = answered and (seen.observation or seen.reward is not None)
+        return seen if joins[self.loss.turns] and shown else None
 
     def weight(self, experience: Experience, trajectory: int, turn: int) -> float:
         hinted = experience.diagnoses[trajectory][turn].hint

@@ -16,6 +16,7 @@ from hero.checks import check, from_dict
 from hero.config import LossConfig, ModelConfig, OptimConfig, TeacherConfig, TrainConfig
 from hero.learner import Learner
 from hero.policy import Policy
+from hero.prompts import make_prompts
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Diagnosis, Sample, Trajectory
 
@@ -183,6 +184,27 @@ def test_which_clean_turns_join(
         assert ("look" in text) == (sample.turn in (2, 4))
     both = samples_of("hero+grpo", context, [trajectory], [row], turns=turns)
     assert {s.turn for s in both if s.distill_weight} == set(weights)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "clean"),
+    [({"observation"}, [0, 1, 3]), ({"reward"}, [0, 1, 3]), ({"observation", "reward"}, [])],
+)
+def test_clean_turns_join_behind_what_is_shown(
+    renderer: Any, episode: Any, hidden: set[str], clean: list[int]
+) -> None:
+    """Two of five turns have a hint; the last turn of all was never answered."""
+    trajectory = episode(["s"] * 6)
+    trajectory.turns[5].observation = None
+    row = [Diagnosis(turn=k, hint="look" if k in (2, 4) else "") for k in range(6)]
+    config = TeacherConfig(**dict.fromkeys(hidden, False))
+    context = TeacherContext(config, renderer, make_prompts("standard"))
+    samples = samples_of("hero", context, [trajectory], [row], turns="all")
+    assert [s.turn for s in samples] == sorted([2, 4, *clean])
+    for sample in samples:
+        text = renderer.decode(sample.privileged_ids)
+        assert (f"obs {sample.turn}" in text) == ("observation" not in hidden)
+        assert ("final reward" in text) == ("reward" not in hidden)
 
 
 def test_clean_turns_count_by_their_weight(
