@@ -66,20 +66,22 @@ def torch_loss(h_s: Tensor, weight: Tensor, h_t: Tensor, divergence: str) -> Ten
     """Sum over rows, from whole logits."""
     with torch.no_grad():
         teacher = h_t @ weight.t()
-    return torch_divergence(h_s @ weight.t(), teacher, divergence)
+    return torch_divergence(h_s @ weight.t(), teacher, divergence).sum()
 
 
 def torch_divergence(z_s: Tensor, z_t: Tensor, divergence: str) -> Tensor:
-    """Sum over rows of logits [N, V]: fp32 softmax, `kl_div`, autograd."""
+    """Of each row of logits [N, V], [N]: fp32 softmax, `kl_div`, autograd."""
     logp_t, logp_s = F.log_softmax(z_t.float(), -1), F.log_softmax(z_s.float(), -1)
+
+    def kl(logp: Tensor, logq: Tensor) -> Tensor:
+        return F.kl_div(logq, logp, reduction="none", log_target=True).sum(-1)
+
     if divergence == "forward_kl":
-        return F.kl_div(logp_s, logp_t, reduction="sum", log_target=True)
+        return kl(logp_t, logp_s)
     if divergence == "reverse_kl":
-        return F.kl_div(logp_t, logp_s, reduction="sum", log_target=True)
+        return kl(logp_s, logp_t)
     logp_m = torch.logaddexp(logp_s + math.log(1 - BETA), logp_t + math.log(BETA))
-    of_teacher = F.kl_div(logp_m, logp_t, reduction="sum", log_target=True)
-    of_student = F.kl_div(logp_m, logp_s, reduction="sum", log_target=True)
-    return BETA * of_teacher + (1 - BETA) * of_student
+    return BETA * kl(logp_t, logp_m) + (1 - BETA) * kl(logp_s, logp_m)
 
 
 def _mean(function: Callable[..., Tensor], problem: Problem, widened: bool = False) -> Tensor:

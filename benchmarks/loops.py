@@ -15,7 +15,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.machine import describe, device_type, write_json
 from hero.config import RolloutConfig
@@ -117,14 +116,6 @@ def _act(
     trajectory.reward += step.reward
     trajectory.success = step.success
     return step.terminated or step.truncated
-
-
-def whole_logit_jsd(student: Tensor, teacher: Tensor, weights: Tensor, beta: float) -> Tensor:
-    """Jensen-Shannon divergence of logits [N, V], summed with weights [N]."""
-    p, q = student.float().log_softmax(-1), teacher.float().log_softmax(-1)
-    mixture = torch.logaddexp(q + torch.tensor(beta).log(), p + torch.tensor(1 - beta).log())
-    both = beta * (q.exp() * (q - mixture)).sum(-1) + (1 - beta) * (p.exp() * (p - mixture)).sum(-1)
-    return (weights * both).sum()
 
 
 @dataclass

@@ -42,7 +42,7 @@ def logits_in(dtype: torch.dtype) -> Callable[[Problem], Tensor]:
             for tensor in (problem.student_hidden, problem.weight, problem.teacher_hidden)
         )
         student, teacher = (h_s @ weight.t()).to(dtype), (h_t @ weight.t()).to(dtype)
-        return torch_divergence(student, teacher, problem.divergence) / problem.num_active
+        return torch_divergence(student, teacher, problem.divergence).sum() / problem.num_active
 
     return loss
 

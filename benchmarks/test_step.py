@@ -24,7 +24,8 @@ import pytest
 import torch
 
 from benchmarks import memory
-from benchmarks.loops import Call, PerPrompt, generate_per_turn, whole_logit_jsd
+from benchmarks.baselines import torch_divergence
+from benchmarks.loops import Call, PerPrompt, generate_per_turn
 from hero.checks import from_dict
 from hero.config import TrainConfig
 from hero.loss import weigh
@@ -114,7 +115,8 @@ class Plain(Steps):
             with torch.no_grad(), teacher.applied():
                 expected = self.logits(sample.teacher_prompt_ids, sample.action_ids)
             found = self.logits(sample.prompt_ids, sample.action_ids)
-            whole_logit_jsd(found, expected, item.distill, 0.5).backward()
+            rows = torch_divergence(found, expected, "jsd")
+            (item.distill.to(policy.device) * rows).sum().backward()
             trained += len(sample.action_ids)
         torch.nn.utils.clip_grad_norm_(policy.trainable().values(), 1.0)
         self.learner.optimizer.step()
