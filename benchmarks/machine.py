@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,15 @@ BUSY_SHARE = 0.25
 def device_type() -> str:
     """ "cuda" if there is a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def clock() -> float:
+    """Seconds: with a GPU once its queue is empty, else the processor's. Of one thread these are
+    the clock's, less what others take of it."""
+    if device_type() == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.baselines import CONTESTANTS, SLOW_TO_START
+from benchmarks.machine import clock, device_type
 from benchmarks.problem import Problem, make_problem
 from benchmarks.shapes import Case
 from benchmarks.workers import Broken, Worker
@@ -97,15 +98,28 @@ def _one_call(case: Case, name: str, threads: int) -> int:
 
 
 def counted(call: Callable[[], dict[str, float]]) -> Callable[[], dict[str, float]]:
-    """`call` with the MiB it added to this process at the peak; NaN where that is not told."""
-    if not Path("/proc/self/clear_refs").exists():
+    """`call` with its seconds, unless it tells them, and the MiB it added at the peak to the GPU's
+    memory, or to this process; NaN where that is not told."""
+    on_gpu = device_type() == "cuda"
+    if not on_gpu and not Path("/proc/self/clear_refs").exists():
         return lambda: {**call(), "MiB": float("nan")}
 
     def run() -> dict[str, float]:
-        before = _settled()
-        return {**call(), "MiB": (_resident("VmHWM") - before) / 2**20}
+        before = _settled_gpu() if on_gpu else _settled()
+        began = clock()
+        did = call()
+        seconds = clock() - began
+        peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
+        return {"seconds": seconds, **did, "MiB": (peak - before) / 2**20}
 
     return run
+
+
+def _settled_gpu() -> int:
+    """Allocated bytes, after what is free went back; the peak is set back to them."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _settled() -> int:

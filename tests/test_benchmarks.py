@@ -263,3 +263,10 @@ def test_numerics_tell_the_ways_apart() -> None:
     [jsd, *_] = numerics.measure((24, 32, 512), [5e-4])
     errors = jsd["gradient_error"]
     assert errors["delta"] < 5e-3 < errors["bf16 logits"]
+
+
+def test_settling_the_memory_is_not_in_the_seconds_of_a_call() -> None:
+    held = [[number] for number in range(1_000_000)]  # for the garbage collector to walk
+    did = memory.counted(lambda: {"turns": float(len(held))})()
+    assert did["turns"] == 1_000_000
+    assert did["seconds"] < 0.005
