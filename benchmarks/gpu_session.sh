@@ -15,6 +15,7 @@
 #     session.log, session.json     what was printed, ncu's sections included; stages with status
 #     first.json, first-cuda.json   launch, errors and time of one call
 #     check.json                    errors and limits of the checks
+#     loops.json                    rollouts and whole steps beside plain loops
 #     benchmark.json, comparison.json, sweep.json, compiled.json
 #                                   for `python -m benchmarks.report`
 #
@@ -178,7 +179,7 @@ stage sweep 40 "${benchmark[@]}" --cases "$sweep" --seconds 0 --call-limit 600 \
 # In what time is left: rollouts and whole steps beside plain loops, then what ncu sees. Compiling
 # takes longer than all the rest: one case.
 optional_gpu_stage loops 60 "$python" -m pytest benchmarks/test_rollout.py benchmarks/test_step.py \
-    -p no:cacheprovider
+    -p no:cacheprovider --results "$out/loops.json"
 optional_gpu_stage ncu 30 ncu --set basic \
     --kernel-name "regex:$(IFS='|' && echo "${kernels[*]}")" --filter-mode per-launch-config \
     --launch-count 1 --clock-control none \

@@ -7,7 +7,6 @@ episode after the other, or of all that are under way in one padded batch.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe, device_type, write_json
+from benchmarks.machine import clock, describe, device_type, write_json
 from hero.config import RolloutConfig
 from hero.envs import border
 from hero.envs.base import Environment
@@ -67,14 +66,16 @@ def _generate(
 ) -> list[Any]:
     """(ids, log-probabilities) after each prompt."""
     width, pad = max(map(len, prompts)), policy.renderer.end_id
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    found: Any = policy.model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_tokens,
-        do_sample=temperature > 0, temperature=temperature or None, top_k=0, top_p=1.0,
-        eos_token_id=policy.renderer.stop_ids, pad_token_id=pad, output_logits=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+    ids = [[pad] * (width - len(p)) + p for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    with policy.autocast():
+        found: Any = policy.model.generate(  # type: ignore[operator]
+            input_ids=torch.tensor(ids, device=policy.device),
+            attention_mask=torch.tensor(mask, device=policy.device), max_new_tokens=max_tokens,
+            do_sample=temperature > 0, temperature=temperature or None, top_k=0, top_p=1.0,
+            eos_token_id=policy.renderer.stop_ids, pad_token_id=pad, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
     sampled = found.sequences[:, width:]
     logits = torch.stack(found.logits, 1).float().log_softmax(-1)
     logprobs = logits.gather(2, sampled[:, :, None]).squeeze(2)
@@ -127,8 +128,6 @@ class Loops:
 
     def measure(self, title: str, calls: dict[str, Call], rounds: int) -> dict[str, Any]:
         """Medians of what each contestant reports; `ratio` compares its rate with the first's."""
-        # Of one thread, the processor's time is that of the clock, less what others take of it.
-        clock = time.process_time if device_type() == "cpu" else time.perf_counter
         machine, seen = describe(device_type()), dict[str, list[dict[str, float]]]()
         for number in range(rounds):
             names = list(calls)

@@ -13,7 +13,6 @@ import importlib.util
 import io
 import sys
 import tempfile
-import time
 from contextlib import redirect_stdout
 from functools import partial
 from itertools import pairwise
@@ -26,6 +25,7 @@ import torch
 from benchmarks import memory
 from benchmarks.baselines import torch_divergence
 from benchmarks.loops import Call, PerPrompt, generate_per_turn
+from benchmarks.machine import clock, device_type
 from hero.checks import from_dict
 from hero.config import TrainConfig
 from hero.loss import weigh
@@ -62,15 +62,15 @@ class Steps:
 
     def __call__(self) -> dict[str, float]:
         self.number += 1
-        clock = [time.process_time()]
+        times = [clock()]
         trajectories = self.play()
-        clock.append(time.process_time())
+        times.append(clock())
         reflections = self.stages.reflect(trajectories, self.number)
-        clock.append(time.process_time())
+        times.append(clock())
         trained = self.learn(self.stages.annotate(trajectories, reflections))
-        clock.append(time.process_time())
-        seconds = clock[3] - clock[0]
-        phases = [100 * (end - begin) / seconds for begin, end in pairwise(clock)]
+        times.append(clock())
+        seconds = times[3] - times[0]
+        phases = [100 * (end - begin) / seconds for begin, end in pairwise(times)]
         generated = sum(t.num_action_tokens for t in trajectories)
         generated += reflections.stats.generated_tokens
         return {
@@ -103,7 +103,9 @@ class Plain(Steps):
 
     def logits(self, prompt: list[int], action: list[int]) -> torch.Tensor:
         """[len(action), V] before each token of the action."""
-        whole = self.trainer.policy.model(input_ids=torch.tensor([prompt + action]))
+        policy = self.trainer.policy
+        with policy.autocast():
+            whole = policy.model(input_ids=torch.tensor([prompt + action], device=policy.device))
         return whole.logits[0, -len(action) - 1 : -1]
 
     def learn(self, samples: list[Any]) -> int:
@@ -150,7 +152,8 @@ def trl_step(folder: Path) -> dict[str, float]:
     args = GRPOConfig(
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=EPISODES,
         num_generations=4, max_completion_length=250, max_tool_calling_iterations=7,
-        learning_rate=3e-4, report_to=[], save_strategy="no", use_cpu=True, bf16=False,
+        learning_rate=3e-4, report_to=[], save_strategy="no", use_cpu=device_type() == "cpu",
+        bf16=device_type() == "cuda",
         gradient_checkpointing=False, disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
     trainer = GRPOTrainer(
@@ -158,10 +161,10 @@ def trl_step(folder: Path) -> dict[str, float]:
         reward_funcs=[example.score], args=args, train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer, environment_factory=Counted,
     )  # fmt: skip
-    began = time.process_time()
+    began = clock()
     with redirect_stdout(io.StringIO()):
         trainer.train()
-    seconds = time.process_time() - began
+    seconds = clock() - began
     return {"seconds": seconds, "rate": turns[0], "episodes": EPISODES, "turns": turns[0]}
 
 
