@@ -19,11 +19,13 @@ import pytest
 from hero.checks import from_dict
 from hero.cli import main
 from hero.config import ModelConfig, ScratchConfig
+from hero.envs import border
 from hero.envs.base import HasOracle, HasTools, make_env
 from hero.envs.bfcl import BfclEnv, package
 from hero.envs.bfcl.package import CATEGORIES, data_folder, load_package
 from hero.envs.bfcl.world import Apis, World, read_gold
 from hero.envs.check import Verdict, check
+from hero.envs.workers import open_workers
 from hero.files import new_folder
 from hero.policy import Policy
 from hero.scratch import build_model
@@ -234,6 +236,22 @@ def test_the_contract_is_kept_in_milliseconds(env: BfclEnv) -> None:
     for task in tasks:
         World(load_package(""), load_package("").tasks[task])
     assert (time.perf_counter() - began) / len(tasks) < 0.1  # 3 ms alone on the machine
+
+
+@needs_data
+def test_a_long_computation_stops_nobody_else(env: BfclEnv) -> None:
+    task = next(t["id"] for t in env._package.tasks.values() if "MathAPI" in t["involved_classes"])
+    workers = open_workers("auto", BfclEnv, env, 1, timeout=0.3)
+    power = ToolCall(name="power", arguments={"base": 7, "exponent": 30_000_000})
+    found, began = [], 0.0
+    for job in ((border.begin, task, "react", None),
+                (border.step, write_calls([power], "react"), task, 0)):  # fmt: skip
+        began = time.perf_counter()
+        workers.submit(0, *job)
+        found += [answer for _, answer in workers.done(wait=True)]
+    assert time.perf_counter() - began < 5  # it would take longer
+    workers.close()
+    assert "no answer within rollout.step_timeout=0.3 s" in str(found[1])
 
 
 @needs_data

@@ -39,6 +39,8 @@ class BfclEnv:
         ValueError: another category, or the package is missing.
     """
 
+    workers = "processes"  # power(7, 8000000) holds Python for seconds, mpmath has one precision
+
     def __init__(self, category: str = "base", *, data_dir: str = "") -> None:
         if category not in (*CATEGORIES, "all"):
             raise ValueError(f"category={category!r}; expected {', '.join(CATEGORIES)} or all.")
