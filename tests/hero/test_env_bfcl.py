@@ -255,6 +255,13 @@ def test_a_long_computation_stops_nobody_else(env: BfclEnv) -> None:
 
 
 @needs_data
+def test_an_integer_that_cannot_be_written_is_an_error_of_the_call(env: BfclEnv) -> None:
+    task = next(t for t in env._package.tasks.values() if "MathAPI" in t["involved_classes"])
+    answer = Apis(env._package, task).call("power", [], {"base": 7, "exponent": 8000})
+    assert answer.startswith("Error during execution: Exceeds the limit (4300 digits)")
+
+
+@needs_data
 def test_mistakes_are_said(env: BfclEnv) -> None:
     with pytest.raises(ValueError, match="expected base, miss_func"):
         make_env("bfcl", category="memory")

@@ -7,6 +7,7 @@ import copy
 import inspect
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 from hero.envs.bfcl.package import Package
@@ -37,14 +38,12 @@ class Apis:
             if name not in self.methods:
                 raise NameError(f"name {name!r} is not defined")
             answer = self.methods[name](*positional, **named)
+            if isinstance(answer, dict):
+                with suppress(TypeError, ValueError):
+                    return json.dumps(answer)
+            return str(answer)  # which Python refuses for integers of more than 4300 digits
         except Exception as error:  # simulators raise what they like
             return f"Error during execution: {error}"
-        if isinstance(answer, dict):
-            try:
-                return json.dumps(answer)
-            except (TypeError, ValueError):
-                return str(answer)
-        return str(answer)
 
     def as_call(self, expression: str) -> ToolCall:
         """A gold call with all its arguments named."""
