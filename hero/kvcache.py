@@ -29,21 +29,28 @@ class RowCache(Cache):
         self._columns = torch.zeros(0)
         self._width = 0
 
-    def aim(self, rows: list[int], starts: list[int], num_ids: int, device: Any) -> dict[str, Any]:
-        """Let the next pass read ids [len(rows), num_ids], those of a row from its `start` on.
+    def aim(
+        self, rows: list[int], starts: list[int], lengths: list[int], device: Any
+    ) -> dict[str, Any]:
+        """Let the next pass read ids [len(rows), max(lengths)], a row's from its `start` on.
+
+        What is beyond a row's length is padding.
 
         Returns:
             `position_ids`, `attention_mask` and the cache, for the model.
         """
         first = torch.tensor(starts, device=device)[:, None]
-        self._columns = first + torch.arange(num_ids, device=device)
-        self._width = max(starts) + num_ids
+        ends = first + torch.tensor(lengths, device=device)[:, None]
+        self._columns = first + torch.arange(max(lengths), device=device)
+        self._width = max(starts) + max(lengths)
         in_order = rows == list(range(len(rows)))  # a slice is not copied
         self._chosen = slice(len(rows)) if in_order else torch.tensor(rows, device=device)
         self._index = torch.tensor(rows, device=device)[:, None]
         seen = torch.arange(self._width, device=device) <= self._columns[:, :, None]
         return {
-            "position_ids": self._columns, "attention_mask": seen[:, None],
+            # Padding has the last position: beyond it a learned table may have ended.
+            "position_ids": self._columns.minimum((ends - 1).clamp_min(0)),
+            "attention_mask": seen[:, None],
             "past_key_values": self, "use_cache": True,
         }  # fmt: skip
 

@@ -202,7 +202,7 @@ class _Rows:
         shared = min(_common(first, self.rows[i].new[:-1]) for i in empty)
         if shared < MIN_SHARED:
             return
-        inputs = self.cache.aim(empty[:1], [0], shared, self.policy.device)
+        inputs = self.cache.aim(empty[:1], [0], [shared], self.policy.device)
         self.policy.trunk(torch.tensor([first[:shared]], device=self.policy.device), **inputs)
         self.cache.copy(empty[0], empty[1:], shared)
         for row in (self.rows[i] for i in empty):
@@ -211,11 +211,12 @@ class _Rows:
     def _forward(self, chosen: list[int]) -> None:
         """Read what is new of some rows and sample the next token of each."""
         policy, rows = self.policy, [self.rows[i] for i in chosen]
-        width = max(len(row.new) for row in rows)
+        starts, lengths = [len(row.held) for row in rows], [len(row.new) for row in rows]
+        width = max(lengths)
         ids = torch.tensor([row.new + [0] * (width - len(row.new)) for row in rows])
-        last = torch.tensor([max(0, len(row.new) - 1) for row in rows])
+        last = torch.tensor([max(0, length - 1) for length in lengths])
         uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-        inputs = self.cache.aim(chosen, [len(row.held) for row in rows], width, policy.device)
+        inputs = self.cache.aim(chosen, starts, lengths, policy.device)
         states = policy.trunk(ids.to(policy.device), **inputs).last_hidden_state
         states = states[torch.arange(len(rows)), last.to(policy.device)].to(policy.dtype)
         drawn = draw_tokens(policy.logits(states), self.sampling, uniform.to(policy.device))

@@ -86,7 +86,7 @@ def test_a_cache_grows_no_larger_than_predicted(small: Policy) -> None:
     config = from_dict({"rollout": {"batch_size": 3, "max_episode_tokens": 200}})
     cache, rows = RowCache(3), [0, 1, 2]
     for start in range(0, 200, 20):
-        aimed = cache.aim(rows, [start] * 3, 20, "cpu")
+        aimed = cache.aim(rows, [start] * 3, [20] * 3, "cpu")
         with torch.no_grad():
             small.model.get_decoder()(input_ids=torch.zeros(3, 20, dtype=torch.long), **aimed)
     held = nbytes(t for pair in cache._kept for t in pair)

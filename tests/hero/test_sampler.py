@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM
 
 from hero.config import ModelConfig
 from hero.policy import Policy
@@ -50,6 +50,26 @@ def test_gradient_checkpointing_leaves_the_sampler_alone(
     assert all(p.grad is not None for n, p in checkpointed.trainable().items() if "layers" in n)
     done = HFSampler(checkpointed).generate(prompts, sampling)
     assert [c.ids for c in done] == [c.ids for c in expected]
+
+
+def test_padding_stays_in_a_table_of_positions(policy: Policy) -> None:
+    """GPT-2's has 32 rows; the next turn of one sequence is read beside the first of another."""
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=len(policy.tokenizer), n_positions=32, n_embd=16, n_layer=1,
+                       n_head=2)  # fmt: skip
+    learned = Policy(GPT2LMHeadModel(shape), policy.tokenizer, ModelConfig(device="cpu"))
+    sampling = Sampling(max_tokens=1, seed=0, temperature=0)
+    stream = HFSampler(learned).stream(2, sampling, 32)
+    ids = torch.randint(3, len(policy.tokenizer), (46,)).tolist()
+    turn, other = ids[:31], ids[31:]
+    stream.submit(0, turn[:20], 0)
+    assert len(stream.step()) == 1
+    stream.submit(0, turn, 0)
+    stream.submit(1, other, 0)
+    found = dict(stream.step())
+    for row, prompt in enumerate((turn, other)):
+        logits = learned.model(torch.tensor([prompt])).logits[0, -1]
+        assert found[row].ids == [int(logits.argmax())]
 
 
 def test_rows_stop_by_themselves(policy: Policy, prompts: list[list[int]]) -> None:
