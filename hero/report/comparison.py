@@ -26,6 +26,8 @@ FEWEST = 6
 """Tasks that must differ: below this even a sign test that all of them pass says nothing at 5 %."""
 POWER = (1.96 + 0.8416) ** 2
 """Of a difference in standard deviations: told from noise at 5 % in four of five attempts."""
+ROUNDING = 1e-9
+"""Differences below this are none: means of equal figures differ by their rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,12 @@ class Comparison:
     def is_told(self) -> bool:
         """Whether the difference can be told from noise."""
         low, high = self.interval or (0.0, 0.0)
-        return (low > 0 or high < 0) and sum(gain != 0 for gain in self.gains) >= FEWEST
+        return (low > 0 or high < 0) and self.differing >= FEWEST
+
+    @property
+    def differing(self) -> int:
+        """Tasks that differ."""
+        return sum(abs(gain) > ROUNDING for gain in self.gains)
 
     @property
     def needed(self) -> int | None:
@@ -62,7 +69,7 @@ class Comparison:
         ((1.96 + 0.84) s / d)², with the standard deviation s of the tasks' differences and their
         mean d. None for no difference.
         """
-        if len(self.gains) < 2 or not self.difference:
+        if len(self.gains) < 2 or abs(self.difference) < ROUNDING:
             return None
         spread = float(np.std(self.gains, ddof=1)) / self.difference
         return max(FEWEST, math.ceil(POWER * spread**2))
@@ -77,7 +84,7 @@ class Comparison:
         if self.needed is None:
             return "no difference"
         if self.needed <= len(self.gains):
-            return f"no: {sum(gain != 0 for gain in self.gains)} tasks differ"
+            return f"no: {self.differing} tasks differ"
         return f"no; about {self.needed} tasks would"
 
 

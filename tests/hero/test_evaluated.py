@@ -125,6 +125,9 @@ def test_words_say_what_noise_allows() -> None:
     assert row([1.0] * 5).words == "no; about 6 tasks would"
     assert row([0.0] * 9).words == "no difference"
     assert row([1.0, -1.0] * 9).words == "no difference"
+    tenths = [0.1, 0.2, -0.3] * 5  # 4e-18 in the mean
+    assert row(tenths).difference != 0 and row(tenths).words == "no difference"
+    assert row([1e-17] * 9).words == "no difference"
     assert Comparison(label="x", before=0.0, after=1.0, digits=1).words.startswith("no figures")
 
 
