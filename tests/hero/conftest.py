@@ -182,7 +182,7 @@ def samples(experience: Experience, context: TeacherContext) -> list[Sample]:
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("hero.reflection.endpoint.PAUSE", 0.01)
+    monkeypatch.setattr("hero.client.PAUSE", 0.01)
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests = []
     server.url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -103,7 +103,7 @@ class Raw:
 @pytest.fixture
 def raw(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Raw]]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("hero.reflection.endpoint.PAUSE", 0.01)
+    monkeypatch.setattr("hero.client.PAUSE", 0.01)
     made: list[Raw] = []
 
     def make(parts: Callable[[], Iterator[bytes]]) -> Raw:

@@ -1,4 +1,4 @@
-"""One POST of JSON over HTTP that ends in time and reads no more than it should.
+"""One exchange of JSON over HTTP that ends in time and reads no more than it should.
 
 The standard library's client waits for each byte anew, follows redirects with the key in hand, and
 unpacks whatever it is sent; here one clock cuts the connection, and both limits hold.
@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 MAX_BYTES = 4_000_000
-"""Of an answer, packed and unpacked: a hundred times the longest reflection."""
+"""Of an answer, packed and unpacked: a hundred times the longest reflection or turn."""
 PACKED = {"gzip", "x-gzip", "deflate"}
 
 
@@ -73,10 +73,12 @@ class _Https(urllib.request.HTTPSHandler):
         return self.do_open(self.clock.watched(http.client.HTTPSConnection), request)
 
 
-def post(
-    url: str, body: Mapping[str, Any], headers: Mapping[str, str], seconds: float
+def exchange(
+    url: str, body: Mapping[str, Any] | None, headers: Mapping[str, str], seconds: float
 ) -> tuple[int, bytes]:
-    """Status and unpacked body of the answer. Redirects are answers; proxies are as usual.
+    """Status and unpacked body of the answer to a POST; without `body` to a GET.
+
+    Redirects are answers; proxies are as usual.
 
     Raises:
         TimeoutError: the answer was not complete after `seconds`.
@@ -85,7 +87,7 @@ def post(
     """
     request = urllib.request.Request(
         url,
-        json.dumps(body).encode(),
+        None if body is None else json.dumps(body).encode(),
         {"Content-Type": "application/json", "Accept-Encoding": "identity", **headers},
     )
     with _Clock(seconds) as clock:
