@@ -29,6 +29,7 @@ def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
     import torch
 
     from hero.checks import from_dict
+    from hero.config import TrainConfig
     from hero.recipes import load_recipe, merge
     from hero.report.console import Console
     from hero.trainer import Trainer
@@ -38,7 +39,7 @@ def run(recipe: str, seed: int, updates: int) -> dict[str, Any]:
         "seed": seed, "updates": updates, "loss": {"turns": "hinted"},
         "eval": {"min_teacher_lift": None},
     }  # fmt: skip
-    config = from_dict(merge(load_recipe(recipe), changes))
+    config: TrainConfig = from_dict(merge(load_recipe(recipe), changes))
     with tempfile.TemporaryDirectory() as folder:
         summary = Trainer(config, Path(folder), recipe, Console(io.StringIO())).run()
     row: dict[str, Any] = {"recipe": recipe, "seed": seed, "env_turns": summary["env_turns"]}
