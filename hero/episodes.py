@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from hero.config import RolloutConfig
@@ -45,10 +46,14 @@ def assignments_of_update(
     """
     first = config.tasks_per_update * (update - 1)
     assignments = []
+
+    @cache
+    def order_of(epoch: int) -> list[int]:
+        return random.Random(derive_seed(seed, epoch)).sample(range(len(tasks)), len(tasks))
+
     for position in range(first, first + config.tasks_per_update):
         epoch, place = divmod(position, len(tasks))
-        order = random.Random(derive_seed(seed, epoch)).sample(range(len(tasks)), len(tasks))
-        group = f"u{update}-{position}"
+        order, group = order_of(epoch), f"u{update}-{position}"
         assignments += [
             Assignment(id=f"{group}-{member}", group_id=group, task_id=tasks[order[place]])
             for member in range(config.group_size)

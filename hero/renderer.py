@@ -27,6 +27,9 @@ MAX_UNKNOWN = 1000
 """Different unknown words that are remembered."""
 SHOWN = 8
 """Of them, named in one sentence."""
+SHORT, REMEMBERED = 1000, 4096
+"""Characters of texts whose ids are kept, and how many texts: an observation is asked for by the
+next prompt, the reflector and the teacher."""
 
 
 class Renderer:
@@ -47,6 +50,7 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self._pieces = lru_cache(maxsize=None)(self._make_pieces)
+        self._plain_again = lru_cache(maxsize=REMEMBERED)(self._plain)
         self.end_id = self._pieces("user")[2]
         """Id of the token that ends an answer."""
         eos = tokenizer.eos_token_id
@@ -64,10 +68,15 @@ class Renderer:
 
         An observation that holds `<|im_end|>` must not be able to end the message it stands in.
         """
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        ids = self._plain(text) if len(text) > SHORT else list(self._plain_again(text))
         if self.unknown_id is not None and self.unknown_id in ids:
             self._note_unknown(text, ids)
         return ids
+
+    def _plain(self, text: str) -> list[int]:
+        return list(
+            self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        )
 
     def _note_unknown(self, text: str, ids: list[int]) -> None:
         words = ["?"] * len(ids)  # a tokenizer in Python knows no offsets

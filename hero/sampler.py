@@ -22,6 +22,8 @@ from hero.policy import Policy
 
 READ_TOKENS = 8192
 """Prompt tokens of one forward pass, padded: bounds its mask and activations."""
+READ_TOKENS_CPU = 1024
+"""The same on a CPU: activations of small models stay in its cache."""
 
 MIN_SHARED = 32
 """Tokens that many prompts begin with, from which on they are read by themselves."""
@@ -186,7 +188,8 @@ class _Rows:
         fresh = [i for i, row in enumerate(self.rows) if row.new and not row.completion.ids]
         going = [i for i, row in enumerate(self.rows) if row.new and row.completion.ids]
         self._share([i for i in fresh if not self.rows[i].held])
-        for some in _alike(fresh, [len(row.new) for row in self.rows]):
+        most = READ_TOKENS_CPU if self.policy.device.type == "cpu" else READ_TOKENS
+        for some in _alike(fresh, [len(row.new) for row in self.rows], most):
             self._forward(some)
         if going:
             # Rows in a row are not copied, so a few that are idle go along.
@@ -242,12 +245,12 @@ def _common(one: list[int], other: list[int]) -> int:
     )
 
 
-def _alike(rows: list[int], lengths: list[int]) -> Iterator[list[int]]:
-    """`rows` by length, in parts of at most `READ_TOKENS` of which padding is less than half."""
+def _alike(rows: list[int], lengths: list[int], most: int) -> Iterator[list[int]]:
+    """`rows` by length, in parts of at most so many tokens of which padding is less than half."""
     part: list[int] = []
     for row in sorted(rows, key=lambda i: -lengths[i]):
         longest = lengths[part[0]] if part else 0
-        if part and (2 * lengths[row] < longest or longest * (len(part) + 1) > READ_TOKENS):
+        if part and (2 * lengths[row] < longest or longest * (len(part) + 1) > most):
             yield sorted(part)
             part = []
         part.append(row)
