@@ -37,11 +37,17 @@ def _run(given: list[str]) -> int:
     # Imported here, so that Ctrl-C while modules are loaded gets its one line too.
     from hero.commands.arguments import parse
     from hero.config import redacted
+    from hero.ranks import launched
     from hero.text import harmless
     from hero.types import Fault
 
     try:
         command = parse(given)
+        if (size := launched()) > 1 and not command.takes_ranks:
+            raise ValueError(
+                f"{size} processes were started, and this command runs in one: leave the launcher "
+                "away. Several processes can run hero train."
+            )
         command.run()
     except SystemExit as stop:  # the parser has printed help or what is wrong
         return int(stop.code or 0)
@@ -57,9 +63,11 @@ def _run(given: list[str]) -> int:
 def _complain(message: str, hint: str, given: list[str]) -> None:
     if "--debug" in given:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK") if "WORLD_SIZE" in os.environ else None
+    who = "" if rank is None else f"[rank {rank}] "
+    print(f"{who}error: {message}", file=sys.stderr)
     if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+        print(f"{who}hint: {hint}", file=sys.stderr)
 
 
 def _version() -> str:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from hero.config import RolloutConfig
@@ -19,6 +19,7 @@ from hero.envs import border
 from hero.envs.base import Environment, HasOracle
 from hero.envs.border import Beginning, EnvironmentFault, Step
 from hero.envs.workers import Inline, Workers
+from hero.ranks import Ranks
 from hero.renderer import Renderer
 from hero.sampler import Completion, Sampler, Sampling, stream_of
 from hero.types import Message, StopReason, Trajectory, Turn
@@ -165,6 +166,7 @@ def rollout(
     shown: Sequence[Worked] = (),
     ended: Callable[[Trajectory], None] = lambda trajectory: None,
     beside: Sequence[Trajectory] = (),
+    ranks: Ranks | None = None,
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
 
@@ -182,15 +184,36 @@ def rollout(
         shown: worked episodes before each task (`env.demonstrations`).
         ended: called with each episode that is over, for those who keep them at once.
         beside: finished episodes of the same batch, for `config.max_env_errors`.
+        ranks: who share the episodes, each with environments of its own; None is this process.
 
     Raises:
         EnvironmentFault: all episodes failed, or more than `config.max_env_errors`. Others end with
             `env_error`.
     """
+    ranks = ranks or Ranks()
     sampling = Sampling(
         max_tokens=config.max_turn_tokens, seed=seed, top_p=config.top_p,
         temperature=config.temperature if temperature is None else temperature,
     )  # fmt: skip
+    play = partial(
+        _play, envs=envs, sampler=sampler, renderer=renderer, config=config, sampling=sampling,
+        count=count, shown=shown, ended=ended,
+    )  # fmt: skip
+    trajectories = ranks.shared(assignments, play)
+    ranks.first(
+        lambda: border.stop_if_failed([*beside, *trajectories], config.max_env_errors)
+    )  # fmt: skip
+    return trajectories
+
+
+def _play(
+    assignments: Sequence[Assignment], *, envs: Sequence[Environment] | Workers, sampler: Sampler,
+    renderer: Renderer, config: RolloutConfig, sampling: Sampling,
+    count: Callable[[int, int], None], shown: Sequence[Worked],
+    ended: Callable[[Trajectory], None],
+) -> list[Trajectory]:  # fmt: skip
+    """The episodes of one process."""
+    seed = sampling.seed
     workers = Inline(envs) if isinstance(envs, Sequence) else envs
     stream = stream_of(sampler, workers.rows, sampling, config.max_episode_tokens)
 
@@ -239,9 +262,7 @@ def rollout(
         with suppress(EnvironmentFault):
             workers.close()  # what is under way must not answer in the next rollout
         raise
-    trajectories = [episode.trajectory for episode in episodes]
-    border.stop_if_failed([*beside, *trajectories], config.max_env_errors)
-    return trajectories
+    return [episode.trajectory for episode in episodes]
 
 
 def rewarded(trajectories: list[Trajectory], kind: str) -> list[Trajectory]:

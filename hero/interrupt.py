@@ -27,11 +27,16 @@ class Interrupt:
     A second signal inside a deferred block raises at once and leaves `torn` set: what the block was
     changing is half changed and must not be saved. A SIGHUP that was ignored before (nohup) stays
     ignored. Outside the main thread signals are left alone.
+
+    Several processes have to stop at the same place: with `agreed` a signal waits outside of
+    `live()` until they have told each other (ranks.py).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, agreed: bool = False) -> None:
         self._depth = 0
-        self._pending = 0
+        self._agreed, self._is_live = agreed, False
+        self.pending = 0
+        """Number of the signal that waits; 0 for none."""
         self._previous: dict[int, Any] = {}
         self.torn = False
 
@@ -56,13 +61,37 @@ class Interrupt:
             yield
         finally:
             self._depth -= 1
-        if self._pending and self._depth == 0:
-            number, self._pending = self._pending, 0
+        self._raise_pending()
+
+    @contextmanager
+    def live(self) -> Iterator[None]:
+        """Within, a signal waits for the end of a deferred block, but for no other process."""
+        self._is_live = True
+        try:
+            self._raise_pending()
+            yield
+        finally:
+            self._is_live = False
+
+    def told(self, number: int) -> Stopped | None:
+        """What to raise for a signal that has come to one of the processes; None while deferred."""
+        if self._depth:
+            return None
+        self.pending = 0
+        return Stopped(number)
+
+    @property
+    def _waits(self) -> bool:
+        return self._depth > 0 or (self._agreed and not self._is_live)
+
+    def _raise_pending(self) -> None:
+        if self.pending and not self._waits:
+            number, self.pending = self.pending, 0
             raise Stopped(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._depth and not self._pending:
-            self._pending = number
+        if self._waits and not self.pending:
+            self.pending = number
             return
-        self.torn = self._depth > 0
+        self.torn = self._waits
         raise Stopped(number)

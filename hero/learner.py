@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,8 @@ from hero.config import TeacherConfig, TrainConfig
 from hero.loss import LossOutput, compute_loss, weigh
 from hero.packing import PackedBatch, micro_batches, pack, plan_rows
 from hero.policy import Policy
-from hero.teacher import TeacherWeights
+from hero.shards import like, whole
+from hero.teacher import Scorer, TeacherWeights
 from hero.types import Sample
 
 AVERAGED = 10
@@ -49,10 +51,15 @@ class Learned:
 
 
 class Learner:
-    """AdamW with warm-up; a step for each minibatch, one denominator for its micro-batches."""
+    """AdamW with warm-up; a step for each minibatch, one denominator for its micro-batches.
+
+    Several processes share the trajectories of each minibatch. All of them are given all samples,
+    so each knows the denominators; gradients are summed.
+    """
 
     def __init__(self, policy: Policy, teacher: TeacherWeights, config: TrainConfig) -> None:
         self.policy = policy
+        self.ranks = policy.shards.ranks
         self.teacher = teacher
         self.config = config
         optim = config.optim
@@ -94,20 +101,22 @@ class Learner:
         for epoch in range(self.config.optim.inner_epochs):
             for minibatch in split(samples, self.config.optim.minibatches, order):
                 done = self._accumulate(minibatch)
-                if not done:
+                if done is None:
                     continue
-                stepped = self._step(learned, [output for _, output in done])
+                stepped = self._step(learned)
                 for batch, output in done:
                     entropies.append(output.entropy)
                     _record(learned, batch, output, stepped, first_pass=epoch == 0)
         if learned.steps:
             self.take_into_average()
+        seen = torch.cat(entropies) if entropies else torch.zeros(0)
+        parts = self.ranks.together(lambda: (learned, float(seen.sum()), len(seen)))
+        learned = _joined([part for part, _, _ in parts])
+        learned.entropy = sum(total for _, total, _ in parts) / max(1, sum(n for _, _, n in parts))
         tried = max(1, learned.steps + learned.skipped_steps)
         learned.loss /= tried
         learned.terms = {name: total / tried for name, total in learned.terms.items()}
         learned.grad_norm /= max(1, learned.steps)
-        seen = torch.cat(entropies) if entropies else torch.zeros(0)
-        learned.entropy = float(seen.mean()) if len(seen) else 0.0
         return learned
 
     def take_into_average(self) -> None:
@@ -117,43 +126,58 @@ class Learner:
             self.average.rate = 1 / min(self.averaged, AVERAGED)
             self.average.update()
 
-    def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]]:
-        """Gradients of one step; [] if no token has weight."""
-        done = []
+    def _accumulate(self, samples: Sequence[Sample]) -> list[tuple[PackedBatch, LossOutput]] | None:
+        """Gradients of one step, of this process' share; None if no token at all has weight."""
         plans = plan_rows(weigh(samples, self.config.loss))
-        for rows in micro_batches(plans, self.config.optim.micro_batch_tokens):
-            batch = pack(rows, self.policy.device)
-            with self.policy.recomputing():
-                output = compute_loss(
-                    self.policy, self.teacher, batch, self.config.loss,
-                    self.config.rollout.temperature, self.start,
-                )  # fmt: skip
-                output.loss.backward()  # type: ignore[no-untyped-call]
-            output.loss = output.loss.detach()
-            done.append((batch, output))
-        return done
+        if not plans:
+            return None
+        device, most = self.policy.device, self.config.optim.micro_batch_tokens
+        sizes = [3 * student + teacher for student, teacher in (plan.tokens for plan in plans)]
+        own = [plans[i] for i in self.ranks.share(sizes)]
+        batches = [pack(rows, device) for rows in micro_batches(own, most)]
+        teachers: Sequence[Scorer] = [self.teacher for _ in batches]
+        starts: Sequence[Scorer | None] = [None for _ in batches]
+        if any(plan.teacher for plan in plans):
+            teachers = self.teacher.scored([batch.teacher for batch in batches])
+        if self.start is not None:
+            starts = self.start.scored([batch.student for batch in batches])
 
-    def _step(self, learned: Learned, outputs: Sequence[LossOutput]) -> bool:
+        def pass_over() -> list[LossOutput]:
+            return [
+                self._pass(*of_batch) for of_batch in zip(batches, teachers, starts, strict=True)
+            ]
+
+        return list(zip(batches, self.ranks.apart(pass_over), strict=True))
+
+    def _pass(self, batch: PackedBatch, teacher: Scorer, start: Scorer | None) -> LossOutput:
+        with self.policy.recomputing():
+            output = compute_loss(
+                self.policy, teacher, batch, self.config.loss, self.config.rollout.temperature,
+                start,
+            )  # fmt: skip
+            output.loss.backward()  # type: ignore[no-untyped-call]
+        output.loss = output.loss.detach()
+        return output
+
+    def _step(self, learned: Learned) -> bool:
         """Take an optimiser step unless the gradient is not finite; returns whether it was."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.trainable().values(), self.config.optim.max_grad_norm
-        )
-        learned.loss += float(sum(output.loss for output in outputs))
-        for output in outputs:
-            for name, value in output.terms.items():
-                learned.terms[name] = learned.terms.get(name, 0.0) + float(value)
-        finite = bool(torch.isfinite(norm))
-        if finite:
-            self.optimizer.step()
-            self.teacher.update()
-            self.steps_taken += 1
-            learned.steps += 1
-            learned.grad_norm += float(norm)
-        else:
-            learned.skipped_steps += 1
-        self.optimizer.zero_grad(set_to_none=True)
+        self.policy.shards.reduce()
+        with self.policy.shards.at_rest():
+            norm = float(whole(torch.nn.utils.clip_grad_norm_(
+                self.policy.trainable().values(), self.config.optim.max_grad_norm
+            )))  # fmt: skip
+            finite = math.isfinite(norm)
+            if finite:
+                self.optimizer.step()
+                self.teacher.update()
+                self.steps_taken += 1
+                learned.steps += 1
+                learned.grad_norm += norm
+            else:
+                learned.skipped_steps += 1
+            self.optimizer.zero_grad(set_to_none=True)
         return finite
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,7 +208,12 @@ class Learner:
 
         An average that it does not hold begins anew.
         """
-        self.optimizer.load_state_dict(state["optimizer"])
+        parameters = self.policy.to_train()
+        of_parameters = {
+            number: {name: like(value, parameters[number]) for name, value in moments.items()}
+            for number, moments in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": of_parameters})
         for parameter, moments in self.optimizer.state.items():
             for name in ("exp_avg", "exp_avg_sq"):
                 if moments[name].shape != parameter.shape:
@@ -196,6 +225,19 @@ class Learner:
             self.average.load_state_dict(state["average"])
         self.averaged = state["averaged"]
         self.steps_taken = steps_taken
+
+
+def _joined(parts: Sequence[Learned]) -> Learned:
+    """What several processes did of the same steps."""
+    learned = parts[0]
+    for part in parts[1:]:
+        learned.loss += part.loss
+        for name, total in part.terms.items():
+            learned.terms[name] = learned.terms.get(name, 0.0) + total
+        learned.trained |= part.trained
+        learned.divergence |= part.divergence
+        learned.logprob_gap |= part.logprob_gap
+    return learned
 
 
 def split(samples: Sequence[Sample], minibatches: int, order: random.Random) -> list[list[Sample]]:
@@ -216,7 +258,10 @@ def split(samples: Sequence[Sample], minibatches: int, order: random.Random) -> 
 def _record(
     learned: Learned, batch: PackedBatch, output: LossOutput, stepped: bool, first_pass: bool
 ) -> None:
-    """Write down by turns what a micro-batch did."""
+    """Write down what a micro-batch did: its loss, and by turns."""
+    learned.loss += float(output.loss)
+    for name, value in output.terms.items():
+        learned.terms[name] = learned.terms.get(name, 0.0) + float(value)
     divergence, gap = output.divergence.tolist(), output.logprob_gap.tolist()
     for item in batch.samples:
         place = (item.sample.trajectory, item.sample.turn)

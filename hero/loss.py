@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from hero.config import LossConfig
-from hero.packing import Packed, PackedBatch, Weighted
+from hero.packing import PackedBatch, Weighted
 from hero.policy import Policy
-from hero.teacher import TeacherWeights
+from hero.teacher import Scorer
 from hero.types import Gate, Sample
 from hero_kernels import (
     DivergenceOutput,
@@ -100,29 +100,27 @@ def _coefficients(
 
 def compute_loss(
     policy: Policy,
-    teacher_weights: TeacherWeights,
+    teacher: Scorer,
     batch: PackedBatch,
     config: LossConfig,
     temperature: float,
-    start: TeacherWeights | None = None,
+    start: Scorer | None = None,
 ) -> LossOutput:
     """Loss of one micro-batch.
 
     Args:
         policy: the student.
-        teacher_weights: score the rows of the teacher.
+        teacher: scores the rows of the teacher.
         batch: both, with their weights.
         config: of the terms.
         temperature: the sampler's.
-        start: the weights at the start of training, for `kl_to_start`.
+        start: scores with the weights at the start of training, for `kl_to_start`.
     """
     states = batch.student.states(policy)
     hidden = states[batch.student.index]
     terms: dict[str, LossOutput] = {}
     if batch.teacher is not None:
-        teacher_hidden, head = (
-            _teacher_states(teacher_weights, batch.teacher), teacher_weights.own_head()
-        )  # fmt: skip
+        teacher_hidden, head = teacher.states(batch.teacher), teacher.own_head()
         batch = gated(policy, teacher_hidden, head, batch, temperature)
         if any(weighted.sample.distill_weight for weighted in batch.samples):
             terms["distillation"] = divergence_term(
@@ -140,13 +138,6 @@ def compute_loss(
         loss=torch.stack([term.loss for term in terms.values()]).sum(),
         terms={name: term.loss.detach() for name, term in terms.items()},
     )
-
-
-@torch.no_grad()
-def _teacher_states(weights: TeacherWeights, packed: Packed) -> Tensor:
-    """[N, H] the states of other weights that predict each action token."""
-    with weights.applied():
-        return packed.states(weights.policy)[packed.index]
 
 
 @torch.no_grad()
@@ -260,12 +251,12 @@ def observation_term(policy: Policy, hidden: Tensor, batch: PackedBatch) -> Loss
 
 
 def start_term(
-    policy: Policy, hidden: Tensor, start: TeacherWeights, batch: PackedBatch, config: LossConfig,
+    policy: Policy, hidden: Tensor, start: Scorer, batch: PackedBatch, config: LossConfig,
     temperature: float,
 ) -> LossOutput:  # fmt: skip
     """KL(student, starting weights) on all action tokens, from the student's states [N, H]."""
     loss = fused_linear_divergence(
-        hidden, policy.head_weight, _teacher_states(start, batch.student),
+        hidden, policy.head_weight, start.states(batch.student),
         divergence="reverse_kl", temperature=temperature, student_bias=policy.head.bias,
         reduction="sum", impl=config.impl, **start.own_head(), **policy.head_options,
     )  # fmt: skip

@@ -17,7 +17,9 @@ from hero import attention
 from hero.checkpoint import BrokenCheckpoint
 from hero.config import ModelConfig
 from hero.models import cannot_load, existing_model
+from hero.ranks import Ranks
 from hero.renderer import Renderer
+from hero.shards import Sharded, Unsharded, fill
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
 
@@ -27,6 +29,9 @@ class Policy:
 
     Trained weights are float32; forward passes run in the compute type (autocast).
     """
+
+    shards = Unsharded()
+    """How the weights lie on several processes."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
         self.tokenizer = tokenizer
@@ -124,8 +129,8 @@ class Policy:
         return result
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by name."""
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """Trained parameters by name; of several processes, this one's shards."""
+        return self.shards.trained(self.model)
 
     def to_train(self) -> list[nn.Parameter]:
         """Trained parameters, at least one.
@@ -188,9 +193,9 @@ class Policy:
                 f"The checkpoint of {run} has other trained weights than this configuration: "
                 "resume with the settings in its config.json."
             )
-        with torch.no_grad():
+        with self.shards.at_rest():
             for name, value in weights.items():
-                trainable[name].copy_(value)
+                fill(trainable[name], value)
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -226,12 +231,20 @@ class Policy:
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters())
 
-    def save(self, path: Path) -> None:
-        """Write model (or adapter) and tokenizer to a folder."""
+    def spread(self, ranks: Ranks, stays_whole: bool = True) -> None:
+        """Share the weights among ranks; see `Sharded` for `stays_whole`."""
+        if ranks.size > 1:
+            self.shards = Sharded(self, ranks, stays_whole)
+
+    def save(self, path: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write model (or adapter) and tokenizer to a folder.
+
+        `weights` are those of `shards.whole_weights()`, where the model itself has only shards.
+        """
         if self.adapter is not None:
             self.adapter.save_pretrained(path)
         else:
-            self.model.save_pretrained(path)
+            self.model.save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)
 
     def restore(self, path: Path) -> None:
@@ -257,9 +270,9 @@ class Policy:
                     f"The model in {path} is not that of this run: {name} has another shape, or "
                     "holds NaN or infinity."
                 )
-        with torch.no_grad():
+        with self.shards.at_rest():
             for name, parameter in self.trainable().items():
-                parameter.copy_(weights[name])
+                fill(parameter, weights[name].detach())
 
 
 def resolve_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from hero.kvcache import RowCache
 from hero.policy import Policy
+from hero.ranks import Ranks
 
 READ_TOKENS = 8192
 """Prompt tokens of one forward pass, padded: bounds its mask and activations."""
@@ -111,22 +112,32 @@ class HFSampler:
     """Samples from the policy's present weights.
 
     Sampler and trainer are one engine, so log-probabilities agree up to rounding. At most
-    `batch_size` prompts are decoded together; one that has ended makes room for the next.
+    `batch_size` prompts are decoded together; one that has ended makes room for the next. `ranks`
+    share the prompts of a call; a stream is this process' own.
     """
 
-    def __init__(self, policy: Policy, batch_size: int = 64) -> None:
+    def __init__(self, policy: Policy, batch_size: int = 64, ranks: Ranks | None = None) -> None:
         self.policy = policy
         self.batch_size = batch_size
+        self.ranks = ranks or Ranks()
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
         """One completion for each prompt, in order; of prompt i by the seed's stream i."""
         if any(not prompt for prompt in prompts):
             raise ValueError("A prompt is empty: the sampler needs at least one token.")
-        if not prompts:
+        return self.ranks.shared(
+            range(len(prompts)), lambda own: self._generate(prompts, own, sampling)
+        )
+
+    def _generate(
+        self, prompts: Sequence[list[int]], own: Sequence[int], sampling: Sampling
+    ) -> list[Completion]:
+        """Completions of the prompts with these numbers."""
+        if not own:
             return []
-        order = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
+        order = deque(sorted(own, key=lambda i: -len(prompts[i])))
         longest = len(prompts[order[0]]) + sampling.max_tokens
-        rows = min(self.batch_size, len(prompts))
+        rows = min(self.batch_size, len(own))
         stream = self.stream(rows, sampling, longest)
         owners: dict[int, int] = {}
         found: dict[int, Completion] = {}
@@ -139,11 +150,11 @@ class HFSampler:
 
         for row in range(rows):
             next_prompt(row)
-        while len(found) < len(prompts):
+        while len(found) < len(own):
             for row, completion in stream.step():
                 found[owners[row]] = completion
                 next_prompt(row)
-        return [found[i] for i in range(len(prompts))]
+        return [found[i] for i in own]
 
     def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
         """A stream of the present weights: it must end before they change."""

@@ -17,6 +17,7 @@ from hero.episodes import assignments_of_update, derive_seed, gold_episodes, rew
 from hero.evaluation import Probe, trials
 from hero.policy import Policy
 from hero.prompts import make_prompts
+from hero.ranks import Ranks
 from hero.reflection import Reflections, Reflector, make_reflector
 from hero.report.console import Console
 from hero.sampler import HFSampler
@@ -36,9 +37,11 @@ class Stages:
     def __init__(
         self, config: TrainConfig, policy: Policy, console: Console,
         environment: Callable[[], Environment] | None = None, reflector: Reflector | None = None,
+        ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         """`environment` and `reflector` take the place of what the settings would make."""
         self.config, self.console, self.renderer = config, console, policy.renderer
+        self.ranks = ranks or Ranks()
         size = config.rollout.batch_size
         make = environment or partial(make_env, config.env.name, **config.env.options)
         self.env, timeout = make(), config.rollout.step_timeout
@@ -50,27 +53,30 @@ class Stages:
             self.env, self.tasks["train"], number, most, self.renderer
         )
         self.teacher = TeacherWeights(policy, config.teacher)
-        self.sampler = HFSampler(policy, size)
-        teacher_sampler = HFSampler(self.teacher.policy, size)
         self.rollout = partial(
-            rollout, envs=self.workers, sampler=self.sampler, renderer=self.renderer,
-            config=config.rollout, shown=shown,
+            rollout, envs=self.workers, sampler=HFSampler(policy, size), renderer=self.renderer,
+            config=config.rollout, shown=shown, ranks=self.ranks,
         )  # fmt: skip
+        sampler, teacher_sampler = (
+            HFSampler(asked, size, self.ranks) for asked in (policy, self.teacher.policy)
+        )
         prompts = make_prompts(config.prompts)
         context = TeacherContext(config.teacher, self.renderer, prompts)
         self.algorithm = MODES[config.mode](context, config.loss)
         self.reflector = reflector if self.algorithm.needs_reflection else None
         if self.algorithm.needs_reflection and reflector is None:
             self.reflector = make_reflector(
-                config.reflection, env=self.env, sampler=self.sampler, renderer=self.renderer,
+                config.reflection, env=self.env, sampler=sampler, renderer=self.renderer,
                 prompts=prompts, teacher_sampler=teacher_sampler,
                 teacher_weights=self.teacher.applied,
                 context=min(policy.context, self.teacher.policy.context),
             )  # fmt: skip
         self.watch = Watch(
             config, self.env, self.algorithm, self.reflect, self.annotate, self.teacher,
-            (self.sampler, teacher_sampler), self.renderer,
+            (sampler, teacher_sampler), self.renderer,
         )  # fmt: skip
+        asked = "" if reflector else config.reflection.reflector
+        self._asks_own_model = asked in ("self", "teacher")
 
     def play(self, number: int, state: State) -> list[Trajectory]:
         """The episodes of an update, as many as the budget of turns holds.
@@ -90,7 +96,11 @@ class Stages:
     def reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
-        return self.reflector.reflect(trajectories, seed)
+        reflect = partial(self.reflector.reflect, trajectories, seed)
+        # All ranks ask the model that they hold, the first one anybody else.
+        reflections = reflect() if self._asks_own_model else self.ranks.first(reflect)
+        trajectories[:], reflections = self.ranks.agreed((trajectories, reflections))
+        return reflections
 
     def annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
         tasks = {trajectory.task_id for trajectory in trajectories}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from hero.config import ModelConfig, TeacherConfig
+from hero.packing import Packed
 from hero.policy import Policy
 from hero.prompts import Hindsight, Prompts
 from hero.renderer import Renderer
+from hero.shards import fill, local
 from hero.types import Diagnosis, Trajectory
 
 
@@ -55,6 +57,32 @@ class TeacherContext:
         return self.renderer.encode(self.renderer.clip(text, self.config.max_privileged_tokens))
 
 
+class Scorer(Protocol):
+    """Weights other than the student's, as the loss asks for them."""
+
+    def states(self, packed: Packed) -> Tensor:
+        """[N, H] the states that predict each action token."""
+
+    def own_head(self) -> dict[str, Any]:
+        """The head as arguments of hero_kernels; {} if it is the student's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """What a teacher made of some rows before the student's passes began."""
+
+    hidden: Tensor
+    """[N, H] on the CPU."""
+    head: dict[str, Any]
+    device: torch.device
+
+    def states(self, packed: Packed) -> Tensor:
+        return self.hidden.to(self.device)
+
+    def own_head(self) -> dict[str, Any]:
+        return self.head
+
+
 class TeacherWeights:
     """live: the student's weights; frozen: those at the start; ema: θ_T ← (1-r)·θ_T + r·θ after
     each step; or, with a path, another model that stays as it is.
@@ -85,7 +113,7 @@ class TeacherWeights:
         if self.kind != "ema":
             return
         for name, parameter in self._student.items():
-            self._teacher[name].lerp_(parameter, self.rate)
+            local(self._teacher[name]).lerp_(local(parameter), self.rate)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -104,36 +132,69 @@ class TeacherWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the policy's model computes with the teacher's weights (inference only)."""
-        self._swap()
-        try:
-            yield
-        finally:
+        with self.policy.shards.awake():
             self._swap()
+            try:
+                yield
+            finally:
+                self._swap()
+
+    @torch.no_grad()
+    def states(self, packed: Packed) -> Tensor:
+        """[N, H] the states that predict each action token."""
+        with self.applied():
+            return packed.states(self.policy)[packed.index]
+
+    def scored(self, rows: Sequence[Packed | None]) -> Sequence[Scorer]:
+        """Who scores each of these rows.
+
+        Weights that are whole do it when they are asked, and change places at no cost. Those in
+        shards do it here, so that they are gathered once; then all ranks have to come here.
+        """
+        ranks = self.policy.shards.ranks
+        if ranks.size == 1:
+            return [self for _ in rows]
+
+        def score() -> list[Scored]:
+            nothing = torch.zeros(0)
+            hidden = [
+                nothing if packed is None else packed.states(self.policy)[packed.index].cpu()
+                for packed in rows
+            ]
+            return [Scored(hidden=h, head=head, device=self.policy.device) for h in hidden]
+
+        with self.applied(), torch.no_grad():
+            head = {
+                name: value if value is None else value.clone()
+                for name, value in self._head().items()
+            }
+            return ranks.apart(score)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Take over the student's weights."""
         for name, weight in self._teacher.items():
-            weight.copy_(self._student[name])
+            local(weight).copy_(local(self._student[name]))
 
     def own_head(self) -> dict[str, Any]:
         """The teacher's head as arguments of hero_kernels; {} if it is the student's.
 
         It is where the head is not trained (LoRA, `model.train_head=false`) and with live weights.
         """
+        with self.applied():
+            return self._head()
+
+    def _head(self) -> dict[str, Any]:
         if self.kind == "live" or not self._head_is_trained:
             return {}
-        with self.applied():
-            bias = self.policy.head.bias
-            return {
-                "teacher_weight": self.policy.head_weight.detach(),
-                "teacher_bias": None if bias is None else bias.detach(),
-            }
+        bias = self.policy.head.bias
+        return {
+            "teacher_weight": self.policy.head_weight.detach(),
+            "teacher_bias": None if bias is None else bias.detach(),
+        }
 
     def _swap(self) -> None:
-        for name, weight in self._teacher.items():
-            parameter = self._student[name]
-            self._teacher[name], parameter.data = parameter.data, weight
+        self.policy.shards.exchange(self._student, self._teacher)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._teacher
@@ -146,7 +207,7 @@ class TeacherWeights:
                 "from the run that is resumed."
             )
         for name, value in state.items():
-            self._teacher[name].copy_(value)
+            fill(self._teacher[name], value)
 
 
 def _other_model(path: str, student: Policy) -> Policy:
@@ -157,6 +218,7 @@ def _other_model(path: str, student: Policy) -> Policy:
     other.model.requires_grad_(False)
     other.model.to(student.dtype)  # type: ignore[arg-type]
     other.renderer = student.renderer
+    other.spread(student.shards.ranks, stays_whole=False)
     own_ids, ids = student.tokenizer.get_vocab(), other.tokenizer.get_vocab()
     for what, own, theirs in (
         ("the vocabularies", own_ids, ids),

@@ -7,15 +7,14 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hero.callbacks import Callback, Callbacks
-from hero.checkpoint import BrokenCheckpoint, load_checkpoint, save_checkpoint
-from hero.checks import check
+from hero.checks import check, check_ranks
 from hero.config import TrainConfig, redacted
 from hero.envs import border
 from hero.envs.base import Environment
@@ -23,16 +22,17 @@ from hero.envs.workers import closing
 from hero.episodes import derive_seed
 from hero.evaluation import dev_metrics, summarise
 from hero.files import replacing, write_atomic
-from hero.interrupt import Interrupt
 from hero.learner import Learned, Learner
 from hero.memory import beside_measured
 from hero.policy import Policy
+from hero.ranks import Ranks, open_ranks
 from hero.reflection import Reflections, Reflector
 from hero.report.card import write_card
 from hero.report.console import Console
 from hero.report.facts import header, outcome
 from hero.report.metrics import Clock, update_metrics
 from hero.report.tracking import Tracker, trajectory_records
+from hero.resume import restore, save
 from hero.run_folder import BEFORE, BEST, SELECTED, SUMMARY, RunFolder
 from hero.stages import LEARN, PROBE, REFLECT, Stages
 from hero.state import State
@@ -50,21 +50,25 @@ class Trainer:
         *, environment: Callable[[], Environment] | None = None, policy: Policy | None = None,
         reflector: Reflector | None = None,
         callbacks: Sequence[Callback | Callable[[int, Any], object]] = (),
+        ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
         """Objects take the place of what settings would make; a function as callback gets (update,
-        metrics) of each update."""
+        metrics) of each update. `ranks` are those that a launcher has started, if not given."""
         check(config)
-        console = console or Console(io.StringIO(), terminal=False)
+        self.ranks = ranks = ranks or open_ranks(config.model.device)
+        check_ranks(config, ranks.size)
+        console = (console if ranks.is_first else None) or Console(io.StringIO(), terminal=False)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.recipe, self.console = config, recipe, console
         self.run_dir, self.folder = run_dir, RunFolder(run_dir)
-        self.callbacks = Callbacks(callbacks)
+        self.callbacks = ranks.of_first(partial(Callbacks, callbacks))
         self.policy = policy or Policy.load(config.model)
-        self.stages = Stages(config, self.policy, console, environment, reflector)
+        self.policy.spread(ranks)
+        self.stages = Stages(config, self.policy, console, environment, reflector, ranks)
         self.teacher = self.stages.teacher
         self.learner = Learner(self.policy, self.teacher, config)
         self.state = State()
-        self.interrupt = Interrupt()
+        self.interrupt = ranks.interrupt
         self.is_begun = False
         """Whether the folder is this run's, with a checkpoint in it."""
         self._is_torn = False
@@ -79,20 +83,24 @@ class Trainer:
                 is saved, and a run that goes on from it repeats nothing.
             TeacherGate: `eval.min_teacher_lift` is not reached.
             ValueError: the folder holds another run, or what is no run's.
-            Fault: another process is writing there.
+            Fault: another process is writing there, or another rank has met an error.
         """
-        started = time.perf_counter()
-        with self.folder.locked(), self.interrupt, closing(self.stages.workers, self.stages.env):
-            if self.folder.begin(self.config):
-                self._restore()
+        started, first = time.perf_counter(), self.ranks.first
+        closed = closing(self.stages.workers, self.stages.env)
+        with self.ranks.within(self.folder.locked), self.interrupt, closed:
+            if first(partial(self.folder.begin, self.config)):
+                self.state, said = restore(self.run_dir, self.learner)
+                if said:
+                    self.console.say(said)
             else:
                 self.save()  # from here on the run can be gone on with
             self.is_begun = True
             self.console.header(f"hero train {self.recipe}", header(self.config, self.policy))
             self.callbacks.on_start(self)
-            settings = redacted(self.config)
-            at = self.state.logged
-            tracker = Tracker(self.run_dir, self.config.report_to, settings, at)
+            settings, to = redacted(self.config), self.config.report_to
+            tracker = self.ranks.of_first(
+                partial(Tracker, self.run_dir, to, settings, self.state.logged)
+            )
             try:
                 self._train(tracker)
                 self.save()
@@ -101,7 +109,7 @@ class Trainer:
                 tracker.close()
             self.console.say(beside_measured(self.config, self.policy))
             summary["seconds"] = time.perf_counter() - started
-            write_atomic(self.folder / SUMMARY, json.dumps(summary, indent=1))
+            first(partial(write_atomic, self.folder / SUMMARY, json.dumps(summary, indent=1)))
             self.callbacks.on_end(summary)
         return summary
 
@@ -117,8 +125,8 @@ class Trainer:
                     self._log(tracker)
                     if self.state.update % self.config.save_every == 0:
                         self.save()
-        except BaseException:
-            if self.state.is_begun and not self.is_torn:
+        except BaseException as error:
+            if self.state.is_begun and not self.is_torn and self.ranks.in_step(error):
                 self.save()
             raise
 
@@ -143,15 +151,19 @@ class Trainer:
             if probe := self.stages.probe():
                 metrics |= probe.metrics()
                 self.console.say(str(probe))
-                probe.demand(self.config.eval.min_teacher_lift)
+                self.ranks.first(partial(probe.demand, self.config.eval.min_teacher_lift))
             self.console.say("Evaluating the starting model …")
             self._evaluate_dev(0, metrics)
             if self.config.eval.test_tasks:
                 before = self._evaluate_test(tracker, "before", 0)
-                write_atomic(self.folder / BEFORE, json.dumps(before))
-        finally:
-            tracker.log(0, metrics)
-            self._say_unknown()
+                write = partial(write_atomic, self.folder / BEFORE, json.dumps(before))
+                self.ranks.first(write)
+        except BaseException as error:
+            if self.ranks.in_step(error):
+                tracker.log(0, metrics)
+            raise
+        tracker.log(0, metrics)
+        self._say_unknown()
         self.state.is_begun = True
 
     def _say_unknown(self) -> None:
@@ -169,12 +181,14 @@ class Trainer:
         reflections = self.stages.reflect(trajectories, derive_seed(config.seed, REFLECT, number))
         clock.lap("reflection")
         self.callbacks.on_episodes(number, trajectories, reflections.diagnoses)
-        samples = self.stages.annotate(trajectories, reflections)
+        trajectories, reflections = self.ranks.agreed((trajectories, reflections))
+        samples = self.ranks.apart(partial(self.stages.annotate, trajectories, reflections))
         metrics: dict[str, float] = {"learning_rate": self.learner.learning_rate}
         turns = sum(len(trajectory.turns) for trajectory in trajectories)
         if self._is_judged(number, turns):
             seed = derive_seed(config.seed, REFLECT, number)
-            metrics |= self.stages.watch.agreement(trajectories, reflections, seed)
+            found = self.stages.watch.agreement(trajectories, reflections, seed)
+            metrics |= self.ranks.agreed(found)
         clock.lap("annotation")
         self.console.stage("training")
         with self.interrupt.deferred():  # weights, counters and what is pending change together
@@ -252,7 +266,9 @@ class Trainer:
         self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
         summary = outcome(self.recipe, self.config, self.state, str(self.policy.device))
         summary |= border.facts(self.stages.env)
-        if before := self.folder.read_before():  # its tasks, also if a resumed run asks for others
+        if before := self.ranks.first(
+            self.folder.read_before
+        ):  # its tasks, also if a resumed run asks for others
             self.config.eval.test_tasks = len(before["per_task"])
             last = summarise(self.stages.held_out("test", self.config.eval.test_tasks)).to_dict()
             self.learner.select(self.folder / BEST)
@@ -262,7 +278,9 @@ class Trainer:
                 self._keep(SELECTED, at, {})
             after = self._evaluate_test(tracker, "after", self.state.update)
             summary |= {"before": before, "after": after, "last": last}
-            write_card(self.folder / chosen, self.config, at, {}, summary)
+            self.ranks.first(
+                partial(write_card, self.folder / chosen, self.config, at, {}, summary)
+            )
             self.console.final_table(before, after, last)
         return summary
 
@@ -275,6 +293,7 @@ class Trainer:
         if self.config.eval.watch_teacher and number > 0:
             seed = derive_seed(self.config.seed, PROBE, number)
             found |= self.stages.watch.lift(played, seed).metrics()
+        found = self.ranks.agreed(found)
         with self.interrupt.deferred():
             state = deepcopy(self.state)
             if state.judge(metrics | found, number, self.config.eval.stop_drop):
@@ -311,40 +330,18 @@ class Trainer:
 
     def _keep(self, name: str, number: int, metrics: dict[str, float]) -> None:
         """Write the weights of update `number` to a folder that can be uploaded as it is."""
-        with replacing(self.folder / name) as folder:
-            self.policy.save(folder)
-            write_card(folder, self.config, number, metrics)
+
+        def write() -> None:
+            with replacing(self.folder / name) as folder:
+                self.policy.save(folder, weights)
+                write_card(folder, self.config, number, metrics)
+
+        with self.policy.shards.whole_weights() as weights:
+            self.ranks.first(write)
 
     # ---- saving -------------------------------------------------------------------------------
 
     def save(self) -> None:
         """Write the state of the last finished update."""
         with self.interrupt.deferred():
-            save_checkpoint(
-                self.run_dir, state=asdict(self.state), teacher=self.teacher.state_dict(),
-                student={name: p.data for name, p in self.policy.trainable().items()},
-                optimizer=self.learner.state_dict(),
-            )  # fmt: skip
-
-    def _restore(self) -> None:
-        """Go on from the run's checkpoint.
-
-        Raises:
-            BrokenCheckpoint: it cannot be read, or is not of this model and these settings.
-        """
-        saved, said = load_checkpoint(self.run_dir, self.policy.device)
-        if said:
-            self.console.say(said)
-        self.policy.take_over(saved["student"], self.run_dir)
-        try:
-            self.state = State(**saved["state"])
-            if self.state.rescues:  # a live teacher is held since the first
-                self.teacher.restart()
-            self.teacher.load_state_dict(saved["teacher"])
-            self.learner.load_state_dict(saved["optimizer"], self.state.steps_taken)
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-            raise BrokenCheckpoint(
-                f"The checkpoint in {self.run_dir} does not fit this run ({error}): it is of "
-                "another version or of other settings. Start anew in another --output-dir."
-            ) from error
-        self.learner.halvings = self.state.rescues
+            save(self.run_dir, self.state, self.learner)

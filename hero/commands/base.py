@@ -13,7 +13,7 @@ import warnings
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -31,6 +31,8 @@ class Command(ABC):
 
     debug: Annotated[bool, FlagCreatePairsOff] = False
     """Show the traceback of a mistake."""
+    takes_ranks: ClassVar[bool] = False
+    """Whether several processes of a launcher can run it together."""
 
     def with_defaults(self) -> Command:
         """The command with the settings of the recipe, file or run that it names."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from hero.config import SftConfig, TrainConfig
 from hero.files import refuse_to_replace
 from hero.interrupt import Stopped
 from hero.models import existing_model
+from hero.ranks import open_ranks
 from hero.report.console import Console
 from hero.run_folder import RunFolder
 
@@ -54,6 +56,7 @@ class Train(FromRecipe):
     """Train an agent: a recipe or a file of settings, and options that override it."""
 
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
+    takes_ranks = True
 
     def with_defaults(self) -> Train:
         data, resume = self._stored("train"), self.settings.resume
@@ -71,9 +74,10 @@ class Train(FromRecipe):
         self._refuse_nothing("hero train", "quickstart")
         config = self.settings
         name = self.recipe or (Path(self.config).stem if self.config else "train")
-        run_dir = _run_folder(config, name)
+        ranks = open_ranks(config.model.device)
+        run_dir = ranks.first(partial(_run_folder, config, name))
         config.output_dir = str(run_dir)
-        RunFolder(run_dir).check(config)
+        ranks.first(partial(RunFolder(run_dir).check, config))
         for model in filter(None, (config.model.path, config.teacher.path)):
             existing_model(model)
         make_importable(config.env.name)
@@ -84,7 +88,7 @@ class Train(FromRecipe):
 
         prepare_torch(config.threads, self.debug)
         console = Console()
-        trainer = Trainer(config, run_dir, name, console)
+        trainer = Trainer(config, run_dir, name, console, ranks=ranks)
         try:
             trainer.run()
         except KeyboardInterrupt as stop:
@@ -96,7 +100,10 @@ class Train(FromRecipe):
             if trainer.is_begun:  # else the folder was refused, and going on would be too
                 mistake.add_note(_how_to_go_on(trainer))
             raise
-        report = render(run_dir)
+        report = ranks.first(partial(render, run_dir))
+        ranks.close()
+        if not ranks.is_first:
+            return
         console.say(f"Best model: {run_dir / 'best'}")
         if (run_dir / "selected").is_dir():
             console.say(f"Selected:   {run_dir / 'selected'}  (--eval.select)")

@@ -1,0 +1,88 @@
+"""What test_ranks.py has two processes do, one thing after the other; started by torchrun.
+
+The last one ends with the death of rank 1, in the middle of an episode.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hero.envs.shop import ShopEnv
+from hero.ranks import Ranks, open_ranks
+from tests.hero.runs import settings, trainer
+
+STEPS_OF_UPDATE = 2 * 3
+"""Of each rank: half of the episodes, three turns each."""
+
+
+def varied(model: Path, **changes: Any) -> Any:
+    """A run with everything that ranks share: the model reads its episodes, its teacher scores
+    them, so does the model of the start, in several micro-batches, with a mean of means."""
+    varied = {
+        "reflection": {"reflector": "self", "max_tokens": 12, "retries": 1},
+        "loss": {"kl_to_start": 0.1, "loss_aggregation": "trajectory"},
+        "optim": {"micro_batch_tokens": 300}, "updates": 3, "teacher": {"update_rate": 0.2},
+    }  # fmt: skip
+    return settings(model, **{**varied, **changes})
+
+
+class Deadly(ShopEnv):
+    """A shop in which something happens to this process at some step."""
+
+    steps_left = 10**9
+    event: Any = None
+
+    def step(self, text: str) -> Any:
+        Deadly.steps_left -= 1
+        if Deadly.steps_left == 0:
+            Deadly.event()
+        return super().step(text)
+
+
+def run(config: Any, folder: Path, event: Any = None, steps: int = 10**9) -> None:
+    Deadly.event, Deadly.steps_left = event, steps
+    config.env.name, config.env.workers = f"{__name__}:Deadly", "inline"
+    trainer(config, folder).run()
+
+
+def stopped(model: Path, folder: Path, ranks: Ranks) -> None:
+    """A signal that comes to rank 1 alone, in the first update, and the run that goes on."""
+    before = 3 * STEPS_OF_UPDATE  # probe, dev and test
+    steps = before + STEPS_OF_UPDATE + 2 if ranks.rank == 1 else 10**9
+    try:
+        run(varied(model), folder, lambda: os.kill(os.getpid(), signal.SIGTERM), steps)
+        raise AssertionError("no signal came")
+    except KeyboardInterrupt as stop:
+        number = int(getattr(stop, "number", 0))
+    told = ranks.together(lambda: number)
+    ranks.first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
+    run(varied(model, resume=str(folder)), folder)
+
+
+def folder_state(folder: Path) -> str:
+    return (folder / "checkpoint" / "state.json").read_text()[:12]
+
+
+def main(model: Path, root: Path) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    ranks = open_ranks("cpu")
+    run(varied(model), root / "two")
+    run(varied(model, resume=str(root / "one-two")), root / "one-two")
+    run(varied(model, updates=1), root / "two-one")
+    stopped(model, root / "stopped", ranks)
+    is_second = ranks.rank == 1
+    run(varied(model), root / "died", lambda: os._exit(3), 5 if is_second else 10**9)
+
+
+if __name__ == "__main__":
+    from tests.hero import on_ranks  # the environment's name has to be the same everywhere
+
+    on_ranks.main(Path(sys.argv[1]), Path(sys.argv[2]))
