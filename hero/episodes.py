@@ -18,7 +18,7 @@ from hero.config import RolloutConfig
 from hero.envs import border
 from hero.envs.base import Environment, HasOracle
 from hero.envs.border import Beginning, EnvironmentFault, Step
-from hero.envs.workers import Inline, Workers
+from hero.envs.workers import Given, Workers
 from hero.ranks import Ranks
 from hero.renderer import Renderer
 from hero.sampler import Completion, Sampler, Sampling, stream_of
@@ -165,7 +165,7 @@ def rollout(
     count: Callable[[int, int], None] = lambda done, total: None,
     shown: Sequence[Worked] = (),
     ended: Callable[[Trajectory], None] = lambda trajectory: None,
-    beside: Sequence[Trajectory] = (),
+    beside: Sequence[bool] = (),
     ranks: Ranks | None = None,
 ) -> list[Trajectory]:
     """Run every episode to its end; `envs` are reused, one for each episode under way.
@@ -183,7 +183,8 @@ def rollout(
         count: called with the number of finished episodes and of all, whenever one has ended.
         shown: worked episodes before each task (`env.demonstrations`).
         ended: called with each episode that is over, for those who keep them at once.
-        beside: finished episodes of the same batch, for `config.max_env_errors`.
+        beside: of each finished episode of the same batch, whether it failed: they count in
+            `config.max_env_errors`.
         ranks: who share the episodes, each with environments of its own; None is this process.
 
     Raises:
@@ -201,7 +202,7 @@ def rollout(
     )  # fmt: skip
     trajectories = ranks.shared(assignments, play)
     ranks.first(
-        lambda: border.stop_if_failed([*beside, *trajectories], config.max_env_errors)
+        lambda: border.stop_if_failed(trajectories, config.max_env_errors, beside)
     )  # fmt: skip
     return trajectories
 
@@ -214,7 +215,7 @@ def _play(
 ) -> list[Trajectory]:  # fmt: skip
     """The episodes of one process."""
     seed = sampling.seed
-    workers = Inline(envs) if isinstance(envs, Sequence) else envs
+    workers = Given(envs) if isinstance(envs, Sequence) else envs
     stream = stream_of(sampler, workers.rows, sampling, config.max_episode_tokens)
 
     def generate(messages: list[Message], salt: int) -> str:

@@ -52,7 +52,7 @@ class EvalFolder:
         Raises:
             ValueError: the folder holds an evaluation with other settings, or something else.
         """
-        self.path = path
+        self.path, self.split = path, settings["split"]
         saved = path / SETTINGS
         if saved.is_file():
             before = json.loads(saved.read_text(encoding="utf-8"))
@@ -62,13 +62,15 @@ class EvalFolder:
                     f"{path} holds an evaluation with other settings:\n" + "\n".join(changed) + "\n"
                     "Name another --output, or repeat its settings to go on with it."
                 )
-            repair(path / EPISODES, lambda record: True)
+            is_over = (path / RESULT).is_file()  # else broken episodes are played again
+            repair(path / EPISODES, lambda record: is_over or not record["figures"]["error"])
         else:
             refuse_to_replace(path)
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(saved, json.dumps(settings, indent=1))
         lines = read_jsonl(path / EPISODES) if (path / EPISODES).is_file() else []
         self.done = {record["id"] for record in lines}
+        """Episodes that need not be played any more."""
         self._last = time.monotonic()
 
     def add(self, trajectory: Trajectory, pieces: Callable[[list[int]], list[str]]) -> None:
@@ -76,7 +78,7 @@ class EvalFolder:
         now = time.monotonic()
         none: list[Any] = [None] * len(trajectory.turns)
         record = trajectory_record(
-            trajectory, (), update=0, split="test", divergence=none, logprob_gap=none,
+            trajectory, (), update=None, split=self.split, divergence=none, logprob_gap=none,
             tokens=[pieces(turn.action_ids) for turn in trajectory.turns],
             trained=[() for _ in trajectory.turns],
         )  # fmt: skip

@@ -90,7 +90,7 @@ class Stages:
         while fit := state.affordable(config, sum(len(t.turns) for t in played)):
             if not (batch := waiting[len(played) :][:fit]):
                 break
-            played += self.rollout(batch, seed=seed + len(played), beside=played)
+            played += self.rollout(batch, seed=seed, beside=[t.failed for t in played])
         return rewarded(played, config.env.reward)
 
     def reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:

@@ -15,9 +15,10 @@ from hero.commands.play import Play, weights_of
 from hero.config import redacted
 from hero.files import write_atomic
 from hero.interrupt import Interrupt, Stopped
-from hero.models import existing_model
+from hero.models import existing_model, find_model, revision
 from hero.report.comparison import FIGURES, Comparison, bootstrap_interval, compare
 from hero.report.console import Console, signed
+from hero.types import Fault
 
 if TYPE_CHECKING:  # they load torch
     from hero.evaluated import Evaluated
@@ -46,12 +47,15 @@ class Evaluating(Play):
         saved = {"model": model, "weights": _fingerprint(weights_of(model)), **settings}
         kept = EvalFolder(path, saved)
         if not (path / RESULT).is_file():
+            message = f"The episodes so far are in {path}; the same command goes on with them."
             try:
                 with Interrupt():
                     _, facts = self.played(model, kept)
             except KeyboardInterrupt as stop:
-                message = f"The episodes so far are in {path}; the same command goes on with them."
                 raise Stopped(getattr(stop, "number", signal.SIGINT), message) from None
+            except Fault as fault:
+                fault.add_note(message)
+                raise
             kept.close(facts)
         found = read_evaluated(path)
         assert found is not None
@@ -180,7 +184,11 @@ def _json(row: Comparison) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size and time of each file of weights: other weights under the same name are seen."""
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+def _fingerprint(model: Path) -> dict[str, Any]:
+    """By which other weights under the same name are seen: size and time of each file of weights,
+    or the commit of a model of the hub."""
+    folder = Path(find_model(str(model)))
+    if not folder.is_dir():
+        return {"revision": revision(str(folder))}
+    files = sorted(file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind))
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

@@ -114,6 +114,7 @@ class Play(Command):
                 seed=derive_seed(config.seed, TEST),  # the one a run's own test evaluation has
                 temperature=config.temperature, shown=shown,
                 ended=partial(kept.add, pieces=renderer.pieces) if kept else lambda episode: None,
+                beside=[False] * len(kept.done) if kept else (),
             )  # fmt: skip
         if said := renderer.newly_unknown():
             console.say(said)

@@ -234,14 +234,20 @@ def diagnose(env: HasDiagnosis, trajectory: Trajectory) -> list[Diagnosis]:
         return list(found)
 
 
-def stop_if_failed(trajectories: Sequence[Trajectory], share: float = 1.0) -> None:
-    """Raise EnvironmentFault with the first cause if all failed, or more than `share` of them."""
-    failed, number = [t.error for t in trajectories if t.failed], len(trajectories)
-    if failed and (len(failed) == number or len(failed) > share * number):
-        some = "All" if len(failed) == number else f"{len(failed)} of"
-        bound = f", more than rollout.max_env_errors={share:g}" if len(failed) < number else ""
+def stop_if_failed(
+    trajectories: Sequence[Trajectory], share: float = 1.0, beside: Sequence[bool] = ()
+) -> None:
+    """Raise EnvironmentFault with the first cause if all failed, or more than `share` of them.
+
+    `beside`: of each further episode of the batch, whether it failed.
+    """
+    causes = [t.error for t in trajectories if t.failed]
+    failed, number = len(causes) + sum(beside), len(trajectories) + len(beside)
+    if causes and (failed == number or failed > share * number):
+        some = "All" if failed == number else f"{failed} of"
+        bound = f", more than rollout.max_env_errors={share:g}" if failed < number else ""
         raise EnvironmentFault(
-            f"{some} {number} episodes of a batch failed{bound}. The first: {failed[0]}"
+            f"{some} {number} episodes of a batch failed{bound}. The first: {causes[0]}"
         )
 
 

@@ -105,7 +105,7 @@ def trajectory_record(
     divergence: Sequence[Sequence[float] | None],
     logprob_gap: Sequence[Sequence[float] | None],
     trained: Sequence[Sequence[str]],
-    update: int,
+    update: int | None,
     split: str,
 ) -> dict[str, Any]:
     """One trajectory as `hero view` shows it; no text is longer than about `MAX_TEXT`.
@@ -119,8 +119,8 @@ def trajectory_record(
         logprob_gap: log-probability of the sampled token, teacher minus student, in nats [N][T_n];
             None for a turn without a teacher.
         trained: the terms of the loss that trained the turn [N][], none for one left out.
-        update: number of the update; 0 is before training.
-        split: train, or before / after for the held-out tasks.
+        update: number of the update; 0 is before training, None is without one.
+        split: train, or before / after for the held-out tasks; without training that of the tasks.
     """
     diagnosis_of = {
         diagnosis.turn: {

@@ -236,20 +236,26 @@ def _select(records: list[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
 
 def trajectory_view(record: dict[str, Any], algorithm: type[Algorithm]) -> dict[str, Any]:
     """What the template needs of one trajectory record."""
-    turns = [_turn_view(turn, record["split"], algorithm) for turn in record["turns"]]
+    split = "" if record["update"] is None else record["split"]
+    turns = [_turn_view(turn, split, algorithm) for turn in record["turns"]]
     return {
         "id": record["id"],
         "task_id": record["task_id"],
         "instruction": record["instruction"],
         "split": record["split"],
-        "when": f"update {record['update']}"
-        if record["split"] == "train"
-        else f"{record['split']} training",
+        "when": _when(record),
         "success": record["success"],
         "reward": "unknown" if record["reward"] is None else f"{record['reward']:.2f}",
         "stop_reason": ": ".join(filter(None, (record["stop_reason"], record.get("error")))),
         "turns": turns,
     }
+
+
+def _when(record: dict[str, Any]) -> str:
+    split, update = record["split"], record["update"]
+    if split in ("before", "after"):
+        return f"{split} training"
+    return f"{split} task" if update is None or split != "train" else f"update {update}"
 
 
 def _turn_view(turn: dict[str, Any], split: str, algorithm: type[Algorithm]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from hero.cli import main
+from hero.envs.shop import ShopEnv
 from hero.evaluated import read_evaluated
 from hero.evaluation import summarise_figures
 from hero.report.comparison import Comparison, compare
@@ -84,6 +86,79 @@ def test_an_interrupted_evaluation_goes_on(
     assert acted[0] == acted[1] and len(acted[0]) == 6
     assert main([*words, "--seed", "1"]) == 1
     assert "seed: 0 there, 1 here" in said(capsys)
+
+
+class Rough(ShopEnv):
+    """Steps fail in some tasks, as of an endpoint that is down for a while."""
+
+    down: frozenset[str] = frozenset()
+
+    def reset(self, task_id: str) -> Any:
+        self.present = task_id
+        return super().reset(task_id)
+
+    def step(self, text: str) -> Any:
+        if self.present in self.down:
+            raise OSError("unreachable")
+        return super().step(text)
+
+
+def test_broken_episodes_are_played_again_and_the_bound_is_over_all(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tasks = ShopEnv("tiny").tasks("dev")[:4]
+    words = ["eval", str(model_path), "--env.name", f"{__name__}:Rough", *SHOP[2:], *CAPS]
+    words += ["--tasks", "4", "--split", "dev", "--output", "out"]
+    monkeypatch.setattr(Rough, "down", frozenset(tasks[:3]))
+    assert main(words) == 1
+    text = said(capsys)
+    assert "3 of 4 episodes of a batch failed" in text and "goes on with them" in text
+    [folder] = (here / "out").iterdir()
+    monkeypatch.setattr(Rough, "down", frozenset(tasks[:1]))
+    assert main(words) == 0  # of three played one fails, of all four a quarter
+    episodes = read_jsonl(folder / "episodes.jsonl")
+    assert sorted(e["task_id"] for e in episodes) == sorted(tasks)
+    assert [e["task_id"] for e in episodes if e["figures"]["error"]] == tasks[:1]
+    assert json.loads((folder / "eval.json").read_text())["error"] == 0.25
+    before = (folder / "episodes.jsonl").read_bytes()
+    assert main(words) == 0 and (folder / "episodes.jsonl").read_bytes() == before
+    assert {(e["split"], e["update"]) for e in episodes} == {("dev", None)}
+    assert main(["compare", str(folder), str(folder), "--output", "page"]) == 0
+    page = (here / "page" / "compare.html").read_text()
+    assert "dev task" in page and "dev training" not in page
+
+
+def test_one_failure_among_the_last_does_not_count_as_all(
+    here: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = ShopEnv("tiny").tasks("test")[:4]
+    words = ["eval", str(model_path), "--env.name", f"{__name__}:Rough", *SHOP[2:], *CAPS]
+    words += ["--tasks", "4", "--output", "out"]
+    assert main(words) == 0
+    [folder] = (here / "out").iterdir()
+    (folder / "eval.json").unlink()  # as if it had been interrupted in its last episode
+    lines = (folder / "episodes.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "episodes.jsonl").write_bytes(b"".join(line for line in lines if tasks[3].encode()
+                                                     not in line))  # fmt: skip
+    monkeypatch.setattr(Rough, "down", frozenset(tasks[3:]))
+    assert main(words) == 0
+
+
+def test_other_weights_under_the_name_of_a_hub_are_seen(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(here / "hub"))
+    cached = here / "hub" / "models--me--tiny"
+    (cached / "refs").mkdir(parents=True)
+    words = ["eval", "me/tiny", *SHOP, *CAPS, "--tasks", "1", "--output", "out"]
+    for commit, code in (("a" * 40, 0), ("b" * 40, 1)):
+        shutil.copytree(model_path, cached / "snapshots" / commit)
+        (cached / "refs" / "main").write_text(commit)
+        assert main(words) == code, said(capsys)
+    assert f"weights.revision: '{'a' * 40}' there, '{'b' * 40}' here" in said(capsys)
 
 
 def test_what_cannot_be_compared_is_said(
