@@ -60,8 +60,8 @@ class EnvConfig(Settings):
     """What training pays: the environment's own reward, or 1 for success and 0 for the rest. [D]
     failure is a control: 0 for success and 1 for the rest."""
     workers: Literal["auto", "inline", "threads", "processes"] = "auto"
-    """Who runs it; auto: what the environment says (`workers`), else threads. A process is replaced
-    when it dies, a thread cannot be stopped, inline there is no `rollout.step_timeout`. [D]"""
+    """Who runs it; auto: what the environment says (`workers`), else threads. Inline takes one step
+    at a time. A process is replaced when it dies, a thread cannot be stopped. [D]"""
     demonstrations: CountOrZero = 0
     """Worked episodes of the first training tasks, as chat turns before each task. Needs an oracle.
 

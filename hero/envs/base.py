@@ -6,7 +6,7 @@ The last observation is returned too: it is the last turn's feedback. `truncated
 environment's own limit.
 
 An attribute `workers` says who should run it in a rollout: "inline" (a step takes less than a
-millisecond and cannot hang), "threads" (without the attribute) or "processes".
+millisecond, or uses the model), "threads" (without the attribute) or "processes".
 
 Keys of `info`: after `reset` `task_id`, `instruction`; after `step` `valid` (bool), `feedback_kind`
 (FeedbackKind), `parse_ok` (bool), `executed_action` (str | None), `role` ("user" | "tool", the role

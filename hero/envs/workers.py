@@ -80,7 +80,7 @@ def open_workers(
         make: makes an environment; pickled for processes.
         first: an environment that is there already; whoever made it closes it.
         rows: how many.
-        timeout: seconds of one job, not counting the making of its environment; inline has none.
+        timeout: seconds of one job, not counting the making of its environment.
 
     Raises:
         ValueError: the environment asks for another kind.
@@ -88,7 +88,7 @@ def open_workers(
     if kind == "auto":
         kind = getattr(first, "workers", "threads")
     if kind == "inline":
-        return Inline([first], make, rows)
+        return InTurn(make, rows, timeout)
     if kind not in ("threads", "processes"):
         raise ValueError(
             f"{type(first).__name__}.workers is {kind!r}; expected inline, threads or processes."
@@ -106,23 +106,17 @@ def _made(make: Callable[[], Any]) -> Any:
         raise EnvironmentFault(f"an environment could not be made: {raised(error)}") from error
 
 
-class Inline:
-    """Jobs are done where they are submitted."""
+class Given:
+    """Environments that are there already and stay the caller's: jobs are done where they are
+    submitted, without a time limit."""
 
     share_memory = True
 
-    def __init__(
-        self, envs: Sequence[Environment], make: MakeEnv | None = None, rows: int | None = None
-    ) -> None:
-        self.rows = rows or len(envs)
-        self._make, self._envs, self._done = make, list(envs), list[tuple[int, Any]]()
-        self._given = len(envs)
+    def __init__(self, envs: Sequence[Environment]) -> None:
+        self.rows, self._envs, self._done = len(envs), list(envs), list[tuple[int, Any]]()
 
     def submit(self, row: int, job: Job, *arguments: Any) -> None:
         try:
-            while len(self._envs) <= row:
-                assert self._make is not None
-                self._envs.append(_made(self._make))
             self._done.append((row, job(self._envs[row], *arguments)))
         except EnvironmentFault as fault:
             self._done.append((row, fault))
@@ -133,12 +127,6 @@ class Inline:
 
     def close(self) -> None:
         self._done = []
-        for row in range(self._given, len(self._envs)):
-            self.submit(row, border.close)
-        faults = [answer for _, answer in self.done(wait=True) if answer]
-        del self._envs[self._given :]
-        if faults:
-            raise faults[0]
 
 
 class Threads:
@@ -208,13 +196,34 @@ class Threads:
         for row in [row for row, thread in self._threads.items() if thread.env is not None]:
             self.submit(row, border.close)
         faults: list[EnvironmentFault] = []
-        while self._busy:
-            faults += [answer for _, answer in self.done(wait=True) if answer]
+        while done := self.done(wait=True):
+            faults += [answer for _, answer in done if answer]
         for thread in self._threads.values():
             thread.give_up()
         self._threads = {}
         if faults:
             raise faults[0]
+
+
+class InTurn(Threads):
+    """As `Threads`, but a job is waited for where it is submitted, so that two never run at once:
+    for worlds that answer at once, or that use the model."""
+
+    def __init__(self, make: MakeEnv, rows: int, timeout: float) -> None:
+        super().__init__(make, rows, timeout)
+        self._found: list[tuple[int, Any]] = []
+
+    def submit(self, row: int, job: Job, *arguments: Any) -> None:
+        super().submit(row, job, *arguments)
+        self._found += super().done(wait=True)
+
+    def done(self, wait: bool) -> list[tuple[int, Any]]:
+        found, self._found = self._found, []
+        return found
+
+    def close(self) -> None:
+        self._found = []
+        super().close()
 
 
 class _Thread(threading.Thread):

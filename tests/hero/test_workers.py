@@ -1,4 +1,4 @@
-"""Worlds that raise, hang, die or are slow, in threads and processes. Oracle: their script."""
+"""Worlds that raise, hang, die or are slow, whoever runs them. Oracle: their script."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from worlds import Unmade, World
 from hero.config import RolloutConfig
 from hero.envs.border import EnvironmentFault
 from hero.envs.shop import ShopEnv
-from hero.envs.workers import GRACE, Inline, Threads, Workers, closing, open_workers
+from hero.envs.workers import GRACE, Given, InTurn, Threads, Workers, closing, open_workers
 from hero.episodes import Assignment, rollout
 from hero.policy import Policy
 from hero.report.tracking import read_jsonl
 from hero.sampler import HFSampler
 from hero.types import StopReason, Trajectory
 
-KINDS = ("threads", "processes")
+KINDS = ("inline", "threads", "processes")
 FAST = RolloutConfig(max_turns=3, max_turn_tokens=8, max_episode_tokens=400)
 
 
@@ -51,7 +51,7 @@ def test_a_world_that_raises_hangs_or_dies_ends_its_own_episode(policy: Policy, 
     assert "task 'hang', turn 1: no answer within rollout.step_timeout=0.5 s" in failed["hang"]
     if kind == "processes":
         assert "the process of an environment died (exit code 3)" in failed["die"]
-    alone = play(policy, [t for t in tasks if "fine" in t], Inline([World()]))
+    alone = play(policy, [t for t in tasks if "fine" in t], Given([World()]))
     assert [t.reward for t in played if not t.failed] == [t.reward for t in alone] == [1.0] * 8
 
 
@@ -70,16 +70,16 @@ def test_an_environment_is_made_where_it_is_used(policy: Policy, kind: str) -> N
 
 
 def test_the_environment_says_who_runs_it() -> None:
-    assert isinstance(open_workers("auto", ShopEnv, ShopEnv(), 4, 1), Inline)
-    assert isinstance(open_workers("auto", World, World(), 4, 1), Threads)
-    assert isinstance(open_workers("threads", ShopEnv, ShopEnv(), 4, 1), Threads)
+    assert isinstance(open_workers("auto", ShopEnv, ShopEnv(), 4, 1), InTurn)
+    assert type(open_workers("auto", World, World(), 4, 1)) is Threads
+    assert type(open_workers("threads", ShopEnv, ShopEnv(), 4, 1)) is Threads
     world: Any = World()
     world.workers = "fibres"
     with pytest.raises(ValueError, match=r"World\.workers is 'fibres'; expected inline, threads"):
         open_workers("auto", World, world, 4, 1)
 
 
-@pytest.mark.parametrize("kind", ["inline", *KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["OSError", "SystemExit"])
 def test_what_cannot_be_made_is_a_fault(kind: str, how: str) -> None:
     workers = open_workers(kind, partial(Unmade, how), World(), rows=2, timeout=60)
@@ -118,7 +118,7 @@ def test_a_process_outlives_an_answer_that_cannot_be_sent() -> None:
     workers.close()
 
 
-@pytest.mark.parametrize("kind", ["inline", *KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_environments_are_closed_by_those_who_made_them(
     policy: Policy, tmp_path: Path, kind: str
 ) -> None:
@@ -128,14 +128,13 @@ def test_environments_are_closed_by_those_who_made_them(
     assert not list(tmp_path.iterdir())
     workers.close()
     closed = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    own = {} if kind == "inline" else {"0": "closed\n"}
-    assert closed == {**own, "1": "closed\n", "2": "closed\n"}
+    assert closed == dict.fromkeys(("0", "1", "2"), "closed\n")
     with closing(workers, first):  # it is used again
         play(policy, tasks, workers)
-    assert (tmp_path / "0").read_text() == "closed\n" * (1 if kind == "inline" else 2)
+    assert (tmp_path / "0").read_text() == "closed\n" * 2
 
 
-@pytest.mark.parametrize("kind", ["inline", *KINDS])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_of_closing_hides_no_other(policy: Policy, kind: str) -> None:
     workers = open_workers(kind, World, World(), rows=2, timeout=60)
     play(policy, ["fine", "stay"], workers)
@@ -148,9 +147,26 @@ def test_a_fault_of_closing_hides_no_other(policy: Policy, kind: str) -> None:
 
 def test_too_many_failures_stop_the_run(policy: Policy) -> None:
     tasks = ["raise 0", "fine", "raise 1"]
-    assert len(play(policy, tasks, Inline([World()]), max_env_errors=0.7)) == 3
+    assert len(play(policy, tasks, Given([World()]), max_env_errors=0.7)) == 3
     with pytest.raises(EnvironmentFault, match=r"2 of 3 episodes .*max_env_errors=0\.5.*broke"):
-        play(policy, tasks, Inline([World()]))
+        play(policy, tasks, Given([World()]))
+
+
+def test_inline_steps_never_run_at_once() -> None:
+    at_once, most = 0, 0
+
+    def job(env: World) -> None:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.01)
+        at_once -= 1
+
+    workers = open_workers("inline", World, World(), rows=3, timeout=60)
+    for row in range(3):
+        workers.submit(row, job)
+    assert [row for row, _ in workers.done(wait=True)] == [0, 1, 2] and most == 1
+    workers.close()
 
 
 def test_an_interruption_in_a_thread_reaches_the_run(policy: Policy) -> None:
