@@ -155,10 +155,20 @@ class State:
                 f"nothing is left to learn: no turn had a hint and dev success was at least "
                 f"{CEILING:.0%} at {MAX_SATISFIED} evaluations in a row"
             )
-        elif 0 < config.max_idle_updates <= self.idle_updates:
-            self.stopped = (
-                f"in {self.idle_updates} updates in a row nothing was trained or no reflection "
-                "could be read: no turn had a hint, an observation or an advantage to learn from, "
-                "or no gradient was finite (max_idle_updates)"
-            )
+        else:
+            self.stopped = idle_reason(self.idle_updates, config.max_idle_updates)
         return bool(self.stopped)
+
+
+def idle_reason(updates: int, most: int) -> str:
+    """Why a run ends in which so many updates in a row came to nothing; "" if it goes on.
+
+    `most` is `max_idle_updates`, 0 for no bound.
+    """
+    if not 0 < most <= updates:
+        return ""
+    return (
+        f"in {updates} updates in a row nothing was trained or no reflection could be read: no "
+        "turn had a hint, an observation or an advantage to learn from, or no gradient was finite "
+        "(max_idle_updates)"
+    )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hero.config import LossConfig, PromptStyle, ReflectionConfig, Settings, TeacherConfig
+from hero.config.kinds import CountOrZero
 from hero.renderer import Renderer
 
 
@@ -23,6 +24,8 @@ class MethodConfig(Settings):
     all of them have to call as often."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    max_idle_updates: CountOrZero = 5
+    """As in `hero train`: stop after so many updates in a row with nothing to learn; 0 goes on."""
 
 
 class WholeRenderer(Renderer):

@@ -15,6 +15,7 @@ would be added to its loss are refused.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
@@ -38,9 +39,11 @@ from hero.loss import compute_loss, weigh
 from hero.packing import Weighted, micro_batches, pack, plan_rows
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, Reflector, make_reflector
+from hero.state import idle_reason
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Trajectory
 
+LOGGER = logging.getLogger(__name__)
 TEACHER = "hero_teacher.safetensors"
 """In a checkpoint: the teacher's weights, where they are not the student's."""
 FOREIGN_TERMS = {
@@ -75,6 +78,8 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         **named: Any,
     ) -> None:  # fmt: skip
         self.method, self.world = method or MethodConfig(), world
+        self.idle_updates = 0
+        """Batches of episodes in a row of which nothing could be learnt."""
         super().__init__(*arguments, **named)
         self._check()
         self.add_callback(_AfterStep(self))
@@ -198,9 +203,17 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         for item in weigh(samples, self.method.loss, self._total):
             own[item.sample.trajectory].append(item)
         batch["hero_samples"] = own
+        if mode == "train":
+            self._count_idle(sum(map(len, own)), reflections)
         trained = sum(map(len, own)) / max(1, sum(len(t.turns) for t in trajectories))
         self._note(mode, {"turns/trained_rate": trained, **reflections.stats.metrics()})
         return batch
+
+    def _count_idle(self, trained: int, reflections: Reflections) -> None:
+        """Take in a batch of which `trained` turns are learnt from, as `hero train` does."""
+        asked, read = self._total(reflections.stats.asked), self._total(reflections.stats.read)
+        idle = not self._total(trained) or (asked > 0 and not read)
+        self.idle_updates = self.idle_updates + 1 if idle else 0
 
     def _own_rewards(self, number: int) -> Tensor:
         first = self.accelerator.process_index * number
@@ -284,14 +297,19 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 class _AfterStep(TrainerCallback):  # type: ignore[misc]
-    """The teacher follows the student after each step that was taken."""
+    """The teacher follows the student after each step that was taken; idle training stops."""
 
     def __init__(self, trainer: HeroTrainer) -> None:
         self.trainer = trainer
 
-    def on_step_end(self, *arguments: Any, **named: Any) -> None:
-        if not self.trainer.accelerator.optimizer_step_was_skipped:
-            self.trainer.teacher.update()
+    def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        trainer = self.trainer
+        if not trainer.accelerator.optimizer_step_was_skipped:
+            trainer.teacher.update()
+        if reason := idle_reason(trainer.idle_updates, trainer.method.max_idle_updates):
+            control.should_training_stop = True
+            if trainer.accelerator.is_main_process:
+                LOGGER.warning("Training stops: %s.", reason)
 
 
 def _kept(*weights: TeacherWeights | None) -> dict[str, TeacherWeights]:

@@ -22,7 +22,7 @@ from hero.integrations.common import spans  # noqa: E402
 from hero.integrations.trl import TEACHER, HeroTrainer, MethodConfig  # noqa: E402
 from hero.integrations.trl_parts import Generated, episodes  # noqa: E402
 from hero.models import SHIPPED  # noqa: E402
-from hero.types import FeedbackKind, StopReason  # noqa: E402
+from hero.types import Diagnosis, FeedbackKind, StopReason  # noqa: E402
 from hero_kernels import reference  # noqa: E402
 from hero_kernels.objective import Objective  # noqa: E402
 
@@ -321,3 +321,23 @@ def test_an_episode_that_nobody_scored_trains_nothing(tmp_path: Path) -> None:
     loss = trainer.compute_loss(trainer.model, empty)
     loss.backward()
     assert float(loss) == 0.0 and trainer.policy.head.weight.grad is not None
+
+
+def silent(env: Any) -> Any:
+    """The example's world, whose rules find no fault."""
+    env.diagnose = lambda trajectory: [Diagnosis(turn=k) for k in range(len(trajectory.turns))]
+    return env
+
+
+@pytest.mark.parametrize(("most", "steps"), [(2, 2), (0, 4)])
+def test_training_with_nothing_to_learn_stops(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, most: int, steps: int
+) -> None:
+    method = MethodConfig(
+        prompts="compact", reflection=RULES, loss=LossConfig(turns="hinted"), max_idle_updates=most
+    )
+    trainer = shopper(tmp_path, method, max_steps=4, gradient_accumulation_steps=1)
+    trainer.world = silent(trainer.world)
+    trainer.train()
+    assert trainer.state.global_step == steps
+    assert ("in 2 updates in a row nothing was trained" in caplog.text) == (most == 2)
