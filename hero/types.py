@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,12 +25,6 @@ Message = dict[str, str]
 
 class Fault(RuntimeError):
     """Ends a command with a message for the user, who can do something about it: not a bug."""
-
-
-class StrEnum(str, Enum):
-    """`enum.StrEnum` of Python 3.11, for Python 3.10."""
-
-    __str__ = str.__str__
 
 
 class StopReason(StrEnum):

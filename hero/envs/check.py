@@ -10,13 +10,14 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
 from hero.envs import border
 from hero.envs.base import Environment, HasDiagnosis, HasOracle, HasTools, make_env
 from hero.envs.border import EnvironmentFault
-from hero.types import StopReason, StrEnum, Trajectory, Turn
+from hero.types import StopReason, Trajectory, Turn
 
 SPLITS = ("train", "dev", "test")
 MAX_TURNS = 200
@@ -115,7 +116,7 @@ class _Check:
             self.env.reset(NOT_A_TASK)
         except KeyError:
             return "KeyError, as it should be"
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise _Broken(f"reset({NOT_A_TASK!r}) raised {error!r}; expected KeyError") from error
         raise _Broken(f"reset({NOT_A_TASK!r}) started an episode; expected KeyError")
 
@@ -165,14 +166,18 @@ class _Check:
 
     def vocabulary(self) -> str | None:
         """All that a small agent made from the environment's words would read is made of them."""
-        try:
-            self.env.vocabulary()  # type: ignore[attr-defined]
-        except (AttributeError, ValueError):  # there is none, or it is open
+        if not hasattr(self.env, "vocabulary"):
             return None
+        try:
+            words = border.vocabulary(self.env)
+        except EnvironmentFault as fault:
+            if type(fault.__cause__) is ValueError:  # as the contract has it
+                return f"open: {fault.__cause__}"
+            raise
         from hero.renderer import Renderer
         from hero.scratch import build_tokenizer
 
-        renderer = Renderer(build_tokenizer(border.vocabulary(self.env)))
+        renderer = Renderer(build_tokenizer(words))
         renderer.encode(border.system_prompt(self.env))
         for task in self._tasks():
             renderer.encode(border.reset(self.env, task)[0])
@@ -189,7 +194,7 @@ class _Check:
             played = self._play(task)
             if played != self._play(task, env=other, script=[t.action_text for t in played.turns]):
                 raise _Broken(f"two instances play task {task!r} differently with equal actions")
-        other.close()
+        border.close(other)
         return f"two instances agree on {len(self._tasks())} episodes"
 
     def pickling(self) -> str | None:

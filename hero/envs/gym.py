@@ -41,7 +41,9 @@ class GymEnv(Seeded):
         success: str = "positive", max_steps: int = 50, num_train: int = 1000, num_dev: int = 100,
         num_test: int = 100, **options: Any,
     ) -> None:  # fmt: skip
-        import gymnasium
+        import gymnasium as installed
+
+        gymnasium: Any = installed  # typed or not there at all: checked alike
 
         super().__init__(
             max_steps=max_steps, num_train=num_train, num_dev=num_dev, num_test=num_test

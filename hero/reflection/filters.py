@@ -23,11 +23,12 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
 from itertools import pairwise
 
 from hero.config import ReflectionConfig
 from hero.renderer import Renderer
-from hero.types import Diagnosis, StrEnum, Trajectory
+from hero.types import Diagnosis, Trajectory
 
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 BETWEEN_SINGLE_DIGITS = re.compile(r"(?<=(?<!\d)\d)\s(?=\d(?!\d))")

@@ -200,6 +200,28 @@ class Random(Fine):
         return str(Fine.number), *super().step(text)[1:]
 
 
+class Mumbling(Fine):
+    def vocabulary(self) -> list[str]:
+        return {}["words"]  # type: ignore[no-any-return]
+
+
+class Misspelt(Fine):
+    def vocabulary(self) -> list[str]:
+        return self.wrods  # type: ignore[no-any-return, attr-defined]
+
+
+class Open(Fine):
+    def vocabulary(self) -> list[str]:
+        raise ValueError("an open vocabulary")
+
+
+class Leaving(Fine):
+    def reset(self, task_id: str) -> tuple[Any, Any]:
+        if not task_id[-1].isdigit():
+            sys.exit(0)
+        return super().reset(task_id)
+
+
 class Stuck(Fine):
     def __init__(self) -> None:
         self.held = lambda: None
@@ -222,6 +244,10 @@ class HeldOnPurpose(Stuck):
         (Hopeless, ["oracle"]),
         (Random, ["same again", "pickling"]),
         (Stuck, ["pickling"]),
+        (Mumbling, ["vocabulary"]),
+        (Misspelt, ["vocabulary"]),
+        (Open, []),
+        (Leaving, ["unknown task"]),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

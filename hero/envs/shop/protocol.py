@@ -13,9 +13,9 @@ Left out are the official server's debugging queries, which begin with `<r>`, `<
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from hero.envs.shop.store import Shop
-from hero.types import StrEnum
 
 MAX_ACTION = 2000
 """Characters of an action; a longer text is none."""

@@ -11,11 +11,12 @@ from __future__ import annotations
 import re
 import zlib
 from dataclasses import dataclass
+from enum import StrEnum
 
 from hero.envs.shop.protocol import BACK, BUY, DETAILS, NEXT, PREV, Action, State, View
 from hero.envs.shop.reward import Score
 from hero.envs.shop.words import TINY_ATTRIBUTES, TINY_COLORS, TINY_NOUNS, TINY_SIZES
-from hero.types import FeedbackKind, StrEnum
+from hero.types import FeedbackKind
 
 BUDGET_WARNING = 2
 """The steps left are told from this number on."""

@@ -183,8 +183,9 @@ class TauEnv:
             return local_chat(model, temperature)
         if self._generate is None:
             raise ValueError(
-                "user='policy' needs the generator that plays the agent: play through hero's "
-                "rollout, or call use_generator(generate) first."
+                "user='policy' needs the generator that plays the agent, which no other process "
+                "can reach: set --env.workers inline. A program of your own calls "
+                "use_generator(generate) first."
             )
         return self._generate
 
