@@ -124,19 +124,10 @@ def check_ranks(config: TrainConfig, size: int) -> None:
         ValueError: with what to use.
     """
     episodes = config.rollout.tasks_per_update * config.rollout.group_size
-    if size == 1:
-        return
     if size > episodes:
         raise ValueError(
             f"{size} processes share the episodes of an update, and there are {episodes}: raise "
             f"--rollout.tasks-per-update so that there are at least {size}, or start fewer."
-        )
-    if config.model.lora_rank:
-        raise ValueError(
-            f"model.lora_rank={config.model.lora_rank} on {size} processes is not supported: "
-            "weights are sharded by FSDP2, and adapters beside frozen weights are not. Train all "
-            "weights (--model.lora-rank 0), start one process, or use "
-            "hero.integrations.trl.HeroTrainer under DDP."
         )
 
 

@@ -242,7 +242,8 @@ class Policy:
         `weights` are those of `shards.whole_weights()`, where the model itself has only shards.
         """
         if self.adapter is not None:
-            self.adapter.save_pretrained(path)
+            named = weights and {f"base_model.model.{n}": w for n, w in weights.items()}
+            self.adapter.save_pretrained(path, state_dict=named)
         else:
             self.model.save_pretrained(path, state_dict=weights)
         self.tokenizer.save_pretrained(path)

@@ -50,7 +50,7 @@ class Unsharded:
             other[name], own[name].data = own[name].data, tensor
 
     def whole_weights(self) -> AbstractContextManager[dict[str, Tensor] | None]:
-        """Within, all weights of the model on rank 0; None if the model has them itself."""
+        """Within, all weights that are saved on rank 0; None if the model has them itself."""
         return nullcontext()
 
 
@@ -144,7 +144,9 @@ class Sharded(Unsharded):
     def whole_weights(self) -> Iterator[dict[str, Tensor] | None]:
         with self.at_rest():
             found = dict[int, Tensor]()  # tied weights once
-            tensors = self.policy.model.state_dict(keep_vars=True)
+            tensors: dict[str, Any] = self._trained  # an adapter is saved without its model
+            if self.policy.adapter is None:
+                tensors = self.policy.model.state_dict(keep_vars=True)
             for tensor in tensors.values():
                 if id(tensor) not in found:
                     found[id(tensor)] = gathered(tensor.detach(), self.ranks.is_first)

@@ -96,10 +96,10 @@ class Stages:
     def reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:
         if self.reflector is None:
             return Reflections.none(trajectories)
-        reflect = partial(self.reflector.reflect, trajectories, seed)
+        read = partial(_read, self.reflector, trajectories, seed)
         # All ranks ask the model that they hold, the first one anybody else.
-        reflections = reflect() if self._asks_own_model else self.ranks.first(reflect)
-        trajectories[:], reflections = self.ranks.agreed((trajectories, reflections))
+        found = self.ranks.agreed(read()) if self._asks_own_model else self.ranks.first(read)
+        trajectories[:], reflections = found
         return reflections
 
     def annotate(self, trajectories: list[Trajectory], reflections: Reflections) -> list[Sample]:
@@ -128,3 +128,10 @@ class Stages:
                 trials(self.tasks[split][:tasks], config.trials), count=count,
                 seed=derive_seed(self.config.seed, PURPOSES[split]), temperature=config.temperature,
             )  # fmt: skip
+
+
+def _read(
+    reflector: Reflector, trajectories: list[Trajectory], seed: int
+) -> tuple[list[Trajectory], Reflections]:
+    """What a reflector writes, and the episodes, some of which it may mark as failed."""
+    return trajectories, reflector.reflect(trajectories, seed)

@@ -16,13 +16,14 @@ import torch
 
 from hero.envs.shop import ShopEnv
 from hero.ranks import Ranks, open_ranks
+from hero.trainer import Trainer
 from tests.hero.runs import settings, trainer
 
 STEPS_OF_UPDATE = 2 * 3
 """Of each rank: half of the episodes, three turns each."""
 
 
-def varied(model: Path, **changes: Any) -> Any:
+def varied(path: Path, **changes: Any) -> Any:
     """A run with everything that ranks share: the model reads its episodes, its teacher scores
     them, so does the model of the start, in several micro-batches, with a mean of means."""
     varied = {
@@ -30,7 +31,7 @@ def varied(model: Path, **changes: Any) -> Any:
         "loss": {"kl_to_start": 0.1, "loss_aggregation": "trajectory"},
         "optim": {"micro_batch_tokens": 300}, "updates": 3, "teacher": {"update_rate": 0.2},
     }  # fmt: skip
-    return settings(model, **{**varied, **changes})
+    return settings(path, **{**varied, **changes})
 
 
 class Deadly(ShopEnv):
@@ -52,12 +53,29 @@ def run(config: Any, folder: Path, event: Any = None, steps: int = 10**9) -> Non
     trainer(config, folder).run()
 
 
+def failed(model: Path, folder: Path, ranks: Ranks) -> None:
+    """A callback, which rank 0 alone has, raises after the first update."""
+
+    def spoil(number: int, metrics: Any) -> None:
+        raise RuntimeError("no room left")
+
+    config = varied(model, save_every=10)
+    try:
+        Trainer(config, folder, "test", callbacks=[spoil]).run()
+        raise AssertionError("nothing was raised")
+    except RuntimeError as error:
+        name = f"{type(error).__name__}: {error}"
+    told = ranks.together(lambda: name)
+    ranks.first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
+
+
 def stopped(model: Path, folder: Path, ranks: Ranks) -> None:
     """A signal that comes to rank 1 alone, in the first update, and the run that goes on."""
     before = 3 * STEPS_OF_UPDATE  # probe, dev and test
     steps = before + STEPS_OF_UPDATE + 2 if ranks.rank == 1 else 10**9
     try:
-        run(varied(model), folder, lambda: os.kill(os.getpid(), signal.SIGTERM), steps)
+        config = varied(model, save_every=10)
+        run(config, folder, lambda: os.kill(os.getpid(), signal.SIGTERM), steps)
         raise AssertionError("no signal came")
     except KeyboardInterrupt as stop:
         number = int(getattr(stop, "number", 0))
@@ -77,6 +95,8 @@ def main(model: Path, root: Path) -> None:
     run(varied(model), root / "two")
     run(varied(model, resume=str(root / "one-two")), root / "one-two")
     run(varied(model, updates=1), root / "two-one")
+    run(varied(model, model={"lora_rank": 4}, updates=1), root / "lora-two")
+    failed(model, root / "failed", ranks)
     stopped(model, root / "stopped", ranks)
     is_second = ranks.rank == 1
     run(varied(model), root / "died", lambda: os._exit(3), 5 if is_second else 10**9)

@@ -31,6 +31,7 @@ def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     root = tmp_path_factory.mktemp("ranks")
     run(varied(model_path), root / "one")
     run(varied(model_path, updates=1), root / "one-two")
+    run(varied(model_path, model={"lora_rank": 4}, updates=1), root / "lora-one")
     program = str(Path(__file__).with_name("on_ranks.py"))
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -55,6 +56,15 @@ def test_weights_and_teacher_are_those_of_one_process(job: Any) -> None:
     for file in ("student", "teacher"):
         assert_close(*(load_file(run / f"{file}.safetensors") for run in (one, two)))
     best = [load_file(job[0] / name / "best" / "model.safetensors") for name in ("one", "two")]
+    assert_close(*best)
+
+
+def test_so_are_an_adapter_and_its_teacher(job: Any) -> None:
+    one, two = (job[0] / name / "checkpoint" for name in ("lora-one", "lora-two"))
+    for file in ("student", "teacher"):
+        assert_close(*(load_file(run / f"{file}.safetensors") for run in (one, two)))
+    names = ("lora-one", "lora-two")
+    best = [load_file(job[0] / name / "best" / "adapter_model.safetensors") for name in names]
     assert_close(*best)
 
 
@@ -107,6 +117,12 @@ def test_a_signal_to_one_process_stops_all_and_they_save(job: Any) -> None:
     assert told == f'[{signal.SIGTERM}, {signal.SIGTERM}] {{"update": 1'
 
 
+def test_an_error_of_one_process_ends_all_and_they_save(job: Any) -> None:
+    told = (job[0] / "failed" / "told.txt").read_text()
+    assert told.startswith("['RuntimeError: no room left', 'Fault: Rank 0 has ended the run: ")
+    assert told.endswith('RuntimeError: no room left\'] {"update": 1')
+
+
 def test_a_process_that_dies_ends_the_job(job: Any) -> None:
     root, done = job
     assert done.returncode != 0
@@ -144,20 +160,10 @@ def test_a_signal_waits_until_all_have_heard_of_it() -> None:
         assert interrupt.torn
 
 
-@pytest.mark.parametrize(
-    ("changes", "size", "message"),
-    [
-        ({}, 5, "5 processes share the episodes of an update, and there are 4"),
-        ({"model": {"lora_rank": 4}}, 2, "lora_rank=4 on 2 processes .*HeroTrainer under DDP"),
-    ],
-)
-def test_what_several_processes_cannot_do_is_refused(
-    model_path: Path, changes: dict[str, Any], size: int, message: str
-) -> None:
-    config = settings(model_path, **changes)
-    check_ranks(config, 1)
-    with pytest.raises(ValueError, match=message):
-        check_ranks(config, size)
+def test_more_processes_than_episodes_are_refused(model_path: Path) -> None:
+    check_ranks(settings(model_path), 4)
+    with pytest.raises(ValueError, match=r"5 processes share .* are 4: raise .* at least 5"):
+        check_ranks(settings(model_path), 5)
 
 
 @pytest.fixture
