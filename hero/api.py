@@ -50,6 +50,8 @@ def train(
 ) -> Run:  # fmt: skip
     """Train; the same as `hero train`, without a word.
 
+    Where a launcher has started several processes, all of them call it.
+
     Args:
         settings: a `TrainConfig`, or the name of a recipe.
         output_dir: new folder of the run.

@@ -10,7 +10,8 @@ from hero.types import Diagnosis, Trajectory
 
 class Callback:
     """Override what you need. What is raised ends the run as any error does: with what is finished
-    saved. A run that goes on after an interruption repeats no update and none of its calls."""
+    saved. A run that goes on after an interruption repeats no update and none of its calls. Of
+    several processes the first one alone calls them."""
 
     def on_start(self, trainer: Any) -> None:
         """Before anything is played, also when a run goes on; with its hero.trainer.Trainer."""

@@ -207,13 +207,16 @@ def _learning(
 
 
 def beside_measured(config: TrainConfig, policy: Policy) -> str:
-    """A line on the peak of a run that has ended: as predicted and as measured."""
+    """A line on the peak of a run that has ended: as predicted and as measured; measured alone
+    where several processes share the weights."""
     if policy.device.type == "cuda":
         number, what = torch.cuda.max_memory_allocated(policy.device), "allocated on the GPU"
     else:
         number = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         what = "of the whole process, libraries included"
     measured = f"{number / GIB:.2f} GiB measured, {what}"
+    if (size := policy.shards.ranks.size) > 1:
+        return f"Memory: {measured}, rank 0 of {size}."
     try:
         found = predict(config, str(policy.device), sizes_of(policy.model.config))
     except Exception as error:  # an architecture that cannot be built on the meta device

@@ -25,6 +25,8 @@ from hero.types import Fault
 T = TypeVar("T")
 S = TypeVar("S")
 
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+"""What accelerate can be configured to do with a model, by its variables ACCELERATE_USE_..."""
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for another: longer than the slowest episode, the endpoint's last answer
 and a checkpoint that is written."""
@@ -203,7 +205,8 @@ def open_ranks(device: str = "auto") -> Ranks:
         device: `model.device` of the run.
 
     Raises:
-        ValueError: fewer GPUs than ranks, one GPU for all of them, or no way to talk to the others.
+        ValueError: fewer GPUs than ranks, one GPU for all of them, no way to talk to the others, or
+            a launcher that would shard the model too.
     """
     size = launched()
     if size == 1:
@@ -216,6 +219,12 @@ def open_ranks(device: str = "auto") -> Ranks:
             f"{size} processes were started, but this torch ({torch.__version__}) was built "
             "without torch.distributed and gloo: install another, or start one process."
         )
+    for kind in SHARDING:
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() in ("true", "1"):
+            raise ValueError(
+                f"accelerate is configured for {kind}, and hero train shards weights by itself: "
+                "start it with accelerate launch --multi_gpu, or with torchrun."
+            )
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         _take_gpu(device)

@@ -70,6 +70,7 @@ class Sharded(Unsharded):
 
         self.policy, self.ranks, self.stays_whole = policy, ranks, stays_whole
         model, dtype = policy.model, policy.dtype
+        self._same_everywhere()
         mesh = init_device_mesh(policy.device.type, (ranks.size,))
         precision = MixedPrecisionPolicy(
             param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32,
@@ -91,6 +92,22 @@ class Sharded(Unsharded):
         self._trained = super().trained(model)
         if stays_whole:
             self._unshard()
+
+    def _same_everywhere(self) -> None:
+        """Refuse to make one model of the shards of several."""
+
+        def bits() -> list[int]:
+            found = (p.detach().flatten().view(torch.uint8) for p in self.policy.model.parameters())
+            return [int(of_one.sum(dtype=torch.int64)) for of_one in found]
+
+        first, *others = self.ranks.together(bits)
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise ValueError(
+                    f"Rank {rank} has read other weights than rank 0 from "
+                    f"{self.policy.model.config.name_or_path!r}: that folder must hold the same "
+                    "model on every machine."
+                )
 
     def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
         return self._trained

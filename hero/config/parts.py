@@ -34,7 +34,8 @@ class ModelConfig(Settings):
     path: str = "tiny-shop"
     """Folder or hub id of a transformers causal LM; `tiny-shop` is the shipped small agent."""
     device: str = "auto"
-    """auto (cuda if there is one), cpu, cuda, cuda:1, …"""
+    """auto (cuda if there is one), cpu, cuda, cuda:1, …; under a launcher cuda is a GPU for each
+    process."""
     dtype: Dtype = "auto"
     """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
     train_head: bool = True
@@ -87,7 +88,7 @@ class RolloutConfig(Settings):
     top_p: Share = 1.0
     """Nucleus sampling; 1.0 is off. [L]"""
     batch_size: Count = 64
-    """Sequences decoded together, and environments."""
+    """Sequences decoded together, and environments; of each process."""
     step_timeout: Positive = 300.0
     """Seconds in which an environment must answer; else its episode ends with `env_error`. [D]"""
     max_env_errors: Chance = 0.5

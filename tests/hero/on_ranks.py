@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hero.envs.shop import ShopEnv
+from hero.policy import Policy
 from hero.ranks import Ranks, open_ranks
 from hero.trainer import Trainer
 from tests.hero.runs import settings, trainer
@@ -69,8 +70,21 @@ def failed(model: Path, folder: Path, ranks: Ranks) -> None:
     ranks.first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
 
 
+def unlike(path: Path, said: Path, ranks: Ranks) -> None:
+    """Ranks that have read different models."""
+    policy = Policy.load(settings(path).model)
+    with torch.no_grad():
+        policy.head.weight[0, 0] += ranks.rank
+    try:
+        policy.spread(ranks)
+        raise AssertionError("nothing was raised")
+    except ValueError as error:
+        message = str(error)
+    ranks.first(lambda: said.write_text(message))
+
+
 def stopped(model: Path, folder: Path, ranks: Ranks) -> None:
-    """A signal that comes to rank 1 alone, in the first update, and the run that goes on."""
+    """A signal that comes to rank 1 alone, in the second update, and the run that goes on."""
     before = 3 * STEPS_OF_UPDATE  # probe, dev and test
     steps = before + STEPS_OF_UPDATE + 2 if ranks.rank == 1 else 10**9
     try:
@@ -97,6 +111,7 @@ def main(model: Path, root: Path) -> None:
     run(varied(model, updates=1), root / "two-one")
     run(varied(model, model={"lora_rank": 4}, updates=1), root / "lora-two")
     failed(model, root / "failed", ranks)
+    unlike(model, root / "unlike.txt", ranks)
     stopped(model, root / "stopped", ranks)
     is_second = ranks.rank == 1
     run(varied(model), root / "died", lambda: os._exit(3), 5 if is_second else 10**9)

@@ -123,6 +123,10 @@ def test_an_error_of_one_process_ends_all_and_they_save(job: Any) -> None:
     assert told.endswith('RuntimeError: no room left\'] {"update": 1')
 
 
+def test_processes_with_different_models_are_refused(job: Any) -> None:
+    assert (job[0] / "unlike.txt").read_text().startswith("Rank 1 has read other weights than")
+
+
 def test_a_process_that_dies_ends_the_job(job: Any) -> None:
     root, done = job
     assert done.returncode != 0
@@ -183,6 +187,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_process_needs_a_gpu_of_its_own(launched: None, device: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         open_ranks(device)
+
+
+def test_a_launcher_that_shards_is_refused(launched: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"configured for FSDP, .* --multi_gpu"):
+        open_ranks("cpu")
 
 
 def test_other_commands_run_in_one_process(
