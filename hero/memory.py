@@ -130,13 +130,16 @@ def saved_numbers(model: Any) -> int:
     return sum(found.values())
 
 
-def predict(config: TrainConfig, device: str, student: Sizes | None = None) -> Memory:
-    """Of a run with these settings on a device.
+def predict(
+    config: TrainConfig, device: str, student: Sizes | None = None, processes: int = 1
+) -> Memory:
+    """Of a run with these settings on a device, and on each one of several processes.
 
     Args:
         config: of the run.
         device: cpu, cuda, …
         student: of the model, if it is not the one that the settings name.
+        processes: that share weights, moments and teacher in shards (hero/shards.py).
 
     Raises:
         ValueError: the model's configuration cannot be read.
@@ -156,12 +159,19 @@ def predict(config: TrainConfig, device: str, student: Sizes | None = None) -> M
         "weights at the start, average": trained * wide
         * (bool(config.loss.kl_to_start) + (config.eval.select == "averaged")),
     }  # fmt: skip
+    always = {name: -(-number // processes) for name, number in always.items()}
+    if several := processes > 1:
+        always["weights gathered for passes"] = (frozen + trained) * item
+        if config.teacher.path:
+            always["teacher gathered for passes"] = sizes(config.teacher.path).parameters * item
     return Memory(
         always={name: number for name, number in always.items() if number},
         rollout=_rollout(config, size, item),
         training={
             "gradients": trained * wide,
-            **({} if adapted or item == wide else {"weights cast for a pass": trained * item}),
+            **({"gradients summed": -(-trained * wide // processes)} if several else {}),
+            **({} if adapted or several or item == wide
+               else {"weights cast for a pass": trained * item}),
             **_learning(config, size, device, item, has_head),
         },
     )  # fmt: skip
@@ -207,18 +217,16 @@ def _learning(
 
 
 def beside_measured(config: TrainConfig, policy: Policy) -> str:
-    """A line on the peak of a run that has ended: as predicted and as measured; measured alone
-    where several processes share the weights."""
+    """A line on the peak of a run that has ended: as predicted and as measured."""
     if policy.device.type == "cuda":
         number, what = torch.cuda.max_memory_allocated(policy.device), "allocated on the GPU"
     else:
         number = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         what = "of the whole process, libraries included"
     measured = f"{number / GIB:.2f} GiB measured, {what}"
-    if (size := policy.shards.ranks.size) > 1:
-        return f"Memory: {measured}, rank 0 of {size}."
     try:
-        found = predict(config, str(policy.device), sizes_of(policy.model.config))
+        size, processes = sizes_of(policy.model.config), policy.shards.ranks.size
+        found = predict(config, str(policy.device), size, processes)
     except Exception as error:  # an architecture that cannot be built on the meta device
         return f"Memory: {measured}; none predicted for this model: {error}"
     return f"Memory: {found.peak / GIB:.2f} GiB predicted at most; {measured}."
@@ -249,15 +257,17 @@ SWITCHES: tuple[Change, ...] = (
 trained."""
 
 
-def advice(config: TrainConfig, device: str, limit: int) -> tuple[list[str], int]:
+def advice(
+    config: TrainConfig, device: str, limit: int, processes: int = 1
+) -> tuple[list[str], int]:
     """Options that make a run fit `limit` bytes, or as much as they can, and its peak with them."""
     said: dict[str, str] = {}
-    peak, went_on = predict(config, device).peak, True
+    peak, went_on = predict(config, device, None, processes).peak, True
     while peak > limit and went_on:
         went_on = False
         for option, change in SWITCHES:
             changed = change(config)
-            less = predict(changed, device).peak if changed else peak
+            less = predict(changed, device, None, processes).peak if changed else peak
             if changed and less < peak:
                 number = changed.rollout.batch_size
                 if "micro" in option:

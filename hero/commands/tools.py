@@ -11,7 +11,7 @@ import yaml
 from tyro.conf import Positional, arg
 
 from hero import recipes
-from hero.checks import from_dict
+from hero.checks import check_ranks, from_dict
 from hero.commands.base import Command, prepare_torch
 from hero.commands.train import FromRecipe
 from hero.config import TrainConfig
@@ -100,6 +100,8 @@ class Memory(FromRecipe):
 
     gpu: float = 80.0
     """Memory of the GPU in GB."""
+    processes: int = 1
+    """Processes, each with such a GPU, that a launcher starts (docs/scaling.md)."""
     settings: Annotated[TrainConfig, arg(name="")] = field(default_factory=TrainConfig)
 
     def with_defaults(self) -> Memory:
@@ -112,7 +114,10 @@ class Memory(FromRecipe):
         if not 0 < self.gpu < math.inf:
             raise ValueError(f"gpu={self.gpu}; expected a size above 0 in GB.")
         console, limit = Console(), int(self.gpu * 1e9)
-        found = predict(self.settings, "cuda")
+        if self.processes < 1:
+            raise ValueError(f"processes={self.processes}; expected 1 or more.")
+        check_ranks(self.settings, self.processes)
+        found = predict(self.settings, "cuda", None, self.processes)
         for phase in ("always", "rollout", "training"):
             for name, size in getattr(found, phase).items():
                 console.say(f"{phase:<10}{name:<42}{size / GIB:8.2f} GiB")
@@ -120,7 +125,7 @@ class Memory(FromRecipe):
         if found.peak <= limit:
             console.say(f"It fits {self.gpu:g} GB ({limit / GIB:.1f} GiB).")
             return
-        options, peak = advice(self.settings, "cuda", limit)
+        options, peak = advice(self.settings, "cuda", limit, self.processes)
         fits = "It fits" if peak <= limit else "Nothing here makes it fit: the least is"
         console.say(f"It does not fit {self.gpu:g} GB ({limit / GIB:.1f} GiB). {fits} "
                     f"{peak / GIB:.1f} GiB with {' '.join(options)}")  # fmt: skip

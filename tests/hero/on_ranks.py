@@ -5,10 +5,12 @@ The last one ends with the death of rank 1, in the middle of an episode.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from hero.envs.shop import ShopEnv
 from hero.policy import Policy
 from hero.ranks import Ranks, open_ranks
+from hero.shards import local
 from hero.trainer import Trainer
 from tests.hero.runs import settings, trainer
 
@@ -48,10 +51,25 @@ class Deadly(ShopEnv):
         return super().step(text)
 
 
+made: list[Trainer] = []
+
+
 def run(config: Any, folder: Path, event: Any = None, steps: int = 10**9) -> None:
     Deadly.event, Deadly.steps_left = event, steps
     config.env.name, config.env.workers = f"{__name__}:Deadly", "inline"
-    trainer(config, folder).run()
+    made.append(trainer(config, folder))
+    made[-1].run()
+
+
+def held() -> dict[str, int]:
+    """Bytes that this process holds of what lies in shards."""
+    learner, teacher = made[-1].learner, made[-1].teacher
+    moments = [t for state in learner.optimizer.state.values() for t in state.values() if t.dim()]
+    tensors = {
+        "trained weights": learner.policy.trainable().values(), "AdamW": moments,
+        "teacher": teacher.state_dict().values(),
+    }  # fmt: skip
+    return {name: sum(local(t).nbytes for t in found) for name, found in tensors.items()}
 
 
 def failed(model: Path, folder: Path, ranks: Ranks) -> None:
@@ -107,6 +125,7 @@ def main(model: Path, root: Path) -> None:
     torch.set_num_threads(1)
     ranks = open_ranks("cpu")
     run(varied(model), root / "two")
+    ranks.first(partial((root / "bytes.json").write_text, json.dumps(ranks.together(held))))
     run(varied(model, resume=str(root / "one-two")), root / "one-two")
     run(varied(model, updates=1), root / "two-one")
     run(varied(model, model={"lora_rank": 4}, updates=1), root / "lora-two")

@@ -132,6 +132,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["memory"], "hero memory tau-retail"), (["memory", "webshop", "--gpu", "0"], "above 0"),
         (["memory", "webshop", "--gpu", "nan"], "above 0"),
+        (["memory", "webshop", "--processes", "0"], "expected 1 or more"),
+        (["memory", "webshop", "--processes", "999"], "999 processes share the episodes"),
         (["memory", "webshop", "--model.path", "no/model"], "Cannot read the configuration"),
     ):  # fmt: skip
         assert main(words) == 1

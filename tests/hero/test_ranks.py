@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from hero import cli
 from hero.checks import check_ranks
 from hero.interrupt import Interrupt, Stopped
+from hero.memory import predict, sizes
 from hero.ranks import ManyRanks, Ranks, open_ranks
 from hero.report.tracking import read_jsonl
 from tests.hero.on_ranks import run, varied
@@ -57,6 +58,16 @@ def test_weights_and_teacher_are_those_of_one_process(job: Any) -> None:
         assert_close(*(load_file(run / f"{file}.safetensors") for run in (one, two)))
     best = [load_file(job[0] / name / "best" / "model.safetensors") for name in ("one", "two")]
     assert_close(*best)
+
+
+def test_each_process_holds_half_of_weights_moments_and_teacher(job: Any, model_path: Path) -> None:
+    held = json.loads((job[0] / "bytes.json").read_text())
+    size = sizes(str(model_path))
+    one, two = (predict(varied(model_path), "cpu", size, n).always for n in (1, 2))
+    for name in held[0]:
+        both = [of_rank[name] for of_rank in held]
+        assert sum(both) == one[name]  # each tensor is on one of them
+        assert max(both) == pytest.approx(two[name], rel=0.1)  # its rows may be odd
 
 
 def test_so_are_an_adapter_and_its_teacher(job: Any) -> None:
