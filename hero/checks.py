@@ -110,6 +110,7 @@ def check(config: TrainConfig) -> None:
     _check_turns(config)
     _check_teacher(config)
     _check_endpoint(config)
+    _check_engine(config)
     _check_secrets(config)
     if config.resume not in ("never", "auto") and not Path(config.resume).is_dir():
         raise ValueError(
@@ -128,6 +129,12 @@ def check_ranks(config: TrainConfig, size: int) -> None:
         raise ValueError(
             f"{size} processes share the episodes of an update, and there are {episodes}: raise "
             f"--rollout.tasks-per-update so that there are at least {size}, or start fewer."
+        )
+    if config.engine.kind != "hero":
+        raise ValueError(
+            f"engine.kind={config.engine.kind} with {size} processes is not supported, as one of "
+            "them would have to hand over the weights of all: start one process, or set "
+            "--engine.kind hero."
         )
 
 
@@ -201,17 +208,35 @@ def _check_endpoint(config: TrainConfig) -> None:
         )
 
 
-def _check_secrets(config: TrainConfig) -> None:
-    variable = config.reflection.api_key_env
-    if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) and variable not in os.environ:
+def _check_engine(config: TrainConfig) -> None:
+    engine, rollout = config.engine, config.rollout
+    if engine.kind == "server" and not engine.base_url:
         raise ValueError(
-            "reflection.api_key_env must be the name of an environment variable, such as "
-            f"OPENAI_API_KEY; got {len(variable)} characters that are none, and may be the key "
-            "itself: they are not shown. Export the key, and name its variable."
+            "engine.kind=server needs --engine.base-url, the address of a vLLM server such as "
+            "http://localhost:8000/v1; got ''."
         )
+    if engine.kind != "hero" and rollout.top_p < 1 and rollout.temperature != 1:
+        raise ValueError(
+            f"engine.kind={engine.kind} tells log-probabilities of the nucleus at another "
+            f"temperature than 1; got rollout.temperature={rollout.temperature:g} and "
+            f"rollout.top_p={rollout.top_p:g}: set one of them to 1, or --engine.kind hero."
+        )
+
+
+def _check_secrets(config: TrainConfig) -> None:
+    for section in ("reflection", "engine"):
+        variable = getattr(config, section).api_key_env
+        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) and variable not in os.environ:
+            raise ValueError(
+                f"{section}.api_key_env must be the name of an environment variable, such as "
+                f"OPENAI_API_KEY; got {len(variable)} characters that are none, and may be the key "
+                "itself: they are not shown. Export the key, and name its variable."
+            )
     values = {f"env.options {name}": value for name, value in config.env.options.items()}
     if config.reflection.reflector == "openai":
         values["reflection.base_url"] = config.reflection.base_url
+    if config.engine.kind == "server":
+        values["engine.base_url"] = config.engine.base_url
     for name, value in values.items():
         if "***" in str(value):
             raise ValueError(

@@ -35,6 +35,8 @@ def checkup() -> Iterator[str]:
         reason = hero_kernels.supports(impl, device=device)
         found = "ok      " if reason is None else "missing "
         yield f"{found} divergence impl={impl}" + (f": {reason}" if reason else "")
+    yield "ok       engine hero: the weights that are trained sample"
+    yield "ok       engine server: wants --engine.base-url, where a vLLM server runs"
     for package, purpose in EXTRAS.items():
         there = importlib.util.find_spec(package) is not None
         yield f"{'ok      ' if there else 'missing '} {package}: {purpose}"

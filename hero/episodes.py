@@ -21,7 +21,7 @@ from hero.envs.border import Beginning, EnvironmentFault, Step
 from hero.envs.workers import Given, Workers
 from hero.ranks import Ranks
 from hero.renderer import Renderer
-from hero.sampler import Completion, Sampler, Sampling, stream_of
+from hero.sampling import Completion, Sampler, Sampling, stream_of
 from hero.types import Message, StopReason, Trajectory, Turn
 from hero.worked import Worked, opening, work_out
 

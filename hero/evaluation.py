@@ -12,7 +12,7 @@ from hero.envs.base import HasDiagnosis
 from hero.envs.border import EnvironmentFault, diagnose
 from hero.episodes import Assignment
 from hero.renderer import Renderer
-from hero.sampler import Sampler, Sampling
+from hero.sampling import Sampler, Sampling
 from hero.teacher import TeacherWeights
 from hero.types import Diagnosis, Fault, Sample, StopReason, Trajectory
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hero.config import TeacherConfig, TrainConfig
+from hero.drift import Drift
 from hero.loss import LossOutput, compute_loss, weigh
 from hero.packing import PackedBatch, micro_batches, pack, plan_rows
 from hero.policy import Policy
@@ -48,6 +49,8 @@ class Learned:
     """Per-token divergence of each distilled turn, in nats, of the first pass."""
     logprob_gap: dict[Place, list[float]] = field(default_factory=dict)
     """log T(y) - log S(y), likewise."""
+    drift: Drift | None = None
+    """Between sampler and trainer, over the tokens that the first step trained."""
 
 
 class Learner:
@@ -94,7 +97,11 @@ class Learner:
         return rate * min(1.0, (self.steps_taken + 1) / max(1, warmup))
 
     def learn(self, samples: Sequence[Sample], seed: int) -> Learned:
-        """Go over a batch `inner_epochs` times in `minibatches` steps; no samples, no step."""
+        """Go over a batch `inner_epochs` times in `minibatches` steps; no samples, no step.
+
+        Raises:
+            DriftError: sampler and trainer differ by more than `engine.max_drift`: no step then.
+        """
         learned = Learned()
         entropies: list[Tensor] = []
         order = random.Random(seed)
@@ -103,6 +110,8 @@ class Learner:
                 done = self._accumulate(minibatch)
                 if done is None:
                     continue
+                if not learned.steps + learned.skipped_steps:  # by the weights that sampled
+                    learned.drift = self._drift([output for _, output in done])
                 stepped = self._step(learned)
                 for batch, output in done:
                     entropies.append(output.entropy)
@@ -159,6 +168,14 @@ class Learner:
         output.loss = output.loss.detach()
         return output
 
+    def _drift(self, outputs: Sequence[LossOutput]) -> Drift | None:
+        """Of the tokens of all ranks."""
+        seen = torch.cat([output.drift for output in outputs]) if outputs else torch.zeros(0)
+        drift = Drift.joined(self.ranks.together(lambda: Drift.of(seen)))
+        if drift is not None:
+            drift.demand(self.config.engine.max_drift, self.config.engine.kind)
+        return drift
+
     def _step(self, learned: Learned) -> bool:
         """Take an optimiser step unless the gradient is not finite; returns whether it was."""
         for group in self.optimizer.param_groups:
@@ -171,6 +188,7 @@ class Learner:
             finite = math.isfinite(norm)
             if finite:
                 self.optimizer.step()
+                self.policy.version += 1
                 self.teacher.update()
                 self.steps_taken += 1
                 learned.steps += 1

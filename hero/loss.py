@@ -44,6 +44,8 @@ class LossOutput:
     """[M] per-token divergence without weights, nats."""
     logprob_gap: Tensor
     """[M] log T(y) - log S(y)."""
+    drift: Tensor
+    """[M] log S(y) - the sampler's log-probability of y, as it was sampled; like `entropy`."""
     entropy: Tensor
     """[M] of the student, [N] of all tokens if nothing is distilled, [0] if neither is seen."""
     terms: dict[str, Tensor] = field(default_factory=dict)
@@ -224,6 +226,7 @@ def divergence_term(
         loss=result.loss,
         divergence=result.per_token,
         logprob_gap=result.teacher_logprobs - result.student_logprobs,
+        drift=result.student_logprobs.detach() - batch.sampled_logprobs[chosen],
         entropy=result.student_entropy,
     )
 
@@ -241,13 +244,15 @@ def policy_gradient_term(
     ratio = torch.exp(logprobs - torch.where(sampled.isnan(), logprobs.detach(), sampled))
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     gain = torch.minimum(ratio * batch.advantages, clipped * batch.advantages)
-    return _without_teacher(-(batch.pg_weights * gain).sum(), entropy.detach())
+    loss = -(batch.pg_weights * gain).sum()
+    return _without_teacher(loss, entropy.detach(), logprobs.detach() - sampled)
 
 
 def observation_term(policy: Policy, hidden: Tensor, batch: PackedBatch) -> LossOutput:
     """Cross-entropy, at temperature 1, of the observation tokens after their states [O, H]."""
     logprobs, entropy = policy.logprobs(hidden, batch.observed_ids)
-    return _without_teacher(-batch.observation_weight * logprobs.sum(), entropy.new_zeros(0))
+    nothing = entropy.new_zeros(0)
+    return _without_teacher(-batch.observation_weight * logprobs.sum(), nothing, nothing)
 
 
 def start_term(
@@ -261,10 +266,13 @@ def start_term(
         reduction="sum", impl=config.impl, **start.own_head(), **policy.head_options,
     )  # fmt: skip
     assert isinstance(loss, Tensor)
-    return _without_teacher(batch.kl_to_start * loss, loss.new_zeros(0))
+    nothing = loss.new_zeros(0)
+    return _without_teacher(batch.kl_to_start * loss, nothing, nothing)
 
 
-def _without_teacher(loss: Tensor, entropy: Tensor) -> LossOutput:
+def _without_teacher(loss: Tensor, entropy: Tensor, drift: Tensor) -> LossOutput:
     """A term that compares with no teacher."""
     nothing = entropy.new_zeros(0)
-    return LossOutput(loss=loss, divergence=nothing, logprob_gap=nothing, entropy=entropy)
+    return LossOutput(
+        loss=loss, divergence=nothing, logprob_gap=nothing, drift=drift, entropy=entropy
+    )

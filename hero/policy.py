@@ -39,6 +39,8 @@ class Policy:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self.adapter: Any = None
+        self.version = 0
+        """Of the trained weights: whoever changes them for good counts it up."""
         if config.lora_rank > 0:
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError(
@@ -196,6 +198,7 @@ class Policy:
         with self.shards.at_rest():
             for name, value in weights.items():
                 fill(trainable[name], value)
+        self.version += 1
 
     @contextmanager
     def recomputing(self) -> Iterator[None]:
@@ -274,6 +277,7 @@ class Policy:
         with self.shards.at_rest():
             for name, parameter in self.trainable().items():
                 fill(parameter, weights[name].detach())
+        self.version += 1
 
 
 def resolve_device(name: str) -> torch.device:

@@ -50,4 +50,5 @@ def restore(run_dir: Path, learner: Learner) -> tuple[State, str]:
             "another version or of other settings. Start anew in another --output-dir."
         ) from error
     learner.halvings = state.rescues
+    policy.version = state.steps_taken + state.rescues  # as if the run had not been interrupted
     return state, said

@@ -27,7 +27,7 @@ CONFIG, BEFORE, SUMMARY, BEST, SELECTED, LOCK = (
     "config.json", "before.json", "summary.json", "best", "selected", "lock",
 )  # fmt: skip
 FREE = {"updates", "max_env_turns", "threads", "output_dir", "resume", "resume_anyway",
-        "save_every", "save_trajectories", "report_to", "eval", "model.device",
+        "save_every", "save_trajectories", "report_to", "eval", "engine", "model.device",
         "model.gradient_checkpointing", "optim.micro_batch_tokens", "micro_batch_tokens",
         "rollout.batch_size", "loss.impl", "reflection.base_url",
         "reflection.api_key_env"}  # fmt: skip

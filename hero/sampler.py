@@ -1,17 +1,11 @@
-"""Batched sampling: ids in, ids and log-probabilities out.
-
-`Sampler` is what the pipeline asks for, whatever engine serves it; `HFSampler` is a transformers
-model with its key-value cache, on CPU and GPU.
-"""
+"""Batched sampling from the policy's own weights, with key-value caches that are kept."""
 
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +14,7 @@ from transformers import DynamicCache
 from hero.kvcache import RowCache
 from hero.policy import Policy
 from hero.ranks import Ranks
+from hero.sampling import Batches, Completion, Sampling, Stream, complete_all
 
 READ_TOKENS = 8192
 """Prompt tokens of one forward pass, padded: bounds its mask and activations."""
@@ -28,84 +23,6 @@ READ_TOKENS_CPU = 1024
 
 MIN_SHARED = 32
 """Tokens that many prompts begin with, from which on they are read by themselves."""
-
-
-@dataclass(kw_only=True, frozen=True, slots=True)
-class Sampling:
-    """How to sample; the same seed, prompts and weights give the same ids."""
-
-    max_tokens: int
-    seed: int
-    temperature: float = 1.0
-    """0 is greedy."""
-    top_p: float = 1.0
-
-
-@dataclass(kw_only=True, slots=True)
-class Completion:
-    """One sampled answer."""
-
-    ids: list[int]
-    """With the stop token, unless the answer was cut off by `max_tokens`."""
-    logprobs: list[float]
-    """log p of each id at the sampling temperature (greedy: at 1), before nucleus truncation."""
-
-
-class Sampler(Protocol):
-    """A sampling engine."""
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        """One completion for each prompt, in order."""
-        ...
-
-
-class Stream(Protocol):
-    """A sampling engine that takes prompts at any time; each goes under a number below `rows`."""
-
-    def submit(self, row: int, prompt: list[int], seed: int) -> None:
-        """Ask for a completion. It depends on prompt, seed and weights, not on what else runs."""
-        ...
-
-    def step(self) -> list[tuple[int, Completion]]:
-        """Go on a little; returns what has come to its end, by its number."""
-        ...
-
-
-@runtime_checkable
-class Streaming(Protocol):
-    """Samplers that have such an engine of their own."""
-
-    def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
-        """One for so many prompts at once, none longer than `longest` with its completion."""
-        ...
-
-
-def stream_of(sampler: Sampler, rows: int, sampling: Sampling, longest: int) -> Stream:
-    """The sampler's own stream, or one that waits for each batch."""
-    if isinstance(sampler, Streaming):
-        return sampler.stream(rows, sampling, longest)
-    return _Batches(
-        lambda prompts, seeds: sampler.generate(prompts, replace(sampling, seed=seeds[0]))
-    )
-
-
-class _Batches:
-    """A stream of an engine without one: what was submitted is completed in one call."""
-
-    def __init__(self, complete: Callable[[list[list[int]], list[int]], list[Completion]]) -> None:
-        """`complete` gets prompts and seeds."""
-        self.complete = complete
-        self.waiting: dict[int, tuple[list[int], int]] = {}
-
-    def submit(self, row: int, prompt: list[int], seed: int) -> None:
-        self.waiting[row] = (prompt, seed)
-
-    def step(self) -> list[tuple[int, Completion]]:
-        waiting, self.waiting = self.waiting, {}
-        if not waiting:
-            return []
-        prompts, seeds = zip(*waiting.values(), strict=True)
-        return list(zip(waiting, self.complete(list(prompts), list(seeds)), strict=True))
 
 
 class HFSampler:
@@ -125,42 +42,32 @@ class HFSampler:
         """One completion for each prompt, in order; of prompt i by the seed's stream i."""
         if any(not prompt for prompt in prompts):
             raise ValueError("A prompt is empty: the sampler needs at least one token.")
-        return self.ranks.shared(
-            range(len(prompts)), lambda own: self._generate(prompts, own, sampling)
-        )
-
-    def _generate(
-        self, prompts: Sequence[list[int]], own: Sequence[int], sampling: Sampling
-    ) -> list[Completion]:
-        """Completions of the prompts with these numbers."""
-        if not own:
+        if not prompts:
             return []
-        order = deque(sorted(own, key=lambda i: -len(prompts[i])))
-        longest = len(prompts[order[0]]) + sampling.max_tokens
-        rows = min(self.batch_size, len(own))
-        stream = self.stream(rows, sampling, longest)
-        owners: dict[int, int] = {}
-        found: dict[int, Completion] = {}
+        longest = max(map(len, prompts)) + sampling.max_tokens
 
-        def next_prompt(row: int) -> None:
-            if order:
-                owners[row] = order.popleft()
-                seed = random.Random(f"{sampling.seed}/{owners[row]}").getrandbits(63)
-                stream.submit(row, prompts[owners[row]], seed)
+        def complete(own: Sequence[int]) -> list[Completion]:
+            stream = self.stream(min(self.batch_size, len(own)), sampling, longest)
+            return complete_all(stream, self.batch_size, prompts, own, sampling.seed)
 
-        for row in range(rows):
-            next_prompt(row)
-        while len(found) < len(own):
-            for row, completion in stream.step():
-                found[owners[row]] = completion
-                next_prompt(row)
-        return [found[i] for i in own]
+        return self.ranks.shared(range(len(prompts)), complete)
+
+    @property
+    def version(self) -> int:
+        return self.policy.version
+
+    @property
+    def context(self) -> int:
+        return self.policy.context
+
+    def rest(self) -> None:
+        """Its weights are the trainer's, and caches end with their stream."""
 
     def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
         """A stream of the present weights: it must end before they change."""
         if self.policy.sees_all(longest):
             return _Rows(self.policy, rows, sampling)
-        return _Batches(partial(_complete_padded, self.policy, sampling))
+        return Batches(partial(_complete_padded, self.policy, sampling))
 
 
 @dataclass(slots=True)

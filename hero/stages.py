@@ -10,6 +10,7 @@ from functools import partial
 
 from hero.algorithms import MODES, Experience
 from hero.config import TrainConfig
+from hero.engines import make_engine
 from hero.envs.base import Environment, make_env
 from hero.envs.border import disjoint_tasks
 from hero.envs.workers import open_workers
@@ -53,13 +54,14 @@ class Stages:
             self.env, self.tasks["train"], number, most, self.renderer
         )
         self.teacher = TeacherWeights(policy, config.teacher)
+        self.sampler = make_engine(config, policy)
         self.rollout = partial(
-            rollout, envs=self.workers, sampler=HFSampler(policy, size), renderer=self.renderer,
+            rollout, envs=self.workers, sampler=self.sampler, renderer=self.renderer,
             config=config.rollout, shown=shown, ranks=self.ranks,
         )  # fmt: skip
-        sampler, teacher_sampler = (
-            HFSampler(asked, size, self.ranks) for asked in (policy, self.teacher.policy)
-        )
+        teacher_sampler = HFSampler(self.teacher.policy, size, self.ranks)
+        many = self.ranks.size > 1  # ranks share what they ask the model that all of them hold
+        sampler = HFSampler(policy, size, self.ranks) if many else self.sampler
         prompts = make_prompts(config.prompts)
         context = TeacherContext(config.teacher, self.renderer, prompts)
         self.algorithm = MODES[config.mode](context, config.loss)
@@ -69,7 +71,7 @@ class Stages:
                 config.reflection, env=self.env, sampler=sampler, renderer=self.renderer,
                 prompts=prompts, teacher_sampler=teacher_sampler,
                 teacher_weights=self.teacher.applied,
-                context=min(policy.context, self.teacher.policy.context),
+                context=min(self.sampler.context, self.teacher.policy.context),
             )  # fmt: skip
         self.watch = Watch(
             config, self.env, self.algorithm, self.reflect, self.annotate, self.teacher,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
 from hero.config import TrainConfig
 from hero.gate import GATE, gate_opens
+from hero.reflection.base import ReflectionStats
+from hero.types import Trajectory
 
 CEILING = 0.99
 """Dev success from which on nothing is expected to be gained."""
@@ -119,6 +121,20 @@ class State:
                 f"reflection.min_agreement={bound:g}"
             )
         return refresh
+
+    def count(self, trajectories: Sequence[Trajectory], stats: ReflectionStats) -> int:
+        """Take in what an update played and wrote; returns the tokens that were generated."""
+        generated = sum(t.num_action_tokens for t in trajectories) + stats.generated_tokens
+        self.env_turns += sum(len(trajectory.turns) for trajectory in trajectories)
+        self.generated_tokens += generated
+        self.reflection_tokens += stats.generated_tokens
+        self.reflection_seconds += stats.seconds
+        return generated
+
+    def totals(self) -> dict[str, float]:
+        """What has been played and written so far, as metrics."""
+        names = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
+        return {name: getattr(self, name) for name in names}
 
     def count_idle(self, idle: bool) -> None:
         """Take in whether an update came to nothing."""

@@ -24,7 +24,7 @@ from hero.envs import border
 from hero.episodes import Assignment, derive_seed, gold_episodes, rewarded, rollout
 from hero.prompts import Hindsight, Prompts, make_prompts
 from hero.renderer import Renderer
-from hero.sampler import Completion, Sampling
+from hero.sampling import Completion, Sampling
 from hero.scratch import diagnosis_json
 from hero.types import Diagnosis, Sample, Trajectory, Turn
 from hero.worked import worked_episodes

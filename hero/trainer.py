@@ -190,24 +190,20 @@ class Trainer:
             found = self.stages.watch.agreement(trajectories, reflections, seed)
             metrics |= self.ranks.agreed(found)
         clock.lap("annotation")
+        version = self.stages.sampler.version
         self.console.stage("training")
+        self.stages.sampler.rest()
         with self.interrupt.deferred():  # weights, counters and what is pending change together
             learned = self.learner.learn(samples, derive_seed(config.seed, LEARN, number))
             state.update, state.steps_taken = number, self.learner.steps_taken
             state.pending = {"metrics": metrics, "records": [], "is_judged": False}
-            state.env_turns += turns
-            generated = sum(t.num_action_tokens for t in trajectories)
-            generated += reflections.stats.generated_tokens
-            state.generated_tokens += generated
-            state.reflection_tokens += reflections.stats.generated_tokens
-            state.reflection_seconds += reflections.stats.seconds
+            generated = state.count(trajectories, reflections.stats)
             state.count_idle(learned.steps == 0 or reflections.stats.unread)
             clock.lap("train")
             renderer = self.policy.renderer
             metrics |= update_metrics(trajectories, renderer.stop_ids, learned, renderer.unknown_id)
             metrics |= reflections.stats.metrics() if self.stages.reflector else {}
-            totals = ("env_turns", "generated_tokens", "reflection_tokens", "reflection_seconds")
-            metrics |= {name: getattr(state, name) for name in totals} | clock.metrics()
+            metrics |= state.totals() | clock.metrics() | {"rollout/policy_version": version}
             metrics["tokens_per_second"] = generated / max(1e-9, sum(clock.metrics().values()))
             state.pending["records"] = self._records(
                 number, "train", trajectories, reflections, learned

@@ -14,7 +14,7 @@ from hero.episodes import derive_seed, rewarded
 from hero.evaluation import Probe, agreement, consistency, probe_teacher
 from hero.reflection import Reflections
 from hero.renderer import Renderer
-from hero.sampler import Sampler
+from hero.sampling import Sampler
 from hero.teacher import TeacherWeights
 from hero.types import Sample, Trajectory
 

@@ -5,6 +5,7 @@ YAML recipes and command-line options fill the same fields.
 
 from hero.config.kinds import Count, Dtype, NotNegative, PromptStyle, Settings
 from hero.config.parts import (
+    EngineConfig,
     EnvConfig,
     EvalConfig,
     LossConfig,
@@ -19,7 +20,7 @@ from hero.config.sft import ScratchConfig, SftConfig
 from hero.config.train import TrainConfig
 
 __all__ = [
-    "Count", "Dtype", "EnvConfig", "EvalConfig", "LossConfig", "ModelConfig", "NotNegative",
-    "OptimConfig", "PromptStyle", "ReflectionConfig", "RolloutConfig", "ScratchConfig", "Settings",
-    "SftConfig", "TeacherConfig", "TrainConfig", "redacted",
+    "Count", "Dtype", "EngineConfig", "EnvConfig", "EvalConfig", "LossConfig", "ModelConfig",
+    "NotNegative", "OptimConfig", "PromptStyle", "ReflectionConfig", "RolloutConfig",
+    "ScratchConfig", "Settings", "SftConfig", "TeacherConfig", "TrainConfig", "redacted",
 ]  # fmt: skip

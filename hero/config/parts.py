@@ -96,6 +96,27 @@ class RolloutConfig(Settings):
 
 
 @dataclass(kw_only=True)
+class EngineConfig(Settings):
+    """Who computes what the student samples while it trains (docs/integrations.md)."""
+
+    kind: Literal["hero", "server"] = "hero"
+    """hero: the weights that are trained, with kept caches; server: a vLLM server. [D]"""
+    max_drift: Positive = 0.1
+    """Stop if log-probabilities of sampler and trainer differ by more nats, on average. [D]"""
+    base_url: str = ""
+    """server: address of its OpenAI protocol, such as http://localhost:8000/v1."""
+    model: str = ""
+    """server: the model's name there; "" is the one that it serves."""
+    api_key_env: str = "VLLM_API_KEY"
+    """server: environment variable that holds the key."""
+    timeout: Positive = 600.0
+    """server: seconds for one answer, retries included."""
+    weights_dir: str = ""
+    """Folder for the weights that are handed over, which the server must read at the same path; ""
+    is a temporary one."""
+
+
+@dataclass(kw_only=True)
 class ReflectionConfig(Settings):
     """Hindsight: who reads a finished episode and diagnoses its turns, in one call."""
 

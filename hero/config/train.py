@@ -7,6 +7,7 @@ from typing import Literal
 
 from hero.config.kinds import Count, CountOrZero, PromptStyle, Settings
 from hero.config.parts import (
+    EngineConfig,
     EnvConfig,
     EvalConfig,
     LossConfig,
@@ -29,6 +30,7 @@ class TrainConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     env: EnvConfig = field(default_factory=EnvConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     reflection: ReflectionConfig = field(default_factory=ReflectionConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -15,7 +15,7 @@ from torch import Tensor
 from hero.integrations.common import spans
 from hero.policy import Policy
 from hero.renderer import Renderer
-from hero.sampler import Completion, Sampling
+from hero.sampling import Completion, Sampling
 from hero.types import FeedbackKind, StopReason, Trajectory, Turn
 from hero_kernels.integrations.transformers import lm_states, with_head
 

@@ -24,7 +24,7 @@ from hero.config import LossConfig
 from hero.integrations.common import MethodConfig, WholeRenderer, spans
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, make_reflector
-from hero.sampler import Completion, Sampling
+from hero.sampling import Completion, Sampling
 from hero.teacher import TeacherContext
 from hero.types import Sample, StopReason, Trajectory, Turn
 

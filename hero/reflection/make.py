@@ -18,7 +18,7 @@ from hero.reflection.shuffle import ShuffledReflector
 from hero.reflection.verify import VerifiedReflector
 from hero.reflection.votes import VotingReflector
 from hero.renderer import Renderer
-from hero.sampler import Sampler
+from hero.sampling import Sampler
 from hero.toolcalls import example
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from hero.config import ReflectionConfig
 from hero.renderer import Renderer
-from hero.sampler import Sampler, Sampling
+from hero.sampling import Sampler, Sampling
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,6 +19,8 @@ OF_TRL = {
     "rewards/std": "reward_std",
     "generated_tokens": "num_tokens",
     "divergence/mean": "distillation/divergence",
+    "drift/mean": "sampling/sampling_logp_difference/mean",
+    "drift/max": "sampling/sampling_logp_difference/max",
 }
 """What a metric is called by TRL's trainers, where that differs from `metrics.jsonl`."""
 

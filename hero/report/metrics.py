@@ -66,6 +66,8 @@ def update_metrics(
         "grad_norm": learned.grad_norm,
         "entropy": learned.entropy,
     }
+    if learned.drift is not None:
+        metrics |= learned.drift.metrics()
     if unknown_id is not None:
         read = [t.turns[-1].prompt_ids for t in trajectories if t.turns]
         metrics["rollout/unknown_tokens"] = sum(ids.count(unknown_id) for ids in read)

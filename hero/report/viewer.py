@@ -56,6 +56,14 @@ CHARTS = (
         ),
         percent=True,
     ),
+    Chart(
+        "Sampler and trainer, nats apart",
+        (
+            Line("drift/mean", "mean"),
+            Line("drift/max", "largest"),
+            Line("drift/kl", "KL, estimated"),
+        ),
+    ),
     Chart("Entropy of the student, nats", (Line("entropy", "entropy"),)),
     Chart("Tokens a turn", (Line("completions/mean_length", "training"),)),
     Chart("Norm of the gradient", (Line("grad_norm", "norm"),)),

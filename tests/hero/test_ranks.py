@@ -92,7 +92,9 @@ def test_gradients_and_loss_are_those_of_one_process(job: Any) -> None:
     assert len(lines[0]) == len(lines[1]) == 4
     for ours, theirs in zip(*lines, strict=True):
         assert ours.keys() == theirs.keys()
-        numbers = {name: x for name, x in ours.items() if "second" not in name}
+        # The clock's numbers differ, and so does rounding itself, which is what drift measures.
+        numbers = {n: x for n, x in ours.items() if "second" not in n and "drift" not in n}
+        assert all(theirs[name] < 1e-5 for name in ours if "drift" in name)
         assert numbers == pytest.approx({name: theirs[name] for name in numbers}, rel=1e-4)
     assert lines[0][-1]["reflection/generated_tokens"] > 0 and lines[0][-1]["grad_norm"] > 0
 

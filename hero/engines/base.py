@@ -1,0 +1,86 @@
+"""What training asks of an engine, and what engines with weights of their own have in common."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from hero.drift import Drift
+from hero.policy import Policy
+from hero.sampling import Sampler, Sampling, Streaming
+
+
+class Engine(Sampler, Streaming, Protocol):
+    """Samples from the policy's present weights, wherever it keeps its own."""
+
+    @property
+    def version(self) -> int:
+        """`Policy.version` of the weights it sampled from last."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Longest sequence it takes, prompt and completion."""
+        ...
+
+    def rest(self) -> None:
+        """Leave the memory to training; whatever is sampled next wakes it."""
+        ...
+
+
+class WeightFolder:
+    """The policy's weights as files for another program, of which only the newest are kept.
+
+    Args:
+        policy: whose model, or whose LoRA adapter.
+        parent: where the folders are made; "" for temporary files of this machine.
+    """
+
+    def __init__(self, policy: Policy, parent: str) -> None:
+        self.policy = policy
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        self._root = tempfile.TemporaryDirectory(prefix="hero-weights-", dir=parent or None)
+        self._kept: Path | None = None
+
+    def write(self) -> Path:
+        """A new folder with the present weights, as transformers or peft write them."""
+        new = Path(self._root.name) / f"version-{self.policy.version}"
+        self.policy.save(new)
+        return new
+
+    def keep(self, folder: Path) -> None:
+        """The other program reads this one from here on."""
+        if self._kept is not None and self._kept != folder:
+            shutil.rmtree(self._kept, ignore_errors=True)
+        self._kept = folder
+
+
+@torch.no_grad()
+def check_same_model(
+    policy: Policy, engine: Sampler, temperature: float, max_drift: float, kind: str
+) -> None:
+    """Compare what an engine says of 16 tokens it samples with what the policy says of them.
+
+    Where `temperature`, the run's, is not 1, they are sampled at 2: log-probabilities that were not
+    divided by it differ most among unlikely tokens.
+
+    Raises:
+        DriftError: it samples from other weights, or tells other log-probabilities.
+    """
+    # A prompt of any words leaves a model in doubt; where it is sure, other models are sure too.
+    prompt = random.Random(0).choices(range(len(policy.tokenizer)), k=24)
+    temperature = 1.0 if temperature == 1 else 2.0
+    sampling = Sampling(max_tokens=16, seed=0, temperature=temperature)
+    [done] = engine.generate([prompt], sampling)
+    ids = torch.tensor(prompt + done.ids, device=policy.device)
+    hidden = policy.hidden(ids[None])[0, len(prompt) - 1 : -1]
+    own, _ = policy.logprobs(hidden, ids[len(prompt) :], temperature)
+    drift = Drift.of(own.cpu() - torch.tensor(done.logprobs))
+    assert drift is not None
+    drift.demand(max_drift, kind)
