@@ -8,7 +8,7 @@ import threading
 from functools import cache
 from pathlib import Path
 
-SHIPPED = {"tiny-shop": Path(__file__).parent / "assets" / "tiny-shop"}
+SHIPPED = {name: Path(__file__).parent / "assets" / name for name in ("tiny-shop", "tiny-desk")}
 CONFIGS = ("config.json", "adapter_config.json")
 """Files that a folder with a model, or with a LoRA adapter, holds."""
 HUB_SECONDS = 3.0

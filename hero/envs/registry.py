@@ -48,6 +48,10 @@ BUILTIN = {
         factory="hero.envs.shop:ShopEnv",
         summary="WebShop's protocol on a synthetic catalogue; plays anywhere",
     ),
+    "tiny-desk": World(
+        factory="hero.envs.tiny_desk:TinyDeskEnv",
+        summary="customer service by house rules that show late, for small agents",
+    ),
     "webshop": World(
         factory="hero.envs.webshop:WebShopEnv",
         summary="WebShop on its own products and goals",
