@@ -130,7 +130,7 @@ def check_ranks(config: TrainConfig, size: int) -> None:
             f"{size} processes share the episodes of an update, and there are {episodes}: raise "
             f"--rollout.tasks-per-update so that there are at least {size}, or start fewer."
         )
-    if config.engine.kind != "hero":
+    if size > 1 and config.engine.kind != "hero":
         raise ValueError(
             f"engine.kind={config.engine.kind} with {size} processes is not supported, as one of "
             "them would have to hand over the weights of all: start one process, or set "
