@@ -137,12 +137,12 @@ def count(lines: list[Instruction], columns: float) -> dict[str, float]:
 def of_sweep(name: str, compiled: Compiled, columns: int, size: float) -> Bound:
     """Of a kernel that walks the columns in loops, each of which takes `columns` a thread.
 
-    Every sweep computes p_t and p_s: two exponentials a column.
+    Every sweep computes p_s at least: one exponential a column.
     """
     ways = [
         line
         for loop in inner_loops(compiled.code)
-        for line in shortest_way(compiled.code, loop, 2 * columns)
+        for line in shortest_way(compiled.code, loop, columns)
     ]
     counts = count(ways, columns)
     return Bound(name, size, counts, compiled.registers, compiled.warps_per_sm)

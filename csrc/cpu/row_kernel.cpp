@@ -85,49 +85,11 @@ struct Normaliser {
     float offset;                    // subtracted
 };
 
-// The JSD for |x| <= CLOSE_LOG_RATIO, without exponential and logarithm: with l = log(b + (1-b) e^x),
-//
-//   -(b l + (1-b) e^x (l - x)) = x^2 value(x)     the column's share over p
-//                        x - l = x bracket(x)
-//
-// are power series. Whatever b is, the nearest singularity is at least pi away: what is left out is
-// below 6e-8 of either.
-struct NearMixture {
-    static constexpr int TERMS = 12;
-    float value[TERMS], bracket[TERMS];
-
-    NearMixture(double beta, double other) {
-        double slope[TERMS + 1] = {other};  // s = l', with s' = s (1 - s)
-        for (int n = 0; n < TERMS; ++n) {
-            double product = slope[n] * beta;
-            for (int i = 0; i < n; ++i) product -= slope[i] * slope[n - i];
-            slope[n + 1] = product / (n + 1);
-        }
-        double above[TERMS + 2] = {0, -beta};  // l - x
-        for (int n = 2; n < TERMS + 2; ++n) above[n] = slope[n - 1] / n;
-        for (int n = 2; n < TERMS + 2; ++n) {
-            double sum = 0, factorial = 1;  // of e^x (l - x)
-            for (int i = n; i > 0; factorial *= n - --i) sum += above[i] / factorial;
-            value[n - 2] = static_cast<float>(-beta * above[n] - other * sum);
-            bracket[n - 2] = static_cast<float>(-above[n - 1]);
-        }
-    }
-};
-
-// Of NearMixture::TERMS terms, in pairs as in formulas.h.
-inline Floats power_series(const float* c, Floats x) {
-    const Floats x2 = x * x, x4 = x2 * x2;
-    const auto four = [c, x, x2](int k) {
-        return (c[k] + x * c[k + 1]) + x2 * (c[k + 2] + x * c[k + 3]);
-    };
-    return four(0) + x4 * (four(4) + x4 * four(8));
-}
-
-// Whether |x| <= CLOSE_LOG_RATIO, x = log_ratio - offset, for the columns [begin, end).
-inline bool all_near(const float* log_ratio, float offset, int64_t begin, int64_t end) {
+// Whether |x| <= EVEN_LIMIT, x = log_ratio - offset, for the columns [begin, end).
+inline bool all_even(const float* log_ratio, float offset, int64_t begin, int64_t end) {
     Ints far = {};
     for (int64_t i = begin; i < end; i += LANES)
-        far |= magnitude(load_floats(log_ratio + i) - offset) > CLOSE_LOG_RATIO;
+        far |= magnitude(load_floats(log_ratio + i) - offset) > EVEN_LIMIT;
     return !any(far);
 }
 
@@ -135,23 +97,23 @@ struct Value {
     double divergence, centre;  // centre: mean under q of the gradient's bracket
 };
 
-constexpr int64_t GROUP = 4 * LANES;  // columns whose log ratios are all near, or not
+constexpr int64_t GROUP = 4 * LANES;  // columns whose log ratios are all small, or not
 
 // Pass 3: the divergence. Leaves in log_ratio the gradient's bracket minus `reference`, or for
 // forward KL q - p. One function for a row and for its reference: both round alike, except in
-// a JSD whose top token has a near log ratio among far ones: only its reference is by the series.
+// a JSD whose top token has a small log ratio among large ones: only its reference is by series.
 template <int divergence>
 __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                                            const Mixture& mixture, float reference, int64_t size) {
     Value value = {0, 0};
     const float beta = mixture.beta, other = mixture.other, minus_reference = -reference;
-    const NearMixture series(beta, other);
     for (int64_t begin = 0; begin < size; begin += BLOCK) {
         const int64_t end = size - begin < BLOCK ? size : begin + BLOCK;
         Floats sum = {}, centre = {};
         for (int64_t group = begin; group < end; group += GROUP) {
             const int64_t stop = end - group < GROUP ? end : group + GROUP;
-            const bool near = divergence == JSD && all_near(row.log_ratio, n.offset, group, stop);
+            const bool even = divergence == JSD && mixture.even() &&
+                              all_even(row.log_ratio, n.offset, group, stop);
             for (int64_t i = group; i < stop; i += LANES) {
                 const Floats p = load_floats(row.teacher + i) * n.inv_teacher;
                 const Floats q = load_floats(row.student + i) * n.inv_student;
@@ -165,9 +127,10 @@ __attribute__((noinline)) Value accumulate(const Row& row, const Normaliser& n,
                     sum += kl_term(q, p, -x);
                     left = minus_reference + x;
                     centre += q * left;
-                } else if (near) {
-                    sum += p * (x * x) * power_series(series.value, x);
-                    left = minus_reference + x * power_series(series.bracket, x);
+                } else if (even) {
+                    const Floats t = x * x;
+                    sum += 0.5f * (p + q) * even_share(t);
+                    left = minus_reference + even_bracket(x, t);
                     centre += q * left;
                 } else {
                     const LogMixture<Floats> log_m = log_mixture(x, mixture);

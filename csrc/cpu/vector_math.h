@@ -70,6 +70,18 @@ inline T exponential_minus_1(T x) {
     return both_exponentials(x).minus_1;
 }
 
+
+// The sum of c[k] t^k, at most 12 terms, in pairs as in formulas.h.
+template <int terms, class T>
+inline T power_series(const float* c, T t) {
+    static_assert(terms > 8 && terms % 2 == 0 && terms <= 12, "what is summed here");
+    const T t2 = t * t, t4 = t2 * t2;
+    const auto two = [c, t](int k) { return c[k] + t * c[k + 1]; };
+    T last = two(8);
+    if (terms == 12) last += t2 * two(10);
+    return (two(0) + t2 * two(2)) + t4 * ((two(4) + t2 * two(6)) + t4 * last);
+}
+
 }  // namespace
 
 #define HERO_FUNCTION inline

@@ -69,6 +69,10 @@ HERO_DEVICE void sync_warp() {
     __syncwarp();
 }
 
+HERO_DEVICE bool all_of_warp(bool yes) {
+    return __all_sync(0xffffffffu, yes);
+}
+
 // Barrier of the first `count` threads of the block, a multiple of 32.
 HERO_DEVICE void sync_threads(int count) {
     asm volatile("barrier.sync 1, %0;" ::"r"(count) : "memory");

@@ -24,6 +24,7 @@ struct Logits {
     float student[COLUMNS_PER_THREAD];    // z_s
     float log_ratio[COLUMNS_PER_THREAD];  // z_s - z_t
     float slope[COLUMNS_PER_THREAD];      // d z_s / d raw, without its constant factor
+    bool plain;  // known to the compiler: all columns are real and the slope is 1
 };
 
 struct alignas(16) Words {
@@ -34,18 +35,37 @@ HERO_DEVICE float from_half(int32_t dtype, uint32_t bits) {
     return dtype == BFLOAT16 ? as_float(bits << 16) : float_from_half(bits);
 }
 
+// Eight adjacent stored numbers as fp32, read in pieces of 16 bytes.
+HERO_DEVICE void load_pieces(const char* tile, int32_t dtype, int column, float* out) {
+    if (dtype == FLOAT32) {
+        const Words* pieces = reinterpret_cast<const Words*>(tile + column * 4);
+        const Words first = load_shared(pieces), second = load_shared(pieces + 1);
+        HERO_UNROLL
+        for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+            out[i] = as_float(i < 4 ? first.word[i] : second.word[i - 4]);
+        return;
+    }
+    const Words piece = load_shared(reinterpret_cast<const Words*>(tile + column * 2));
+    if (dtype == BFLOAT16) {
+        HERO_UNROLL
+        for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+            const uint32_t both = piece.word[i / 2];
+            out[i] = as_float(i % 2 ? both & 0xffff0000u : both << 16);
+        }
+    } else {
+        HERO_UNROLL
+        for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+            out[i] = float_from_half(piece.word[i / 2] >> i % 2 * 16 & 0xffffu);
+    }
+}
+
 // Eight stored numbers as fp32. `tile` is where column 0 of the tile lies, `column` the thread's
 // first within the tile.
 HERO_DEVICE void load_stored(const char* tile, int32_t dtype, int column, const Lanes& lanes,
                              float* out) {
     const bool half = dtype != FLOAT32;
     if (lanes.step == 1) {
-        const Words* pieces = reinterpret_cast<const Words*>(tile + column * (half ? 2 : 4));
-        const Words first = load_shared(pieces), second = half ? first : load_shared(pieces + 1);
-        HERO_UNROLL
-        for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
-            out[i] = half ? from_half(dtype, first.word[i / 2] >> i % 2 * 16 & 0xffffu)
-                          : as_float(i < 4 ? first.word[i] : second.word[i - 4]);
+        load_pieces(tile, dtype, column, out);
         return;
     }
     HERO_UNROLL
@@ -61,13 +81,17 @@ struct Scaling {
     float absolute;  // with delta, 1 where the row's student holds raw logits all the same, else 0
     float inv_temperature;
     float inner;  // before the soft cap
+    bool plain;   // the transform is a factor, and the row's gradient is wanted
 
-    HERO_DEVICE Scaling(const RowsProblem& problem, int row)
+    HERO_DEVICE Scaling(const RowsProblem& problem, const Lanes& lanes, int row)
         : absolute(problem.delta && problem.absolute_rows && problem.absolute_rows[row] ? 1.0f
                                                                                         : 0.0f),
           inv_temperature(problem.temperatures ? 1.0f / problem.temperatures[row]
                                                : problem.inv_temperature),
-          inner(problem.logit_scale * (problem.softcap > 0 ? 1.0f : inv_temperature)) {}
+          inner(problem.logit_scale * (problem.softcap > 0 ? 1.0f : inv_temperature)),
+          plain(lanes.step == 1 && problem.teacher_dtype == FLOAT32 && !problem.teacher_bias &&
+                !problem.student_bias && !(problem.softcap > 0) && absolute == 0.0f &&
+                problem.row_weights[row] != 0.0f) {}
 };
 
 // Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope.
@@ -99,15 +123,42 @@ HERO_DEVICE void transform(const RowsProblem& problem, const Scaling& scaling, i
     log_ratio = delta ? raw_s : student - teacher;
 }
 
+// Whether no logit of the warp is masked; with delta that is the teacher's to say.
+template <bool delta>
+HERO_DEVICE bool none_masked(const Logits& raw) {
+    float least = raw.teacher[0];
+    HERO_UNROLL
+    for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+        least = lowest(least, delta ? raw.teacher[i] : lowest(raw.teacher[i], raw.student[i]));
+    return all_of_warp(least >= MASKED);  // false of a NaN
+}
+
+// Raw logits of a plain row, all real and none masked, as what they stand for.
+template <bool delta>
+HERO_DEVICE Logits plain_logits(const Logits& raw, const Scaling& scaling) {
+    Logits logits;
+    logits.plain = true;
+    HERO_UNROLL
+    for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+        const float stored = raw.student[i] * scaling.inner;
+        logits.teacher[i] = raw.teacher[i] * scaling.inner;
+        logits.student[i] = delta ? logits.teacher[i] + stored : stored;
+        logits.log_ratio[i] = delta ? stored : stored - logits.teacher[i];
+        logits.slope[i] = 1.0f;
+    }
+    return logits;
+}
+
 // The thread's columns of a tile; those from `vocab_size` on count as masked.
 template <bool delta>
 HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
                                const Scaling& scaling, const char* teacher_tile,
                                const char* student_tile, int in_tile, int column) {
     Logits logits;
-    const int vocab_size = static_cast<int>(problem.vocab_size);
+    logits.plain = false;
     load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
     load_stored(student_tile, problem.student_dtype, in_tile, lanes, logits.student);
+    const int vocab_size = static_cast<int>(problem.vocab_size);
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
         const int at = column + i * lanes.step;
@@ -124,6 +175,28 @@ HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
     return logits;
 }
 
+// Writes adjacent columns of the gradient's row, all within it, in pieces of 16 bytes.
+HERO_DEVICE void store_pieces(int32_t dtype, char* grad_row, int column, const float* values) {
+    Words first, second;
+    if (dtype == BFLOAT16) {
+        HERO_UNROLL
+        for (int i = 0; i < 4; ++i)
+            first.word[i] = bfloat16x2(values[2 * i], values[2 * i + 1]);
+    } else if (dtype == FLOAT16) {
+        HERO_UNROLL
+        for (int i = 0; i < 4; ++i) first.word[i] = float16x2(values[2 * i], values[2 * i + 1]);
+    } else {
+        HERO_UNROLL
+        for (int i = 0; i < 4; ++i)
+            first.word[i] = as_bits(values[i]), second.word[i] = as_bits(values[4 + i]);
+    }
+    const bool half = dtype != FLOAT32;
+    Words* pieces =
+        reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
+    pieces[0] = first;
+    if (!half) pieces[1] = second;
+}
+
 HERO_DEVICE uint32_t pack(int32_t dtype, float first, float second) {
     return dtype == BFLOAT16 ? bfloat16x2(first, second) : float16x2(first, second);
 }
@@ -135,17 +208,7 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
     const int columns = static_cast<int>(problem.columns);
     const bool half = dtype != FLOAT32;
     if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
-        Words* pieces =
-            reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
-        HERO_UNROLL
-        for (int part = 0; part < 2; ++part) {
-            Words piece;
-            HERO_UNROLL
-            for (int i = 0; i < 4; ++i)
-                piece.word[i] = half ? pack(dtype, values[2 * i], values[2 * i + 1])
-                                     : as_bits(values[4 * part + i]);
-            if (part == 0 || !half) pieces[part] = piece;
-        }
+        store_pieces(dtype, grad_row, column, values);
         return;
     }
     HERO_UNROLL

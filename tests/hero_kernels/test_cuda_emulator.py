@@ -23,6 +23,7 @@ from tile_cases import (
     REVERSE_KL,
     check,
     make_case,
+    relative_error,
 )
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -57,7 +58,7 @@ FAULTS: dict[str, list[Patch]] = {
         ("row_kernel.h", "if (incoming) wait(&exchange.full[at.stage], at.parity);", "")
     ],
     "a-stage-is-overwritten-while-it-is-read": [
-        ("row_kernel.h", "wait(&exchange.empty[at.stage], at.parity ^ 1);", "")
+        ("row_copies.h", "wait(&exchange.empty[at.stage], at.parity ^ 1);", "")
     ],
     "a-stage-is-given-back-before-the-last-sweep": [
         ("row_kernel.h", "at, true, !resident,", "at, true, true,")
@@ -134,6 +135,38 @@ def test_gradient_in_place(
     in_place = case.call(partial(run, seed=1), inputs[target])
     assert torch.equal(in_place, stats)
     assert torch.equal(inputs[target], grad)
+
+
+@pytest.mark.parametrize(
+    ("scale", "beta"), [(0.01, 0.5), (0.7, 0.5), (0.7, 0.2), (4.0, 0.5)], ids=str
+)
+@DIVERGENCES
+@DELTA
+def test_rows_that_need_no_more_than_a_factor(
+    emulator: Emulator, divergence: str, delta: bool, scale: float, beta: float
+) -> None:
+    """Without bias, soft cap and masked columns there is a way of its own; 0.7 and less are small
+    log ratios throughout, 4.0 is both kinds."""
+    case = make_case(divergence, delta, 2, 1048, scale=scale, beta=beta, with_stats=scale < 1)
+    if delta:
+        case.student = case.student.bfloat16()
+    run = partial(emulator.divergence_rows, setting=Setting(1, 2, 2))
+    check(run, case, torch.float32 if beta == 0.5 else torch.bfloat16)
+
+
+@DIVERGENCES
+def test_columns_masked_without_a_bias(emulator: Emulator, divergence: str) -> None:
+    """As if they were not there."""
+    case = make_case(divergence, False, 2, 1048, scale=0.5)
+    kept = torch.arange(1048) % 100 != 7
+    without = replace(case, student=case.student[:, kept], teacher=case.teacher[:, kept])
+    true_stats, true_grad = without.truth()
+    masked = [matrix.masked_fill(~kept, -torch.inf) for matrix in (case.student, case.teacher)]
+    case = replace(case, student=masked[0], teacher=masked[1])
+    stats, grad = case.run(partial(emulator.divergence_rows, setting=Setting(1, 2, 2)))
+    torch.testing.assert_close(stats[:, 0].double(), true_stats[:, 0], rtol=1e-5, atol=0)
+    assert relative_error(grad[:, kept], true_grad) < 1e-5
+    assert grad[:, ~kept].eq(0).all()
 
 
 A100 = Limits(166912, 167936, 1)

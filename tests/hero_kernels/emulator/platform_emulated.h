@@ -46,6 +46,11 @@ uint32_t shuffle_xor(uint32_t value, int mask);
 inline float shuffle_xor(float value, int mask) {
     return as_float(shuffle_xor(as_bits(value), mask));
 }
+inline bool all_of_warp(bool yes) {
+    uint32_t all = yes;
+    for (int mask = 16; mask; mask /= 2) all &= shuffle_xor(all, mask);
+    return all;
+}
 
 void init_barrier(Barrier* barrier, int arrivals);
 inline void fence_barriers() {}
