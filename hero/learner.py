@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,8 @@ class Learner:
         seen = torch.cat([output.drift for output in outputs]) if outputs else torch.zeros(0)
         drift = Drift.joined(self.ranks.together(lambda: Drift.of(seen)))
         if drift is not None:
-            drift.demand(self.config.engine.max_drift, self.config.engine.kind)
+            engine = self.config.engine
+            self.ranks.apart(partial(drift.demand, engine.max_drift, engine.kind))
         return drift
 
     def _step(self, learned: Learned) -> bool:
