@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 
 import torch
+import torch.distributed as dist
 
 import hero_kernels
 from hero.report.facts import versions
@@ -35,6 +36,9 @@ def checkup() -> Iterator[str]:
         reason = hero_kernels.supports(impl, device=device)
         found = "ok      " if reason is None else "missing "
         yield f"{found} divergence impl={impl}" + (f": {reason}" if reason else "")
+    talk = [name for name in ("gloo", "nccl") if getattr(dist, f"is_{name}_available", bool)()]
+    found, said = ("ok      ", " and ".join(talk)) if talk else ("missing ", "gloo, in this torch")
+    yield f"{found} several processes (torchrun -m hero train): {said}"
     yield "ok       engine hero: the weights that are trained sample"
     yield "ok       engine server: wants --engine.base-url, where a vLLM server runs"
     for package, purpose in EXTRAS.items():

@@ -78,7 +78,8 @@ def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
     return {
         "model": f"{config.model.path} ({_count(policy.num_parameters)} parameters, "
         f"{_count(sum(p.numel() for p in policy.trainable().values()))} trained)",
-        "device": f"{policy.device}, {str(policy.dtype).removeprefix('torch.')}",
+        "device": f"{policy.device}, {str(policy.dtype).removeprefix('torch.')}"
+        + (f", {processes} processes" if (processes := policy.shards.ranks.size) > 1 else ""),
         "environment": f"{config.env.name} {options}".strip(),
         "mode": config.mode,
         "seed": f"{config.seed}, learning rate {config.optim.learning_rate:g}",
