@@ -8,6 +8,7 @@ what was expected, and the line of the user's code.
 from __future__ import annotations
 
 import inspect
+import math
 import reprlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -255,9 +256,12 @@ def stop_if_failed(
 
 
 def _breach(what: str, got: Any, expected: str) -> _Breach:
-    size = f" of length {len(got)}" if isinstance(got, (list, tuple, dict, str)) else ""
-    kind = f"{type(got).__name__}{size}"
-    return _Breach(f"{what}: got {reprlib.repr(got)} ({kind}); expected {expected}")
+    try:
+        size = f" of length {len(got)}" if isinstance(got, (list, tuple, dict, str)) else ""
+        shown = f"{reprlib.repr(got)} ({type(got).__name__}{size})"
+    except Exception:  # code of the world, or an integer of thousands of digits
+        shown = f"a value that cannot be shown ({type(got).__name__})"
+    return _Breach(f"{what}: got {shown}; expected {expected}")
 
 
 def _text(what: str, value: Any, limit: int) -> str:
@@ -274,10 +278,13 @@ def _truth(what: str, value: Any) -> bool:
 
 def _reward(value: Any) -> float:
     expected = f"a finite number from -{MAX_REWARD:.0e} to {MAX_REWARD:.0e}"
-    size: Any = abs(value) if isinstance(value, Real) else None
-    if size is None or not size <= MAX_REWARD:  # NaN fails too
+    try:  # a plain number first, whose comparisons are no code of the world
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= MAX_REWARD:  # NaN fails too
         raise _breach("step(): reward", value, expected)
-    return float(value)
+    return number
 
 
 def _info(what: str, value: Any) -> dict[str, Any]:
