@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # looking for a checkpoint needs no torch
 
 CHECKPOINT = "checkpoint"
 STATE = "state.json"
+WRITTEN = ("student.safetensors", "teacher.safetensors", "optimizer.pt")
 
 
 class BrokenCheckpoint(ValueError):
@@ -41,13 +42,17 @@ def save_checkpoint(
             save_file(plain, folder / f"{name}.safetensors")
         torch.save(optimizer, folder / "optimizer.pt")
         files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
-        (folder / STATE).write_text(json.dumps({**state, "files": files}), encoding="utf-8")
+        sums = {"files": files, "self": _sum_of(state)}
+        (folder / STATE).write_text(json.dumps({**state, **sums}), encoding="utf-8")
 
 
-def load_checkpoint(run_dir: Path, device: torch.device) -> tuple[dict[str, Any], str]:
+def load_checkpoint(
+    run_dir: Path, device: torch.device, read_state: Callable[[dict[str, Any]], Any] = dict
+) -> tuple[dict[str, Any], str]:
     """Read it back: keys state, student, teacher, optimizer; and what has to be said about it.
 
-    A broken checkpoint is passed over if the one before it is still there and good.
+    A broken checkpoint is passed over if the one before it is still there and good. `read_state`
+    makes of the counters what is returned as state; it raises ValueError if they are none.
 
     Raises:
         BrokenCheckpoint: there is none that can be read.
@@ -55,7 +60,7 @@ def load_checkpoint(run_dir: Path, device: torch.device) -> tuple[dict[str, Any]
     broken: BrokenCheckpoint | None = None
     for folder in checkpoints(run_dir):
         try:
-            found = _load(folder, device)
+            found = _load(folder, device, read_state)
         except BrokenCheckpoint as error:
             broken = broken or error
             continue
@@ -70,7 +75,9 @@ def load_checkpoint(run_dir: Path, device: torch.device) -> tuple[dict[str, Any]
     raise BrokenCheckpoint(f"{broken}{hint}")
 
 
-def _load(folder: Path, device: torch.device) -> dict[str, Any]:
+def _load(
+    folder: Path, device: torch.device, read_state: Callable[[dict[str, Any]], Any]
+) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
@@ -91,26 +98,46 @@ def _load(folder: Path, device: torch.device) -> dict[str, Any]:
         raise BrokenCheckpoint(
             f"{folder / STATE} is not the state of a run of this version: it has no checksums."
         )
-    for name, expected in state.pop("files").items():
+    files, own = state.pop("files"), state.pop("self", None)
+    try:
+        found: dict[str, Any] = {"state": read_state(state)}
+    except ValueError as error:
+        raise BrokenCheckpoint(
+            f"{folder / STATE} does not fit this run ({error}): it is of another version, or was "
+            "changed."
+        ) from error
+    sums = {STATE: (own, _sum_of(state))}
+    for name, expected in {**dict.fromkeys(WRITTEN), **files}.items():
         if not (folder / name).is_file():
             raise BrokenCheckpoint(f"{folder / name} is missing.")
-        if checksum(folder / name) != expected:
+        sums[name] = (expected, checksum(folder / name))
+    for name, (expected, present) in sums.items():
+        if expected != present:
             raise BrokenCheckpoint(
                 f"{folder / name} cannot be read (its checksum is not the one it was written with)."
             )
-    student, teacher = read("student.safetensors"), read("teacher.safetensors")
-    for name, tensors in (("student", student), ("teacher", teacher)):
-        for key, value in tensors.items():
-            if not bool(torch.isfinite(value).all()):
-                raise BrokenCheckpoint(
-                    f"{folder / name}.safetensors holds NaN or infinity in {key}."
-                )
-    return {
-        "state": state,
-        "student": student,
-        "teacher": teacher,
-        "optimizer": read("optimizer.pt"),
-    }
+    for name in WRITTEN:
+        found[Path(name).stem] = content = read(name)
+        for key, value in _tensors(content):
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise BrokenCheckpoint(f"{folder / name} holds NaN or infinity in {key}.")
+    return found
+
+
+def _tensors(content: Any, key: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors in nested dictionaries and lists, with the names that lead there."""
+    if hasattr(content, "is_floating_point"):
+        yield key, content
+    elif isinstance(content, dict | list):
+        parts = content.items() if isinstance(content, dict) else enumerate(content)
+        for name, part in parts:
+            yield from _tensors(part, f"{key}.{name}".strip("."))
+
+
+def _sum_of(state: dict[str, Any]) -> str:
+    """Of the counters, as they are after they were written and read."""
+    text = json.dumps(json.loads(json.dumps(state)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

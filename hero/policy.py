@@ -257,6 +257,8 @@ class Policy:
         Raises:
             BrokenCheckpoint: it is not whole, or not of this model.
         """
+        if not path.is_dir():
+            raise BrokenCheckpoint(f"The model in {path} cannot be read: there is no such folder.")
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, output_loading_info=True

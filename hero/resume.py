@@ -36,10 +36,11 @@ def restore(run_dir: Path, learner: Learner) -> tuple[State, str]:
         BrokenCheckpoint: it cannot be read, or is not of this model and these settings.
     """
     policy, teacher = learner.policy, learner.teacher
-    saved, said = learner.ranks.apart(lambda: load_checkpoint(run_dir, torch.device("cpu")))
+    cpu = torch.device("cpu")
+    saved, said = learner.ranks.apart(lambda: load_checkpoint(run_dir, cpu, State.of))
     policy.take_over(saved["student"], run_dir)
     try:
-        state = State(**saved["state"])
+        state = saved["state"]
         if state.rescues:  # a live teacher is held since the first
             teacher.restart()
         teacher.load_state_dict(saved["teacher"])

@@ -150,13 +150,16 @@ class RunFolder:
             Fault: it was cut or changed.
         """
         path = self.path / BEFORE
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
             before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if not before["per_task"]:
                 raise ValueError("it holds no task")
-        except (ValueError, KeyError, TypeError) as error:
+            for figures in (before, *before["per_task"].values()):
+                if missing := {"success", "score", "turns"} - figures.keys():
+                    raise ValueError(f"it lacks {min(missing)}")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Fault(
                 f"{path} cannot be read ({type(error).__name__}: {error}). The training itself is "
                 "whole: remove the file to go without the comparison, or evaluate with hero eval."

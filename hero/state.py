@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from hero.collapse import MAX_BAD_EVALUATIONS, WATCHED, signs_of_collapse
-from hero.config import TrainConfig
+from hero.config import Settings, TrainConfig
 from hero.gate import GATE, gate_opens
 from hero.reflection.base import ReflectionStats
 from hero.types import Trajectory
@@ -19,7 +21,7 @@ MAX_SATISFIED = 3
 
 
 @dataclass(kw_only=True, slots=True)
-class State:
+class State(Settings):
     """Counters of a run.
 
     Every seed is derived from the number of its update. So with the weights and the optimiser's
@@ -60,6 +62,20 @@ class State:
     """Updates in a row without an optimiser step, or without a reflection that could be read."""
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
+
+    @classmethod
+    def of(cls, saved: dict[str, Any]) -> State:
+        """What was saved.
+
+        Raises:
+            ValueError: fields that are unknown, missing or of another type.
+        """
+        try:
+            return TypeAdapter(cls).validate_python(saved)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{where}: {first['msg']}, got {first['input']!r}") from None
 
     @property
     def logged(self) -> int:

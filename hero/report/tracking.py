@@ -210,6 +210,20 @@ def json_line(record: Mapping[str, Any]) -> bytes:
 
 
 def repair(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Leave the complete lines that `keep` wants."""
-    if path.is_file():
-        write_atomic(path, b"".join(json_line(line) for line in read_jsonl(path) if keep(line)))
+    """Leave the complete lines that `keep` wants.
+
+    Raises:
+        ValueError: a line is not what is written there.
+    """
+    if not path.is_file():
+        return
+    kept = []
+    for number, line in enumerate(read_jsonl(path), start=1):
+        try:
+            kept += [json_line(line)] * keep(line)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not one of a run ({type(error).__name__}: {error}). "
+                "Remove the line."
+            ) from error
+    write_atomic(path, b"".join(kept))

@@ -57,6 +57,12 @@ def with_nan(path: Path) -> None:
     save_file(tensors, path)
 
 
+def nan_moments(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    next(iter(state["optimizer"]["state"].values()))["exp_avg"].fill_(float("nan"))
+    torch.save(state, path)
+
+
 def other_shapes(path: Path) -> None:
     state = torch.load(path, weights_only=True)
     for moments in state["optimizer"]["state"].values():
@@ -82,6 +88,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a state of a newer version": (
         lambda f: again(f / "state.json", lambda s: {**s, "flux": 1}), "not fit this run.*flux",
     ),
+    "a number of the state changed": (
+        lambda f: again(f / "state.json", lambda s: {**s, "update": s["update"] - 1}),
+        "state.json cannot be read .*checksum",
+    ),
+    "a counter that is a text": (
+        lambda f: again(f / "state.json", lambda s: {**s, "env_turns": "many"}),
+        "not fit this run .env_turns: .* got 'many'",
+    ),
+    "a state without checksums of files": (
+        lambda f: (again(f / "state.json", lambda s: {**s, "files": {}}), flip(f / WEIGHTS)),
+        "student.*checksum",
+    ),
+    "moments with NaN": (lambda f: swap(f, OPTIMISER, nan_moments), "optimizer.pt holds NaN"),
     "a state that is a list": (
         lambda f: again(f / "state.json", lambda s: [1]), "not the state of a run of this version",
     ),
@@ -113,13 +132,18 @@ def test_the_good_checkpoint_beside_a_broken_one_is_taken(
     assert left(tmp_path / "run") == left(whole)
 
 
-@pytest.mark.parametrize("spoil", ["missing", "cut"])
+@pytest.mark.parametrize("spoil", ["missing", "cut", "gone"])
 def test_a_broken_best_model_is_named_at_the_end(
     model_path: Path, whole: Path, tmp_path: Path, spoil: str
 ) -> None:
     shutil.copytree(whole, tmp_path / "run")
     model = tmp_path / "run" / "best" / "model.safetensors"
-    model.unlink() if spoil == "missing" else os.truncate(model, 1000)
+    if spoil == "gone":
+        shutil.rmtree(model.parent)
+    elif spoil == "missing":
+        model.unlink()
+    else:
+        os.truncate(model, 1000)
     with pytest.raises(BrokenCheckpoint, match=r"The model in .*best cannot be read"):
         go_on(model_path, tmp_path / "run")
 
@@ -128,6 +152,27 @@ def test_a_cut_before_json_is_named(model_path: Path, whole: Path, tmp_path: Pat
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run" / "before.json").write_text('{"per_task": {')
     with pytest.raises(Fault, match=r"before.json cannot be read .* training itself is whole"):
+        go_on(model_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("content", ["[]", '{"per_task": {"a": 1}}', '{"per_task": {"a": {}}}'])
+def test_a_foreign_before_json_is_named(
+    model_path: Path, whole: Path, tmp_path: Path, content: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "before.json").write_text(content)
+    with pytest.raises(Fault, match=r"before.json cannot be read .* training itself is whole"):
+        go_on(model_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["metrics.jsonl", "trajectories.jsonl"])
+def test_a_foreign_line_of_a_log_is_named(
+    model_path: Path, whole: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    with (tmp_path / "run" / file).open("a") as log:
+        log.write('{"step": "three", "update": "three"}\n')
+    with pytest.raises(ValueError, match=rf"{file}, line \d+ is not one of a run.*Remove the line"):
         go_on(model_path, tmp_path / "run")
 
 
