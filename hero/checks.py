@@ -215,6 +215,11 @@ def _check_engine(config: TrainConfig) -> None:
             "engine.kind=server needs --engine.base-url, the address of a vLLM server such as "
             "http://localhost:8000/v1; got ''."
         )
+    if engine.kind == "transformers" and rollout.top_p < 1:
+        raise ValueError(
+            f"engine.kind=transformers tells log-probabilities of the nucleus alone; got "
+            f"rollout.top_p={rollout.top_p:g}: set --rollout.top-p 1 or --engine.kind hero."
+        )
     if engine.kind != "hero" and rollout.top_p < 1 and rollout.temperature != 1:
         raise ValueError(
             f"engine.kind={engine.kind} tells log-probabilities of the nucleus at another "

@@ -40,6 +40,9 @@ def checkup() -> Iterator[str]:
     found, said = ("ok      ", " and ".join(talk)) if talk else ("missing ", "gloo, in this torch")
     yield f"{found} several processes (torchrun -m hero train): {said}"
     yield "ok       engine hero: the weights that are trained sample"
+    yield "ok       engine transformers: continuous batching with paged attention"
+    found = "ok      " if importlib.util.find_spec("vllm") else "missing "
+    yield f"{found} engine vllm: vLLM in this process (pip install 'hero-kernels[vllm]')"
     yield "ok       engine server: wants --engine.base-url, where a vLLM server runs"
     for package, purpose in EXTRAS.items():
         there = importlib.util.find_spec(package) is not None

@@ -16,7 +16,8 @@ from hero.types import Fault
 CAUSES = {
     "hero": "rounding: set --model.dtype float32",
     "transformers": "rounding: set --model.dtype float32, or take --engine.kind hero",
-    "vllm": "vLLM computes this model otherwise: take --engine.kind hero, or --model.dtype float32",
+    "vllm": "a model that vLLM computes otherwise, or whose new weights it did not take: set "
+    "--engine.kind transformers",
     "server": "other weights behind the server (another run hands over to it), another model, or "
     "log-probabilities of another kind: start vllm serve with the run's model, and with "
     "--logprobs-mode processed_logprobs where --rollout.temperature is not 1",

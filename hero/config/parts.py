@@ -99,8 +99,9 @@ class RolloutConfig(Settings):
 class EngineConfig(Settings):
     """Who computes what the student samples while it trains (docs/integrations.md)."""
 
-    kind: Literal["hero", "server"] = "hero"
-    """hero: the weights that are trained, with kept caches; server: a vLLM server. [D]"""
+    kind: Literal["hero", "transformers", "vllm", "server"] = "hero"
+    """hero: the weights that are trained, with kept caches; transformers: its continuous batching;
+    vllm: in this process, asleep while the student learns; server: a vLLM server. [D]"""
     max_drift: Positive = 0.1
     """Stop if log-probabilities of sampler and trainer differ by more nats, on average. [D]"""
     base_url: str = ""
@@ -111,9 +112,11 @@ class EngineConfig(Settings):
     """server: environment variable that holds the key."""
     timeout: Positive = 600.0
     """server: seconds for one answer, retries included."""
+    memory_share: Share = 0.3
+    """vllm: share of the GPU's memory for its weights, keys and values."""
     weights_dir: str = ""
-    """Folder for the weights that are handed over, which the server must read at the same path; ""
-    is a temporary one."""
+    """vllm, server: folder through which weights are handed over, which a server must read at the
+    same path; "" is a temporary one."""
 
 
 @dataclass(kw_only=True)

@@ -61,6 +61,10 @@ class WeightFolder:
         self._kept = folder
 
 
+WAIT = 0.02
+"""Seconds that `step` waits for an answer before it lets environments be looked after."""
+
+
 @torch.no_grad()
 def check_same_model(
     policy: Policy, engine: Sampler, temperature: float, max_drift: float, kind: str

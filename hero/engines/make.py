@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hero.config import TrainConfig
 from hero.engines.base import Engine
+from hero.engines.colocated import ColocatedEngine
+from hero.engines.paged import PagedEngine
 from hero.engines.server import ServerEngine
 from hero.policy import Policy
 from hero.sampler import HFSampler
@@ -14,7 +18,12 @@ def make_engine(config: TrainConfig, policy: Policy) -> Engine:
 
     Raises:
         ServerError: there is no server that could be sampled from.
+        ValueError: vllm is not installed.
     """
-    if config.engine.kind == "server":
-        return ServerEngine(policy, config)
-    return HFSampler(policy, config.rollout.batch_size)
+    kind = config.engine.kind
+    if kind == "hero":
+        return HFSampler(policy, config.rollout.batch_size)
+    makers: dict[str, Callable[[Policy, TrainConfig], Engine]] = {
+        "transformers": PagedEngine, "vllm": ColocatedEngine, "server": ServerEngine
+    }  # fmt: skip
+    return makers[kind](policy, config)

@@ -18,14 +18,12 @@ from typing import Any
 
 from hero.client import FAILURES, Client, Refused, read_json, shown
 from hero.config import TrainConfig, redacted
-from hero.engines.base import WeightFolder, check_same_model
+from hero.engines.base import WAIT, WeightFolder, check_same_model
 from hero.policy import Policy
 from hero.sampling import Completion, Sampling, Stream, complete_all
 from hero.text import harmless
 from hero.types import Fault
 
-WAIT = 0.02
-"""Seconds that `step` waits for an answer before it lets environments be looked after."""
 PLAIN = {
     "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "ignore_eos": True, "skip_special_tokens": False,

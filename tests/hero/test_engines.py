@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -28,12 +29,14 @@ from hero.cli import main
 from hero.config import TrainConfig
 from hero.drift import Drift, DriftError
 from hero.engines import make_engine
+from hero.engines.paged import PagedError
 from hero.engines.server import ServerEngine, ServerError, read_completion
 from hero.models import SHIPPED
 from hero.policy import Policy
 from hero.report.tracking import read_jsonl
 from hero.sampler import HFSampler, Sampling
 from hero.teacher import TeacherContext
+from tests.hero import vllm_reference
 from tests.hero.runs import settings, trainer, weights
 from tests.hero.vllm_stub import VllmStub, serving
 
@@ -100,10 +103,21 @@ def vllm(agent: Path) -> Iterator[str]:
         server.wait(60)
 
 
-@pytest.fixture(params=["stub", "vllm"])
-def url(request: pytest.FixtureRequest) -> str:
-    found = request.getfixturevalue(request.param)
-    return found if isinstance(found, str) else found.url
+@pytest.fixture(params=["stub", "vllm", "transformers", "reference", "colocated"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Settings of each engine that can run here, or of what stands in for it."""
+    kind, installed = request.param, importlib.util.find_spec("vllm") is not None
+    if kind == "transformers":
+        return {"kind": kind}
+    if kind in ("stub", "vllm"):
+        found = request.getfixturevalue(kind)
+        return {"kind": "server", "base_url": getattr(found, "url", found)}
+    if installed != (kind == "colocated"):
+        pytest.skip("vllm is missing: .ci/extras vllm" if not installed else "the real one runs")
+    if not installed:
+        vllm_reference.install(monkeypatch)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    return {"kind": "vllm"}
 
 
 def configured(agent: Path, url: str, **changes: Any) -> TrainConfig:
@@ -116,23 +130,24 @@ def prompts(policy: Policy) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("rank", [4, 0], ids=["lora", "full"])  # LoRA needs the base as it was
-def test_a_server_is_greedy_as_the_trainer_is_after_each_change(
-    agent: Path, url: str, rank: int
+def test_every_engine_is_greedy_as_the_trainer_is_after_each_change(
+    agent: Path, engine: dict[str, str], rank: int
 ) -> None:
-    config = configured(agent, url, model={"lora_rank": rank})
+    config = settings(agent, engine=engine, model={"lora_rank": rank})
     torch.manual_seed(0)
     policy = Policy.load(config.model)
-    engine = make_engine(config, policy)
+    sampler = make_engine(config, policy)
     seen = set()
     for _ in range(3):
         sampling = Sampling(max_tokens=8, seed=1, temperature=0.0)
-        found = engine.generate(prompts(policy), sampling)
+        found = sampler.generate(prompts(policy), sampling)
         own = HFSampler(policy).generate(prompts(policy), sampling)
         assert [c.ids for c in found] == [c.ids for c in own]
         for one, other in zip(found, own, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         seen.add(str([c.ids for c in own]))
-        assert engine.version == policy.version
+        assert sampler.version == policy.version
+        sampler.rest()
         with torch.no_grad():
             for parameter in policy.trainable().values():
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -140,8 +155,9 @@ def test_a_server_is_greedy_as_the_trainer_is_after_each_change(
     assert len(seen) == 3  # the weights that came over made a difference
 
 
-def test_a_run_on_the_real_server(agent: Path, vllm: str, tmp_path: Path) -> None:
-    trainer(configured(agent, vllm, **SHORT), tmp_path).run()
+def test_a_run_with_every_engine(agent: Path, engine: dict[str, str], tmp_path: Path) -> None:
+    shorter = SHORT | {"eval": {"every": 2, "dev_tasks": 1, "test_tasks": 0}}
+    trainer(settings(agent, engine=engine, **shorter), tmp_path).run()
     for number, line in enumerate(read_jsonl(tmp_path / "metrics.jsonl")[1:]):
         assert line["drift/max"] < 1e-3 and line["rollout/policy_version"] == number
         assert line["optim/steps"] == 1
@@ -180,6 +196,54 @@ def test_a_teacher_that_reflects_stays_in_the_trainer(
         trainer(config, tmp_path / name).run()
         told.append(read_jsonl(tmp_path / name / "metrics.jsonl")[-1]["reflection_tokens"])
     assert told[0] == told[1] > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_log_probabilities_of_pages_are_the_trainers(agent: Path, temperature: float) -> None:
+    config = settings(agent, engine={"kind": "transformers"})
+    policy = Policy.load(config.model)
+    sampling = Sampling(max_tokens=8, seed=3, temperature=temperature)
+    found = make_engine(config, policy).generate(prompts(policy), sampling)
+    for prompt, done in zip(prompts(policy), found, strict=True):
+        with torch.no_grad():
+            logits = policy.model(torch.tensor([prompt + done.ids])).logits[0].double()
+        expected = (logits / temperature).log_softmax(-1)[len(prompt) - 1 : -1]
+        expected = expected.gather(1, torch.tensor(done.ids)[:, None]).squeeze(1)
+        torch.testing.assert_close(
+            torch.tensor(done.logprobs, dtype=torch.float64), expected, atol=1e-4, rtol=0
+        )
+
+
+def test_pages_that_fail_are_an_error(agent: Path) -> None:
+    """Each needs more of them than the whole cache has."""
+    config = settings(agent, engine={"kind": "transformers"})
+    policy = Policy.load(config.model)
+    pages = make_engine(config, policy).stream(1, Sampling(max_tokens=2, seed=0), 8)
+    pages.submit(0, [5] * 900, 0)
+    with pytest.raises(PagedError, match=r"--rollout\.batch-size"):
+        for _ in range(500):
+            pages.step()
+
+
+def test_the_reference_has_the_signatures_of_vllm() -> None:
+    vllm = pytest.importorskip("vllm", reason="vllm is missing: .ci/extras vllm")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.engine.llm_engine import LLMEngine
+
+    def named(function: Any) -> set[str]:
+        return set(inspect.signature(function).parameters) - {"self"}
+
+    known = named(vllm.LLM.__init__) | named(EngineArgs)
+    assert named(vllm_reference.LLM.__init__) <= known
+    for ours, theirs in (
+        (vllm_reference.LLMEngine, LLMEngine), (vllm_reference.LLM, vllm.LLM)
+    ):  # fmt: skip
+        for name in ("add_request", "step", "collective_rpc", "sleep", "wake_up"):
+            if hasattr(ours, name):
+                assert named(getattr(ours, name)) <= named(getattr(theirs, name)), name
+    assert named(vllm_reference.LoRARequest.__init__) <= set(LoRARequest.__struct_fields__)
+    assert named(vllm_reference.SamplingParams.__init__) <= named(vllm.SamplingParams)
 
 
 # ---- what is refused --------------------------------------------------------------------------
@@ -306,9 +370,10 @@ def test_a_request_that_fails_ends_the_batch(agent: Path, stub: VllmStub) -> Non
         ({"engine": {"kind": "server", "base_url": "http://a:***@b/v1"}}, "without its secret"),
         ({"engine": {"kind": "server", "base_url": "http://127.0.0.1:1/v1"},
           "rollout": {"temperature": 0.7, "top_p": 0.9}}, "of the nucleus"),
+        ({"engine": {"kind": "transformers"}, "rollout": {"top_p": 0.9}}, r"--rollout\.top-p 1"),
         ({"engine": {"api_key_env": "sk-abc/def"}}, r"engine\.api_key_env must be the name"),
     ],
-    ids=["address", "secret", "nucleus", "key"],
+    ids=["address", "secret", "nucleus", "nucleus_alone", "key"],
 )  # fmt: skip
 def test_settings_that_do_not_fit(agent: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -316,6 +381,13 @@ def test_settings_that_do_not_fit(agent: Path, changes: dict[str, Any], message:
 
 
 # ---- drift ------------------------------------------------------------------------------------
+
+
+def test_vllm_that_is_missing_is_said(agent: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    config = settings(agent, engine={"kind": "vllm"})
+    with pytest.raises(ValueError, match=r"pip install 'hero-kernels\[vllm\]'"):
+        make_engine(config, Policy.load(config.model))
 
 
 def test_drift_by_hand() -> None:
