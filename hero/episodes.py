@@ -201,7 +201,7 @@ def rollout(
         count=count, shown=shown, ended=ended,
     )  # fmt: skip
     trajectories = ranks.shared(assignments, play)
-    ranks.first(
+    ranks.on_first(
         lambda: border.stop_if_failed(trajectories, config.max_env_errors, beside)
     )  # fmt: skip
     return trajectories

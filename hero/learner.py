@@ -120,7 +120,7 @@ class Learner:
         if learned.steps:
             self.take_into_average()
         seen = torch.cat(entropies) if entropies else torch.zeros(0)
-        parts = self.ranks.together(lambda: (learned, float(seen.sum()), len(seen)))
+        parts = self.ranks.all_gather(lambda: (learned, float(seen.sum()), len(seen)))
         learned = _joined([part for part, _, _ in parts])
         learned.entropy = sum(total for _, total, _ in parts) / max(1, sum(n for _, _, n in parts))
         tried = max(1, learned.steps + learned.skipped_steps)
@@ -172,7 +172,7 @@ class Learner:
     def _drift(self, outputs: Sequence[LossOutput]) -> Drift | None:
         """Of the tokens of all ranks."""
         seen = torch.cat([output.drift for output in outputs]) if outputs else torch.zeros(0)
-        drift = Drift.joined(self.ranks.together(lambda: Drift.of(seen)))
+        drift = Drift.joined(self.ranks.all_gather(lambda: Drift.of(seen)))
         if drift is not None:
             engine = self.config.engine
             self.ranks.apart(partial(drift.demand, engine.max_drift, engine.kind))
@@ -183,7 +183,7 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
         self.policy.shards.reduce()
-        with self.policy.shards.at_rest():
+        with self.policy.shards.resharded():
             norm = float(whole(torch.nn.utils.clip_grad_norm_(
                 self.policy.trainable().values(), self.config.optim.max_grad_norm
             )))  # fmt: skip

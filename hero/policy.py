@@ -195,7 +195,7 @@ class Policy:
                 f"The checkpoint of {run} has other trained weights than this configuration: "
                 "resume with the settings in its config.json."
             )
-        with self.shards.at_rest():
+        with self.shards.resharded():
             for name, value in weights.items():
                 fill(trainable[name], value)
         self.version += 1
@@ -276,7 +276,7 @@ class Policy:
                     f"The model in {path} is not that of this run: {name} has another shape, or "
                     "holds NaN or infinity."
                 )
-        with self.shards.at_rest():
+        with self.shards.resharded():
             for name, parameter in self.trainable().items():
                 fill(parameter, weights[name].detach())
         self.version += 1

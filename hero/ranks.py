@@ -48,15 +48,15 @@ class Ranks:
         """What `work` returns here; what it raises on one rank is raised on all."""
         return work()
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
         """What `work` returns on each rank, on all of them."""
         return [work()]
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_first(self, work: Callable[[], T]) -> T:
         """What `work` returns on rank 0, which alone does it."""
         return work()
 
-    def agreed(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """Rank 0's value, where each rank has computed it and one may differ by a rounding."""
         return value
 
@@ -100,15 +100,15 @@ class ManyRanks(Ranks):
         self.agree(lambda: kept.append(work()), _name(work))
         return kept[0]
 
-    def together(self, work: Callable[[], T]) -> list[T]:
+    def all_gather(self, work: Callable[[], T]) -> list[T]:
         return cast("list[T]", self.agree(work, _name(work)))
 
-    def first(self, work: Callable[[], T]) -> T:
+    def on_first(self, work: Callable[[], T]) -> T:
         done = self.agree(work if self.is_first else lambda: None, _name(work))
         return cast(T, done[0])
 
-    def agreed(self, value: T) -> T:
-        return self.first(lambda: value)
+    def broadcast(self, value: T) -> T:
+        return self.on_first(lambda: value)
 
     def shared(self, items: Sequence[S], work: Callable[[Sequence[S]], Sequence[T]]) -> list[T]:
         own = [items[i] for i in range(self.rank, len(items), self.size)]
@@ -125,7 +125,7 @@ class ManyRanks(Ranks):
 
     def of_first(self, make: Callable[[], T]) -> T:
         made = list[T]()
-        self.first(lambda: made.append(make()))
+        self.on_first(lambda: made.append(make()))
         return cast(T, _OfFirst(self, made))
 
     @contextmanager
@@ -135,7 +135,7 @@ class ManyRanks(Ranks):
             def enter() -> None:
                 stack.enter_context(make())
 
-            self.first(enter)
+            self.on_first(enter)
             yield
 
     def in_step(self, error: BaseException) -> bool:

@@ -26,7 +26,7 @@ def save(run_dir: Path, state: State, learner: Learner) -> None:
         "optimizer": learner.state_dict(),
     }  # fmt: skip
     whole = gathered(tensors, ranks.is_first)
-    ranks.first(lambda: save_checkpoint(run_dir, state=asdict(state), **whole))
+    ranks.on_first(lambda: save_checkpoint(run_dir, state=asdict(state), **whole))
 
 
 def restore(run_dir: Path, learner: Learner) -> tuple[State, str]:

@@ -33,11 +33,11 @@ class Unsharded:
         """Trained parameters by name; of shards, this rank's."""
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    def awake(self) -> AbstractContextManager[object]:
+    def unsharded(self) -> AbstractContextManager[object]:
         """Within, the weights are whole."""
         return nullcontext()
 
-    def at_rest(self) -> AbstractContextManager[object]:
+    def resharded(self) -> AbstractContextManager[object]:
         """Within, trained weights may be changed."""
         return nullcontext()
 
@@ -61,7 +61,7 @@ class Sharded(Unsharded):
         policy: a `hero.policy.Policy` with float32 weights where they are trained; its model is
             sharded in place.
         ranks: who share them.
-        stays_whole: but for `at_rest`; else the weights are whole within `awake` alone.
+        stays_whole: but for `resharded`; else the weights are whole within `unsharded` alone.
     """
 
     def __init__(self, policy: Any, ranks: Ranks, stays_whole: bool) -> None:
@@ -100,7 +100,7 @@ class Sharded(Unsharded):
             found = (p.detach().flatten().view(torch.uint8) for p in self.policy.model.parameters())
             return [int(of_one.sum(dtype=torch.int64)) for of_one in found]
 
-        first, *others = self.ranks.together(bits)
+        first, *others = self.ranks.all_gather(bits)
         for rank, other in enumerate(others, start=1):
             if other != first:
                 raise ValueError(
@@ -121,7 +121,7 @@ class Sharded(Unsharded):
             module.unshard()
 
     @contextmanager
-    def awake(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         if self.stays_whole:
             yield
             return
@@ -132,7 +132,7 @@ class Sharded(Unsharded):
             self._reshard()
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def resharded(self) -> Iterator[None]:
         self._reshard()
         try:
             yield
@@ -150,7 +150,7 @@ class Sharded(Unsharded):
 
     @torch.no_grad()
     def exchange(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> None:
-        with self.at_rest() if other else nullcontext():
+        with self.resharded() if other else nullcontext():
             for name, tensor in other.items():
                 mine, theirs = local(own[name]), local(tensor)
                 kept = mine.clone()
@@ -159,7 +159,7 @@ class Sharded(Unsharded):
 
     @contextmanager
     def whole_weights(self) -> Iterator[dict[str, Tensor] | None]:
-        with self.at_rest():
+        with self.resharded():
             found = dict[int, Tensor]()  # tied weights once
             tensors: dict[str, Any] = self._trained  # an adapter is saved without its model
             if self.policy.adapter is None:

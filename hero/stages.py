@@ -100,7 +100,7 @@ class Stages:
             return Reflections.none(trajectories)
         read = partial(_read, self.reflector, trajectories, seed)
         # All ranks ask the model that they hold, the first one anybody else.
-        found = self.ranks.agreed(read()) if self._asks_own_model else self.ranks.first(read)
+        found = self.ranks.broadcast(read()) if self._asks_own_model else self.ranks.on_first(read)
         trajectories[:], reflections = found
         return reflections
 

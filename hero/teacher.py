@@ -132,7 +132,7 @@ class TeacherWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the policy's model computes with the teacher's weights (inference only)."""
-        with self.policy.shards.awake():
+        with self.policy.shards.unsharded():
             self._swap()
             try:
                 yield

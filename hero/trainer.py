@@ -85,7 +85,7 @@ class Trainer:
             ValueError: the folder holds another run, or what is no run's.
             Fault: another process is writing there, or another rank has met an error.
         """
-        started, first = time.perf_counter(), self.ranks.first
+        started, first = time.perf_counter(), self.ranks.on_first
         closed = closing(self.stages.workers, self.stages.env)
         with self.ranks.within(self.folder.locked), self.interrupt, closed:
             if first(partial(self.folder.begin, self.config)):
@@ -151,13 +151,13 @@ class Trainer:
             if probe := self.stages.probe():
                 metrics |= probe.metrics()
                 self.console.say(str(probe))
-                self.ranks.first(partial(probe.demand, self.config.eval.min_teacher_lift))
+                self.ranks.on_first(partial(probe.demand, self.config.eval.min_teacher_lift))
             self.console.say("Evaluating the starting model …")
             self._evaluate_dev(0, metrics)
             if self.config.eval.test_tasks:
                 before = self._evaluate_test(tracker, "before", 0)
                 write = partial(write_atomic, self.folder / BEFORE, json.dumps(before))
-                self.ranks.first(write)
+                self.ranks.on_first(write)
         except BaseException as error:
             if self.ranks.in_step(error):
                 tracker.log(0, metrics)
@@ -181,14 +181,14 @@ class Trainer:
         reflections = self.stages.reflect(trajectories, derive_seed(config.seed, REFLECT, number))
         clock.lap("reflection")
         self.callbacks.on_episodes(number, trajectories, reflections.diagnoses)
-        trajectories, reflections = self.ranks.agreed((trajectories, reflections))
+        trajectories, reflections = self.ranks.broadcast((trajectories, reflections))
         samples = self.ranks.apart(partial(self.stages.annotate, trajectories, reflections))
         metrics: dict[str, float] = {"learning_rate": self.learner.learning_rate}
         turns = sum(len(trajectory.turns) for trajectory in trajectories)
         if self._is_judged(number, turns):
             seed = derive_seed(config.seed, REFLECT, number)
             found = self.stages.watch.agreement(trajectories, reflections, seed)
-            metrics |= self.ranks.agreed(found)
+            metrics |= self.ranks.broadcast(found)
         clock.lap("annotation")
         version = self.stages.sampler.version
         self.console.stage("training")
@@ -262,7 +262,7 @@ class Trainer:
         self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
         summary = outcome(self.recipe, self.config, self.state, str(self.policy.device))
         summary |= border.facts(self.stages.env)
-        if before := self.ranks.first(
+        if before := self.ranks.on_first(
             self.folder.read_before
         ):  # its tasks, also if a resumed run asks for others
             self.config.eval.test_tasks = len(before["per_task"])
@@ -274,7 +274,7 @@ class Trainer:
                 self._keep(SELECTED, at, {})
             after = self._evaluate_test(tracker, "after", self.state.update)
             summary |= {"before": before, "after": after, "last": last}
-            self.ranks.first(
+            self.ranks.on_first(
                 partial(write_card, self.folder / chosen, self.config, at, {}, summary)
             )
             self.console.final_table(before, after, last)
@@ -289,7 +289,7 @@ class Trainer:
         if self.config.eval.watch_teacher and number > 0:
             seed = derive_seed(self.config.seed, PROBE, number)
             found |= self.stages.watch.lift(played, seed).metrics()
-        found = self.ranks.agreed(found)
+        found = self.ranks.broadcast(found)
         with self.interrupt.deferred():
             state = deepcopy(self.state)
             if state.judge(metrics | found, number, self.config.eval.stop_drop):
@@ -333,7 +333,7 @@ class Trainer:
                 write_card(folder, self.config, number, metrics)
 
         with self.policy.shards.whole_weights() as weights:
-            self.ranks.first(write)
+            self.ranks.on_first(write)
 
     # ---- saving -------------------------------------------------------------------------------
 

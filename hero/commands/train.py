@@ -75,9 +75,9 @@ class Train(FromRecipe):
         config = self.settings
         name = self.recipe or (Path(self.config).stem if self.config else "train")
         ranks = open_ranks(config.model.device)
-        run_dir = ranks.first(partial(_run_folder, config, name))
+        run_dir = ranks.on_first(partial(_run_folder, config, name))
         config.output_dir = str(run_dir)
-        ranks.first(partial(RunFolder(run_dir).check, config))
+        ranks.on_first(partial(RunFolder(run_dir).check, config))
         for model in filter(None, (config.model.path, config.teacher.path)):
             existing_model(model)
         make_importable(config.env.name)
@@ -100,7 +100,7 @@ class Train(FromRecipe):
             if trainer.is_begun:  # else the folder was refused, and going on would be too
                 mistake.add_note(_how_to_go_on(trainer))
             raise
-        report = ranks.first(partial(render, run_dir))
+        report = ranks.on_first(partial(render, run_dir))
         ranks.close()
         if not ranks.is_first:
             return

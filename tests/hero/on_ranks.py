@@ -21,6 +21,7 @@ from hero.policy import Policy
 from hero.ranks import Ranks, open_ranks
 from hero.shards import local
 from hero.trainer import Trainer
+from hero.types import Fault
 from tests.hero.runs import settings, trainer
 
 STEPS_OF_UPDATE = 2 * 3
@@ -84,8 +85,8 @@ def failed(model: Path, folder: Path, ranks: Ranks) -> None:
         raise AssertionError("nothing was raised")
     except RuntimeError as error:
         name = f"{type(error).__name__}: {error}"
-    told = ranks.together(lambda: name)
-    ranks.first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
+    told = ranks.all_gather(lambda: name)
+    ranks.on_first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
 
 
 def unlike(path: Path, said: Path, ranks: Ranks) -> None:
@@ -98,7 +99,22 @@ def unlike(path: Path, said: Path, ranks: Ranks) -> None:
         raise AssertionError("nothing was raised")
     except ValueError as error:
         message = str(error)
-    ranks.first(lambda: said.write_text(message))
+    ranks.on_first(lambda: said.write_text(message))
+
+
+def parted(said: Path, ranks: Ranks) -> None:
+    """Ranks that do not do the same."""
+
+    def one() -> None: ...
+
+    def other() -> None: ...
+
+    try:
+        ranks.all_gather(other if ranks.rank else one)
+        raise AssertionError("nothing was raised")
+    except Fault as error:
+        message = str(error)
+    ranks.on_first(lambda: said.write_text(message))
 
 
 def stopped(model: Path, folder: Path, ranks: Ranks) -> None:
@@ -111,8 +127,8 @@ def stopped(model: Path, folder: Path, ranks: Ranks) -> None:
         raise AssertionError("no signal came")
     except KeyboardInterrupt as stop:
         number = int(getattr(stop, "number", 0))
-    told = ranks.together(lambda: number)
-    ranks.first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
+    told = ranks.all_gather(lambda: number)
+    ranks.on_first(lambda: (folder / "told.txt").write_text(f"{told} {folder_state(folder)}"))
     run(varied(model, resume=str(folder)), folder)
 
 
@@ -125,12 +141,13 @@ def main(model: Path, root: Path) -> None:
     torch.set_num_threads(1)
     ranks = open_ranks("cpu")
     run(varied(model), root / "two")
-    ranks.first(partial((root / "bytes.json").write_text, json.dumps(ranks.together(held))))
+    ranks.on_first(partial((root / "bytes.json").write_text, json.dumps(ranks.all_gather(held))))
     run(varied(model, resume=str(root / "one-two")), root / "one-two")
     run(varied(model, updates=1), root / "two-one")
     run(varied(model, model={"lora_rank": 4}, updates=1), root / "lora-two")
     failed(model, root / "failed", ranks)
     unlike(model, root / "unlike.txt", ranks)
+    parted(root / "parted.txt", ranks)
     stopped(model, root / "stopped", ranks)
     is_second = ranks.rank == 1
     run(varied(model), root / "died", lambda: os._exit(3), 5 if is_second else 10**9)

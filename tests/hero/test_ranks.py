@@ -140,6 +140,11 @@ def test_processes_with_different_models_are_refused(job: Any) -> None:
     assert (job[0] / "unlike.txt").read_text().startswith("Rank 1 has read other weights than")
 
 
+def test_processes_that_part_are_told_apart(job: Any) -> None:
+    said = (job[0] / "parted.txt").read_text()
+    assert "rank 1 is at parted.<locals>.other, rank 0 at parted.<locals>.one" in said
+
+
 def test_a_process_that_dies_ends_the_job(job: Any) -> None:
     root, done = job
     assert done.returncode != 0
