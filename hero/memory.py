@@ -2,7 +2,8 @@
 
 Sizes come from the model's configuration, on torch's meta device, and from the settings. Counted is
 the worst case of the settings: full batches of episodes at their caps. Not counted are the context
-of the driver, fragments of the allocator, and fp32 weights while they are read.
+of the driver, fragments of the allocator, fp32 weights while they are read, and vLLM, which takes
+`engine.memory_share` of the GPU.
 """
 
 from __future__ import annotations
@@ -158,6 +159,7 @@ def predict(
         else 0 if config.teacher.weights == "live" else trained * wide,
         "weights at the start, average": trained * wide
         * (bool(config.loss.kl_to_start) + (config.eval.select == "averaged")),
+        "the engine's copy": (frozen + trained) * item * (config.engine.kind == "transformers"),
     }  # fmt: skip
     always = {name: -(-number // processes) for name, number in always.items()}
     if several := processes > 1:

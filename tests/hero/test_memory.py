@@ -12,7 +12,8 @@ import torch
 
 from hero.checks import from_dict
 from hero.cli import main
-from hero.config import ModelConfig, ScratchConfig, TrainConfig
+from hero.config import EngineConfig, ModelConfig, ScratchConfig, TrainConfig
+from hero.engines.paged import PagedEngine
 from hero.kvcache import RowCache
 from hero.learner import Learner
 from hero.memory import GIB, PROBED, advice, predict, sizes, sizes_of
@@ -49,6 +50,12 @@ def test_what_is_there_always_is_counted_to_the_byte(small: Policy) -> None:
         "teacher": nbytes(teacher.state_dict().values()),
     }  # fmt: skip
     assert found.training["gradients"] == nbytes(p.grad for p in parameters)
+
+
+def test_the_copy_of_an_engine_is_counted_to_the_byte(small: Policy) -> None:
+    config = TrainConfig(engine=EngineConfig(kind="transformers"))
+    found = predict(config, "cpu", sizes_of(small.model.config)).always["the engine's copy"]
+    assert found == nbytes(PagedEngine(small, config).model.parameters())
 
 
 def test_lora_trains_what_peft_trains(small: Policy, tiny_tokenizer: Any) -> None:
