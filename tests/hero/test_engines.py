@@ -91,12 +91,12 @@ def vllm(agent: Path) -> Iterator[str]:
              "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
     server = subprocess.Popen(command, env=os.environ | flags, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(300):
+        end, answered = time.monotonic() + 900, 1
+        while answered != 0:
+            assert server.poll() is None and time.monotonic() < end, "no server, or it has ended"
             time.sleep(1)
-            assert server.poll() is None, "the server has ended: its messages are on standard error"
             with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", port)) == 0:
-                    break
+                answered = tried.connect_ex(("127.0.0.1", port))
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
