@@ -18,6 +18,7 @@ from typing import Annotated, Any, ClassVar
 from tyro.conf import FlagCreatePairsOff
 
 from hero.checks import from_dict
+from hero.envs.registry import find
 
 RUNS_OWN = {"env", "eval", "mode", "model", "rollout"}
 """Settings that every run has saved, and no other program's config.json."""
@@ -62,7 +63,12 @@ def saved_settings(run: Path) -> dict[str, Any]:
 
 
 def make_importable(env_name: str) -> None:
-    """Let a class of the user be found in this folder, after all that is installed."""
+    """Let a class of the user be found in this folder, after all that is installed.
+
+    Raises:
+        ValueError: there is no such environment, or something that it needs is not installed.
+    """
+    find(env_name)
     if (":" in env_name or env_name in OF_THE_USER) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
 

@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from hero.commands.base import Command, make_importable
+from hero.config import EnvConfig
 from hero.config.kinds import CountOrZero
 from hero.report.console import Console
 
@@ -42,7 +43,8 @@ class Study(Command):
         name = Path(self.name).stem + ("-smoke" if self.smoke else "")
         folder = Path(self.output_dir or f"studies/{name}")
         if not self.report:
-            make_importable(study.of(next(iter(study.arms))).get("env", {}).get("name", ""))
+            settings = study.of(next(iter(study.arms)))
+            make_importable(settings.get("env", {}).get("name", EnvConfig.name))
             try:
                 run_study(study, folder, console.say)
             except KeyboardInterrupt:

@@ -22,6 +22,9 @@ CASES = [
     (["train", "quickstart", "--model.path", "grown"], "whose model is in grown/best: name that"),
     (["eval", "broken"], "not the folder of a run: cannot read broken/config.json: expected"),
     (["train", "--resume", "broken"], "expected the settings env, eval, mode, model, rollout"),
+    (["train", "quickstart", "--env.name", "shp"], "Unknown environment 'shp': expected one of"),
+    (["sft", "tiny-shop", "--env.name", "shp"], "Unknown environment 'shp': expected one of"),
+    (["rollout", "tiny-shop", "--env.name", "shp"], "Unknown environment 'shp': expected one of"),
     (["rollout", "tiny-shop", "--output", "empty"], "expected the name of a file to write"),
     (["merge", "empty", "--output", "new"], "holds no adapter"),
 ]
