@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 
@@ -10,12 +9,10 @@ import pytest
 import torch
 
 from hero.checks import from_dict
-from hero.config import ModelConfig
+from hero.config import ModelConfig, TrainConfig
 from hero.fetch import fetch_model
 from hero.policy import Policy
 from hero.recipes import load_recipe, merge
-from hero.report.console import Console
-from hero.report.tracking import read_jsonl
 from hero.sampler import HFSampler, Sampling
 from hero.trainer import Trainer
 
@@ -35,9 +32,13 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         raise
 
 
-def test_it_speaks(model_path: Path) -> None:
+@pytest.fixture(scope="module")
+def policy(model_path: Path) -> Policy:
+    return Policy.load(ModelConfig(path=str(model_path), device="cpu", dtype="float32"))
+
+
+def test_it_speaks(policy: Policy) -> None:
     """A wrong conversion (a permuted head, a lost scale) would not know this."""
-    policy = Policy.load(ModelConfig(path=str(model_path), device="cpu"))
     question = "What is the capital of France? Answer with one word."
     prompt = policy.renderer.start([{"role": "user", "content": question}])
     sampling = Sampling(max_tokens=12, seed=0, temperature=0)
@@ -47,21 +48,21 @@ def test_it_speaks(model_path: Path) -> None:
     assert policy.renderer.decode([policy.renderer.end_id]) == ""
 
 
-def test_one_hero_step(model_path: Path, tmp_path: Path) -> None:
+def test_one_hero_step(policy: Policy, tmp_path: Path) -> None:
     changes = {
-        "model": {"path": str(model_path), "device": "cpu", "dtype": "float32"},
-        "rollout": {"tasks_per_update": 2, "max_turns": 2, "max_turn_tokens": 8, "batch_size": 2},
+        "rollout": {"tasks_per_update": 1, "max_turns": 2, "max_turn_tokens": 8, "batch_size": 1},
         "optim": {"warmup_steps": 1, "learning_rate": 1e-5},
-        "eval": {"dev_tasks": 1, "test_tasks": 0},
-        "updates": 1,
     }
-    config = from_dict(merge(load_recipe("shop-smollm2"), changes))
-    trainer = Trainer(config, tmp_path, "shop-smollm2", Console(io.StringIO()))
+    config: TrainConfig = from_dict(merge(load_recipe("shop-smollm2"), changes))
+    trainer = Trainer(config, tmp_path, policy=policy)
     name = "model.layers.0.self_attn.q_proj.weight"
-    before = trainer.policy.trainable()[name].detach().clone()
-    trainer.run()
-    line = read_jsonl(tmp_path / "metrics.jsonl")[-1]
-    assert line["optim/steps"] == 1 and line["optim/skipped_steps"] == 0
-    assert 0 < line["divergence/mean"] < 0.7 and line["grad_norm"] > 0
-    after = trainer.policy.trainable()[name]
+    before = policy.trainable()[name].detach().clone()
+    played = trainer.stages.play(1, trainer.state)
+    read = trainer.stages.reflect(played, 1)
+    learned = trainer.learner.learn(trainer.stages.annotate(played, read), 1)
+    assert learned.steps == 1 and learned.skipped_steps == 0
+    divergence = torch.tensor([nats for turn in learned.divergence.values() for nats in turn])
+    assert len(learned.divergence) == len(played[0].turns) == 2
+    assert 0 < divergence.mean() < 0.7 and learned.grad_norm > 0
+    after = policy.trainable()[name]
     assert after.dtype == torch.float32 and not torch.equal(before, after)
