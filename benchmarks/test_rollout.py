@@ -31,11 +31,12 @@ class Corridor:
     system_prompt = "search click buy now then better again " * 8
     workers = "inline"
 
-    def __init__(self, turns: int) -> None:
-        self.turns, self.turn = turns, 0
+    def __init__(self, turns: int, observation: int = OBSERVATION, tasks: int = EPISODES) -> None:
+        """`observation` is its number of words."""
+        self.turns, self.turn, self.observation, self.num_tasks = turns, 0, observation, tasks
 
     def tasks(self, split: str) -> list[str]:
-        return [f"{split} {number}" for number in range(EPISODES)]
+        return [f"{split} {number}" for number in range(self.num_tasks)]
 
     def reset(self, task_id: str) -> tuple[str, dict[str, Any]]:
         self.turn = 0
@@ -43,7 +44,7 @@ class Corridor:
 
     def step(self, text: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         self.turn += 1
-        return "then " * OBSERVATION, 0.0, self.turn == self.turns, False, {}
+        return "then " * self.observation, 0.0, self.turn == self.turns, False, {}
 
     def close(self) -> None: ...
 

@@ -45,11 +45,15 @@ EPISODES = 32
 class Steps:
     """Steps of a recipe, one after the other, as the trainer takes them."""
 
-    def __init__(self, recipe: str, folder: Path, **changes: Any) -> None:
+    def __init__(
+        self, recipe: str, folder: Path, objects: dict[str, Any] | None = None, **changes: Any
+    ) -> None:
+        """`objects` go to the trainer in the place of what the settings would make."""
         size = load_recipe(recipe)["rollout"].get("group_size", 1)
         own = {"rollout": {"tasks_per_update": EPISODES // size}, "eval": {"test_tasks": 0}}
         config: TrainConfig = from_dict(merge(load_recipe(recipe), merge(own, changes)))
-        self.trainer = Trainer(config, folder, console=Console(io.StringIO(), terminal=False))
+        console = Console(io.StringIO(), terminal=False)
+        self.trainer = Trainer(config, folder, console=console, **objects or {})
         self.stages, self.learner = self.trainer.stages, self.trainer.learner
         self.config, self.number = config, 0
 
@@ -86,8 +90,8 @@ class Steps:
 class Plain(Steps):
     """The same step without batches, caches between turns, packing or a fused loss."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__("quickstart", folder)
+    def __init__(self, folder: Path, objects: dict[str, Any] | None = None, **changes: Any) -> None:
+        super().__init__("quickstart", folder, objects, **changes)
         policy, config, stages = self.trainer.policy, self.config, self.stages
         stages.reflector = make_reflector(
             config.reflection, env=stages.env, sampler=PerPrompt(policy), renderer=policy.renderer,
@@ -96,9 +100,9 @@ class Plain(Steps):
         )  # fmt: skip
 
     def play(self) -> list[Trajectory]:
-        tasks = self.stages.tasks["train"]
-        first = EPISODES * self.number % (len(tasks) - EPISODES)
-        some = tasks[first : first + EPISODES]
+        tasks, episodes = self.stages.tasks["train"], self.config.rollout.tasks_per_update
+        first = episodes * self.number % (len(tasks) - episodes)
+        some = tasks[first : first + episodes]
         return generate_per_turn(self.trainer.policy, [self.stages.env], some, self.config.rollout)
 
     def logits(self, prompt: list[int], action: list[int]) -> torch.Tensor:
