@@ -7,17 +7,19 @@ and why, at the end.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from benchmarks import machine, measure, report
 from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, takes_part
-from benchmarks.loops import Loops
 from benchmarks.machine import device_type
 from benchmarks.ours import ON_REQUEST
 from benchmarks.shapes import Case, case_sets
+
+if TYPE_CHECKING:  # it loads transformers
+    from benchmarks.loops import Loops
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -115,6 +117,8 @@ def measurements(request: pytest.FixtureRequest) -> Session:
 @pytest.fixture(scope="session")
 def loops(request: pytest.FixtureRequest) -> Loops:
     """For whole loops: prints tables as soon as they are there, and adds them to `--results`."""
+    from benchmarks.loops import Loops
+
     torch.set_num_threads(1)  # what the small models of these loops gain from
     session = request.config.pluginmanager.getplugin("capturemanager")
 
