@@ -1,6 +1,7 @@
 """An update of the quickstart in several checkouts, in turn: seconds of each phase.
 
-    python -m benchmarks.steps CHECKOUT... [--updates 3] [--rounds 3] [--turns hinted] [--output FILE]
+    python -m benchmarks.steps CHECKOUT... [--updates 3] [--rounds 3] [--turns hinted]
+                               [--output FILE]
 
 The first checkout is what the others are compared with. Seconds are those of the processor, with
 one thread. Reflections are read as each checkout's recipe says, and the turns trained that it
