@@ -96,6 +96,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
             found = [results[title(what, case)]["contestants"][name] for case in cases]
             seconds = [row["seconds"] for row in found]
             axis.loglog([getattr(c, what) for c in cases], seconds, "o-", color=colour, label=name)
+        sizes = [getattr(case, what) for case in cases]
+        axis.set_xticks(sizes, [f"{size:,}" for size in sizes], fontsize=8)
+        axis.set_xticks([], minor=True)
         axis.set_xlabel(what)
         axis.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("seconds of a step")
