@@ -204,7 +204,7 @@ class LossConfig(Settings):
     turns: Literal["hinted", "from_first_fault", "all"] = "all"
     """hero: clean turns trained beside those with a hint: none [P], those after the first, all. [D]
 
-    docs/results.md has why: from 30 to 69 % on the shop's rarest start."""
+    docs/results.md has why: from 30 to 58 % on the shop's rarest start."""
     clean_turn_weight: Share = 1.0
     """Weight of these clean turns, whose teacher sees observation and reward. [D]"""
     observation_weight: NotNegative = 0.0
