@@ -47,6 +47,7 @@ def test_the_least_time_by_hand() -> None:
     assert bound.least() == (pytest.approx(clocks), "issue")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("nvcc") and cuobjdump()), reason="nvcc is not installed")
 def test_no_change_raises_a_bound() -> None:
     committed = json.loads(COMMITTED.read_text())

@@ -90,6 +90,7 @@ def names_in(path: Path) -> list[str]:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
+@pytest.mark.slow
 def test_gpu_session_dry_run(tmp_path: Path) -> None:
     done = dry_run(tmp_path, sys.executable)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

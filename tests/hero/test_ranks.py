@@ -26,6 +26,9 @@ from tests.hero.runs import settings
 ROOT = Path(__file__).parents[2]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def job(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The runs of on_ranks.py, and of one process: (folder of all, what torchrun ended with)."""

@@ -31,6 +31,7 @@ def run_cases(cases: str, **environment: str) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @CASES
 def test_in_the_interpreter(cases: str) -> None:
     run_cases(cases, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
