@@ -55,19 +55,15 @@ class _Clock:
         return Watched
 
 
-class _Http(urllib.request.HTTPHandler):
+class _Watching(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):
+    """Opens connections that a clock can cut."""
+
     def __init__(self, clock: _Clock) -> None:
         super().__init__()
         self.clock = clock
 
     def http_open(self, request: urllib.request.Request) -> Any:
         return self.do_open(self.clock.watched(http.client.HTTPConnection), request)
-
-
-class _Https(urllib.request.HTTPSHandler):
-    def __init__(self, clock: _Clock) -> None:
-        super().__init__()
-        self.clock = clock
 
     def https_open(self, request: urllib.request.Request) -> Any:
         return self.do_open(self.clock.watched(http.client.HTTPSConnection), request)
@@ -92,7 +88,7 @@ def exchange(
     )
     with _Clock(seconds) as clock:
         opener = urllib.request.OpenerDirector()  # without files, FTP, redirects and errors raised
-        for handler in (urllib.request.ProxyHandler(), _Http(clock), _Https(clock)):
+        for handler in (urllib.request.ProxyHandler(), _Watching(clock)):
             opener.add_handler(handler)
         try:
             response = opener.open(request, timeout=max(seconds, 0.001))

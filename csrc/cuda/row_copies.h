@@ -38,6 +38,12 @@ struct Work {
 HERO_DEVICE const char* row_of(const void* tensor, int32_t dtype, int64_t stride, int row) {
     return static_cast<const char*>(tensor) + row * stride * (dtype == FLOAT32 ? 4 : 2);
 }
+HERO_DEVICE const char* teacher_row(const RowsProblem& problem, int row) {
+    return row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
+}
+HERO_DEVICE const char* student_row(const RowsProblem& problem, int row) {
+    return row_of(problem.student, problem.student_dtype, problem.student_stride, row);
+}
 
 // How many bytes a row lies behind a border of 16; its tiles lie as far behind one in their stages.
 HERO_DEVICE int lead_of(const char* row) {
@@ -93,10 +99,8 @@ HERO_DEVICE void copy_rows(const RowsProblem& problem, const Plan& plan, const W
     const int loads = plan.resident ? 1 : work.sweeps;
     Position at;
     for (int row = work.first_row; row < problem.rows; row += work.row_step) {
-        const char* teacher =
-            row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
-        const char* student =
-            row_of(problem.student, problem.student_dtype, problem.student_stride, row);
+        const char* teacher = teacher_row(problem, row);
+        const char* student = student_row(problem, row);
         for (int step = 0; step < loads * plan.tiles; ++step) {
             // Padding is not read: it may hold anything.
             const int64_t first = work.slice_begin + static_cast<int64_t>(step % plan.tiles) * tile;

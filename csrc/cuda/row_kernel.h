@@ -52,10 +52,8 @@ HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const W
     const char* memory = shared_memory();
     const int warp = thread_index() / 32;
     const int group = warp * GROUP;
-    const int teacher_lead =
-        lead_of(row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row));
-    const int student_lead =
-        lead_of(row_of(problem.student, problem.student_dtype, problem.student_stride, row));
+    const int teacher_lead = lead_of(teacher_row(problem, row));
+    const int student_lead = lead_of(student_row(problem, row));
     for (int tile = 0; tile < plan.tiles; ++tile) {
         if (incoming) wait(&exchange.full[at.stage], at.parity);
         const int first = tile * plan.warps * GROUP + group;  // within the slice
@@ -128,10 +126,8 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
     uint32_t reductions = 0;
     Position at;
     for (int row = work.first_row; row < problem.rows; row += work.row_step) {
-        const char* teacher =
-            row_of(problem.teacher, problem.teacher_dtype, problem.teacher_stride, row);
-        const char* student =
-            row_of(problem.student, problem.student_dtype, problem.student_stride, row);
+        const char* teacher = teacher_row(problem, row);
+        const char* student = student_row(problem, row);
         char* grad =
             const_cast<char*>(row_of(problem.grad, problem.grad_dtype, problem.grad_stride, row));
         const Scaling scaling(problem, lanes, row);

@@ -16,6 +16,15 @@ HERO_DEVICE bool all_small(const float* x) {
     return all_of_warp(largest <= EVEN_LIMIT);  // a NaN among them shows in the sums
 }
 
+// The first of the eight that is equal to `value`.
+HERO_DEVICE int first_of(const float* z, float value) {
+    int first = 0;
+    HERO_UNROLL
+    for (int i = COLUMNS_PER_THREAD - 1; i >= 0; --i)
+        if (z[i] == value) first = i;
+    return first;
+}
+
 // Sweep 1 over eight columns of a thread. `is_first`: they are the warp's first of the row.
 template <int divergence, bool delta>
 HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, bool is_first,
@@ -32,11 +41,7 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
         sums.teacher *= fall;
         sums.growth *= fall;
         sums.max_teacher = top_teacher;
-        if (with_tops) {
-            HERO_UNROLL
-            for (int i = COLUMNS_PER_THREAD - 1; i >= 0; --i)
-                if (z.teacher[i] == top_teacher) sums.top_teacher = column + i * lanes.step;
-        }
+        if (with_tops) sums.top_teacher = column + first_of(z.teacher, top_teacher) * lanes.step;
     }
     if (top_student > sums.max_student) {
         const float fall = exponential(sums.max_student - top_student);
@@ -50,11 +55,7 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
         }
         sums.student *= fall;
         sums.max_student = top_student;
-        if (with_tops) {
-            HERO_UNROLL
-            for (int i = COLUMNS_PER_THREAD - 1; i >= 0; --i)
-                if (z.student[i] == top_student) sums.top_student = column + i * lanes.step;
-        }
+        if (with_tops) sums.top_student = column + first_of(z.student, top_student) * lanes.step;
     }
     const float reference = shifted(sums.reference, sums.shift);
     float small[COLUMNS_PER_THREAD];

@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from hero.config import TrainConfig
 from hero.drift import Drift
 from hero.policy import Policy
-from hero.sampling import Sampler, Sampling, Streaming
+from hero.sampling import Completion, Sampler, Sampling, Stream, Streaming, complete_all
 
 
 class Engine(Sampler, Streaming, Protocol):
@@ -63,6 +66,53 @@ class WeightFolder:
 
 WAIT = 0.02
 """Seconds that `step` waits for an answer before it lets environments be looked after."""
+
+
+class HandedWeights(ABC):
+    """An engine that reads the policy's weights from a folder whenever they have changed.
+
+    After that its log-probabilities are compared with the trainer's.
+
+    Args:
+        policy: the student.
+        config: of the run.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self.policy, self.config = policy, config
+        self.version = -1
+        self.weights = WeightFolder(policy, config.engine.weights_dir)
+
+    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
+        rows, numbers = self.config.rollout.batch_size, range(len(prompts))
+        return complete_all(self.stream(rows, sampling, 0), rows, prompts, numbers, sampling.seed)
+
+    def hand_over(self) -> None:
+        """Let the engine have the policy's weights, unless it has them.
+
+        Raises:
+            DriftError: it has them, and says something else of what it samples.
+        """
+        if self.version == self.policy.version:
+            return
+        folder = self.weights.write()
+        self._read(folder)
+        self.weights.keep(folder)
+        self.version = self.policy.version
+        rollout, engine = self.config.rollout, self.config.engine
+        try:
+            check_same_model(self.policy, self, rollout.temperature, engine.max_drift, engine.kind)
+        except BaseException:
+            self.version = -1
+            raise
+
+    @abstractmethod
+    def _read(self, folder: Path) -> None:
+        """Let the engine read the weights in a folder."""
+
+    @abstractmethod
+    def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
+        """`Streaming.stream`, after `hand_over`."""
 
 
 @torch.no_grad()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hero.config import TrainConfig
-from hero.engines.base import WeightFolder, check_same_model
+from hero.engines.base import HandedWeights
 from hero.models import existing_model
 from hero.policy import Policy
-from hero.sampling import Completion, Sampling, Stream, complete_all
+from hero.sampling import Completion, Sampling, Stream
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM makes room for."""
 
 
-class ColocatedEngine:
+class ColocatedEngine(HandedWeights):
     """vLLM's `LLM`, with a copy of the weights: the model's, and LoRA as an adapter.
 
     Args:
@@ -36,10 +36,9 @@ class ColocatedEngine:
                 "'hero-kernels[vllm]', or set --engine.kind transformers."
             ) from error
         self.vllm, self.lora_request = vllm, LoRARequest
-        self.policy, self.config, self.version = policy, config, -1
+        super().__init__(policy, config)
         room = 2 * config.rollout.max_episode_tokens + config.reflection.max_tokens
         self.context = min(policy.context, room)
-        self.weights = WeightFolder(policy, config.engine.weights_dir)
         self.adapter: Any = None
         self.sleeps, self.asleep = policy.device.type == "cuda", False
         raw = config.rollout.temperature == 1
@@ -63,16 +62,11 @@ class ColocatedEngine:
         room = next(size for size in LORA_RANKS if size >= rank)
         return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
 
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        rows, numbers = self.config.rollout.batch_size, range(len(prompts))
-        return complete_all(self.stream(rows, sampling, 0), rows, prompts, numbers, sampling.seed)
-
     def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
         if self.asleep:
             self.llm.wake_up()
             self.asleep = False
-        if self.version != self.policy.version:
-            self._take_over()
+        self.hand_over()
         return _Steps(self, sampling)
 
     def rest(self) -> None:
@@ -81,22 +75,13 @@ class ColocatedEngine:
             self.llm.sleep(level=1)
             self.asleep = True
 
-    def _take_over(self) -> None:
-        folder = self.weights.write()
+    def _read(self, folder: Path) -> None:
         if self.policy.adapter is not None:
             number = self.policy.version + 1  # vLLM counts from 1
             self.adapter = self.lora_request(f"hero-{number}", number, str(folder))
         else:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             self.llm.reset_prefix_cache()
-        self.weights.keep(folder)
-        self.version = self.policy.version
-        rollout, limit = self.config.rollout, self.config.engine.max_drift
-        try:
-            check_same_model(self.policy, self, rollout.temperature, limit, "vllm")
-        except BaseException:
-            self.version = -1
-            raise
 
 
 class _Steps:

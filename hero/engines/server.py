@@ -10,7 +10,7 @@ import math
 import queue
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,9 @@ from typing import Any
 
 from hero.client import FAILURES, Client, Refused, read_json, shown
 from hero.config import TrainConfig, redacted
-from hero.engines.base import WAIT, WeightFolder, check_same_model
+from hero.engines.base import WAIT, HandedWeights
 from hero.policy import Policy
-from hero.sampling import Completion, Sampling, Stream, complete_all
+from hero.sampling import Completion, Sampling, Stream
 from hero.text import harmless
 from hero.types import Fault
 
@@ -44,7 +44,7 @@ class ServerError(Fault):
     """The server cannot be sampled from, or not any more."""
 
 
-class ServerEngine:
+class ServerEngine(HandedWeights):
     """Samples from a vLLM server, which is handed new weights before it samples from them.
 
     LoRA adapters are loaded beside its model, under a new name each time; full weights take the
@@ -59,7 +59,8 @@ class ServerEngine:
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
-        self.policy, self.config, engine = policy, config, config.engine
+        super().__init__(policy, config)
+        engine = config.engine
         base, option = engine.base_url.rstrip("/"), "--engine.api-key-env"
         self.api = Client(base, engine.api_key_env, option, engine.timeout)
         root = base.removesuffix("/v1")  # of what is no part of OpenAI's protocol
@@ -67,13 +68,7 @@ class ServerEngine:
         self.base_model, self.context = self._served()
         self.model = self.base_model
         """What requests name: the adapter, with LoRA."""
-        self.version = -1
-        self.weights = WeightFolder(policy, engine.weights_dir)
         self._run = uuid.uuid4().hex[:8]
-
-    def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
-        rows, numbers = self.config.rollout.batch_size, range(len(prompts))
-        return complete_all(self.stream(rows, sampling, 0), rows, prompts, numbers, sampling.seed)
 
     def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
         longest = min(longest, self.policy.context)
@@ -83,7 +78,7 @@ class ServerEngine:
                 f"{self.context} tokens, and an episode may have {longest}: start it with "
                 f"--max-model-len {longest}, or lower --rollout.max-episode-tokens."
             )
-        self._hand_over()
+        self.hand_over()
         return _Requests(partial(self._complete, sampling))
 
     def rest(self) -> None:
@@ -91,23 +86,11 @@ class ServerEngine:
 
     # ---- weights ------------------------------------------------------------------------------
 
-    def _hand_over(self) -> None:
-        """Give the server the policy's weights, unless it has them."""
-        if self.version == self.policy.version:
-            return
-        folder = self.weights.write()
+    def _read(self, folder: Path) -> None:
         if self.policy.adapter is not None:
             self._load_adapter(folder)
         else:
             self._reload(folder)
-        self.weights.keep(folder)
-        self.version = self.policy.version
-        rollout, limit = self.config.rollout, self.config.engine.max_drift
-        try:
-            check_same_model(self.policy, self, rollout.temperature, limit, "server")
-        except BaseException:
-            self.version = -1
-            raise
 
     def _load_adapter(self, folder: Path) -> None:
         before, self.model = self.model, f"hero-{self._run}-{self.policy.version}"

@@ -1,5 +1,5 @@
 """The part of vllm's Python interface that hero/engines/colocated.py calls, with vLLM 0.32's
-signatures: tests/hero/test_engines.py compares them with the installed ones where there is a vllm.
+signatures: engines/test_engines.py compares them with the installed ones where there is a vllm.
 A transformers model computes, one token a step for every request under way.
 """
 

@@ -1,7 +1,7 @@
 """A server on loopback that answers as `vllm serve` does: paths, fields and messages of vLLM 0.32.
 
 Behind it is a transformers model of its own, read from the folders it is told, that computes each
-token from the whole sequence. tests/hero/test_engines.py asks the real server the same, where vllm
+token from the whole sequence. engines/test_engines.py asks the real server the same, where vllm
 is installed.
 """
 

@@ -309,10 +309,9 @@ def test_gradient_in_place(divergence: str) -> None:
 
 
 def test_more_tiles_than_the_merge_takes_at_once() -> None:
-    """33: it takes 32."""
     case = make_case(JSD, True, rows=1, vocab=130, scale=2.0, with_stats=True)
     case.target_ids = torch.tensor([129])
-    check(in_tiles(*range(4, 130, 4)), case)
+    check(in_tiles(*range(4, 130, 4)), case)  # 33, and it takes 32
 
 
 def test_few_long_rows_are_cut_into_pieces() -> None:
