@@ -201,9 +201,8 @@ def rollout(
         count=count, shown=shown, ended=ended,
     )  # fmt: skip
     trajectories = ranks.shared(assignments, play)
-    ranks.on_first(
-        lambda: border.stop_if_failed(trajectories, config.max_env_errors, beside)
-    )  # fmt: skip
+    most = config.max_env_errors
+    ranks.on_first(lambda: border.stop_if_failed(trajectories, most, beside))
     return trajectories
 
 

@@ -262,9 +262,8 @@ class Trainer:
         self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
         summary = outcome(self.recipe, self.config, self.state, str(self.policy.device))
         summary |= border.facts(self.stages.env)
-        if before := self.ranks.on_first(
-            self.folder.read_before
-        ):  # its tasks, also if a resumed run asks for others
+        before = self.ranks.on_first(self.folder.read_before)
+        if before:  # its tasks, also if a resumed run asks for others
             self.config.eval.test_tasks = len(before["per_task"])
             last = summarise(self.stages.held_out("test", self.config.eval.test_tasks)).to_dict()
             self.learner.select(self.folder / BEST)
