@@ -239,6 +239,7 @@ def test_two_processes_train_one_student(tmp_path: Path) -> None:
         "kept = (trainer.policy.trainable()[name], trainer.teacher.state_dict()[name])\n"
         "sums = [weight.detach().double().sum().item() for weight in kept]\n"
         "Path(sys.argv[2], f'rank{trainer.accelerator.process_index}').write_text(str(sums))\n"
+        "trainer.accelerator.end_training()\n"  # else an exit may abort, in threads that still run
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
