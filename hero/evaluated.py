@@ -41,6 +41,8 @@ class Evaluated:
     """Records as `hero view` shows them, of all episodes or of some."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Names of settings, with dots, and their values; empty if they are not known."""
+    world: dict[str, str] = field(default_factory=dict)
+    """What the results depend on beside them: versions of data, who played the user."""
 
 
 class EvalFolder:
@@ -87,12 +89,12 @@ class EvalFolder:
         with (self.path / EPISODES).open("ab") as file:
             file.write(json_line(record))
 
-    def close(self, facts: dict[str, str]) -> Evaluation:
+    def close(self, world: dict[str, str]) -> Evaluation:
         """Write eval.json from all episodes; the folder is complete."""
         records = read_jsonl(self.path / EPISODES)
         result = summarise_figures([(r["task_id"], r["figures"]) for r in records])
         seconds = sum(record["seconds"] for record in records)
-        found = {**facts, "seconds": seconds, **result.to_dict()}
+        found = {"world": world, "seconds": seconds, **result.to_dict()}
         write_atomic(self.path / RESULT, json.dumps(found, indent=1))
         return result
 
@@ -122,14 +124,17 @@ def read_evaluated(path: Path) -> Evaluated | None:
             )
         settings = _read(folder / SETTINGS)
         name, _ = settings.pop("model"), settings.pop("weights")
-        return Evaluated(name=name, result=_read(folder / RESULT), settings=settings,
-                         episodes=read_jsonl(folder / EPISODES))  # fmt: skip
-    if (folder / SUMMARY).is_file() and (after := _read(folder / SUMMARY).get("after")):
+        result, episodes = _read(folder / RESULT), read_jsonl(folder / EPISODES)
+        return Evaluated(name=name, result=result, settings=settings, episodes=episodes,
+                         world=result.get("world", {}))  # fmt: skip
+    summary = _read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    if after := summary.get("after"):
         kept = folder / TRAJECTORIES
         records = read_jsonl(kept) if kept.is_file() else []
         records = [record for record in records if record["split"] == "after"]
         settings = played_settings(_read(folder / CONFIG))
-        return Evaluated(name=str(path), result=after, episodes=records, settings=settings)
+        return Evaluated(name=str(path), result=after, episodes=records, settings=settings,
+                         world=summary.get("world", {}))  # fmt: skip
     return None
 
 

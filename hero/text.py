@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 ESCAPES = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours, cursor
@@ -31,3 +32,8 @@ def shorten(text: str, limit: int) -> str:
     head = limit * 2 // 3
     tail = limit - head
     return f"{text[:head]}\n[{len(text) - limit} characters cut]\n{text[len(text) - tail :]}"
+
+
+def in_words(world: Mapping[str, str]) -> str:
+    """Facts of a world (`HasFacts`) as one line."""
+    return "; ".join(f"{name.replace('_', ' ')}: {value}" for name, value in world.items())

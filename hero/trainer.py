@@ -261,7 +261,7 @@ class Trainer:
         best = self.state.best_update or "0, training did not help"
         self.console.say(f"Stopped: {self.state.stopped}. Best update on dev: {best}.")
         summary = outcome(self.recipe, self.config, self.state, str(self.policy.device))
-        summary |= border.facts(self.stages.env)
+        summary["world"] = border.facts(self.stages.env)
         before = self.ranks.on_first(self.folder.read_before)
         if before:  # its tasks, also if a resumed run asks for others
             self.config.eval.test_tasks = len(before["per_task"])
@@ -325,11 +325,12 @@ class Trainer:
 
     def _keep(self, name: str, number: int, metrics: dict[str, float]) -> None:
         """Write the weights of update `number` to a folder that can be uploaded as it is."""
+        world = border.facts(self.stages.env)
 
         def write() -> None:
             with replacing(self.folder / name) as folder:
                 self.policy.save(folder, weights)
-                write_card(folder, self.config, number, metrics)
+                write_card(folder, self.config, number, metrics, {"world": world})
 
         with self.policy.shards.whole_weights() as weights:
             self.ranks.on_first(write)

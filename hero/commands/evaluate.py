@@ -18,6 +18,7 @@ from hero.interrupt import Interrupt, Stopped
 from hero.models import existing_model, find_model, revision
 from hero.report.comparison import FIGURES, Comparison, bootstrap_interval, compare
 from hero.report.console import Console, signed
+from hero.text import in_words
 from hero.types import Fault
 
 if TYPE_CHECKING:  # they load torch
@@ -39,8 +40,9 @@ class Evaluating(Play):
 
         settings = redacted(asdict(self.settings))
         if not self.output:
-            result = summarise(self.played(model)[0]).to_dict()
-            return Evaluated(name=model, result=result, settings=settings)
+            played, world = self.played(model)
+            result = summarise(played).to_dict()
+            return Evaluated(name=model, result=result, settings=settings, world=world)
         if Path(self.output).is_file():
             raise ValueError(f"--output {self.output} is a file; expected a folder, or a new name.")
         path = self.folder(model)
@@ -50,13 +52,13 @@ class Evaluating(Play):
             message = f"The episodes so far are in {path}; the same command goes on with them."
             try:
                 with Interrupt():
-                    _, facts = self.played(model, kept)
+                    _, world = self.played(model, kept)
             except KeyboardInterrupt as stop:
                 raise Stopped(getattr(stop, "number", signal.SIGINT), message) from None
             except Fault as fault:
                 fault.add_note(message)
                 raise
-            kept.close(facts)
+            kept.close(world)
         found = read_evaluated(path)
         assert found is not None
         return found
@@ -91,6 +93,7 @@ class Eval(Evaluating):
             f"{config.split} tasks of {config.env.name}: {number} x {config.trials}",
             ["", *self.model], _rows(found), "in brackets: 95 % interval, bootstrap over tasks",
         )  # fmt: skip
+        console.say(in_words(found[0].world))
         for model in self.model if self.output else ():
             console.say(f"{model}: {self.folder(model)}")
 
@@ -145,8 +148,11 @@ class Compare(Evaluating):
         rows, console = compare(one.result, other.result, FIGURES), Console()
         known = {name: value for name, value in other.settings.items() if name in one.settings}
         shared = {name: one.settings[name] for name in known}
-        unlike = difference(shared, known)
-        console.say(f"A: {one.name}\nB: {other.name}")
+        unlike = difference(shared, known) + difference(one.world, other.world)
+        for letter, side in (("A", one), ("B", other)):
+            console.say(f"{letter}: {side.name}")
+            if side.world:
+                console.say(f"   {in_words(side.world)}")
         if unlike:
             console.say("They were not played with the same settings:\n" + "\n".join(unlike))
         number = len(one.result["per_task"])
@@ -162,6 +168,7 @@ class Compare(Evaluating):
             found = {
                 "a": one.name,
                 "b": other.name,
+                "worlds": [one.world, other.world],
                 "tasks": number,
                 "settings_that_differ": unlike,
             }

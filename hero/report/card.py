@@ -11,6 +11,7 @@ import yaml
 from hero.config import TrainConfig, redacted
 from hero.files import write_atomic
 from hero.report.facts import versions
+from hero.text import in_words
 
 CARD = "README.md"
 DEV = {"dev/success": "success", "dev/score": "score", "dev/turns": "turns"}
@@ -27,7 +28,7 @@ def write_card(
         config: of the run.
         update: after which the weights are these.
         dev: metrics of their evaluation on the dev tasks.
-        summary: of the ended run, if it has evaluated these weights on the test tasks.
+        summary: `world`; and, if the run has ended, its evaluation of them on the test tasks.
     """
     results = {name: dev[of_dev] for of_dev, name in DEV.items() if of_dev in dev}
     split, rows = "dev", [("dev", results)]
@@ -48,10 +49,12 @@ def write_card(
         for name, row in rows
         if row
     )
+    played = in_words((summary or {}).get("world", {}))
     settings = yaml.safe_dump(redacted(config), sort_keys=False, allow_unicode=True)
     text = TEXT.format(
         base=Path(base).name if is_here else base, mode=config.mode,
         environment=config.env.name, update=update, table=table, settings=settings.strip(),
+        world=f"\nPlayed in: {played}." if played else "",
         versions=", ".join(f"{name} {number}" for name, number in versions().items()),
     )  # fmt: skip
     front = yaml.safe_dump(header, sort_keys=False)
@@ -67,7 +70,7 @@ TEXT = """\
 |---|---:|---:|---:|
 {table}
 
-Success and score are means over held-out tasks, of one run: no interval is given here.
+Success and score are means over held-out tasks, of one run: no interval is given here.{world}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

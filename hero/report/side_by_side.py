@@ -11,6 +11,7 @@ from hero.algorithms import MODES
 from hero.files import write_atomic
 from hero.report.comparison import Comparison
 from hero.report.viewer import templates, trajectory_view
+from hero.text import in_words
 
 if TYPE_CHECKING:  # it loads torch
     from hero.evaluated import Evaluated
@@ -33,7 +34,8 @@ def render(
     sides = [_by_task(one.episodes), _by_task(other.episodes)]
     tasks = sorted(sides[0].keys() & sides[1].keys(), key=lambda task: _likeness(task, sides))
     html = templates().get_template("compare.html.j2").render(
-        names=(one.name, other.name), rows=rows, unlike=unlike, left_out=len(tasks[MAX_TASKS:]),
+        names=(one.name, other.name), worlds=(in_words(one.world), in_words(other.world)),
+        rows=rows, unlike=unlike, left_out=len(tasks[MAX_TASKS:]),
         number=len(one.result["per_task"]),
         tasks=[(task, [side[task] for side in sides]) for task in tasks[:MAX_TASKS]],
     )  # fmt: skip

@@ -20,6 +20,7 @@ from hero.files import write_atomic
 from hero.report.charts import Chart, Line, draw
 from hero.report.comparison import compare
 from hero.report.tracking import METRICS, TRAJECTORIES, read_jsonl
+from hero.text import in_words
 
 MAX_TRAJECTORIES = 200
 FULL_RED = math.log(2)
@@ -188,6 +189,7 @@ def _facts(
                 *(f"{key}={value}" for key, value in env.get("options", {}).items()),
             ]
         ),
+        "World": in_words(summary.get("world", {})),
         "Seed": config.get("seed"),
         "Learning rate": config.get("optim", {}).get("learning_rate"),
         "Divergence": loss.get("divergence"),

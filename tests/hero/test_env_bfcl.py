@@ -320,7 +320,7 @@ def test_a_whole_update_and_an_evaluation(
     }  # fmt: skip
     run = tmp_path / "run"
     summary = Trainer(from_dict(data), run, policy=policy).run()
-    assert summary["environment"] == "bfcl multi-turn base, bfcl-eval 2026.3.23"
+    assert summary["world"]["environment"] == "bfcl multi-turn base, bfcl-eval 2026.3.23"
     episodes = [json.loads(line) for line in (run / "trajectories.jsonl").read_text().splitlines()]
     assert episodes and all(e["stop_reason"] != StopReason.ENV_ERROR for e in episodes)
     policy.save(tmp_path / "model")

@@ -17,7 +17,8 @@ from hero.evaluated import read_evaluated
 from hero.evaluation import summarise_figures
 from hero.report.comparison import Comparison, compare
 from hero.report.tracking import read_jsonl
-from tests.hero.runs import Countdown
+from hero.report.viewer import render
+from tests.hero.runs import Countdown, settings, trainer
 
 CAPS = ["--rollout.max-turns", "2", "--rollout.max-turn-tokens", "4", "--rollout.batch-size", "2",
         "--device", "cpu"]  # fmt: skip
@@ -127,6 +128,43 @@ def test_broken_episodes_are_played_again_and_the_bound_is_over_all(
     assert main(["compare", str(folder), str(folder), "--output", "page"]) == 0
     page = (here / "page" / "compare.html").read_text()
     assert "dev task" in page and "dev training" not in page
+
+
+class Told(ShopEnv):
+    """Says what its results depend on."""
+
+    who = "a script"
+
+    def facts(self) -> dict[str, str]:
+        return {"user_simulator": self.who}
+
+
+def test_what_results_depend_on_stands_in_each_of_them(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    words = ["eval", str(model_path), "--env.name", f"{__name__}:Told", *SHOP[2:], *CAPS]
+    words += ["--tasks", "2", "--output"]
+    for _ in range(2):  # played, and read
+        assert main([*words, "one"]) == 0
+        assert "user simulator: a script" in said(capsys)
+    monkeypatch.setattr(Told, "who", "a <b>model</b>")
+    assert main([*words, "two"]) == 0
+    [one], [two] = ((here / out).iterdir() for out in ("one", "two"))
+    assert json.loads((one / "eval.json").read_text())["world"] == {"user_simulator": "a script"}
+    assert main(["compare", str(one), str(two), "--output", "page"]) == 0
+    assert "user_simulator: 'a script' there, 'a <b>model</b>' here" in said(capsys)
+    found = json.loads((here / "page" / "compare.json").read_text())
+    assert [world["user_simulator"] for world in found["worlds"]] == ["a script", "a <b>model</b>"]
+    assert "user simulator: a &lt;b&gt;model" in (here / "page" / "compare.html").read_text()
+    config = settings(model_path, updates=1, eval={"dev_tasks": 2, "test_tasks": 2})
+    config.env.name = f"{__name__}:Told"
+    summary = trainer(config, here / "run").run()
+    assert summary["world"] == {"user_simulator": "a <b>model</b>"}
+    assert "user simulator: a <b>model" in (here / "run" / "best" / "README.md").read_text()
+    assert "user simulator: a &lt;b&gt;model" in render(here / "run").read_text()
+    read = read_evaluated(here / "run")
+    assert read is not None and read.world == summary["world"]
 
 
 def test_one_failure_among_the_last_does_not_count_as_all(

