@@ -10,6 +10,8 @@ from typing import Any
 
 from hero.checks import from_dict
 from hero.config import ModelConfig, RolloutConfig, TrainConfig
+from hero.envs import border
+from hero.envs.alarm import set_limit
 from hero.envs.base import Environment
 from hero.envs.workers import closing, open_workers
 from hero.episodes import derive_seed
@@ -118,7 +120,8 @@ def rollout(
     """
     config = config or RolloutConfig()
     env = environment()
-    train = env.tasks("train")
+    set_limit(config.step_timeout)
+    train = border.tasks(env, "train")
     shown, _ = worked_episodes(env, train, demonstrations, config.max_turns, policy.renderer)
     workers = open_workers("auto", environment, env, config.batch_size, config.step_timeout)
     with closing(workers, env):

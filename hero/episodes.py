@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from hero.envs.border import Beginning, EnvironmentFault, Step
 from hero.envs.workers import Given, Workers
 from hero.ranks import Ranks
 from hero.renderer import Renderer
-from hero.sampling import Completion, Sampler, Sampling, stream_of
+from hero.sampling import Completion, Mixing, Sampler, Sampling, Wanted, stream_of
 from hero.types import Message, StopReason, Trajectory, Turn
 from hero.worked import Worked, opening, work_out
 
@@ -164,7 +165,7 @@ def rollout(
     temperature: float | None = None,
     count: Callable[[int, int], None] = lambda done, total: None,
     shown: Sequence[Worked] = (),
-    ended: Callable[[Trajectory], None] = lambda trajectory: None,
+    ended: Callable[[Trajectory], Wanted | None] = lambda trajectory: None,
     beside: Sequence[bool] = (),
     ranks: Ranks | None = None,
 ) -> list[Trajectory]:
@@ -182,7 +183,8 @@ def rollout(
         temperature: instead of the config's (evaluation).
         count: called with the number of finished episodes and of all, whenever one has ended.
         shown: worked episodes before each task (`env.demonstrations`).
-        ended: called with each episode that is over, for those who keep them at once.
+        ended: called with each episode that is over, for those who keep them at once. What it wants
+            is sampled on rows that no episode needs any more, if the sampler can do that.
         beside: of each finished episode of the same batch, whether it failed: they count in
             `config.max_env_errors`.
         ranks: who share the episodes, each with environments of its own; None is this process.
@@ -210,7 +212,7 @@ def _play(
     assignments: Sequence[Assignment], *, envs: Sequence[Environment] | Workers, sampler: Sampler,
     renderer: Renderer, config: RolloutConfig, sampling: Sampling,
     count: Callable[[int, int], None], shown: Sequence[Worked],
-    ended: Callable[[Trajectory], None],
+    ended: Callable[[Trajectory], Wanted | None],
 ) -> list[Trajectory]:  # fmt: skip
     """The episodes of one process."""
     seed = sampling.seed
@@ -226,13 +228,15 @@ def _play(
     episodes: list[_Running] = []
     running: dict[int, _Running] = {}  # by the row of the stream, which is that of its environment
     acting: set[int] = set()  # rows whose environment is at work
+    wanted: deque[Wanted] = deque()
+    aside: dict[int, Wanted] = {}  # by the row on which it is sampled
 
     def work(row: int, job: Callable[..., Any], *arguments: Any) -> None:
         acting.add(row)
         workers.submit(row, job, *arguments)
 
     def begin(row: int) -> None:
-        """The next episode, if there is one."""
+        """The next episode, or else what is wanted beside them, if there is any."""
         if len(episodes) < len(assignments):
             assignment = assignments[len(episodes)]
             running[row] = _Running(assignment, renderer, config, shown)
@@ -240,14 +244,21 @@ def _play(
             lent = generate if workers.share_memory else None
             arguments = (assignment.task_id, renderer.tool_format, lent, running[row].max_chars)
             work(row, border.begin, *arguments)
+        elif wanted and isinstance(stream, Mixing):
+            aside[row] = wanted.popleft()
+            stream.submit_other(row, aside[row])
 
     try:
         for row in range(workers.rows):
             begin(row)
-        while running:
+        while running or aside:
             for row, completion in stream.step():
-                work(row, *running[row].act(completion))
-            for row, answer in workers.done(wait=len(acting) == len(running)):
+                if row in aside:
+                    aside.pop(row).done(completion)
+                    begin(row)
+                else:
+                    work(row, *running[row].act(completion))
+            for row, answer in workers.done(wait=len(acting) == len(running) and not aside):
                 acting.discard(row)
                 episode = running[row]
                 episode.take(answer)
@@ -255,7 +266,8 @@ def _play(
                     turn_seed = derive_seed(seed, episode.salt, len(episode.trajectory.turns))
                     stream.submit(row, episode.prompt_ids, turn_seed)
                     continue
-                ended(running.pop(row).trajectory)
+                if (more := ended(running.pop(row).trajectory)) is not None:
+                    wanted.append(more)
                 count(len(episodes) - len(running), len(assignments))
                 begin(row)
     except BaseException:

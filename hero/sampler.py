@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from hero.kvcache import RowCache
 from hero.policy import Policy
 from hero.ranks import Ranks
-from hero.sampling import Batches, Completion, Sampling, Stream, complete_all
+from hero.sampling import Batches, Completion, Sampling, Stream, Wanted, complete_all
 
 READ_TOKENS = 8192
 """Prompt tokens of one forward pass, padded: bounds its mask and activations."""
@@ -74,6 +74,7 @@ class HFSampler:
 class _Row:
     """One sequence of the cache and the completion under way on it."""
 
+    sampling: Sampling
     held: list[int] = field(default_factory=list)
     """Ids whose keys and values are in the cache."""
     new: list[int] = field(default_factory=list)
@@ -91,11 +92,18 @@ class _Rows:
 
     def __init__(self, policy: Policy, rows: int, sampling: Sampling) -> None:
         self.policy, self.sampling = policy, sampling
-        self.rows = [_Row() for _ in range(rows)]
+        self.rows = [_Row(sampling) for _ in range(rows)]
         self.cache = RowCache(rows)
 
     def submit(self, row: int, prompt: list[int], seed: int) -> None:
+        self._submit(row, prompt, seed, self.sampling)
+
+    def submit_other(self, row: int, wanted: Wanted) -> None:
+        self._submit(row, wanted.prompt, wanted.seed, wanted.sampling)
+
+    def _submit(self, row: int, prompt: list[int], seed: int, sampling: Sampling) -> None:
         at = self.rows[row]
+        at.sampling = sampling
         shared = _common(at.held, prompt[:-1])  # the last one is read in any case
         at.held, at.new = prompt[:shared], prompt[shared:]
         at.completion, at.random = Completion(ids=[], logprobs=[]), random.Random(seed)
@@ -140,17 +148,28 @@ class _Rows:
         inputs = self.cache.aim(chosen, starts, lengths, policy.device)
         states = policy.trunk(ids.to(policy.device), **inputs).last_hidden_state
         states = states[torch.arange(len(rows)), last.to(policy.device)].to(policy.dtype)
-        drawn = draw_tokens(policy.logits(states), self.sampling, uniform.to(policy.device))
-        tokens, logprobs = (values.tolist() for values in drawn)
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        drawn = _draw(policy.logits(states), rows, uniform.to(policy.device))
+        for row, (token, logprob) in zip(rows, drawn, strict=True):
             if not row.new:
                 continue
             row.held += row.new
             row.completion.ids.append(token)
             row.completion.logprobs.append(logprob)
             ended = token in policy.renderer.stop_ids
-            ended |= len(row.completion.ids) == self.sampling.max_tokens
+            ended |= len(row.completion.ids) == row.sampling.max_tokens
             row.new = [] if ended else [token]
+
+
+def _draw(logits: Tensor, rows: list[_Row], uniform: Tensor) -> list[tuple[int, float]]:
+    """`draw_tokens` by the sampling of each row."""
+    drawn = [(0, 0.0)] * len(rows)
+    for sampling in {row.sampling for row in rows}:
+        some = [i for i, row in enumerate(rows) if row.sampling == sampling]
+        part = some if len(some) < len(rows) else slice(None)
+        found = draw_tokens(logits[part], sampling, uniform[part])
+        for i, token, logprob in zip(some, *(values.tolist() for values in found), strict=True):
+            drawn[i] = (token, logprob)
+    return drawn
 
 
 def _common(one: list[int], other: list[int]) -> int:

@@ -30,6 +30,17 @@ class Completion:
     """log p of each id at the sampling temperature (greedy: at 1), before nucleus truncation."""
 
 
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Wanted:
+    """A completion that is wanted while episodes go on."""
+
+    prompt: list[int]
+    seed: int
+    sampling: Sampling
+    """Its own seed does not count."""
+    done: Callable[[Completion], None]
+
+
 class Sampler(Protocol):
     """A sampling engine."""
 
@@ -47,6 +58,15 @@ class Stream(Protocol):
 
     def step(self) -> list[tuple[int, Completion]]:
         """Go on a little; returns what has come to its end, by its number."""
+        ...
+
+
+@runtime_checkable
+class Mixing(Stream, Protocol):
+    """Streams that take prompts with another sampling among theirs."""
+
+    def submit_other(self, row: int, wanted: Wanted) -> None:
+        """Ask for a completion by its own sampling; whoever calls `step` passes it on."""
         ...
 
 

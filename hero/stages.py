@@ -11,6 +11,7 @@ from functools import partial
 from hero.algorithms import MODES, Experience
 from hero.config import TrainConfig
 from hero.engines import make_engine
+from hero.envs.alarm import set_limit
 from hero.envs.base import Environment, make_env
 from hero.envs.border import disjoint_tasks
 from hero.envs.workers import open_workers
@@ -20,8 +21,11 @@ from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.ranks import Ranks
 from hero.reflection import Reflections, Reflector, make_reflector
+from hero.reflection.shuffle import ShuffledReflector
+from hero.reflection.verify import VerifiedReflector
 from hero.report.console import Console
 from hero.sampler import HFSampler
+from hero.sampling import Wanted
 from hero.state import State
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Sample, Trajectory
@@ -46,6 +50,7 @@ class Stages:
         size = config.rollout.batch_size
         make = environment or partial(make_env, config.env.name, **config.env.options)
         self.env, timeout = make(), config.rollout.step_timeout
+        set_limit(timeout)
         self.workers = open_workers(config.env.workers, make, self.env, size, timeout)
         splits = ["train", "dev", "test"] if config.eval.test_tasks else ["train", "dev"]
         self.tasks = disjoint_tasks(self.env, splits)
@@ -77,6 +82,10 @@ class Stages:
             config, self.env, self.algorithm, self.reflect, self.annotate, self.teacher,
             (sampler, teacher_sampler), self.renderer,
         )  # fmt: skip
+        reads: object = self.reflector
+        while isinstance(reads, (VerifiedReflector, ShuffledReflector)):
+            reads = reads.inner
+        self._early = None if many else getattr(reads, "early", None)
         asked = "" if reflector else config.reflection.reflector
         self._asks_own_model = asked in ("self", "teacher")
 
@@ -88,11 +97,18 @@ class Stages:
         """
         config, played = self.config, list[Trajectory]()
         waiting = assignments_of_update(self.tasks["train"], config.rollout, config.seed, number)
-        seed = derive_seed(config.seed, ROLLOUT, number)
+        seed, reading = (derive_seed(config.seed, what, number) for what in (ROLLOUT, REFLECT))
+
+        def ended(trajectory: Trajectory) -> Wanted | None:
+            """Episodes are read as soon as they are over."""
+            paid = rewarded([trajectory], config.env.reward)[0]
+            return self._early(paid, reading) if self._early else None
+
         while fit := state.affordable(config, sum(len(t.turns) for t in played)):
             if not (batch := waiting[len(played) :][:fit]):
                 break
-            played += self.rollout(batch, seed=seed, beside=[t.failed for t in played])
+            failed = [t.failed for t in played]
+            played += self.rollout(batch, seed=seed, beside=failed, ended=ended)
         return rewarded(played, config.env.reward)
 
     def reflect(self, trajectories: list[Trajectory], seed: int) -> Reflections:

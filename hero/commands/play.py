@@ -83,6 +83,7 @@ class Play(Command):
         existing_model(str(weights_of(model)))
         make_importable(config.env.name)
 
+        from hero.envs.alarm import set_limit
         from hero.envs.base import make_env
         from hero.envs.border import facts, tasks
         from hero.envs.workers import closing, open_workers
@@ -97,6 +98,7 @@ class Play(Command):
         size = config.rollout.batch_size
         make = partial(make_env, config.env.name, **config.env.options)
         env, timeout = make(), config.rollout.step_timeout
+        set_limit(timeout)
         for name, value in (of_world := facts(env)).items():
             console.say(f"{name.replace('_', ' ')}: {value}")
         train, number = tasks(env, "train"), config.env.demonstrations

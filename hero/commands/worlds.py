@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from hero.commands.base import Command, make_importable
-from hero.config.kinds import EnvOptions
+from hero.config.kinds import EnvOptions, Positive
 from hero.files import write_atomic
 from hero.report.console import Console
 from hero.types import Fault
@@ -89,7 +89,7 @@ def _describe(name: str, env: OptionsOf, console: Console) -> None:
     except ValueError as reason:
         console.say(f"\nNot made here: {reason}")
         return
-    sizes = [f"{split} {len(made.tasks(split))}" for split in ("train", "dev", "test")]
+    sizes = [f"{split} {len(border.tasks(made, split))}" for split in ("train", "dev", "test")]
     console.say(f"\ntasks: {', '.join(sizes)}")
     has = {"oracle": HasOracle, "diagnosis": HasDiagnosis, "tools": HasTools}
     console.say(f"has: {', '.join(k for k, kind in has.items() if isinstance(made, kind)) or '-'}")
@@ -122,6 +122,8 @@ class Env(Command):
     env: OptionsOf = field(default_factory=OptionsOf)
     episodes: int = 20
     """check: episodes played for each rule that needs some."""
+    timeout: Positive = 60.0
+    """check: seconds in which it must answer each time, and be made."""
 
     def run(self) -> None:
         if self.task == "init":
@@ -135,7 +137,7 @@ class Env(Command):
         if self.episodes < 1:
             raise ValueError(f"episodes={self.episodes}; expected at least 1.")
         make_importable(self.name)
-        findings = check(self.name, self.env.options, self.episodes)
+        findings = check(self.name, self.env.options, self.episodes, self.timeout)
         console.say(table(findings))
         faults = sum(finding.verdict is Verdict.FAULT for finding in findings)
         if faults:

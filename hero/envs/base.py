@@ -23,6 +23,8 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
+from hero.envs import alarm
+from hero.envs.alarm import TimeUp
 from hero.envs.registry import find, load
 from hero.types import Diagnosis, Message, Trajectory
 
@@ -105,6 +107,8 @@ class HasDiagnosis(Protocol):
 
 
 CONTRACT = ("system_prompt", "tasks", "reset", "step", "close")
+OURS = (__file__, alarm.__file__)
+"""Where nothing of a world can be at fault."""
 
 
 def make_env(name: str, **options: Any) -> Environment:
@@ -137,10 +141,11 @@ def make_env(name: str, **options: Any) -> Environment:
 
 def raised(error: BaseException, module: ModuleType | None = None) -> str:
     """What an exception says, and where it came from: a line of `module` if it passed there."""
-    said = "".join(traceback.format_exception_only(error)).strip()[:500]
+    late = isinstance(error, TimeUp)
+    said = str(error) if late else "".join(traceback.format_exception_only(error)).strip()[:500]
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
-    others = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+    others = [f for f in frames if f.filename not in OURS and "importlib" not in f.filename]
     if not (places := own or others):
         return f"{said}."
     return f"{said}. See {places[-1].filename}, line {places[-1].lineno}."

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hero.envs.alarm import TimeUp, alarm, hangs
 from hero.envs.base import Environment, HasDiagnosis, HasFacts, HasGenerator, HasTools, raised
 from hero.text import harmless, shorten
 from hero.types import Diagnosis, Fault, FeedbackKind, Trajectory
@@ -30,6 +31,8 @@ MAX_DIAGNOSIS = 10_000
 """Of one text of a diagnosis."""
 MAX_ID = 300
 """Characters of a task id."""
+MAX_HANGS = 3
+"""A method that gives no answer so often in a row ends the command, not its episode alone."""
 
 
 class EnvironmentFault(Fault):
@@ -297,10 +300,19 @@ def _info(what: str, value: Any) -> dict[str, Any]:
 def _border(env: Any, method: str, where: str = "") -> Iterator[None]:
     """Whatever goes wrong inside becomes one EnvironmentFault; Ctrl-C stays what it is."""
     at = f"{type(env).__name__}, {where}" if where else type(env).__name__
+    method_of = (type(env), method)
     try:
-        yield
+        with alarm():
+            yield
+        hangs.pop(method_of, None)
     except KeyboardInterrupt:
         raise
+    except TimeUp as late:
+        hangs[method_of] += 1
+        said = harmless(f"{at}: {method} gave {raised(late, inspect.getmodule(type(env)))}")
+        if hangs[method_of] >= MAX_HANGS:
+            raise Fault(f"{said} It was so {MAX_HANGS} times in a row.") from None
+        raise EnvironmentFault(said) from None
     except _Breach as breach:
         raise EnvironmentFault(harmless(f"{at}: {breach}.{_defined(env, method)}")) from None
     except BaseException as error:  # sys.exit in a step must not end a run, and not as a success

@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from typing import Any
 
 from hero.envs import border
-from hero.envs.base import Environment, HasDiagnosis, HasOracle, HasTools, make_env
+from hero.envs.alarm import TimeUp, alarm, set_limit
+from hero.envs.base import Environment, HasDiagnosis, HasOracle, HasTools, make_env, raised
 from hero.envs.border import EnvironmentFault
-from hero.types import StopReason, Trajectory, Turn
+from hero.types import Fault, StopReason, Trajectory, Turn
 
 SPLITS = ("train", "dev", "test")
 MAX_TURNS = 200
@@ -44,18 +44,30 @@ class Finding:
     detail: str
 
 
-def check(name: str, options: Mapping[str, Any], episodes: int = 20) -> list[Finding]:
+def check(
+    name: str, options: Mapping[str, Any], episodes: int = 20, seconds: float = 60.0
+) -> list[Finding]:
     """Try every rule of the contract.
 
     Args:
         name: of the environment, or `module:Class`.
         options: of its constructor.
         episodes: played for each rule that needs some.
+        seconds: in which it must answer each time, and be made.
 
     Raises:
         ValueError: it cannot be made at all.
+        Fault: it is not made in time.
     """
-    make = partial(make_env, name, **options)
+
+    def make() -> Environment:
+        try:
+            with alarm():
+                return make_env(name, **options)
+        except TimeUp as late:
+            raise Fault(f"{name} cannot be made: {raised(late)}") from None
+
+    set_limit(seconds, "timeout")
     check_of = _Check(make(), make, episodes)
     return [check_of.find(rule, how) for rule, how in check_of.rules()]
 
@@ -90,7 +102,7 @@ class _Check:
     def find(self, rule: str, how: Callable[[], str | None]) -> Finding:
         try:
             detail = how()
-        except (EnvironmentFault, _Broken) as fault:
+        except (Fault, TimeUp, _Broken) as fault:
             return Finding(rule, Verdict.FAULT, str(fault))
         if detail is None:
             return Finding(rule, Verdict.NONE, "none")
@@ -113,11 +125,11 @@ class _Check:
 
     def unknown_task(self) -> str:
         try:
-            self.env.reset(NOT_A_TASK)
-        except KeyError:
-            return "KeyError, as it should be"
-        except (Exception, SystemExit) as error:
-            raise _Broken(f"reset({NOT_A_TASK!r}) raised {error!r}; expected KeyError") from error
+            border.reset(self.env, NOT_A_TASK)
+        except EnvironmentFault as fault:
+            if isinstance(fault.__cause__, KeyError):
+                return "KeyError, as it should be"
+            raise _Broken(f"{fault} Expected KeyError.") from fault
         raise _Broken(f"reset({NOT_A_TASK!r}) started an episode; expected KeyError")
 
     def reset(self) -> str:
@@ -201,7 +213,8 @@ class _Check:
         task = self._tasks()[0]
         border.reset(self.env, task)
         try:
-            twin = pickle.loads(pickle.dumps(self.env))
+            with alarm():
+                twin = pickle.loads(pickle.dumps(self.env))
         except Exception as error:
             said = (type(self.env).__doc__ or "").lower()
             if "not picklable" in said or "cannot be pickled" in said:

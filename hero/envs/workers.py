@@ -7,6 +7,7 @@ gets a new one, as it does after a process has died. So nothing that a world doe
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import queue
 import signal
@@ -17,12 +18,14 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Protocol
 
-from hero.envs import border
+from hero.envs import alarm, border
 from hero.envs.base import Environment, raised
 from hero.envs.border import EnvironmentFault
 
 GRACE = 0.05
 """Seconds in which a job is waited for before others go on: quick worlds answer together."""
+MAKING = 10
+"""Making an environment may take so many times as long as a job."""
 MakeEnv = Callable[[], Environment]
 Job = Callable[..., Any]
 
@@ -80,7 +83,7 @@ def open_workers(
         make: makes an environment; pickled for processes.
         first: an environment that is there already; whoever made it closes it.
         rows: how many.
-        timeout: seconds of one job, not counting the making of its environment.
+        timeout: seconds of one job; the making of its environment may take MAKING times as long.
 
     Raises:
         ValueError: the environment asks for another kind.
@@ -108,7 +111,7 @@ def _made(make: Callable[[], Any]) -> Any:
 
 class Given:
     """Environments that are there already and stay the caller's: jobs are done where they are
-    submitted, without a time limit."""
+    submitted."""
 
     share_memory = True
 
@@ -179,11 +182,12 @@ class Threads:
         """The rows whose time is up, with the fault that this is."""
         now, late = time.monotonic(), []
         for row in sorted(self._busy):
-            began = self._threads[row].began
-            if began is not None and now - began > self._timeout:
+            began, times = self._threads[row].began
+            if now - began > times * self._timeout:
+                what = "no answer within" if times == 1 else f"it was not made within {times} times"
                 late.append((row, EnvironmentFault(
-                    f"no answer within rollout.step_timeout={self._timeout:g} s: the environment "
-                    "was given up and made anew. Raise --rollout.step-timeout if it needs longer."
+                    f"{what} rollout.step_timeout={self._timeout:g} s: the environment was given "
+                    "up and made anew. Raise --rollout.step-timeout if it needs longer."
                 )))  # fmt: skip
                 self._busy.discard(row)
                 self._threads.pop(row).give_up()
@@ -234,8 +238,8 @@ class _Thread(threading.Thread):
         self.row, self.make, self.answers = row, make, answers
         self.jobs: queue.SimpleQueue[tuple[Job | None, tuple[Any, ...]]] = queue.SimpleQueue()
         self.submitted = 0.0
-        self.began: float | None = None
-        """When the job under way began, its environment made; None between jobs."""
+        self.began = (math.inf, 1)
+        """When what is under way began, and how many times the limit of a job it has."""
         self.env: Any = None
 
     def run(self) -> None:
@@ -245,8 +249,9 @@ class _Thread(threading.Thread):
     def _answer(self, job: Any, arguments: tuple[Any, ...]) -> Any:
         try:
             if self.env is None:
+                self.began = (time.monotonic(), MAKING)
                 self.env = _made(self.make)
-            self.began = time.monotonic()
+            self.began = (time.monotonic(), 1)
             if isinstance(self.env, _Child):
                 return self.env.ask(job, arguments)
             return job(self.env, *arguments)
@@ -256,7 +261,7 @@ class _Thread(threading.Thread):
         except BaseException as error:  # what is no fault is not for this thread to deal with
             return error
         finally:
-            self.began = None
+            self.began = (math.inf, 1)
 
     def give_up(self) -> None:
         self.jobs.put((None, ()))
@@ -306,6 +311,7 @@ class _Child:
 def _serve(pipe: Any, make: MakeEnv) -> None:
     """What the process does: make the environment, then job after job until the other end goes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
+    alarm.set_limit(0)  # so does a step that takes too long
     try:
         env = _made(make)
         pipe.send(None)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from hero.client import FAILURES, Client, read_json, shown
 from hero.config import ReflectionConfig, redacted
@@ -55,11 +54,21 @@ class Endpoint:
         self.renderer = renderer
         option = "--reflection.api-key-env"
         self.client = Client(config.base_url, config.api_key_env, option, timeout)
+        self._pool = ThreadPoolExecutor(WORKERS)
+        self._early: dict[tuple[str, int], Future[Answer]] = {}
+
+    def early(self, request: str, seed: int) -> None:
+        self._early[request, seed] = self._pool.submit(self._ask, request, seed)
 
     def answer(self, requests: Sequence[str], seed: int) -> list[Answer]:
-        # The first failure is raised at once; requests that have not been sent are dropped with it.
-        with ThreadPoolExecutor(min(WORKERS, len(requests))) as pool:
-            return list(pool.map(partial(self._ask, seed=seed), requests))
+        sent, self._early = self._early, {}
+        asked = [sent.get((r, seed)) or self._pool.submit(self._ask, r, seed) for r in requests]
+        try:
+            return [future.result() for future in asked]
+        except BaseException:  # requests that have not been sent are dropped with the first failure
+            for future in asked:
+                future.cancel()
+            raise
 
     def _ask(self, request: str, seed: int) -> Answer:
         text, num_tokens = self.chat([{"role": "user", "content": request}], seed)

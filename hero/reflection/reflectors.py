@@ -14,6 +14,7 @@ from hero.reflection.filters import HintFilter
 from hero.reflection.models import ChatModel
 from hero.reflection.parse import parse_diagnoses, says_faultless
 from hero.renderer import Renderer
+from hero.sampling import Wanted
 from hero.types import Diagnosis, Trajectory
 
 RULES_TOKENS = 400
@@ -87,6 +88,10 @@ class ModelReflector:
             retried=retried,
             generated_tokens=generated_tokens,
         )
+
+    def early(self, trajectory: Trajectory, seed: int) -> Wanted | None:
+        """Begin with an episode that is over while others go on; `reflect` gets the same seed."""
+        return self.model.early(self._request(trajectory), seed) if self._asks(trajectory) else None
 
     def _asks(self, trajectory: Trajectory) -> bool:
         """Whether there is something to read, and `reflection.episodes` wants it read."""

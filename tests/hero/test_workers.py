@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from runs import settings, trainer
-from worlds import Unmade, World
+from worlds import Unmade, Unready, World
 
 from hero.config import RolloutConfig
 from hero.envs.border import EnvironmentFault
@@ -87,6 +87,15 @@ def test_what_cannot_be_made_is_a_fault(kind: str, how: str) -> None:
     [(_, fault)] = workers.done(wait=True)
     assert isinstance(fault, EnvironmentFault)
     assert f"an environment could not be made: {how}: no disk" in str(fault)
+    workers.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_made_in_time_is_a_fault(kind: str) -> None:
+    workers, began = open_workers(kind, Unready, World(), rows=1, timeout=0.1), time.monotonic()
+    fault = answer(workers, World.reset, "fine")
+    assert isinstance(fault, EnvironmentFault) and time.monotonic() - began < 20
+    assert "it was not made within 10 times rollout.step_timeout=0.1 s" in str(fault)
     workers.close()
 
 

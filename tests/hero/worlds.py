@@ -54,3 +54,10 @@ class Unmade(World):
 
     def __init__(self, error: str) -> None:
         raise getattr(builtins, error)("no disk")
+
+
+class Unready(World):
+    """Is made for a minute."""
+
+    def __init__(self) -> None:
+        time.sleep(60)
