@@ -6,6 +6,7 @@ Sums over turns and trajectories are taken in fp64, and in the same order from r
 from __future__ import annotations
 
 import numbers
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from hero_kernels import checks
 from hero_kernels import constants as c
 from hero_kernels.objective import DivergenceOutput, LossAggregation, Reduction, choice
+
+MOST_TURNS = 10_000_000
 
 
 class Weighting(NamedTuple):
@@ -49,15 +52,23 @@ class Weighting(NamedTuple):
         readable = checks.values_readable(reference, validate)
         if self.num_items is not None:
             self._check_num_items(readable)
-            if validate and self.loss_aggregation != LossAggregation.TOKEN:
-                raise ValueError(
-                    f"num_items with loss_aggregation={str(self.loss_aggregation)!r} is wrong for "
-                    "turns and trajectories that a micro-batch cuts. Pass parts of the whole "
-                    "batch's token_coefficients as token_weights with reduction='sum'. If every "
-                    "part holds whole turns and trajectories, leave options.validate False."
-                )
         if readable and not (self.token_weights is None and self.turn_ids is None):
             self._check_values()
+
+    def check_cuts(self, validate: bool) -> None:
+        """A part of a batch cannot tell whether it cuts a turn: warn, with `validate` refuse."""
+        if self.num_items is None or self.loss_aggregation == LossAggregation.TOKEN:
+            return
+        said = (
+            f"num_items with loss_aggregation={str(self.loss_aggregation)!r} is wrong for turns "
+            "and trajectories that a micro-batch cuts: pass parts of the whole batch's "
+            "token_coefficients as token_weights with reduction='sum'. "
+        )
+        if validate:
+            whole = "If every part holds whole ones, leave options.validate False."
+            raise ValueError(said + whole)
+        if not torch.compiler.is_compiling():
+            warnings.warn(said + "Right only if every part holds whole ones.", stacklevel=4)
 
     def _check_turn_weights(self, value: Tensor) -> None:
         checks.is_tensor("turn_weights", value, "[K]")
@@ -66,6 +77,7 @@ class Weighting(NamedTuple):
         if value.dim() != 1:
             raise ValueError(f"turn_weights is {list(value.shape)}; expected [K], one per turn.")
         checks.same_device("turn_weights", value, "turn_ids", self.turn_ids)
+        checks.real("turn_weights", value)
         checks.no_grad_wanted("turn_weights", value, "turn_weights")
 
     def _check_num_items(self, readable: bool) -> None:
@@ -203,6 +215,12 @@ class Weighting(NamedTuple):
             num_turns = len(self.turn_weights)
         elif self.turn_ids.numel():
             num_turns = int(self.turn_ids.max()) + 1
+            if num_turns > MOST_TURNS:
+                raise ValueError(
+                    f"turn_ids go up to {num_turns - 1}, and the statistics have an entry for each "
+                    f"number up to the largest, at most {MOST_TURNS}: number the turns from 0, or "
+                    "leave return_stats False."
+                )
         weights = torch.ones_like(values, dtype=torch.float64)
         if self.token_weights is not None:
             weights = self.token_weights.to(torch.float64)

@@ -55,6 +55,8 @@ def same_memory(a: Any, b: Any) -> bool:
         return True
     if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return False
+    if not (a.layout == b.layout == torch.strided) or a.is_nested or b.is_nested:
+        return False  # neither is served: the checks say so
     alike = (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
     return alike and a.stride() == b.stride() and a.data_ptr() == b.data_ptr() != 0
 

@@ -16,6 +16,7 @@ from hero_kernels.objective import KernelOptions, Objective
 from hero_kernels.types import RowTensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REAL = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @lru_cache(maxsize=256)
@@ -60,7 +61,8 @@ def options(given: Any) -> KernelOptions:
 def is_tensor(name: str, value: Any, dims: str) -> None:
     """A plain dense tensor with data; `dims` says its shape in the message."""
     is_plain = type(value) is Tensor or type(value) is torch.nn.Parameter
-    if is_plain and value.layout == torch.strided and value.device.type != "meta":
+    is_plain = is_plain and value.layout == torch.strided and value.device.type != "meta"
+    if is_plain and not (value.is_nested or value.is_quantized):
         return
     if isinstance(value, torch.nn.Module):
         raise TypeError(
@@ -77,8 +79,13 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
             "hero_kernels.integrations.fsdp.whole_head, which has the gradient that FSDP2 wants; "
             "without gradient .full_tensor() will do."
         )
-    if value.layout != torch.strided:
-        raise ValueError(f"{name} is {value.layout}; expected a dense tensor {dims}: .to_dense().")
+    for is_so, kind, remedy in (
+        (value.is_nested, "a nested tensor", ".values()"),
+        (value.layout != torch.strided, value.layout, ".to_dense()"),
+        (value.is_quantized, value.dtype, ".dequantize()"),
+    ):
+        if is_so:
+            raise ValueError(f"{name} is {kind}; expected a dense tensor {dims}: {remedy}.")
     if value.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, without data: load or move it first.")
 
@@ -196,12 +203,16 @@ def per_token(
             f"{name} is {list(value.shape)}; expected {list(leading)}, the leading shape of "
             f"{reference_name} {list(reference.shape)}: one entry per token."
         )
-    if integer and (value.is_floating_point() or value.dtype == torch.bool):
+    if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
         raise ValueError(f"{name} is {value.dtype}; expected int64 indices: use .long().")
     if not integer:
-        if value.is_complex() or (value.is_floating_point() and value.itemsize == 1):
-            raise ValueError(f"{name} is {value.dtype}; expected real numbers: use .float().")
+        real(name, value)
         no_grad_wanted(name, value, name)
+
+
+def real(name: str, value: Tensor) -> None:
+    if value.dtype not in REAL:
+        raise ValueError(f"{name} is {value.dtype}; expected real numbers: use .float().")
 
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:

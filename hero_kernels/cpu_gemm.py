@@ -7,6 +7,7 @@ logits and sums to bf16.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Collection
 from functools import lru_cache
 
 import torch
@@ -53,16 +54,17 @@ def logits_into(weight: Tensor, *products: tuple[Tensor, Tensor]) -> None:
     (out, hidden), *others = products
     second_out, second = others[0] if others else (None, None)
     if second is not None and second_out is not None:
-        if second.shape != hidden.shape or second_out.shape != out.shape:
+        found = [(t.dtype, t.shape) for t in (hidden, out, second, second_out)]
+        if found[:2] != found[2:]:
             raise ValueError(
-                f"Both products must have the same shapes; got {list(hidden.shape)} to "
+                f"Both products must have the same types and shapes; got {list(hidden.shape)} to "
                 f"{list(out.shape)} and {list(second.shape)} to {list(second_out.shape)}."
             )
         assert second_out.stride() == out.stride()
         if second.stride() != hidden.stride():  # the kernel has one stride for both
             hidden, second = hidden.contiguous(), second.contiguous()
     shape, depths = (hidden.shape[0], weight.shape[0]), (hidden.shape[1], weight.shape[1])
-    problem = _problem(hidden, weight, out, shape, depths)
+    problem = _problem(hidden, weight, out, shape, depths, [torch.float32])
     _call(
         "hero_gemm_logits",
         problem,
@@ -85,7 +87,7 @@ def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 def add_hidden_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> None:
     """total [R, H] fp32 += grad [R, V] · weight [V, H], of bf16; errors as `hidden_gradient`."""
-    problem = _hidden_problem(grad, weight, total)
+    problem = _hidden_problem(grad, weight, total, [torch.float32])
     problem.store = _ADD_FLOAT
     _call("hero_gemm_hidden", problem)
 
@@ -100,27 +102,36 @@ def weight_gradient_into(total: Tensor, grad: Tensor, hidden: Tensor, accumulate
         accumulate: add to what `total` holds.
     """
     shape, depths = (grad.shape[1], hidden.shape[1]), (grad.shape[0], hidden.shape[0])
-    problem = _problem(grad, hidden, total, shape, depths)
+    results = [torch.float32] if accumulate else _STORE
+    problem = _problem(grad, hidden, total, shape, depths, results)
     if accumulate:
-        assert total.dtype == torch.float32
         problem.store = _ADD_FLOAT
     _call("hero_gemm_weight", problem)
 
 
-def _hidden_problem(grad: Tensor, weight: Tensor, out: Tensor) -> _Gemm:
+def _hidden_problem(
+    grad: Tensor, weight: Tensor, out: Tensor, results: Collection[torch.dtype] = _STORE
+) -> _Gemm:
     shape, depths = (grad.shape[0], weight.shape[1]), (grad.shape[1], weight.shape[0])
-    return _problem(grad, weight, out, shape, depths)
+    return _problem(grad, weight, out, shape, depths, results)
 
 
 def _problem(
-    left: Tensor, right: Tensor, out: Tensor, shape: tuple[int, int], depths: tuple[int, int]
-) -> _Gemm:
-    """The C struct; raises ValueError unless the operands have one depth and `out` this shape."""
+    left: Tensor, right: Tensor, out: Tensor, shape: tuple[int, int], depths: tuple[int, int],
+    results: Collection[torch.dtype] = _STORE,
+) -> _Gemm:  # fmt: skip
+    """The C struct; raises ValueError unless the operands have one depth and `out` this shape, and
+    TypeError unless they are bf16 and `out` one of `results`."""
     if depths[0] != depths[1] or out.shape != shape:
         raise ValueError(
             f"Operands {list(left.shape)} and {list(right.shape)} have depths {depths[0]} and "
             f"{depths[1]}, which must be equal, and give {list(shape)}; got {list(out.shape)} for "
             "the result."
+        )
+    if {left.dtype, right.dtype} != {torch.bfloat16} or out.dtype not in results:
+        raise TypeError(
+            f"Operands of {left.dtype} and {right.dtype} to {out.dtype}; expected torch.bfloat16 "
+            f"twice, and for the result one of {', '.join(map(str, results))}."
         )
     for tensor in (left, right, out):
         assert tensor.stride(-1) == 1 or tensor.shape[-1] <= 1

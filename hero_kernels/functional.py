@@ -79,7 +79,8 @@ def fused_linear_divergence(
             "trajectory" (then trajectories). A turn that micro-batches cut has a mean in each of
             them: compute `token_coefficients` over the batch instead.
         num_items: replaces the divisor of the mean by a global count (gradient accumulation, data
-            parallel). With "turn" and "trajectory" no turn or trajectory may be cut.
+            parallel). With "turn" and "trajectory" no turn or trajectory may be cut, and a
+            warning says so.
         vocab_size: real tokens of a padded vocabulary; the columns beyond are ignored.
         return_stats: return a `DivergenceOutput` instead of the loss alone.
         impl: "auto", or an implementation by name; see `supports` and `explain`.
@@ -230,6 +231,7 @@ def weighted_rows(
     """
     name, tensor = reference
     weighting.check(name, tensor, validate)
+    weighting.check_cuts(validate)
     _, target_ids, old_logprobs, temperatures, ids, logprobs = given
     if target_ids is not None:
         checks.per_token("target_ids", target_ids, name, tensor, integer=True)

@@ -133,6 +133,7 @@ def test_a_divisor_may_be_a_scalar_of_numpy() -> None:
         token_coefficients(token_weights=torch.ones(3), num_items=numpy.True_)
 
 
+@pytest.mark.filterwarnings("ignore:num_items with loss_aggregation")
 @pytest.mark.parametrize(("aggregation", "turns", "weights", "trajectories"), SETTINGS)
 @pytest.mark.parametrize(("reduction", "num_items"), [("mean", None), ("mean", 5.0), ("sum", None)])
 def test_loss(
@@ -282,13 +283,14 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("aggregation", ["turn", "trajectory"])
-def test_a_mean_over_turns_that_may_be_cut_is_refused(aggregation: str) -> None:
+def test_a_mean_over_turns_that_may_be_cut_warns_or_is_refused(aggregation: str) -> None:
     hidden, head, ids = torch.randn(3, 8), torch.randn(20, 8), torch.zeros(3, dtype=torch.int64)
     given = (hidden, head, hidden + 0.3)
     named = {"turn_ids": ids, "trajectory_ids": ids, "loss_aggregation": aggregation}
     with pytest.raises(ValueError, match="token_coefficients as token_weights"):
         fused_linear_divergence(*given, **named, num_items=2, options=KernelOptions(validate=True))
-    half = fused_linear_divergence(*given, **named, num_items=2)
+    with pytest.warns(UserWarning, match="token_coefficients as token_weights"):
+        half = fused_linear_divergence(*given, **named, num_items=2)
     torch.testing.assert_close(half, fused_linear_divergence(*given, **named) / 2)
 
 

@@ -107,5 +107,18 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="which must be equal, and give"):
             call()
-    with pytest.raises(ValueError, match=r"same shapes; got \[6, 8\] to \[6, 20\] and \[5, 8\]"):
+    with pytest.raises(
+        ValueError, match=r"same types and shapes; got \[6, 8\] to \[6, 20\] and \[5, 8\]"
+    ):
         cpu_gemm.logits_into(weight, (logits, hidden), (logits, random(5, 8)))
+    total = torch.zeros(20, 8)
+    for call in (
+        lambda: cpu_gemm.logits_into(weight, (logits.bfloat16(), hidden)),
+        lambda: cpu_gemm.logits_into(weight, (logits, hidden.to(torch.int8))),
+        lambda: cpu_gemm.hidden_gradient(grad, weight.to(torch.float8_e4m3fn)),
+        lambda: cpu_gemm.add_hidden_gradient(torch.zeros(6, 8).bfloat16(), grad, weight),
+        lambda: cpu_gemm.weight_gradient_into(total.bfloat16(), grad, hidden, accumulate=True),
+        lambda: cpu_gemm.weight_gradient_into(total.double(), grad, hidden, accumulate=False),
+    ):
+        with pytest.raises(TypeError, match=r"expected torch\.bfloat16 twice"):
+            call()

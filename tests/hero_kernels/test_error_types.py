@@ -111,3 +111,59 @@ def test_fake_tensors_have_shapes_and_no_values() -> None:
         tensors = {"student_hidden": (N, H), "student_weight": (V, H), "teacher_hidden": (N, H)}
         made = {name: torch.empty(shape) for name, shape in tensors.items()}
         assert call(**made, token_weights=torch.ones(N)).shape == ()
+
+
+STRANGE = {
+    "nested": (lambda value: torch.nested.nested_tensor([value]), r"nested tensor.*\.values\(\)"),
+    "sparse": (lambda value: value.to_sparse(), r"sparse_coo; expected a dense tensor"),
+    "csr": (lambda value: value.view(len(value), -1).to_sparse_csr(), r"sparse_csr; expected"),
+    "quantized": (
+        lambda value: torch.quantize_per_tensor(value.float(), 0.1, 0, torch.qint8),
+        r"qint8; expected a dense tensor.*\.dequantize\(\)",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize(
+    "name",
+    ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weights",
+     "turn_ids", "turn_weights", "trajectory_ids", "target_ids", "student_bias", "temperature",
+     "teacher_topk"],
+)  # fmt: skip
+def test_tensors_of_another_build_are_named(name: str, kind: str) -> None:
+    make, message = STRANGE[kind]
+    shapes = {"student_weight": (V, H), "teacher_weight": (V, H), "student_bias": (V,)}
+    plain = torch.ones(shapes.get(name, (N, H) if "hidden" in name else (N,)))
+    given: dict[str, Any] = {name: make(plain.long() if name.endswith("_ids") else plain)}
+    if name == "teacher_topk":
+        pair = (make(torch.ones(N, 2).long()), torch.full((N, 2), -2.0))
+        given = {name: pair, "teacher_hidden": None, "support": "topk"}
+    elif name == "turn_weights":
+        given["turn_ids"] = torch.zeros(N, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"{name}.* is (a |torch\.){message}"):
+        call(**given)
+
+
+@pytest.mark.parametrize("name", ["token_weights", "turn_weights", "old_logprobs", "temperature"])
+@pytest.mark.parametrize(
+    "dtype", [torch.complex64, torch.float8_e5m2, torch.float8_e4m3fn, torch.uint16, torch.uint64]
+)
+def test_numbers_that_torch_does_not_compute_with_are_named(name: str, dtype: torch.dtype) -> None:
+    given: dict[str, Any] = {name: torch.ones(N).to(dtype)}
+    if name == "turn_weights":
+        given["turn_ids"] = torch.zeros(N, dtype=torch.int64)
+    if name == "old_logprobs":
+        given["target_ids"] = LONG
+    with pytest.raises(ValueError, match=rf"{name} is {dtype}; expected real numbers"):
+        call(**given)
+    with pytest.raises(ValueError, match=r"turn_ids is torch\.complex64; expected int64"):
+        call(turn_ids=LONG.to(torch.complex64))
+
+
+def test_statistics_of_turns_with_names_too_large() -> None:
+    huge = torch.full((N,), 2**40)
+    call(turn_ids=huge, loss_aggregation="turn")
+    with pytest.raises(ValueError, match=r"turn_ids go up to 1099511627776.*return_stats False"):
+        call(turn_ids=huge, return_stats=True)
