@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from hero.algorithms import MODES
 from hero.config import Settings, TrainConfig
+from hero.config.secrets import check_variable
 
 C = TypeVar("C", bound=Settings)
 
@@ -230,13 +229,7 @@ def _check_engine(config: TrainConfig) -> None:
 
 def _check_secrets(config: TrainConfig) -> None:
     for section in ("reflection", "engine"):
-        variable = getattr(config, section).api_key_env
-        if not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable) and variable not in os.environ:
-            raise ValueError(
-                f"{section}.api_key_env must be the name of an environment variable, such as "
-                f"OPENAI_API_KEY; got {len(variable)} characters that are none, and may be the key "
-                "itself: they are not shown. Export the key, and name its variable."
-            )
+        check_variable(f"{section}.api_key_env", getattr(config, section).api_key_env)
     values = {f"env.options {name}": value for name, value in config.env.options.items()}
     if config.reflection.reflector == "openai":
         values["reflection.base_url"] = config.reflection.base_url

@@ -62,7 +62,9 @@ def _run(given: list[str]) -> int:
 
 def _complain(message: str, hint: str, given: list[str]) -> None:
     if "--debug" in given:
-        traceback.print_exc()
+        from hero.config import redacted
+
+        print(redacted(traceback.format_exc()), file=sys.stderr)
     rank = os.environ.get("RANK") if "WORLD_SIZE" in os.environ else None
     who = "" if rank is None else f"[rank {rank}] "
     print(f"{who}error: {message}", file=sys.stderr)

@@ -10,13 +10,16 @@ from collections.abc import Mapping
 from http.client import HTTPException
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
+from hero.config.secrets import check_variable
 from hero.wire import exchange
 
 NO_KEY = "none"
 RETRIES = 2
 """Of a request that may succeed the second time: no connection, too many requests, 5xx."""
+KEY_CHARS = 8
+"""Of a key that is looked for in answers: in those of a shorter one it may be a word."""
 PAUSE = 0.5
 """Seconds before the first retry; doubled for the next."""
 FAILURES = (OSError, ValueError, RecursionError, HTTPException)
@@ -42,18 +45,22 @@ class Client:
         timeout: seconds for one answer, retries included, however slowly it comes.
 
     Raises:
-        ValueError: no API key for a server elsewhere than on this machine.
+        ValueError: no address, or no API key for a server elsewhere than on this machine.
     """
 
     def __init__(self, base_url: str, api_key_env: str, option: str, timeout: float) -> None:
         self.base_url, self.timeout = base_url, timeout
-        parts = urlsplit(base_url)
+        parts = _parts(base_url)
         if parts.username:
-            user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-            self.headers = {"Authorization": f"Basic {b64encode(user.encode()).decode()}"}
+            password = unquote(parts.password or "")
+            user = f"{unquote(parts.username)}:{password}"
+            key, kind = b64encode(user.encode()).decode(), "Basic"
         else:
-            key = _api_key(base_url, api_key_env, option)
-            self.headers = {"Authorization": f"Bearer {key}"}
+            key, kind, password = _api_key(base_url, api_key_env, option), "Bearer", ""
+        self.headers = {"Authorization": f"{kind} {key}"}
+        secrets = {key, password} - {NO_KEY, ""}
+        written = {w for s in secrets for w in (s, s.replace("/", r"\/"), quote(s, safe=""))}
+        self._secrets = sorted(written, key=len, reverse=True)
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         """The body of the answer, asked for again where that may help and time is left.
@@ -71,6 +78,7 @@ class Client:
             last = attempt == RETRIES or time.monotonic() + pause >= end
             try:
                 status, data = exchange(url, body, self.headers, end - time.monotonic())
+                data = self._without_keys(data)
             except TimeoutError:
                 raise TimeoutError(f"no complete answer after {self.timeout:g} s") from None
             except (OSError, HTTPException):
@@ -86,8 +94,16 @@ class Client:
 
     def without_key(self, text: str) -> str:
         """A text that the server may have written, its echo of the key blotted out."""
-        secret = self.headers["Authorization"].partition(" ")[2]
-        return text if secret == NO_KEY else text.replace(secret, "***")
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def _without_keys(self, data: bytes) -> bytes:
+        """An answer before any of it is cut away: half a key would not be found any more."""
+        for secret in self._secrets:
+            if len(secret) >= KEY_CHARS:
+                data = data.replace(secret.encode(), b"***")
+        return data
 
     def _url(self, path: str) -> str:
         parts = urlsplit(self.base_url)
@@ -112,7 +128,29 @@ def shown(data: bytes) -> str:
     return repr(data[:200].decode("utf-8", "replace"))
 
 
+def _parts(url: str) -> SplitResult:
+    """The parts of an address.
+
+    Raises:
+        ValueError: it is none; it is shown only if there is no password in it.
+    """
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:  # of the port, or of brackets
+        pass
+    got = (
+        repr(url) if "@" not in url else f"{len(url)} characters, not shown for the password's sake"
+    )
+    raise ValueError(
+        f"Expected an address such as http://localhost:8000/v1, in which / and @ of a password are "
+        f"written %2F and %40; got {got}."
+    )
+
+
 def _api_key(url: str, variable: str, option: str) -> str:
+    check_variable(option, variable)
     if key := os.environ.get(variable, "").strip():
         if not (key.isascii() and key.isprintable()):
             raise ValueError(

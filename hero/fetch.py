@@ -57,7 +57,7 @@ def unpack_package(requirement: str, folder: Path, sha256: str = "") -> None:
 def _installer() -> list[str]:
     """`pip install`, or uv's where there is no pip: environments of uv have none."""
     if importlib.util.find_spec("pip"):
-        return [sys.executable, "-m", "pip", "install"]
+        return [sys.executable, "-P", "-m", "pip", "install"]  # not a pip.py of this folder
     if uv := shutil.which("uv"):
         return [uv, "pip", "install", "--python", sys.executable]
     raise ValueError(

@@ -136,8 +136,7 @@ class WarmStart:
             for _ in range(self.config.steps)
         )
         first, tokens, began = self.step, 0, time.perf_counter()
-        with self.console.counting("training", "steps") as count:
-            count(first, self.config.steps)
+        with self.console.counting("training", "steps", first) as count:
             for batch in itertools.islice(batches, first, None):
                 with self.interrupt.deferred():
                     tokens += self._take_step(batch)

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Protocol, cast, runtime_checkable
 
+from hero.config import redacted
 from hero.envs import alarm
 from hero.envs.alarm import TimeUp
 from hero.envs.registry import find, load
@@ -128,7 +129,8 @@ def make_env(name: str, **options: Any) -> Environment:
         raise
     except (Exception, SystemExit) as error:
         raise ValueError(
-            f"Environment {name!r} cannot be made with the options {options}: {raised(error)}"
+            f"Environment {name!r} cannot be made with the options {redacted(options)}: "
+            f"{raised(error)}"
         ) from error
     missing = [name for name in CONTRACT if inspect.getattr_static(env, name, None) is None]
     if missing or isinstance(env, type):
@@ -142,7 +144,8 @@ def make_env(name: str, **options: Any) -> Environment:
 def raised(error: BaseException, module: ModuleType | None = None) -> str:
     """What an exception says, and where it came from: a line of `module` if it passed there."""
     late = isinstance(error, TimeUp)
-    said = str(error) if late else "".join(traceback.format_exception_only(error)).strip()[:500]
+    said = str(error) if late else "".join(traceback.format_exception_only(error)).strip()
+    said = redacted(said)[:500]
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == getattr(module, "__file__", None)]
     others = [f for f in frames if f.filename not in OURS and "importlib" not in f.filename]

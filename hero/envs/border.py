@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from hero.config import redacted
 from hero.envs.alarm import TimeUp, alarm, hangs
 from hero.envs.base import Environment, HasDiagnosis, HasFacts, HasGenerator, HasTools, raised
 from hero.text import harmless, shorten
@@ -314,7 +315,8 @@ def _border(env: Any, method: str, where: str = "") -> Iterator[None]:
             raise Fault(f"{said} It was so {MAX_HANGS} times in a row.") from None
         raise EnvironmentFault(said) from None
     except _Breach as breach:
-        raise EnvironmentFault(harmless(f"{at}: {breach}.{_defined(env, method)}")) from None
+        said = f"{at}: {breach}.{_defined(env, method)}"
+        raise EnvironmentFault(harmless(redacted(said))) from None
     except BaseException as error:  # sys.exit in a step must not end a run, and not as a success
         said = f"{at}: {method} raised {raised(error, inspect.getmodule(type(env)))}"
         # A RuntimeError caused by a StopIteration would be taken for that one by contextlib.

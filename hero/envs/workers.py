@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from hero.envs import alarm, border
 from hero.envs.base import Environment, raised
 from hero.envs.border import EnvironmentFault
+from hero.processes import safe_path, started
 
 GRACE = 0.05
 """Seconds in which a job is waited for before others go on: quick worlds answer together."""
@@ -280,7 +281,8 @@ class _Child:
         context = multiprocessing.get_context("spawn")  # forks of threads and of CUDA hang
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, make), daemon=True)
-        self._process.start()
+        with safe_path():
+            self._process.start()
         theirs.close()
         self._answer()  # made, or the reason why not
 
@@ -310,6 +312,7 @@ class _Child:
 
 def _serve(pipe: Any, make: MakeEnv) -> None:
     """What the process does: make the environment, then job after job until the other end goes."""
+    started()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the run, which ends this process
     alarm.set_limit(0)  # so does a step that takes too long
     try:

@@ -33,6 +33,8 @@ from hero.text import harmless
 WIDTH = 100
 EVERY = 30.0
 """Seconds between two lines of a counter where there is no terminal."""
+TOGETHER = 0.01
+"""Share of the time so far within which what ends has ended together."""
 COLUMNS = (
     # label, metric, format
     ("reward", "rewards/mean", "{:.2f}"),
@@ -104,25 +106,32 @@ class Console:
             self._training = None
 
     @contextmanager
-    def counting(self, stage: str, unit: str = "episodes") -> Iterator[Callable[[int, int], None]]:
+    def counting(
+        self, stage: str, unit: str = "episodes", before: int = 0
+    ) -> Iterator[Callable[[int, int], None]]:
         """A counter with the time left: a function of what is done and how much there is.
 
-        In a terminal it is a bar; elsewhere a line every `EVERY` seconds.
+        In a terminal it is a bar; elsewhere a line every `EVERY` seconds. What ends together, as
+        the episodes of a batch may, is counted together: the time left is that after the last such
+        lot. An earlier process has done what is `before`.
         """
         task = self._progress.add_task(f"{stage:<10}", total=None, unit=unit)
         is_outermost = not self._progress.live.is_started
-        started = said = time.monotonic()
-        before: int | None = None  # what an earlier process has done
+        started = said = lot = latest = time.monotonic()
+        counted = before
 
         def count(done: int, total: int) -> None:
-            nonlocal said, started, before
+            nonlocal said, lot, latest, counted
             self._progress.update(task, completed=done, total=total)
             now = time.monotonic()
-            if before is None:
-                before, started = done, now
-            if not self.terminal and done > before and now - said >= EVERY:
-                said, left = now, (now - started) * (total - done) / (done - before)
-                self.say(f"{stage}: {done} of {total} {unit}, about {left:.0f} s left")
+            if now - lot > TOGETHER * (now - started):
+                lot = now
+                if not self.terminal and counted > before and now - said >= EVERY:
+                    pace = (latest - started) / (counted - before)
+                    left = max(0.0, pace * (total - counted) - (now - latest))
+                    self.say(f"{stage}: {done} of {total} {unit}, about {left:.0f} s left")
+                    said = now
+            counted, latest = done, now
 
         if is_outermost:
             self._progress.start()
@@ -207,9 +216,10 @@ class Console:
             box=box.ROUNDED if self.terminal else box.ASCII,
         )  # fmt: skip
         for i, label in enumerate(columns):
-            table.add_column(harmless(label), justify="right" if i else "left", overflow="fold")
+            shown = harmless(redacted(label))
+            table.add_column(shown, justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(harmless, row))
+            table.add_row(*(harmless(redacted(cell)) for cell in row))
         self._rich.print(table)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from annotated_types import MinLen
 
 from hero.checks import from_dict
-from hero.config import Count, Settings, SftConfig, TrainConfig
+from hero.config import Count, Settings, SftConfig, TrainConfig, redacted
 from hero.config.kinds import Positive
 from hero.files import write_atomic
 from hero.recipes import load_recipe, merge, read_yaml, recipe_path
@@ -192,6 +192,7 @@ def claim_folder(study: StudyConfig, folder: Path) -> None:
     """
     resolved = {arm: study.of(arm) for arm in study.arms}
     now = {"format": FORMAT, **asdict(study), "resolved": resolved, "tasks": _tasks(study)}
+    now = redacted(now)
     path = folder / "study.json"
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from typing import Any
 from hero.checks import from_dict
 from hero.config import SftConfig, TrainConfig
 from hero.files import write_atomic
+from hero.processes import safe_path, started
 from hero.recipes import merge
 from hero.study.cells import DIAGNOSED, Cell, diagnosing, gap, judge, run_cell
 from hero.study.plan import BASE, RATES, StudyConfig, chosen_rates, claim_folder
@@ -33,7 +34,10 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
     """
     claim_folder(study, folder)
     context = get_context("spawn")  # each has its own torch, with one thread
-    with ProcessPoolExecutor(study.jobs, mp_context=context, initializer=_prepare) as pool:
+    with (
+        safe_path(),
+        ProcessPoolExecutor(study.jobs, mp_context=context, initializer=_prepare) as pool,
+    ):
         models = make_starts(study, folder, pool, say)
         rates = choose_rates(study, folder, models, pool, say)
         say("Runs that count: test tasks.")
@@ -53,6 +57,7 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
 def _prepare() -> None:
     from hero.commands.base import prepare_torch
 
+    started()
     Thread(target=_end_with_the_study, daemon=True).start()
     os.nice(5)
     prepare_torch(1)

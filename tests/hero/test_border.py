@@ -164,6 +164,17 @@ def test_the_line_is_that_of_the_world(renderer: Renderer) -> None:
     assert bad.error.endswith(f"See {__file__}, line {start}.")
 
 
+def test_a_fault_is_kept_without_its_password(renderer: Renderer) -> None:
+    address = "http://me:hunter2@host/v1"
+
+    def refused() -> Any:
+        raise ConnectionError(f"{'no ' * 152} answer of {address}")
+
+    for answer in (refused, stepped(observation=[address])):
+        _, bad = play(renderer, World("step", answer), ["a", "bad"])
+        assert bad.error and "hunter" not in bad.error
+
+
 def test_what_numbers_worlds_give(renderer: Renderer) -> None:
     for reward in (True, 1, np.float32(1.0), np.int64(1), np.float64(1.0)):
         answer = stepped("o", reward, np.bool_(True), success=np.bool_(True))

@@ -105,6 +105,11 @@ def test_the_folder_one_stands_in_is_not_imported_from(tmp_path: Path) -> None:
         "from hero.envs.shop import ShopEnv\nclass World(ShopEnv):\n    pass\n"
     )
     assert "holds nothing to show" in hero("view", ".", folder=tmp_path).stderr
+    module = subprocess.run(
+        [sys.executable, "-m", "hero", "view", "."], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert "holds nothing to show" in module.stderr
     own = ["--env.name", "my_world:World", "--env.options", "profile", "tiny", "--tasks", "1"]
     caps = [
         "--rollout.batch-size",
@@ -116,6 +121,15 @@ def test_the_folder_one_stands_in_is_not_imported_from(tmp_path: Path) -> None:
     ]
     done = hero("rollout", "tiny-shop", *own, *caps, folder=tmp_path)
     assert done.returncode == 0 and "reward" in done.stdout, done.stderr
+
+
+def test_a_traceback_shows_no_password(tmp_path: Path) -> None:
+    (tmp_path / "my_world.py").write_text(
+        "class World:\n    def __init__(self):\n"
+        "        raise ValueError('no answer of http://me:hunter2@host/')\n"
+    )
+    said = hero("env", "check", "my_world:World", "--debug", folder=tmp_path)
+    assert "Traceback" in said.stderr and "hunter2" not in said.stderr + said.stdout
 
 
 def test_ctrl_c_while_modules_are_loaded_is_one_line(tmp_path: Path) -> None:

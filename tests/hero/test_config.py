@@ -21,6 +21,9 @@ from hero.config import TrainConfig, redacted
         ("https://host?subscription-key=abc#x", "https://host?subscription-key=***#x"),
         ("https://host?sv=1&SIG=abc%2F", "https://host?sv=1&SIG=***"),
         ("https://me:p@ss@host/v1", "https://***@host/v1"),
+        ("https://me:pa/ss@host/v1", "https://***@host/v1"),
+        ("http://host:80/a@b and x@y", "http://host:80/a@b and x@y"),
+        ("wss://host?jwt=abc&pass=d", "wss://host?jwt=***&pass=***"),
         ("got Authorization: Bearer abc.def-123", "got Authorization: ***"),
         ("{'x-api-key': 'abc', 'n': 1}", "{'x-api-key': '***', 'n': 1}"),
         ("no bearer abcdef0123456789 here", "no bearer *** here"),
@@ -35,10 +38,17 @@ def test_addresses_lose_their_secrets(text: str, shown: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["apiKey", "api-key", "hf_token", "accessToken", "passwd", "auth", "credentials", "pwd"]
-)
-def test_names_of_secrets(name: str) -> None:
-    assert redacted({name: "abc", f"{name}_file": "abc"}) == {name: "***", f"{name}_file": "abc"}
+    "name",
+    ["apiKey", "api-key", "hf_token", "accessToken", "passwd", "auth", "credentials", "pwd",
+     "api_keys", "jwt", "passphrase"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", ["abc", 1234, 0.5, ["abc", "def"]])
+def test_names_of_secrets(name: str, value: Any) -> None:
+    """Options are read as YAML, so a password of digits is a number."""
+    shown = {name: "***", f"{name}_file": value}
+    assert redacted({name: value, f"{name}_file": value}) == shown
+    assert redacted({"options": [{name: value}]}) == {"options": [{name: "***"}]}
+    assert redacted({name: True}) == {name: True}
 
 
 def test_a_key_in_the_place_of_its_variable_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,21 @@ def test_a_long_stage_counts_and_says_what_is_left(
         ]
 
 
+def test_a_batch_that_ends_at_once_does_not_mislead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four batches of eight episodes, 40 s each, after one that an earlier process has played."""
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    with Console(out, False).counting("test tasks", before=8) as count:
+        for done in range(9, 41):
+            now[0] += 40.0 if done % 8 == 1 else 0.001
+            count(done, 40)
+    assert out.getvalue().splitlines() == [
+        "test tasks: 17 of 40 episodes, about 80 s left",
+        "test tasks: 25 of 40 episodes, about 40 s left",
+        "test tasks: 33 of 40 episodes, about 0 s left",
+    ]
+
+
 def test_training_says_where_the_time_goes_and_what_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

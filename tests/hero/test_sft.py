@@ -128,7 +128,7 @@ def test_a_warm_start_that_was_stopped_goes_on_to_the_same_weights(
         """Ctrl-C arrives between two steps."""
 
         @contextmanager
-        def counting(self, stage: str, unit: str = "episodes") -> Any:
+        def counting(self, stage: str, unit: str = "episodes", before: int = 0) -> Any:
             def count(done: int, total: int) -> None:
                 if stage == "training" and done == steps:
                     raise KeyboardInterrupt

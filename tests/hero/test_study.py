@@ -156,6 +156,15 @@ def test_a_folder_keeps_to_its_study(study: Callable[..., Any], tmp_path: Path) 
         claim_folder(study(), folder)
 
 
+def test_a_study_s_folder_holds_no_password(study: Callable[..., Any], tmp_path: Path) -> None:
+    secret = {"reflection": {"base_url": "http://me:hunter2@host/v1"}}
+    plan = study(settings=SMALL["settings"] | secret)
+    for _ in range(2):  # goes on with what it wrote
+        claim_folder(plan, tmp_path / "out")
+    kept = (tmp_path / "out" / "study.json").read_text()
+    assert "http://***@host/v1" in kept and "hunter2" not in kept
+
+
 def test_flags_are_not_turned_off_by_the_second_reading() -> None:
     command: Any = parse(["study", "shop-rare", "--smoke", "--report"])
     assert command.smoke and command.report and not command.debug

@@ -69,6 +69,21 @@ def test_an_environment_is_made_where_it_is_used(policy: Policy, kind: str) -> N
     assert len({pid for pid, _ in told} | {str(os.getpid())}) == (3 if kind == "processes" else 1)
 
 
+def safe_path(env: Any) -> str | None:
+    return os.environ.get("PYTHONSAFEPATH")
+
+
+def test_a_process_takes_no_module_of_the_folder_for_python_s_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemExit('the wrong socket')")
+    monkeypatch.chdir(tmp_path)
+    workers = open_workers("processes", World, World(), rows=1, timeout=60)
+    workers.submit(0, safe_path)
+    assert workers.done(wait=True) == [(0, None)] and safe_path(None) is None
+    workers.close()
+
+
 def test_the_environment_says_who_runs_it() -> None:
     assert isinstance(open_workers("auto", ShopEnv, ShopEnv(), 4, 1), InTurn)
     assert type(open_workers("auto", World, World(), 4, 1)) is Threads
