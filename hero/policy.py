@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -22,6 +23,8 @@ from hero.renderer import Renderer
 from hero.shards import Sharded, Unsharded, fill
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
+
+SAMPLED = 64
 
 
 class Policy:
@@ -54,6 +57,8 @@ class Policy:
         self.model.eval()  # no dropout: student and sampler must be one distribution
         if not config.train_head:
             self.head.requires_grad_(False)
+        self.fixed = digest_of_frozen(self.model, tokenizer)
+        """Of what training leaves as it is; a checkpoint goes with no other."""
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(
                 torch.float32 if parameter.requires_grad else self.dtype
@@ -300,6 +305,17 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def digest_of_frozen(model: nn.Module, tokenizer: Any) -> str:
+    """Of the tokenizer and of `SAMPLED` numbers of each frozen weight, wherever it lies."""
+    found = hashlib.sha256(f"{len(tokenizer)} {tokenizer.chat_template}".encode())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            numbers = parameter.detach().flatten()
+            some = numbers[:: max(1, len(numbers) // SAMPLED)].double().cpu()
+            found.update(f"{name} {list(parameter.shape)} {some.tolist()}".encode())
+    return found.hexdigest()
 
 
 def import_peft() -> Any:

@@ -26,6 +26,7 @@ def save(run_dir: Path, state: State, learner: Learner) -> None:
         "optimizer": learner.state_dict(),
     }  # fmt: skip
     whole = gathered(tensors, ranks.is_first)
+    state.fixed = _fixed(learner)
     ranks.on_first(lambda: save_checkpoint(run_dir, state=asdict(state), **whole))
 
 
@@ -38,9 +39,15 @@ def restore(run_dir: Path, learner: Learner) -> tuple[State, str]:
     policy, teacher = learner.policy, learner.teacher
     cpu = torch.device("cpu")
     saved, said = learner.ranks.apart(lambda: load_checkpoint(run_dir, cpu, State.of))
+    state = saved["state"]
+    if state.fixed != _fixed(learner):
+        raise BrokenCheckpoint(
+            f"The checkpoint in {run_dir} was made when --model.path or --teacher.path held "
+            "another model: frozen weights or the tokenizer differ. Put it back, or start anew in "
+            "another --output-dir."
+        )
     policy.take_over(saved["student"], run_dir)
     try:
-        state = saved["state"]
         if state.rescues:  # a live teacher is held since the first
             teacher.restart()
         teacher.load_state_dict(saved["teacher"])
@@ -53,3 +60,9 @@ def restore(run_dir: Path, learner: Learner) -> tuple[State, str]:
     learner.halvings = state.rescues
     policy.version = state.steps_taken + state.rescues  # as if the run had not been interrupted
     return state, said
+
+
+def _fixed(learner: Learner) -> str:
+    """Of all that is loaded from elsewhere and not saved here."""
+    policies = dict.fromkeys((learner.policy, learner.teacher.policy))
+    return " ".join(policy.fixed for policy in policies)

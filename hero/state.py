@@ -62,6 +62,8 @@ class State(Settings):
     """Updates in a row without an optimiser step, or without a reflection that could be read."""
     stopped: str = ""
     """Why the run has ended; "" while it goes on."""
+    fixed: str = ""
+    """`Policy.fixed` of the models that the run was begun with."""
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> State:

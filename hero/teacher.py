@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hero.config import ModelConfig, TeacherConfig
 from hero.packing import Packed
-from hero.policy import Policy
+from hero.policy import Policy, digest_of_frozen
 from hero.prompts import Hindsight, Prompts
 from hero.renderer import Renderer
 from hero.shards import fill, local
@@ -216,6 +216,7 @@ def _other_model(path: str, student: Policy) -> Policy:
     config = ModelConfig(path=path, device=device, dtype=dtype)  # type: ignore[arg-type]
     other = Policy.load(config)
     other.model.requires_grad_(False)
+    other.fixed = digest_of_frozen(other.model, other.tokenizer)
     other.model.to(student.dtype)  # type: ignore[arg-type]
     other.renderer = student.renderer
     other.spread(student.shards.ranks, stays_whole=False)

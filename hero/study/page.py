@@ -12,8 +12,9 @@ from markupsafe import Markup, escape
 from hero.files import write_atomic
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.25rem .6rem;
-text-align:left}th{background:#f3f3f3}img{max-width:100%}pre{margin:0}"""
+table{border-collapse:collapse;margin:1rem 0;display:block;overflow-x:auto}
+td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:left}th{background:#f3f3f3}
+img{max-width:100%}pre{margin:0;overflow-x:auto}p{overflow-wrap:anywhere}"""
 
 
 def write_page(text: str, image: Path | None, path: Path, title: str = "hero study") -> None:
@@ -24,7 +25,9 @@ def write_page(text: str, image: Path | None, path: Path, title: str = "hero stu
         data = base64.b64encode(image.read_bytes()).decode()
         shown = Markup('<img alt="curves" src="data:image/png;base64,{}">').format(data)
     write_atomic(path, Markup(
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>{}</title><style>{}</style>'
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<title>{}</title><style>{}</style>"
         "<h1>{}</h1>{}{}</html>"
     ).format(title, Markup(STYLE), title, shown, body))  # fmt: skip
 

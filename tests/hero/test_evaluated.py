@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,10 @@ def test_several_models_and_what_stands_in_their_folders(
     assert "not played with the same settings" not in said(capsys)
     page = (here / "out" / "compare.html").read_text()
     assert page.count('class="episode"') == 12 and "search[" not in page.split("<main>")[0]
+    # A phone shows no head of a table: each cell says its column.
+    columns = re.findall("<th>([^<]+)</th>", page)
+    labels = re.findall('<td data-label="(.+?)"', page)
+    assert labels == columns * (page.count("<td") // len(columns)) and len(columns) == 5
 
 
 def test_an_interrupted_evaluation_goes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from runs import assert_same, settings, trainer, weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from hero.checkpoint import BrokenCheckpoint
 from hero.cli import main
 from hero.config import ModelConfig
 from hero.policy import Policy
@@ -57,6 +59,24 @@ def test_a_lora_run_that_was_stopped_goes_on_as_if_it_had_not(
     config.resume, config.updates = "auto", 4
     trainer(config, tmp_path).run()
     assert_same(weights(tmp_path), weights(run))
+
+
+def test_a_base_that_has_changed_is_seen_when_a_lora_run_goes_on(
+    model_path: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_path, base)
+    config = settings(base, model=LORA, updates=2)
+    trainer(config, tmp_path / "run").run()
+    config.resume, config.updates = "auto", 3
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_decoder().layers[0].mlp.up_proj.weight.mul_(1.01)
+    model.save_pretrained(base)
+    with pytest.raises(BrokenCheckpoint, match=r"when --model\.path .* held another model"):
+        trainer(config, tmp_path / "run").run()
+    shutil.copytree(model_path, base, dirs_exist_ok=True)
+    trainer(config, tmp_path / "run").run()
 
 
 @pytest.mark.parametrize("kind", ["plain", "no base"])
