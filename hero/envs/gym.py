@@ -18,7 +18,7 @@ NAMES = {
     "Blackjack": "stick,hit",
 }
 """Actions of gymnasium's toy worlds, in the order of their numbers."""
-COLOUR = re.compile(r"\x1b\[[\d;]*m(.*?)\x1b\[0m", re.DOTALL)
+COLOUR = re.compile(r"\x1b\[[\d;]*m([^\x1b]*)\x1b\[0m")
 
 
 class GymEnv(Seeded):

@@ -44,8 +44,8 @@ from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Trajectory
 
 LOGGER = logging.getLogger(__name__)
-TEACHER = "hero_teacher.safetensors"
-"""In a checkpoint: the teacher's weights, where they are not the student's."""
+TEACHER, IDLE = "hero_teacher.safetensors", "hero_idle.json"
+"""In a checkpoint: the teacher's weights, where they are not the student's; `idle_updates`."""
 FOREIGN_TERMS = {
     "beta": 0.0, "entropy_coef": 0.0, "use_adaptive_entropy": False, "top_entropy_quantile": 1.0,
     "off_policy_mask_threshold": None, "mask_truncated_completions": False,
@@ -146,6 +146,8 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The teacher is made here: before the first step, on the weights that are trained."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and (idle := Path(checkpoint) / IDLE).is_file():
+            self.idle_updates = int(idle.read_text(encoding="utf-8"))
         kept = _kept(self.teacher, self.start)
         if checkpoint is None or not kept:
             return
@@ -163,6 +165,8 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            write_atomic(Path(output_dir) / IDLE, str(self.idle_updates))
         kept = _kept(self.teacher, self.start)
         if kept and self.args.should_save:
             tensors = {

@@ -14,7 +14,9 @@ from functools import partial
 import pytest
 
 from hero.config import ReflectionConfig, redacted
+from hero.envs.gym import COLOUR
 from hero.envs.shop.protocol import Action, parse_action
+from hero.envs.webshop.words import stemmed_words
 from hero.reflection.filters import HintFilter, Verdict
 from hero.reflection.parse import parse_diagnoses
 from hero.renderer import Renderer
@@ -30,6 +32,7 @@ PIECES = [
     "<tool_call>{}</tool_call>", "[f(", "[f(a=1)", "Action:",
     "f(a=1),", '"a",', "```json ",
     "</think", "<think", "\\'", "'", "://", "://a:", "?key", "&", "authorization", "bearer ", "@",
+    "_", "\x1b[1m", "x\x1b[0m",
 ]  # fmt: skip
 READERS: dict[str, Callable[[str], object]] = {
     "reflection": lambda text: parse_diagnoses(text, 9),
@@ -37,6 +40,8 @@ READERS: dict[str, Callable[[str], object]] = {
     "shop": lambda text: (parse_action(text, True), parse_action("a[" + text, False)),
     "harmless": harmless,
     "redacted": redacted,
+    "colours": partial(COLOUR.sub, ""),
+    "search": stemmed_words,
     **{f"{name} calls": partial(parse_calls, format=name) for name in FORMATS},
     "open call": lambda text: parse_calls(
         '<tool_call>{"name": "f", "arguments": {"' + text, "hermes"

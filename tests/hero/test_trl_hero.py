@@ -337,8 +337,13 @@ def test_training_with_nothing_to_learn_stops(
     method = MethodConfig(
         prompts="compact", reflection=RULES, loss=LossConfig(turns="hinted"), max_idle_updates=most
     )
-    trainer = shopper(tmp_path, method, max_steps=4, gradient_accumulation_steps=1)
+    more = {"max_steps": 4, "gradient_accumulation_steps": 1, "save_steps": 1}
+    trainer = shopper(tmp_path, method, save_strategy="steps", **more)
     trainer.world = silent(trainer.world)
     trainer.train()
     assert trainer.state.global_step == steps
+    again = shopper(tmp_path, method, **more)
+    again.world = silent(again.world)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert again.state.global_step == steps  # what was idle before counts
     assert ("in 2 updates in a row nothing was trained" in caplog.text) == (most == 2)

@@ -26,7 +26,7 @@ LETTER = rf"[^\W_{SIGNS}\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u218b\u2460-\u249
 INSIDE = (
     r"(?<=[^\W\d_])[:.'\u2018\u2019\u00b7\uff1a](?=[^\W\d_])|(?<=\d)[.,;'\u2018\u2019\u2044](?=\d)"
 )
-WORD = re.compile(rf"[{PICTURES}]\ufe0f?|[{SIGNS}]|_*{LETTER}(?:{LETTER}|_|{INSIDE})*")
+WORD = re.compile(rf"[{PICTURES}]\ufe0f?|[{SIGNS}]|(?<!_)_*{LETTER}(?:{LETTER}|_|{INSIDE})*")
 """Marks within a word hold it together: men's, 3.5, u.s.a, size:large."""
 SYLLABLE = re.compile(r"[aeiouy][^aeiou]")
 """A vowel and a consonant, which Porter's rules ask of what comes before an ending."""
