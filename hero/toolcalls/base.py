@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name}, which is no JSON value")
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits[:20]}, which is too large for a number")
+    return number
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
 
 
 def as_call(value: Any, key: str = "arguments") -> ToolCall:
@@ -100,6 +107,8 @@ MARKS = re.compile(
     re.MULTILINE,
 )
 """What only calls hold: in speech it is a call that its format does not allow there."""
+CALL = re.compile(r"\[?\w[\w.]*\(\s*(\w+\s*=.*)?\)\]?", re.DOTALL)
+"""A call as Python has it: nobody speaks so."""
 
 
 def strip_thoughts(text: str) -> str:
@@ -112,8 +121,8 @@ def strip_thoughts(text: str) -> str:
 
 def speech(text: str) -> str:
     """`text` as what is said to somebody; raises Unreadable if it holds a call."""
-    if mark := MARKS.search(text):
-        raise Unreadable(f"{mark[0].strip()!r} stands where no call can be read")
+    if mark := MARKS.search(text) or CALL.fullmatch(text.strip()):
+        raise Unreadable(f"{mark[0].strip()[:40]!r} stands where no call can be read")
     return text.strip()
 
 

@@ -6,6 +6,7 @@ Only literals are read, by an own reader: that of Python is neither linear nor s
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -114,9 +115,12 @@ class _Reader:
 
 def _literal(token: str) -> Any:
     try:
-        return ast.literal_eval(token)
+        value = ast.literal_eval(token)
     except (ValueError, SyntaxError, MemoryError):
         raise Unreadable(f"{token[:40]!r} is no Python literal") from None
+    if value in (math.inf, -math.inf):
+        raise Unreadable(f"{token[:40]!r} is too large for a number")
+    return value
 
 
 def read(text: str) -> tuple[list[ToolCall], str]:

@@ -31,10 +31,11 @@ def write_catalogue(folder: Path) -> str:
         "attributes": ["bright light", "long cord"],
         "instruction_attributes": ["bright light"],
     }
+    nouns = {item["asin"]: [] for item in items} | {LAMP: ["desk", "lamp"]}
     folder.mkdir(exist_ok=True)
     (folder / "items_shuffle_12.json").write_text(json.dumps(items))
     (folder / "items_ins_v2_12.json").write_text(json.dumps({LAMP: notes}))
-    (folder / "title_nouns.json").write_text(json.dumps({LAMP: ["desk", "lamp"]}))
+    (folder / "title_nouns.json").write_text(json.dumps(nouns))
     return str(folder)
 
 

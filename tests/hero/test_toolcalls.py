@@ -69,9 +69,24 @@ def test_texts_that_models_write(format: str, text: str, said: str) -> None:
 
 
 BAD = {
-    "hermes": ['<tool_call>{"name": "f"', "<tool_call>f()</tool_call>", '{"name": "f"}'],
+    "hermes": [
+        '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>',
+        "[f(a=1)]",
+        '<tool_call>{"name": "f"',
+        "<tool_call>f()</tool_call>",
+        '{"name": "f"}',
+    ],
     "llama": ['{"name": "f"', '{"name": "f", "parameters": [1]}', '{"name": "f"} and then'],
-    "pythonic": ["[f(1)]", "[f(a=g())]", "[f(a=1)", "[f(a=1, a=2)]", "[f(a=1)] ok", "[1, 2]", "[]"],
+    "pythonic": [
+        "[f(1)]",
+        "[f(a=-1e999)]",
+        "[f(a=g())]",
+        "[f(a=1)",
+        "[f(a=1, a=2)]",
+        "[f(a=1)] ok",
+        "[1, 2]",
+        "[]",
+    ],
     "react": ["Action: find it", 'Action: {"name": "f", "arguments": "x"}', "{}"],
 }
 BAD_IN_ALL = [
@@ -81,6 +96,8 @@ BAD_IN_ALL = [
     '<function=f>{"a": 1}</function>',
     '[TOOL_CALLS]{"name": "f"}',
     '{"name": "f", "arguments": {"a": NaN}}',
+    'f(a="x", b=1)',
+    "find_user.by_id( id = 3 )",
     "[" * 100_000,
     '{"a":' * 100_000,
 ]
@@ -97,7 +114,8 @@ def test_what_cannot_be_read_is_never_speech(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("text", ["Which order is it?", "", "Your total is {5} [net].", "a = f(x)"])
+@pytest.mark.parametrize("text", ["Which order is it?", "", "Your total is {5} [net].", "a = f(x)",
+                                  "That (id=3) is it.", "See help(me)."])  # fmt: skip
 def test_speech_is_speech(format: str, text: str) -> None:
     parsed = parse_calls(text, format)
     assert (parsed.calls, parsed.text, parsed.parse_ok) == ((), text, True)

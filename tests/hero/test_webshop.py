@@ -205,12 +205,20 @@ def test_bad_options_are_told(options: dict[str, Any], said: str) -> None:
 def test_files_that_are_not_webshops(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    products, notes = (
+        Path(data, f"{name}_12.json").read_text() for name in ("items_shuffle", "items_ins_v2")
+    )
     for name, text, said in [
         ("items_shuffle_1.json", None, "holds [] for 'items_shuffle*.json'"),
         ("items_shuffle_1.json", "hello", "must hold a JSON array"),
         ("items_shuffle_1.json", '[{"asin": "B1"}]', "a product lacks customization_options"),
         ("items_shuffle_1.json", '[{"asin": "B1", ', "is cut short"),
         ("title_nouns.json", "[]", "must hold a JSON object"),
+        ("title_nouns.json", "{}", f"lacks the product '{LAMP}': it must hold a list for each"),
+        ("items_shuffle_1.json", products.replace('"Lamp "', "null"), f"product '{LAMP}' is not"),
+        ("items_shuffle_1.json", products.replace('"$12.50"', '"dear"'), f"'{LAMP}' is not as in"),
+        ("items_ins_v2_1.json", notes.replace('"instruction_attr', '"attr'), f"'{LAMP}' is not as"),
+        ("items_ins_v2_1.json", '{"other": {}}', "all are of the same products"),
     ]:
         folder = tmp_path / f"{abs(hash((name, text)))}"
         folder.mkdir()
@@ -221,8 +229,9 @@ def test_files_that_are_not_webshops(
         else:
             (folder / name).write_text(text)
         words = ["env", "check", "webshop", "--env.options.data-dir", str(folder)]
-        assert main(words) == 1
-        assert said in capsys.readouterr().err.replace("\n", " ")
+        for more in ([], ["--env.options.index-dir", f"{folder}-index"])[: 1 + (text != "[]")]:
+            assert main([*words, *more]) == 1
+            assert said in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

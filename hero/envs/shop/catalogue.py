@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,31 @@ def is_sold(asin: str) -> bool:
     return asin != "nan" and len(asin) <= MAX_ASIN_LENGTH
 
 
+@contextmanager
+def reading(asin: str) -> Iterator[None]:
+    """What a file says of a product is not what WebShop's files say: a mistake of the user."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"What the files say of the product {asin!r} is not as in WebShop's: "
+            f"{type(error).__name__}: {error}. Mend or remove it."
+        ) from error
+
+
 def read_product(
+    item: dict[str, Any], annotation: dict[str, Any], nouns: list[str], rng: random.Random
+) -> Product:
+    """A product from its entries in the three files.
+
+    Raises:
+        ValueError: they are not as in WebShop's.
+    """
+    with reading(item["asin"]):
+        return _read_product(item, annotation, nouns, rng)
+
+
+def _read_product(
     item: dict[str, Any], annotation: dict[str, Any], nouns: list[str], rng: random.Random
 ) -> Product:
     bullets = item["small_description"]
@@ -163,15 +188,16 @@ def synthetic_goal(
     product: Product, annotation: dict[str, Any], options: Options, limit: float | None, terse: bool
 ) -> Goal:
     """The goal of an instruction and a choice of options."""
-    request = annotation["instruction"]
-    return Goal(
-        asin=product.asin,
-        instruction=_instruction(request, options, limit, terse),
-        request=request,
-        attributes=tuple(annotation["instruction_attributes"]),
-        options=options,
-        price_upper=NO_PRICE_LIMIT if limit is None else limit,
-    )
+    with reading(product.asin):
+        request = annotation["instruction"]
+        return Goal(
+            asin=product.asin,
+            instruction=_instruction(request, options, limit, terse),
+            request=request,
+            attributes=tuple(annotation["instruction_attributes"]),
+            options=options,
+            price_upper=NO_PRICE_LIMIT if limit is None else limit,
+        )
 
 
 def human_goals(

@@ -64,7 +64,8 @@ class Shop:
         if len(goals) <= held_out:
             raise ValueError(
                 f"The catalogue has {len(goals)} goals; expected more than {held_out}, which are "
-                "held out for test and dev. Raise num_products."
+                "held out for test and dev. Raise num_products; of files of your own, see that all "
+                "are of the same products."
             )
         self.first = {"test": 0, "dev": profile.num_test, "train": held_out}
 

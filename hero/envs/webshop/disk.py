@@ -34,11 +34,21 @@ from hero.envs.shop.catalogue import (
     is_sold,
     price_limit,
     read_product,
+    reading,
     synthetic_goal,
 )
 from hero.envs.shop.search import Search
 from hero.envs.shop.store import GOAL_SHUFFLE_SEED, PROFILES, Shop
-from hero.envs.webshop.files import HUMAN, ITEMS, NOTES, NOUNS, check_item, entries, find
+from hero.envs.webshop.files import (
+    HUMAN,
+    ITEMS,
+    NOTES,
+    NOUNS,
+    check_item,
+    check_nouns,
+    entries,
+    find,
+)
 from hero.envs.webshop.index import Builder, load_index
 from hero.envs.webshop.words import stemmed_words
 
@@ -133,6 +143,8 @@ def _add_products(
         }
         for table in ("notes", "nouns", "written"):
             row = database.execute(f"SELECT text FROM {table} WHERE asin = ?", (asin,)).fetchone()
+            if table == "nouns":
+                check_nouns(asin, {asin} if row else (), path.parent)
             record[table] = json.loads(row[0]) if row else ({} if table == "notes" else [])
         if database.execute("SELECT 1 FROM products WHERE asin = ?", (asin,)).fetchone():
             continue
@@ -161,6 +173,8 @@ def _goals(
                     limit = goal.price_upper if goal.price_upper < NO_PRICE_LIMIT else math.nan
                     yield position, known.setdefault(goal.instruction, number), limit
         elif record["notes"].get("instruction") is not None:
+            with reading(product.asin):
+                tuple(record["notes"]["instruction_attributes"])
             limit = price_limit(product.price, rng) or math.nan
             for number, options in enumerate(combinations(product)):
                 yield position, known.setdefault(options, number), limit

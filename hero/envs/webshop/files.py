@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
+
+from hero.envs.shop.catalogue import is_sold
 
 ITEMS, NOTES, NOUNS = "items_shuffle*.json", "items_ins_v2*.json", "title_nouns.json"
 HUMAN = "items_human_ins*.json"
@@ -104,3 +106,16 @@ def check_item(item: Any, path: Path) -> dict[str, Any]:
             f"{path} is not WebShop's: a product lacks {', '.join(sorted(lacks))} ({item!r:.80})."
         )
     return dict(item)
+
+
+def check_nouns(asin: str, nouns: Container[str], folder: Path) -> None:
+    """Without its nouns a product would be scored as another one than it is.
+
+    Raises:
+        ValueError: they are missing.
+    """
+    if is_sold(asin) and asin not in nouns:
+        raise ValueError(
+            f"{NOUNS} in {folder} lacks the product {asin!r}: it must hold a list for each one, "
+            "empty if its title has no noun (docs/environments/webshop.md)."
+        )

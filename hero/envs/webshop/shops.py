@@ -9,7 +9,17 @@ from pathlib import Path
 from hero.envs.shop.search import Search
 from hero.envs.shop.store import PROFILES, Shop, shop_of
 from hero.envs.webshop.disk import open_index
-from hero.envs.webshop.files import HUMAN, ITEMS, NOTES, NOUNS, check_item, entries, find, table
+from hero.envs.webshop.files import (
+    HUMAN,
+    ITEMS,
+    NOTES,
+    NOUNS,
+    check_item,
+    check_nouns,
+    entries,
+    find,
+    table,
+)
 from hero.envs.webshop.index import Builder
 from hero.envs.webshop.words import stemmed_words
 
@@ -49,7 +59,10 @@ def open_webshop(
             break
     notes = table(find(folder, HUMAN if goals == "human" else NOTES))
     attributes = table(find(folder, NOTES)) if goals == "human" else notes
-    raw = (products, attributes, table(find(folder, NOUNS)))
+    nouns = table(find(folder, NOUNS))
+    for product in products:
+        check_nouns(product["asin"], nouns, folder)
+    raw = (products, attributes, nouns)
     return shop_of(raw, PROFILES["full"], seed, _index, notes if goals == "human" else None)
 
 
