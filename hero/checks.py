@@ -230,11 +230,21 @@ def _check_engine(config: TrainConfig) -> None:
 def _check_secrets(config: TrainConfig) -> None:
     for section in ("reflection", "engine"):
         check_variable(f"{section}.api_key_env", getattr(config, section).api_key_env)
-    values = {f"env.options {name}": value for name, value in config.env.options.items()}
+    values = named_options(config.env.options)
     if config.reflection.reflector == "openai":
         values["reflection.base_url"] = config.reflection.base_url
     if config.engine.kind == "server":
         values["engine.base_url"] = config.engine.base_url
+    refuse_blotted(values)
+
+
+def named_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an environment by the names that messages give them."""
+    return {f"env.options {name}": value for name, value in options.items()}
+
+
+def refuse_blotted(values: dict[str, Any]) -> None:
+    """Raise a ValueError for a setting, by its name, that a run has saved without its secret."""
     for name, value in values.items():
         if "***" in str(value):
             raise ValueError(

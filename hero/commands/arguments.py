@@ -21,6 +21,7 @@ from hero.commands.tools import Doctor, Memory, Merge, Model, Recipes, View
 from hero.commands.train import Sft, Train
 from hero.commands.worlds import Env, Envs
 from hero.config import Settings, SftConfig, TrainConfig
+from hero.config.secrets import is_secret
 
 HELP = ("-h", "--help")
 OPTIONS = "--env.options"
@@ -53,10 +54,11 @@ def parse(arguments: list[str]) -> Command:
 
     Raises:
         SystemExit: after help (0), or after saying what cannot be read (2).
-        ValueError: unknown recipes and settings that are out of range.
+        ValueError: unknown recipes, settings that are out of range, and keys.
     """
     first: Any
     default: Any
+    _refuse_secrets(arguments)
     arguments = _joined(arguments)
     try:
         first = _read([a for a in arguments if a not in HELP], tyro.MISSING_NONPROP, False)
@@ -78,6 +80,17 @@ def parse(arguments: list[str]) -> Command:
         data["env"]["options"] = kept | given
         command.settings = from_dict(data, type(command.settings))
     return command
+
+
+def _refuse_secrets(arguments: list[str]) -> None:
+    """Raise a ValueError for an option that would hold a key, which the parser would repeat."""
+    for word in arguments:
+        option = word.partition("=")[0]
+        if option.startswith("--") and not option.startswith(OPTIONS) and is_secret(option):
+            raise ValueError(
+                f"There is no option {option}: others could read the key. Export it, and name its "
+                "variable: --reflection.api-key-env NAME, or --engine.api-key-env NAME."
+            )
 
 
 def _joined(arguments: list[str]) -> list[str]:
@@ -120,7 +133,9 @@ def _pairs(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     def read(words: list[str]) -> dict[str, Any]:
         if len(words) % 2:
             raise ValueError(f"expected pairs of KEY and VALUE, got {' '.join(words)}")
-        return dict(zip(words[::2], map(yaml.safe_load, words[1::2]), strict=True))
+        return {
+            name: _value(name, word) for name, word in zip(words[::2], words[1::2], strict=True)
+        }
 
     return PrimitiveConstructorSpec(
         nargs="*",
@@ -129,6 +144,16 @@ def _pairs(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         is_instance=lambda value: isinstance(value, dict),
         str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
     )
+
+
+def _value(name: str, word: str) -> Any:
+    try:
+        return yaml.safe_load(word)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"the value of {name} is not YAML: put quotation marks around it within those of the "
+            """shell, as '"this"'"""
+        ) from error
 
 
 def _hint_at_names(arguments: list[str], settings: type[Settings]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from hero import recipes
-from hero.checks import from_dict
+from hero.checks import from_dict, named_options, refuse_blotted
 from hero.commands.base import Command, make_importable, prepare_torch, saved_settings
 from hero.config import Count, Dtype, EnvConfig, ModelConfig, NotNegative, RolloutConfig, Settings
 from hero.files import check_writable, write_atomic
@@ -81,6 +81,7 @@ class Play(Command):
         """
         config, console = self.settings, Console()
         existing_model(str(weights_of(model)))
+        refuse_blotted(named_options(config.env.options))
         make_importable(config.env.name)
 
         from hero.envs.alarm import set_limit

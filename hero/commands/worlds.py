@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import keyword
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +155,11 @@ def _init(name: str, console: Console) -> None:
     for path in files:
         if path.exists():
             raise ValueError(f"{path} is there already: take another name, or move it away.")
+    if keyword.iskeyword(name) or importlib.util.find_spec(name):
+        raise ValueError(
+            f"{name} is a word of Python's or a module that is installed; {name}.py would not be "
+            "found, or be taken for it: use another name."
+        )
     for path, source in files.items():
         text = source.read_text(encoding="utf-8")
         write_atomic(path, text.replace("custom_env", name).replace("NoteEnv", world))

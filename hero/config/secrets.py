@@ -36,7 +36,7 @@ def redacted(value: Any) -> Any:
         return [redacted(item) for item in value]
     if isinstance(value, dict):
         return {
-            name: "***" if item and _is_secret(name, item) else redacted(item)
+            name: "***" if item and is_secret(name, item) else redacted(item)
             for name, item in value.items()
         }
     return value
@@ -52,7 +52,7 @@ def check_variable(option: str, name: str) -> None:
         )
 
 
-def _is_secret(name: Any, value: Any) -> bool:
-    """Numbers too, which is what a password of digits is read as."""
+def is_secret(name: Any, value: Any = "") -> bool:
+    """Whether a value of this name is; numbers too, as which a password of digits is read."""
     named = SECRET_NAME.search(CAMEL.sub("_", str(name)))
     return bool(named) and not isinstance(value, dict | bool)

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -132,6 +133,23 @@ def test_a_traceback_shows_no_password(tmp_path: Path) -> None:
     assert "Traceback" in said.stderr and "hunter2" not in said.stderr + said.stdout
 
 
+@pytest.mark.parametrize("option", ["--reflection.api-key", "--api_key", "--hf-token", "--token"])
+@pytest.mark.parametrize("form", ["{} hunter2", "{}=hunter2"])
+def test_a_key_on_the_command_line_is_not_repeated(
+    option: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "quickstart", *form.format(option).split()]) == 1
+    said = capsys.readouterr()
+    assert f"no option {option}: " in said.err and "hunter2" not in said.err + said.out
+
+
+def test_a_run_whose_options_have_lost_their_secret_is_not_played_without_it() -> None:
+    command: Any = parse(["rollout", "tiny-shop", "--env.name", "shop"])
+    command.settings.env.options = {"profile": "tiny", "api_key": "***"}  # as a run has saved it
+    with pytest.raises(ValueError, match=r"env\.options api_key was saved without its secret"):
+        command.run()
+
+
 def test_ctrl_c_while_modules_are_loaded_is_one_line(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, threading, hero.cli; "
@@ -198,6 +216,7 @@ def test_mistakes_get_one_message_and_exit_code_1(
         (["rollout"], "Missing from hero rollout"),
         (["train", "--updates", "many"], "Error parsing --updates"),
         (["train", "--env.options", "profile"], "expected pairs of KEY and VALUE, got profile"),
+        (["train", "--env.options.rules", "*x"], "the value of rules is not YAML"),
         (["train", "--num-generations", "8"], "--num-generations is --rollout.group-size"),
         (["train", "--learning-rate", "1"], "--learning-rate is --optim.learning-rate"),
     ],

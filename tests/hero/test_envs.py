@@ -127,6 +127,8 @@ def test_init_writes_a_world_that_passes_its_check(
     assert config.env.name == "box_world:BoxWorldEnv"
     assert main(["env", "init", "box_world"]) == 1  # nothing is replaced
     assert main(["env", "init", "Box World"]) == 1
+    for taken in ("json", "class", "torch"):
+        assert main(["env", "init", taken]) == 1 and not (tmp_path / f"{taken}.py").exists()
 
 
 def test_the_scaffold_is_the_example() -> None:
