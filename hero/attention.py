@@ -93,8 +93,13 @@ def attention(
                 f"{type(module).__name__} wants {name!r} in its attention, which spans do not have."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    spans = [Span(*numbers) for numbers in attention_mask[0, 0].tolist()]
-    return attend(query, key, value, spans, scale).transpose(1, 2).contiguous(), None
+    return _attend(query, key, value, attention_mask, scale), None
+
+
+@torch.compiler.disable  # how many spans there are stands in their numbers
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    spans = [Span(*numbers) for numbers in mask[0, 0].tolist()]
+    return attend(query, key, value, spans, scale).transpose(1, 2).contiguous()
 
 
 AttentionInterface.register(NAME, attention)

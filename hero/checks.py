@@ -22,6 +22,7 @@ FROM_TRL = {
     "epsilon_high": "loss.clip_high",
     "eval_steps": "eval.every",
     "gradient_accumulation_steps": "optim.micro_batch_tokens",
+    "load_in_4bit": "model.quantize",
     "lr": "optim.learning_rate",
     "max_completion_length": "rollout.max_turn_tokens",
     "max_prompt_length": "rollout.max_episode_tokens",
@@ -34,6 +35,7 @@ FROM_TRL = {
     "per_device_train_batch_size": "rollout.tasks_per_update",
     "resume_from_checkpoint": "resume",
     "save_steps": "save_every",
+    "torch_compile": "model.compile",
 }
 """What the arguments of TRL's trainers are called here, where the names differ."""
 FROM_TRL_SFT = {
@@ -108,6 +110,7 @@ def check(config: TrainConfig) -> None:
     _check_batches(config)
     _check_turns(config)
     _check_teacher(config)
+    _check_model(config)
     _check_endpoint(config)
     _check_engine(config)
     _check_secrets(config)
@@ -135,6 +138,19 @@ def check_ranks(config: TrainConfig, size: int) -> None:
             "them would have to hand over the weights of all: start one process, or set "
             "--engine.kind hero."
         )
+    model = config.model
+    for option, is_set in (
+        (f"model.quantize={model.quantize}", model.quantize != "none"),
+        ("model.compile", model.compile),
+        (f"optim.kind={config.optim.kind}", config.optim.kind != "adamw"),
+        ("teacher.offload", config.teacher.offload),
+        ("model.master_weights", model.master_weights),
+    ):
+        if size > 1 and is_set:
+            raise ValueError(
+                f"{option} is for one process, got {size}: leave it out. Several keep float32 "
+                "weights, moments and teacher in shards and compute in the compute type anyway."
+            )
 
 
 def _check_batches(config: TrainConfig) -> None:
@@ -186,6 +202,22 @@ def _check_teacher(config: TrainConfig) -> None:
             "teacher.refresh=gated copies the student to a frozen teacher: expected "
             f"--teacher.weights frozen and no --teacher.path, got {teacher.weights} and "
             f"{teacher.path!r}."
+        )
+    if teacher.offload and (teacher.path or teacher.weights == "live"):
+        raise ValueError(
+            "teacher.offload keeps the teacher's copy of the student's weights in main memory, and "
+            f"there is none: got weights={teacher.weights} and path={teacher.path!r}. Leave it "
+            "out, or set --teacher.weights ema or frozen without --teacher.path."
+        )
+
+
+def _check_model(config: TrainConfig) -> None:
+    model, engine = config.model, config.engine.kind
+    if model.quantize != "none" and engine != "hero":
+        raise ValueError(
+            f"engine.kind={engine} has no weights in 4 bits as the student has, so it would sample "
+            f"from another model; got model.quantize={model.quantize}: set --engine.kind hero or "
+            "--model.quantize none."
         )
 
 

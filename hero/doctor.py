@@ -14,6 +14,7 @@ from hero.report.facts import versions
 
 EXTRAS = {
     "peft": "LoRA (model.lora_rank)",
+    "bitsandbytes": "moments in 8 bits or pages (optim.kind), QLoRA (model.quantize)",
     "triton": "Triton kernels",
     "wandb": "report_to=wandb",
     "trackio": "report_to=trackio",

@@ -21,6 +21,7 @@ from hero.policy import Policy
 from hero.shards import like, whole
 from hero.teacher import Scorer, TeacherWeights
 from hero.types import Sample
+from hero.weights import make_optimizer
 
 AVERAGED = 10
 """Updates over which `eval.select=averaged` averages."""
@@ -66,24 +67,19 @@ class Learner:
         self.ranks = policy.shards.ranks
         self.teacher = teacher
         self.config = config
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            policy.to_train(),
-            lr=optim.learning_rate,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            weight_decay=optim.weight_decay,
-        )
+        self.optimizer = make_optimizer(policy.to_train(), config.optim)
         self.start: TeacherWeights | None = None
         """The weights at the start, if the loss needs them; the teacher's, if they stay there."""
         if config.loss.kl_to_start:
             stays = teacher.policy is policy and teacher.kind == "frozen"
             stays &= config.teacher.refresh == "never"
-            frozen = TeacherConfig(weights="frozen")
+            frozen = TeacherConfig(weights="frozen", offload=config.teacher.offload)
             self.start = teacher if stays else TeacherWeights(policy, frozen)
         self.average: TeacherWeights | None = None
         """Of the student's weights after each update, if `eval.select` asks for it."""
         if config.eval.select == "averaged":
-            self.average = TeacherWeights(policy, TeacherConfig(weights="ema"))
+            averaged = TeacherConfig(weights="ema", offload=config.teacher.offload)
+            self.average = TeacherWeights(policy, averaged)
         self.averaged = 0
         """Updates in it."""
         self.steps_taken = 0
@@ -160,7 +156,7 @@ class Learner:
         return list(zip(batches, self.ranks.apart(pass_over), strict=True))
 
     def _pass(self, batch: PackedBatch, teacher: Scorer, start: Scorer | None) -> LossOutput:
-        with self.policy.recomputing():
+        with self.policy.learning():
             output = compute_loss(
                 self.policy, teacher, batch, self.config.loss, self.config.rollout.temperature,
                 start,
@@ -235,7 +231,7 @@ class Learner:
         }
         self.optimizer.load_state_dict({**state["optimizer"], "state": of_parameters})
         for parameter, moments in self.optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
+            for name in moments.keys() & {"exp_avg", "exp_avg_sq", "state1", "state2"}:
                 if moments[name].shape != parameter.shape:
                     raise ValueError(
                         f"the optimiser's {name} is {list(moments[name].shape)} for a parameter "

@@ -3,7 +3,8 @@
 Sizes come from the model's configuration, on torch's meta device, and from the settings. Counted is
 the worst case of the settings: full batches of episodes at their caps. Not counted are the context
 of the driver, fragments of the allocator, fp32 weights while they are read, and vLLM, which takes
-`engine.memory_share` of the GPU.
+`engine.memory_share` of the GPU. Pages of moments count as in main memory, where they are if need
+be; that compiled layers keep less is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from hero.config import TrainConfig
 from hero.models import existing_model
 from hero.policy import Policy, resolve_dtype
 from hero.sampler import READ_TOKENS
+from hero.weights import MOMENTS, WEIGHT
 from hero_kernels.memory import Shape, default_rows, workspace
 
 KNOWN: dict[str, dict[str, Any]] = {
@@ -151,13 +153,18 @@ def predict(
     trained = adapted or size.parameters - (0 if model.train_head else size.head)
     frozen = size.parameters - (0 if adapted else trained)
     has_head = not adapted and model.train_head
+    in_4_bits = sum(a * b for a, b in size.linears) if model.quantize == "4bit" and adapted else 0
+    copies = 0 if config.teacher.offload else trained * wide
     always = {
-        "frozen weights": frozen * item,
+        "frozen weights": (frozen - in_4_bits) * item + int(in_4_bits * WEIGHT),
+        "weights of a layer out of 4 bits": bool(in_4_bits) * item
+        * max((a * b for a, b in size.linears), default=0),
         "trained weights": trained * wide,
-        "AdamW": 2 * trained * wide,
+        "trained weights to compute with": trained * item * model.master_weights,
+        "AdamW": int(trained * MOMENTS[config.optim.kind]),
         "teacher": sizes(config.teacher.path).parameters * item if config.teacher.path
-        else 0 if config.teacher.weights == "live" else trained * wide,
-        "weights at the start, average": trained * wide
+        else 0 if config.teacher.weights == "live" else copies,
+        "weights at the start, average": copies
         * (bool(config.loss.kl_to_start) + (config.eval.select == "averaged")),
         "the engine's copy": (frozen + trained) * item * (config.engine.kind == "transformers"),
     }  # fmt: skip
@@ -168,15 +175,24 @@ def predict(
             always["teacher gathered for passes"] = sizes(config.teacher.path).parameters * item
     return Memory(
         always={name: number for name, number in always.items() if number},
-        rollout=_rollout(config, size, item),
+        rollout={
+            **({"teacher while it reads": trained * wide} if _is_fetched(config) else {}),
+            **_rollout(config, size, item),
+        },
         training={
             "gradients": trained * wide,
             **({"gradients summed": -(-trained * wide // processes)} if several else {}),
-            **({} if adapted or several or item == wide
+            **({} if adapted or several or item == wide or model.master_weights
                else {"weights cast for a pass": trained * item}),
             **_learning(config, size, device, item, has_head),
         },
     )  # fmt: skip
+
+
+def _is_fetched(config: TrainConfig) -> bool:
+    """Whether the teacher comes to the GPU to write; what it scores comes before gradients."""
+    writes = config.reflection.reflector == "teacher" or config.eval.watch_teacher
+    return config.teacher.offload and writes and not config.model.master_weights
 
 
 def _rollout(config: TrainConfig, size: Sizes, item: int) -> dict[str, int]:
@@ -253,10 +269,15 @@ SWITCHES: tuple[Change, ...] = (
     ("--rollout.batch-size {}", _changed("rollout", "batch_size", lambda n: max(1, n // 2))),
     ("--optim.micro-batch-tokens {}",
      _changed("optim", "micro_batch_tokens", lambda n: max(1024, n // 2))),
+    ("--teacher.offload", _changed("teacher", "offload", lambda _: True)),
+    ("--optim.kind paged_adamw", _changed("optim", "kind", lambda _: "paged_adamw")),
     ("--model.lora-rank 16", _changed("model", "lora_rank", lambda rank: rank or 16)),
+    ("--model.quantize 4bit", _changed("model", "quantize", lambda _: "4bit")),
 )  # fmt: skip
-"""What saves memory and leaves the method alone, first what costs least; the last changes what is
-trained."""
+"""What saves memory and leaves the method alone, first what costs least; the last two change what
+is trained."""
+ALONE = ("--teacher.offload", "--optim.kind", "--model.quantize")
+"""Those of one process."""
 
 
 def advice(
@@ -268,7 +289,7 @@ def advice(
     while peak > limit and went_on:
         went_on = False
         for option, change in SWITCHES:
-            changed = change(config)
+            changed = None if processes > 1 and option.startswith(ALONE) else change(config)
             less = predict(changed, device, None, processes).peak if changed else peak
             if changed and less < peak:
                 number = changed.rollout.batch_size

@@ -42,7 +42,7 @@ def merge(run: Path, out: Path) -> Path:
     import torch  # here, so that a mistake is answered at once
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from hero.policy import import_peft
+    from hero.weights import import_peft
 
     peft = import_peft()
     with new_folder(out) as new:

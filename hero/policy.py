@@ -20,7 +20,8 @@ from hero.config import ModelConfig
 from hero.models import cannot_load, existing_model
 from hero.ranks import Ranks
 from hero.renderer import Renderer
-from hero.shards import Sharded, Unsharded, fill
+from hero.shards import Mastered, Sharded, Unsharded, fill
+from hero.weights import add_lora, check_types, in_4_bits, keep_gradients
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
 
@@ -34,7 +35,10 @@ class Policy:
     """
 
     shards = Unsharded()
-    """How the weights lie on several processes."""
+    """How the weights lie on several processes, or in two types."""
+    compiles = False
+    """Whether what is learnt passes compiled layers."""
+    _learns = False
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
         self.tokenizer = tokenizer
@@ -44,27 +48,37 @@ class Policy:
         self.adapter: Any = None
         self.version = 0
         """Of the trained weights: whoever changes them for good counts it up."""
+        check_types(model, config, self.dtype)
         if config.lora_rank > 0:
             if getattr(model, "_hf_peft_config_loaded", False):
                 raise ValueError(
                     f"{config.path!r} is a LoRA adapter already, and another one would replace it. "
                     "Merge it into its base model first: hero merge RUN --output DIR."
                 )
-            self.adapter = _add_lora(model, config)
+            self.adapter = add_lora(model, config)
         if model.config._attn_implementation == "sdpa":
             attention.use(model)
         self.model = model.to(self.device)  # type: ignore[arg-type]
         self.model.eval()  # no dropout: student and sampler must be one distribution
+        if config.quantize == "4bit":
+            keep_gradients(self.model)
         if not config.train_head:
             self.head.requires_grad_(False)
         self.fixed = digest_of_frozen(self.model, tokenizer)
         """Of what training leaves as it is; a checkpoint goes with no other."""
         for parameter in self.model.parameters():
-            parameter.data = parameter.data.to(
-                torch.float32 if parameter.requires_grad else self.dtype
-            )
+            if parameter.is_floating_point():  # else four bits
+                parameter.data = parameter.data.to(
+                    torch.float32 if parameter.requires_grad else self.dtype
+                )
+        if config.master_weights:
+            self.shards = Mastered(self)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.compile:
+            self.compiles = True
+            for layer in self._layers():
+                layer.compile(dynamic=True)
         self._check_head(config.path)
 
     @classmethod
@@ -75,11 +89,13 @@ class Policy:
             ValueError: no such model, or no causal LM with tokenizer and chat template.
         """
         path = existing_model(config.path)
+        how: dict[str, Any] = {"dtype": torch.float32}
+        if config.quantize == "4bit":
+            device = resolve_device(config.device)
+            how = in_4_bits(config, device, resolve_dtype(config.dtype, device))
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=torch.float32, attn_implementation="sdpa"
-            )
+            model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa", **how)
         except Exception as error:  # hub, file, format and config errors of many classes
             raise cannot_load(config.path, error) from error
         return cls(model, tokenizer, config)
@@ -106,7 +122,10 @@ class Policy:
 
     def trunk(self, input_ids: Tensor, **inputs: Any) -> Any:
         """The decoder's output for ids [B, T]; `.last_hidden_state` is [B, T, H]."""
-        with self.autocast():
+        # What samples has a new shape with each token.
+        eager = self.compiles and not self._learns
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        with self.autocast(), stance:
             return self.model.get_decoder()(input_ids=input_ids, **inputs)
 
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
@@ -136,7 +155,7 @@ class Policy:
         return result
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Trained parameters by name; of several processes, this one's shards."""
+        """Trained parameters by name, in float32; of several processes, this one's shards."""
         return self.shards.trained(self.model)
 
     def to_train(self) -> list[nn.Parameter]:
@@ -205,19 +224,24 @@ class Policy:
                 fill(trainable[name], value)
         self.version += 1
 
+    def _layers(self) -> list[GradientCheckpointingLayer]:
+        return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """Within, layers recompute activations if `gradient_checkpointing` is on.
+    def learning(self) -> Iterator[None]:
+        """Within, layers recompute activations if `gradient_checkpointing` is on, and are compiled
+        if `compile` is.
 
         Only then: transformers drops the key-value cache of layers in this state, and the sampler
         needs it. The flag is set on the layers alone, so dropout stays off.
         """
-        layers = [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
+        layers, self._learns = self._layers(), True
         for layer in layers:
             layer.training = True
         try:
             yield
         finally:
+            self._learns = False
             for layer in layers:
                 layer.training = False
 
@@ -237,7 +261,7 @@ class Policy:
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
+        return int(self.model.num_parameters())  # those in 4 bits too
 
     def spread(self, ranks: Ranks, stays_whole: bool = True) -> None:
         """Share the weights among ranks; see `Sharded` for `stays_whole`."""
@@ -247,7 +271,8 @@ class Policy:
     def save(self, path: Path, weights: dict[str, Tensor] | None = None) -> None:
         """Write model (or adapter) and tokenizer to a folder.
 
-        `weights` are those of `shards.whole_weights()`, where the model itself has only shards.
+        `weights` are those of `shards.whole_weights()`, where the model itself has only
+        shards, or a smaller type.
         """
         if self.adapter is not None:
             named = weights and {f"base_model.model.{n}": w for n, w in weights.items()}
@@ -316,22 +341,3 @@ def digest_of_frozen(model: nn.Module, tokenizer: Any) -> str:
             some = numbers[:: max(1, len(numbers) // SAMPLED)].double().cpu()
             found.update(f"{name} {list(parameter.shape)} {some.tolist()}".encode())
     return found.hexdigest()
-
-
-def import_peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("LoRA needs peft: pip install 'hero-kernels[lora]'.") from error
-    return peft
-
-
-def _add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
-    peft = import_peft()
-    lora = peft.LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(model, lora)

@@ -28,7 +28,8 @@ CONFIG, BEFORE, SUMMARY, BEST, SELECTED, LOCK = (
 )  # fmt: skip
 FREE = {"updates", "max_env_turns", "threads", "output_dir", "resume", "resume_anyway",
         "save_every", "save_trajectories", "report_to", "eval", "engine", "model.device",
-        "model.gradient_checkpointing", "optim.micro_batch_tokens", "micro_batch_tokens",
+        "model.gradient_checkpointing", "model.compile", "teacher.offload",
+        "optim.micro_batch_tokens", "micro_batch_tokens",
         "rollout.batch_size", "loss.impl", "reflection.base_url",
         "reflection.api_key_env"}  # fmt: skip
 """Settings that a run may change when it goes on: where, how long and how fast, not what."""

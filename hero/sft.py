@@ -59,8 +59,8 @@ def train_sft(config: SftConfig, console: Console) -> Path:
             start = WarmStart(config, console, unfinished.path, interrupt)
             try:
                 start.run()
-                with new_folder(out) as new:
-                    start.policy.save(new)
+                with new_folder(out) as new, start.policy.shards.whole_weights() as weights:
+                    start.policy.save(new, weights)
             except BaseException as stop:
                 start.keep(stop)
                 raise
@@ -155,14 +155,15 @@ class WarmStart:
             total = sum(len(sample.action_ids) for sample in samples)
             loss = 0.0
             for part, rows in parts(kind, samples, self.config.micro_batch_tokens):
-                with self.policy.recomputing():
+                with self.policy.learning():
                     share = nll(self.policy, rows, part) / total
                     share.backward()  # type: ignore[no-untyped-call]
                 loss += float(share.detach())
                 read += sum(map(len, rows))
             self.means[kind] = 0.98 * self.means.get(kind, loss) + 0.02 * loss
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
+        with self.policy.shards.resharded():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return read

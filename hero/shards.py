@@ -1,4 +1,6 @@
-"""Weights in shards (FSDP2): what each rank keeps of them, and when they are whole.
+"""Weights in more than one form: in shards (FSDP2), or in two types.
+
+In shards: what each rank keeps of them, and when they are whole.
 
 Between two steps each of N ranks keeps 1/N of the trained weights in float32, of AdamW's moments
 and of the teacher's weights. Passes need weights that are whole: all of them are gathered once, in
@@ -13,8 +15,9 @@ pass; then all ranks would have to take the same passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,14 +47,81 @@ class Unsharded:
     def reduce(self) -> None:
         """Sum the gradients of this step over the ranks."""
 
-    def exchange(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> None:
-        """Let parameters and tensors change places."""
-        for name, tensor in other.items():
-            other[name], own[name].data = own[name].data, tensor
+    @contextmanager
+    def lent(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> Iterator[None]:
+        """Within, the model computes with `other` in the place of its own weights of these names,
+        without gradients; `other` may be on the CPU."""
+        kept = {name: own[name].data for name in other}
+        try:
+            for name, tensor in other.items():
+                own[name].data = tensor.to(own[name].device)
+            yield
+        finally:
+            for name, data in kept.items():
+                own[name].data = data
 
     def whole_weights(self) -> AbstractContextManager[dict[str, Tensor] | None]:
         """Within, all weights that are saved on rank 0; None if the model has them itself."""
         return nullcontext()
+
+
+class Mastered(Unsharded):
+    """Weights in the compute type, and float32 copies of those that are trained: the masters.
+
+    The optimiser changes the masters; the weights take them over in `resharded`. Gradients are
+    summed in float32: each pass' leaves the weight for its master as soon as it is there.
+
+    Args:
+        policy: a `hero.policy.Policy` with float32 weights where they are trained.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        self.policy, self._own = policy, super().trained(policy.model)
+        self._masters: dict[str, nn.Parameter] = {}
+        for name, weight in self._own.items():
+            self._masters[name] = master = nn.Parameter(weight.detach())
+            weight.data = master.data.to(policy.dtype)
+            weight.register_post_accumulate_grad_hook(partial(_hand_over, master))
+
+    def trained(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        return self._masters
+
+    @contextmanager
+    def resharded(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._write(self._masters)
+
+    @contextmanager
+    def lent(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> Iterator[None]:
+        try:
+            self._write(other)
+            yield
+        finally:
+            self._write({name: self._masters[name] for name in other})
+
+    def _write(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self._own[name].data.copy_(value.detach())
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[dict[str, Tensor] | None]:
+        masters: dict[str, Tensor] = {name: p.detach() for name, p in self._masters.items()}
+        if self.policy.adapter is None:
+            of = {id(weight): masters[name] for name, weight in self._own.items()}
+            saved = self.policy.model.state_dict(keep_vars=True)
+            masters = {name: of.get(id(tensor), tensor.detach()) for name, tensor in saved.items()}
+        yield masters
+
+
+def _hand_over(master: nn.Parameter, weight: Tensor) -> None:
+    gradient, weight.grad = weight.grad, None
+    assert gradient is not None
+    if master.grad is None:
+        master.grad = gradient.float()
+    else:
+        master.grad += gradient
 
 
 class Sharded(Unsharded):
@@ -148,8 +218,16 @@ class Sharded(Unsharded):
         (0.0 * torch.stack([tensor.float().sum() for tensor in touched]).sum()).backward()
         policy.model.set_requires_gradient_sync(False)
 
+    @contextmanager
+    def lent(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> Iterator[None]:
+        self._exchange(own, other)
+        try:
+            yield
+        finally:
+            self._exchange(own, other)
+
     @torch.no_grad()
-    def exchange(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> None:
+    def _exchange(self, own: dict[str, nn.Parameter], other: dict[str, Tensor]) -> None:
         with self.resharded() if other else nullcontext():
             for name, tensor in other.items():
                 mine, theirs = local(own[name]), local(tensor)

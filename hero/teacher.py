@@ -95,7 +95,7 @@ class TeacherWeights:
 
     def __init__(self, policy: Policy, config: TeacherConfig) -> None:
         self.kind = config.weights
-        self.rate = config.update_rate
+        self.rate, self.offload = config.update_rate, config.offload
         self._student = policy.trainable()
         self._teacher: dict[str, Tensor] = {}
         self._head_is_trained = any(p.requires_grad for p in policy.head.parameters())
@@ -113,7 +113,8 @@ class TeacherWeights:
         if self.kind != "ema":
             return
         for name, parameter in self._student.items():
-            local(self._teacher[name]).lerp_(local(parameter), self.rate)
+            teacher = local(self._teacher[name])
+            teacher.lerp_(local(parameter).to(teacher.device), self.rate)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -127,17 +128,16 @@ class TeacherWeights:
             self.refresh()
 
     def _copy(self) -> dict[str, Tensor]:
+        if self.offload:
+            return {name: p.detach().to("cpu", copy=True) for name, p in self._student.items()}
         return {name: p.detach().clone() for name, p in self._student.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the policy's model computes with the teacher's weights (inference only)."""
-        with self.policy.shards.unsharded():
-            self._swap()
-            try:
-                yield
-            finally:
-                self._swap()
+        shards = self.policy.shards
+        with shards.unsharded(), shards.lent(self._student, self._teacher):
+            yield
 
     @torch.no_grad()
     def states(self, packed: Packed) -> Tensor:
@@ -149,10 +149,11 @@ class TeacherWeights:
         """Who scores each of these rows.
 
         Weights that are whole do it when they are asked, and change places at no cost. Those in
-        shards do it here, so that they are gathered once; then all ranks have to come here.
+        shards or in main memory do it here, so that they are fetched once; then all ranks have to
+        come here.
         """
         ranks = self.policy.shards.ranks
-        if ranks.size == 1:
+        if ranks.size == 1 and not self.offload:
             return [self for _ in rows]
 
         def score() -> list[Scored]:
@@ -187,14 +188,13 @@ class TeacherWeights:
     def _head(self) -> dict[str, Any]:
         if self.kind == "live" or not self._head_is_trained:
             return {}
-        bias = self.policy.head.bias
+        head, dtype = self.policy.head, self.policy.dtype
+        # Copies where weights that are lent are written over those of the model (`Mastered`).
+        copied = bool(self._teacher) and dtype != torch.float32
         return {
-            "teacher_weight": self.policy.head_weight.detach(),
-            "teacher_bias": None if bias is None else bias.detach(),
+            "teacher_weight": head.weight.detach().to(dtype, copy=copied),
+            "teacher_bias": None if head.bias is None else head.bias.detach().clone(),
         }
-
-    def _swap(self) -> None:
-        self.policy.shards.exchange(self._student, self._teacher)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self._teacher

@@ -38,14 +38,21 @@ class ModelConfig(Settings):
     process."""
     dtype: Dtype = "auto"
     """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
+    master_weights: bool = False
+    """Compute with trained weights in the compute type; the optimiser keeps and changes float32
+    copies. Without, each pass casts them: a token that is decoded then reads four times as much."""
     train_head: bool = True
     """Train the lm_head, and embeddings tied to it. False: teacher and student share the head."""
     lora_rank: CountOrZero = 0
     """Rank of LoRA adapters, which alone are trained (needs peft); 0 trains all weights."""
     lora_alpha: Count = 32
     """LoRA's alpha. [L]"""
+    quantize: Literal["none", "4bit"] = "none"
+    """4bit: the layers under LoRA in NF4, scales quantised too (QLoRA; needs bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    compile: bool = False
+    """Learn with layers by torch.compile; sampling stays as it is."""
 
 
 @dataclass(kw_only=True)
@@ -169,6 +176,9 @@ class TeacherConfig(Settings):
     """ema [L], live (the student itself) or frozen (as at the start): all trained weights."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
+    offload: bool = False
+    """Keep the teacher's copy in main memory; it is on the GPU while it scores, once a step, where
+    gradients are later. The copies of kl_to_start and eval.select=averaged likewise."""
     refresh: Literal["never", "gated"] = "never"
     """gated: copy the student to a frozen teacher when dev success has risen beyond noise. [L]"""
     observation: bool = True
@@ -227,6 +237,8 @@ class LossConfig(Settings):
 class OptimConfig(Settings):
     """AdamW."""
 
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """8bit: moments in 8 bits; paged: in main memory where the GPU is full (bitsandbytes)."""
     learning_rate: Positive = 1e-6
     """Full fine-tuning 1e-6, LoRA 1e-4 … 3e-4 [L]; small models from scratch far more."""
     warmup_steps: CountOrZero = 10

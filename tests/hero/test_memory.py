@@ -52,6 +52,61 @@ def test_what_is_there_always_is_counted_to_the_byte(small: Policy) -> None:
     assert found.training["gradients"] == nbytes(p.grad for p in parameters)
 
 
+def test_weights_in_two_types_are_counted_to_the_byte(small: Policy, tiny_tokenizer: Any) -> None:
+    model = ModelConfig(device="cpu", dtype="bfloat16", master_weights=True)
+    own = Policy(copy.deepcopy(small.model), tiny_tokenizer, model)
+    found = predict(TrainConfig(model=model), "cpu", sizes_of(small.model.config))
+    assert found.always["trained weights"] == nbytes(own.trainable().values())
+    assert found.always["trained weights to compute with"] == nbytes(own.model.parameters())
+    assert "weights cast for a pass" not in found.training
+
+
+def test_a_teacher_in_main_memory_takes_no_room_but_to_write(small: Policy) -> None:
+    size = sizes_of(small.model.config)
+    plain, config = TrainConfig(), from_dict({"teacher": {"offload": True}})
+    kept = predict(plain, "cpu", size).always["teacher"]
+    found = predict(config, "cpu", size)
+    assert "teacher" not in found.always and "teacher while it reads" not in found.rollout
+    config.reflection.reflector = "teacher"
+    assert predict(config, "cpu", size).rollout["teacher while it reads"] == kept
+
+
+def test_moments_in_8_bits(small: Policy) -> None:
+    """Small tensors keep 32 bits, and each has two tables of 256 numbers."""
+    pytest.importorskip("bitsandbytes")
+    config = from_dict({"optim": {"kind": "adamw_8bit"}})
+    learner = Learner(small, TeacherWeights(small, config.teacher), config)
+    for parameter in small.trainable().values():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    held = sum(
+        t.nbytes
+        for parameter, state in learner.optimizer.state.items() for name, t in state.items()
+        if parameter.numel() >= 4096 and isinstance(t, torch.Tensor) and "qmap" not in name
+    )  # fmt: skip
+    large = sum(p.numel() for p in small.trainable().values() if p.numel() >= 4096)
+    size = sizes_of(small.model.config)
+    predicted = predict(config, "cpu", size).always["AdamW"]
+    assert held == pytest.approx(predicted * large / size.parameters, rel=1e-3)
+
+
+def test_weights_in_4_bits_are_counted_to_the_byte(small: Policy, tmp_path: Path) -> None:
+    bnb, _ = pytest.importorskip("bitsandbytes"), pytest.importorskip("peft")
+    small.save(tmp_path)
+    model = ModelConfig(path=str(tmp_path), device="cpu", lora_rank=4, quantize="4bit")
+    own, held = Policy.load(model), 0
+    for module in own.model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            scales = module.weight.quant_state
+            held += module.weight.nbytes + scales.absmax.nbytes + scales.state2.absmax.nbytes
+    held += nbytes(p for p in own.model.parameters() if not p.requires_grad and p.dim() == 1)
+    held += own.model.get_input_embeddings().weight.nbytes
+    if own.head.weight is not own.model.get_input_embeddings().weight:
+        held += own.head.weight.nbytes
+    predicted = predict(TrainConfig(model=model), "cpu").always["frozen weights"]
+    assert held == pytest.approx(predicted, rel=1e-3)
+
+
 def test_the_copy_of_an_engine_is_counted_to_the_byte(small: Policy) -> None:
     config = TrainConfig(engine=EngineConfig(kind="transformers"))
     found = predict(config, "cpu", sizes_of(small.model.config)).always["the engine's copy"]

@@ -45,7 +45,7 @@ def test_gradient_checkpointing_leaves_the_sampler_alone(
     config = ModelConfig(device="cpu", gradient_checkpointing=True)
     checkpointed = Policy(copy.deepcopy(policy.model), policy.tokenizer, config)
     ids = torch.tensor([prompts[1]])
-    with checkpointed.recomputing():
+    with checkpointed.learning():
         checkpointed.hidden(ids).sum().backward()
     assert all(p.grad is not None for n, p in checkpointed.trainable().items() if "layers" in n)
     done = HFSampler(checkpointed).generate(prompts, sampling)
