@@ -24,16 +24,28 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str) -> None:
+def check_writable(path: str | Path, mark: str) -> None:
     """Before an hour of work: that a file can be written; "" is none.
 
+    Args:
+        path: of the file.
+        mark: stands near the beginning of all that the command has written before.
+
     Raises:
-        ValueError: it is a folder.
+        ValueError: it is a folder, or somebody's file.
         OSError: its folder cannot be made or written to.
     """
     file = Path(path)
     if path and file.is_dir():
         raise ValueError(f"{path} is a folder; expected the name of a file to write.")
+    if path and file.is_file():
+        with file.open("rb") as opened:
+            begins = opened.read(4096)
+        if begins and mark.encode() not in begins:
+            raise ValueError(
+                f"{path} is there already, and no file of this command's: it is not replaced. Name "
+                "another file, or remove it first."
+            )
     if path:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):

@@ -99,7 +99,10 @@ class RunFolder:
 
     def _refuse_foreign(self) -> None:
         """Only a folder that a run has locked before, or an empty one, is taken."""
-        if not (self.path / LOCK).is_file() and not checkpoints(self.path):
+        lock = self.path / LOCK
+        locked = lock.read_bytes() if lock.is_file() else b""
+        unsaid = lock.is_file() and not locked and len(os.listdir(self.path)) == 1  # killed there
+        if not (unsaid or locked.startswith(b"process ") or checkpoints(self.path)):
             refuse_to_replace(self.path)
 
     def begin(self, config: TrainConfig) -> bool:

@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from hero.commands.play import Play, weights_of
 from hero.config import redacted
-from hero.files import write_atomic
+from hero.files import check_writable, write_atomic
 from hero.interrupt import Interrupt, Stopped
 from hero.models import existing_model, find_model, revision
 from hero.report.comparison import FIGURES, Comparison, bootstrap_interval, compare
@@ -138,6 +138,11 @@ class Compare(Evaluating):
         from hero.evaluated import difference, read_evaluated
         from hero.report.side_by_side import render
 
+        folder = Path(self.output)
+        page, file = folder / "compare.html", folder / "compare.json"
+        if self.output:
+            check_writable(page, " · HERO</title>")
+            check_writable(file, '"worlds"')
         try:
             one, other = (
                 read_evaluated(Path(model)) or self.evaluated(model) for model in self.models()
@@ -161,9 +166,6 @@ class Compare(Evaluating):
             [_cells(row) for row in rows], "95 % interval: bootstrap over tasks",
         )  # fmt: skip
         if self.output:
-            folder = Path(self.output)
-            folder.mkdir(parents=True, exist_ok=True)
-            page, file = folder / "compare.html", folder / "compare.json"
             render(one, other, rows, unlike, page)
             found = {
                 "a": one.name,

@@ -154,7 +154,7 @@ class Rollout(PlayOne):
     """Play episodes of a model and print them, or write them as JSON lines."""
 
     def run(self) -> None:
-        check_writable(self.output)
+        check_writable(self.output, '"group_id"')
         (trajectories, _), console = self.played(self.model), Console()
         if self.output:
             write_atomic(Path(self.output), "".join(to_json(t) + "\n" for t in trajectories))

@@ -50,7 +50,9 @@ class Probe(PlayOne):
 
     def run(self) -> None:
         config = self.settings
-        check_writable(self.output)
+        beside = Path(self.output).with_suffix(".html") if self.output else ""
+        check_writable(self.output, '"well_formed"')
+        check_writable(beside, "<title>hero probe")
         from hero.report.probe import page, report
         from hero.study.page import write_page
 
@@ -67,7 +69,6 @@ class Probe(PlayOne):
         Console().say(text)
         if self.output:
             write_atomic(Path(self.output), json.dumps(figures, indent=1))
-            beside = Path(self.output).with_suffix(".html")
             write_page("\n".join(page(text, gaps)), None, beside, f"hero probe {self.model}")
             Console().say(f"Figures: {self.output}. Page with examples: {beside}.")
 

@@ -15,7 +15,7 @@ from hero.checks import check_ranks, from_dict
 from hero.commands.base import Command, prepare_torch
 from hero.commands.train import FromRecipe
 from hero.config import TrainConfig
-from hero.files import refuse_to_replace
+from hero.files import check_writable, refuse_to_replace
 from hero.report.console import Console
 
 
@@ -29,9 +29,11 @@ class View(Command):
     """File to write; "" is report.html in the folder of the run."""
 
     def run(self) -> None:
+        out = Path(self.output or Path(self.folder) / "report.html")
+        if self.output or out.is_file():
+            check_writable(out, " · HERO</title>")
         from hero.report.viewer import render
 
-        out = Path(self.output) if self.output else None
         Console().say(f"Report: {render(Path(self.folder), out)}")
 
 

@@ -297,6 +297,32 @@ def test_no_command_replaces_what_it_did_not_make(
     assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]
 
 
+def test_no_command_replaces_a_file_that_it_did_not_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = ["thesis.txt", "p.html", "out/compare.json", "mine/report.html", "mine/lock",
+             "mine/config.json", "mine/best/model.safetensors"]  # fmt: skip
+    for name in map(Path, files):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_text("precious")
+    Path("mine/metrics.jsonl").write_text('{"step": 0}\n')
+    own = ["--recipe", "quickstart", "--tasks", "1"]
+    for arguments, message in (
+        (["rollout", "tiny-shop", *own, "--output", "thesis.txt"], "thesis.txt is there already"),
+        (["probe", "tiny-shop", "--recipe", "quickstart", "--output", "p.json"], "p.html is there"),
+        (["compare", "tiny-shop", "tiny-desk", *own, "--output", "out"], "compare.json is there"),
+        (["view", "mine"], "report.html is there already"),
+        (["view", "mine", "--output", "thesis.txt"], "thesis.txt is there already"),
+    ):
+        assert main(arguments) == 1
+        assert message in capsys.readouterr().err
+    Path("mine/metrics.jsonl").unlink()
+    assert main(["train", "quickstart", "--output-dir", "mine"]) == 1
+    assert "nothing in it is replaced" in capsys.readouterr().err
+    assert {Path(name).read_text() for name in files} == {"precious"}
+
+
 def test_train_eval_rollout_view(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +352,10 @@ def test_train_eval_rollout_view(
     assert rows[0]["label"] == "success %" and all(row["difference"] == 0 for row in rows)
     assert main(["rollout", "run", "--tasks", "2", "--output", "r.jsonl"]) == 0
     assert len(Path("r.jsonl").read_text().splitlines()) == 2
-    assert main(["view", "run", "--output", "v.html"]) == 0
+    for _ in range(2):  # what it made itself it replaces
+        assert main(["view", "run", "--output", "v.html"]) == 0
+    assert main(["rollout", "run", "--tasks", "1", "--output", "r.jsonl"]) == 0
+    assert main(["compare", "run", "again/run", "--output", "compared"]) == 0
     assert Path("v.html").is_file()
 
 
