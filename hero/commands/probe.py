@@ -50,9 +50,10 @@ class Probe(PlayOne):
 
     def run(self) -> None:
         config = self.settings
-        beside = Path(self.output).with_suffix(".html") if self.output else ""
-        check_writable(self.output, '"well_formed"')
-        check_writable(beside, "<title>hero probe")
+        beside = Path(self.output or "probe").with_suffix(".html")
+        if self.output:
+            check_writable(self.output, '"well_formed"')
+            check_writable(beside, "<title>hero probe")
         from hero.report.probe import page, report
         from hero.study.page import write_page
 
