@@ -86,7 +86,7 @@ class Trainer:
             Fault: another process is writing there, or another rank has met an error.
         """
         started, first = time.perf_counter(), self.ranks.on_first
-        closed = closing(self.stages.workers, self.stages.env)
+        closed = closing(self.stages.workers, self.stages.env, self.console.say)
         with self.ranks.within(self.folder.locked), self.interrupt, closed:
             if first(partial(self.folder.begin, self.config)):
                 self.state, said = restore(self.run_dir, self.learner)

@@ -110,7 +110,7 @@ class Play(Command):
         if kept:
             episodes = [episode for episode in episodes if episode.id not in kept.done]
         workers = open_workers(config.env.workers, make, env, size, timeout)
-        with closing(workers, env), console.counting(model) as count:
+        with closing(workers, env, console.say), console.counting(model) as count:
             found = rollout(
                 episodes, envs=workers, sampler=HFSampler(policy, size),
                 renderer=renderer, config=config.rollout, count=count,

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from hero.commands.base import Command, make_importable
-from hero.config.kinds import EnvOptions, Positive
+from hero.config.kinds import EnvOptions
 from hero.files import write_atomic
 from hero.report.console import Console
 from hero.types import Fault
@@ -124,7 +124,7 @@ class Env(Command):
     env: OptionsOf = field(default_factory=OptionsOf)
     episodes: int = 20
     """check: episodes played for each rule that needs some."""
-    timeout: Positive = 60.0
+    timeout: float = 60.0
     """check: seconds in which it must answer each time, and be made."""
 
     def run(self) -> None:
@@ -138,6 +138,8 @@ class Env(Command):
 
         if self.episodes < 1:
             raise ValueError(f"episodes={self.episodes}; expected at least 1.")
+        if not self.timeout > 0:
+            raise ValueError(f"timeout={self.timeout:g}; expected a number of seconds above 0.")
         make_importable(self.name)
         findings = check(self.name, self.env.options, self.episodes, self.timeout)
         console.say(table(findings))

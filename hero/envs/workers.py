@@ -59,8 +59,13 @@ class Workers(Protocol):
 
 
 @contextmanager
-def closing(workers: Workers, env: Environment) -> Iterator[None]:
-    """Close both at the end; what that raises takes the place of no other error."""
+def closing(
+    workers: Workers, env: Environment, say: Callable[[str], None] | None = None
+) -> Iterator[None]:
+    """Close both at the end; what that raises takes the place of no other error.
+
+    With `say` it is told and ends nothing, as everything has been done by then.
+    """
     closes = (workers.close, partial(border.close, env))
     try:
         yield
@@ -70,7 +75,12 @@ def closing(workers: Workers, env: Environment) -> Iterator[None]:
                 close()
         raise
     for close in closes:
-        close()
+        try:
+            close()
+        except EnvironmentFault as fault:
+            if say is None:
+                raise
+            say(f"warning: an environment could not be closed: {fault}")
 
 
 def open_workers(

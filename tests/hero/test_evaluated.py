@@ -135,6 +135,23 @@ def test_broken_episodes_are_played_again_and_the_bound_is_over_all(
     assert "dev task" in page and "dev training" not in page
 
 
+class Stuck(ShopEnv):
+    """Cannot be closed."""
+
+    def close(self) -> None:
+        raise OSError("stuck")
+
+
+def test_what_cannot_be_closed_loses_no_result(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(model_path), "--env.name", f"{__name__}:Stuck", *SHOP[2:], *CAPS]
+    assert main([*words, "--tasks", "2", "--output", "out"]) == 0
+    text = said(capsys)
+    assert "could not be closed: Stuck: close raised OSError: stuck" in text and "success %" in text
+    assert [folder.name for folder in (here / "out").glob("*/eval.json")] == ["eval.json"]
+
+
 class Told(ShopEnv):
     """Says what its results depend on."""
 

@@ -192,6 +192,8 @@ def test_a_run_survives_a_diagnosis_that_hangs(model_path: Path, tmp_path: Path)
 def test_the_check_ends_and_says_what_hangs(world: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["env", "check", f"{__name__}:{world}", "--episodes", "2", "--timeout", "0.3"]
     try:
+        assert main([*words[:-1], "0"]) == 1
+        assert "timeout=0; expected a number of seconds above 0" in capsys.readouterr().err
         assert main(words) == 1
     finally:
         set_limit(300.0)
