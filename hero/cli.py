@@ -6,6 +6,7 @@ signal n: 130 after Ctrl-C, 143 after SIGTERM.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -16,6 +17,9 @@ from importlib.metadata import PackageNotFoundError, version
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a run must not end for a sign of its messages
+            stream.reconfigure(errors="replace")
     if given == ["--version"]:
         print(f"hero {_version()}")
         return 0

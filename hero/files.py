@@ -32,12 +32,13 @@ def check_writable(path: str | Path, mark: str) -> None:
         mark: stands near the beginning of all that the command has written before.
 
     Raises:
-        ValueError: it is a folder, or somebody's file.
+        ValueError: it is a folder, a device, or somebody's file.
         OSError: its folder cannot be made or written to.
     """
     file = Path(path)
-    if path and file.is_dir():
-        raise ValueError(f"{path} is a folder; expected the name of a file to write.")
+    if path and file.exists() and not file.is_file():  # what is written takes its place
+        kind = "a folder" if file.is_dir() else "a device or a pipe"
+        raise ValueError(f"{path} is {kind}; expected the name of a file to write.")
     if path and file.is_file():
         with file.open("rb") as opened:
             begins = opened.read(4096)
@@ -114,7 +115,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def refuse_to_replace(folder: Path) -> None:
     """Raise a ValueError if something is there already: it may be somebody's only copy."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(
             f"{folder} is there already and not empty; nothing in it is replaced. Name another "
             "folder, or remove it first."

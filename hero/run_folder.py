@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from hero.checkpoint import checkpoints
@@ -80,8 +81,8 @@ class RunFolder:
         if checkpoints(self.path):
             if config.resume == "never":
                 raise ValueError(
-                    f"{self.path} already holds a run: go on from it with --resume {self.path}, or "
-                    "name another --output-dir."
+                    f"{self.path} already holds a run: go on from it with --resume "
+                    f"{quote(str(self.path))}, or name another --output-dir."
                 )
             self._same_run(config)
             return

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
@@ -107,9 +108,8 @@ class Train(FromRecipe):
         console.say(f"Best model: {run_dir / 'best'}")
         if (run_dir / "selected").is_dir():
             console.say(f"Selected:   {run_dir / 'selected'}  (--eval.select)")
-        console.say(
-            f"Report:     {report}  (open it in a browser; hero view {run_dir} makes it again)"
-        )
+        again = f"hero view {quote(str(run_dir))}"
+        console.say(f"Report:     {report}  (open it in a browser; {again} makes it again)")
 
 
 @dataclass(kw_only=True)
@@ -163,4 +163,4 @@ def _how_to_go_on(trainer: Trainer) -> str:
     saved = f"after update {trainer.state.update}"
     if trainer.is_torn:
         saved = "at the last checkpoint, as the update was interrupted half-way"
-    return f"Saved {saved}. Go on with: hero train --resume {trainer.run_dir}"
+    return f"Saved {saved}. Go on with: hero train --resume {quote(str(trainer.run_dir))}"

@@ -150,6 +150,19 @@ def test_a_run_whose_options_have_lost_their_secret_is_not_played_without_it() -
         command.run()
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_a_sign_shows_another(tmp_path: Path, encoding: str) -> None:
+    for arguments in (["recipes"], ["--help"]):
+        code = "import sys; from hero.cli import main; sys.exit(main(sys.argv[1:]))"
+        paths = {"PYTHONPATH": str(Path(__file__).parents[2]), "PYTHONIOENCODING": encoding}
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env={**os.environ, **paths}, cwd=tmp_path,
+            capture_output=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"?" in done.stdout
+
+
 def test_ctrl_c_while_modules_are_loaded_is_one_line(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, threading, hero.cli; "
@@ -291,6 +304,7 @@ def test_no_command_replaces_what_it_did_not_make(
         ["train", "quickstart", "--output-dir", str(tmp_path)],
         ["sft", "tiny-shop", "--output-dir", str(tmp_path)],
         ["model", "smollm2-135m", "--output", str(tmp_path)],
+        ["sft", "tiny-shop", "--output-dir", os.devnull],
     ):
         assert main(arguments) == 1
         assert "nothing in it is replaced" in capsys.readouterr().err
@@ -314,6 +328,7 @@ def test_no_command_replaces_a_file_that_it_did_not_make(
         (["compare", "tiny-shop", "tiny-desk", *own, "--output", "out"], "compare.json is there"),
         (["view", "mine"], "report.html is there already"),
         (["view", "mine", "--output", "thesis.txt"], "thesis.txt is there already"),
+        (["view", "mine", "--output", os.devnull], f"{os.devnull} is a device or a pipe"),
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
