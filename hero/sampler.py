@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from hero.attention import Read
 from hero.kvcache import RowCache
+from hero.packing import in_groups
 from hero.policy import Policy
 from hero.ranks import Ranks
 from hero.sampling import Batches, Completion, Sampling, Stream, Wanted, complete_all
 
 READ_TOKENS = 8192
-"""Prompt tokens of one forward pass, padded: bounds its mask and activations."""
+"""Tokens of one forward pass, unless one prompt has more: bounds its activations."""
 READ_TOKENS_CPU = 1024
 """The same on a CPU: activations of small models stay in its cache."""
 
@@ -65,7 +67,7 @@ class HFSampler:
 
     def stream(self, rows: int, sampling: Sampling, longest: int) -> Stream:
         """A stream of the present weights: it must end before they change."""
-        if self.policy.sees_all(longest):
+        if self.policy.takes_spans(longest):
             return _Rows(self.policy, rows, sampling)
         return Batches(partial(_complete_padded, self.policy, sampling))
 
@@ -85,6 +87,8 @@ class _Row:
 
 class _Rows:
     """Continuous batching: each row reads its prompt and decodes at its own pace.
+
+    What all rows read next is one sequence without padding.
 
     A row keeps what it has read. The next prompt on it, the same episode's next turn or another
     episode with the same rules, is read from the first id that differs.
@@ -110,18 +114,15 @@ class _Rows:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, Completion]]:
-        """Read the new prompts, then decode one token of every other row."""
-        fresh = [i for i, row in enumerate(self.rows) if row.new and not row.completion.ids]
-        going = [i for i, row in enumerate(self.rows) if row.new and row.completion.ids]
+        """Decode a token of every row that has begun, and read the new prompts."""
+        new = [i for i, row in enumerate(self.rows) if row.new]
+        fresh = [i for i in new if not self.rows[i].completion.ids]
         self._share([i for i in fresh if not self.rows[i].held])
+        order = [i for i in new if self.rows[i].completion.ids] + fresh
         most = READ_TOKENS_CPU if self.policy.device.type == "cpu" else READ_TOKENS
-        for some in _alike(fresh, [len(row.new) for row in self.rows], most):
-            self._forward(some)
-        if going:
-            # Rows in a row are not copied, so a few that are idle go along.
-            first = list(range(going[-1] + 1))
-            self._forward(first if len(first) <= 2 * len(going) else going)
-        return [(i, self.rows[i].completion) for i in fresh + going if not self.rows[i].new]
+        for part in in_groups([(len(self.rows[i].new),) for i in order], most):
+            self._forward([order[k] for k in part])
+        return [(i, self.rows[i].completion) for i in order if not self.rows[i].new]
 
     def _share(self, empty: list[int]) -> None:
         """Read what the prompts of empty rows begin with, such as the rules, once for all."""
@@ -131,7 +132,7 @@ class _Rows:
         shared = min(_common(first, self.rows[i].new[:-1]) for i in empty)
         if shared < MIN_SHARED:
             return
-        inputs = self.cache.aim(empty[:1], [0], [shared], self.policy.device)
+        inputs = self.cache.aim([Read(empty[0], shared, shared)], self.policy.device)
         self.policy.trunk(torch.tensor([first[:shared]], device=self.policy.device), **inputs)
         self.cache.copy(empty[0], empty[1:], shared)
         for row in (self.rows[i] for i in empty):
@@ -140,18 +141,17 @@ class _Rows:
     def _forward(self, chosen: list[int]) -> None:
         """Read what is new of some rows and sample the next token of each."""
         policy, rows = self.policy, [self.rows[i] for i in chosen]
-        starts, lengths = [len(row.held) for row in rows], [len(row.new) for row in rows]
-        width = max(lengths)
-        ids = torch.tensor([row.new + [0] * (width - len(row.new)) for row in rows])
-        last = torch.tensor([max(0, length - 1) for length in lengths])
+        reads = [
+            Read(i, len(row.held) + len(row.new), len(row.new))
+            for i, row in zip(chosen, rows, strict=True)
+        ]
+        ids = torch.tensor([[token for row in rows for token in row.new]])
+        last = torch.tensor([read.tokens for read in reads]).cumsum(0) - 1
         uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
-        inputs = self.cache.aim(chosen, starts, lengths, policy.device)
-        states = policy.trunk(ids.to(policy.device), **inputs).last_hidden_state
-        states = states[torch.arange(len(rows)), last.to(policy.device)].to(policy.dtype)
+        inputs = self.cache.aim(reads, policy.device)
+        states = policy.trunk(ids.to(policy.device), last.to(policy.device), **inputs)[0]
         drawn = _draw(policy.logits(states), rows, uniform.to(policy.device))
         for row, (token, logprob) in zip(rows, drawn, strict=True):
-            if not row.new:
-                continue
             row.held += row.new
             row.completion.ids.append(token)
             row.completion.logprobs.append(logprob)
@@ -182,24 +182,13 @@ def _common(one: list[int], other: list[int]) -> int:
     )
 
 
-def _alike(rows: list[int], lengths: list[int], most: int) -> Iterator[list[int]]:
-    """`rows` by length, in parts of at most so many tokens of which padding is less than half."""
-    part: list[int] = []
-    for row in sorted(rows, key=lambda i: -lengths[i]):
-        longest = lengths[part[0]] if part else 0
-        if part and (2 * lengths[row] < longest or longest * (len(part) + 1) > most):
-            yield sorted(part)
-            part = []
-        part.append(row)
-    if part:
-        yield sorted(part)
-
-
 @torch.inference_mode()
 def _complete_padded(
     policy: Policy, sampling: Sampling, prompts: list[list[int]], seeds: list[int]
 ) -> list[Completion]:
-    """For layers that do not see all of a sequence, whose cache is their own affair.
+    """For layers that do not see all of a sequence, or an attention that cannot be told what to.
+
+    Their cache is their own affair.
 
     Prompts are padded on the left, and one that has stopped is dropped.
     """
@@ -210,11 +199,11 @@ def _complete_padded(
     cache = DynamicCache(config=policy.model.config)
     for step in range(sampling.max_tokens):
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -input_ids.shape[1] :]
-        output = policy.trunk(
+        states = policy.trunk(
             input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
             use_cache=True,
         )  # fmt: skip
-        logits = policy.logits(output.last_hidden_state[:, -1].to(policy.dtype))
+        logits = policy.logits(states[:, -1])
         uniform = torch.tensor([stream.random() for _, stream in active], dtype=torch.float64)
         tokens, logprobs = draw_tokens(logits, sampling, uniform.to(policy.device))
         for (row, _), token, logprob in zip(

@@ -143,7 +143,7 @@ class TeacherWeights:
     def states(self, packed: Packed) -> Tensor:
         """[N, H] the states that predict each action token."""
         with self.applied():
-            return packed.states(self.policy)[packed.index]
+            return packed.states(self.policy)[0]
 
     def scored(self, rows: Sequence[Packed | None]) -> Sequence[Scorer]:
         """Who scores each of these rows.
@@ -159,7 +159,7 @@ class TeacherWeights:
         def score() -> list[Scored]:
             nothing = torch.zeros(0)
             hidden = [
-                nothing if packed is None else packed.states(self.policy)[packed.index].cpu()
+                nothing if packed is None else packed.states(self.policy)[0].cpu()
                 for packed in rows
             ]
             return [Scored(hidden=h, head=head, device=self.policy.device) for h in hidden]

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hero import attention
-from hero.attention import Span
+from hero.attention import Read, Span
 from hero.config import ModelConfig
 from hero.policy import Policy
 
@@ -32,6 +32,32 @@ def dense(spans: list[Span]) -> Tensor:
             mask[token, span.prefix_start : span.prefix_end] = True
             mask[token, span.start : token + 1] = True
     return mask
+
+
+READS = {
+    "all rows decode": [Read(0, 3, 1), Read(1, 9, 1), Read(2, 1, 1)],
+    "some are idle": [Read(3, 9, 1), Read(1, 4, 1), Read(4, 7, 1)],
+    "most are idle": [Read(5, 9, 1), Read(0, 4, 1)],
+    "prompts and their rest beside": [
+        Read(4, 6, 1), Read(2, 12, 1), Read(0, 7, 7), Read(1, 12, 5), Read(3, 1, 1), Read(5, 2, 2),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("reads", READS.values(), ids=READS)
+def test_reads_equal_each_token_alone(reads: list[Read], groups: int) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, sum(read.tokens for read in reads), 8, dtype=torch.float64)
+    key, value = torch.randn(2, 6, 4 // groups, 16, 8, dtype=torch.float64)
+    found = attention.attend_cached(query, key, value, reads, 0.3)[0].transpose(0, 1)
+    expected = []
+    for row, sees, tokens in reads:
+        for seen in range(sees - tokens + 1, sees + 1):
+            keys, values = (t[row, :, :seen].repeat_interleave(groups, 0) for t in (key, value))
+            of_token = query[0, :, len(expected), None]
+            expected.append(((0.3 * of_token @ keys.mT).softmax(-1) @ values)[:, 0])
+    torch.testing.assert_close(found, torch.stack(expected))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

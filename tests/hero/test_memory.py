@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hero.attention import Read
 from hero.checks import from_dict
 from hero.cli import main
 from hero.config import EngineConfig, ModelConfig, ScratchConfig, TrainConfig
@@ -146,11 +147,11 @@ def test_activations_are_those_of_a_real_pass(small: Policy) -> None:
 
 def test_a_cache_grows_no_larger_than_predicted(small: Policy) -> None:
     config = from_dict({"rollout": {"batch_size": 3, "max_episode_tokens": 200}})
-    cache, rows = RowCache(3), [0, 1, 2]
-    for start in range(0, 200, 20):
-        aimed = cache.aim(rows, [start] * 3, [20] * 3, "cpu")
+    cache = RowCache(3)
+    for end in range(20, 201, 20):
+        aimed = cache.aim([Read(row, end, 20) for row in range(3)], "cpu")
         with torch.no_grad():
-            small.model.get_decoder()(input_ids=torch.zeros(3, 20, dtype=torch.long), **aimed)
+            small.trunk(torch.zeros(1, 60, dtype=torch.long), **aimed)
     held = nbytes(t for pair in cache._kept for t in pair)
     predicted = predict(config, "cpu", sizes_of(small.model.config)).rollout["key-value cache"]
     assert 2 / 3 * predicted <= held <= predicted

@@ -52,7 +52,7 @@ def test_gradient_checkpointing_leaves_the_sampler_alone(
     assert [c.ids for c in done] == [c.ids for c in expected]
 
 
-def test_padding_stays_in_a_table_of_positions(policy: Policy) -> None:
+def test_no_position_is_beyond_a_table_of_them(policy: Policy) -> None:
     """GPT-2's has 32 rows; the next turn of one sequence is read beside the first of another."""
     torch.manual_seed(0)
     shape = GPT2Config(vocab_size=len(policy.tokenizer), n_positions=32, n_embd=16, n_layer=1,
@@ -147,9 +147,9 @@ def test_only_what_is_new_is_read(policy: Policy, monkeypatch: pytest.MonkeyPatc
     read: list[int] = []
     trunk = policy.trunk
 
-    def counted(ids: torch.Tensor, **inputs: Any) -> Any:
+    def counted(ids: torch.Tensor, *wanted: torch.Tensor, **inputs: Any) -> Any:
         read.append(ids.numel())
-        return trunk(ids, **inputs)
+        return trunk(ids, *wanted, **inputs)
 
     monkeypatch.setattr(policy, "trunk", counted)
     stream = HFSampler(policy).stream(1, Sampling(max_tokens=1, seed=0), 100)
@@ -172,9 +172,9 @@ def test_what_prompts_share_is_read_once(policy: Policy, monkeypatch: pytest.Mon
             pass
         alone += [done[0][1].ids]
 
-    def counted(ids: torch.Tensor, **inputs: Any) -> Any:
+    def counted(ids: torch.Tensor, *wanted: torch.Tensor, **inputs: Any) -> Any:
         read[0] += ids.numel()
-        return trunk(ids, **inputs)
+        return trunk(ids, *wanted, **inputs)
 
     monkeypatch.setattr(policy, "trunk", counted)
     stream = HFSampler(policy).stream(4, sampling, 100)
