@@ -93,7 +93,8 @@ class Eval(Evaluating):
             f"{config.split} tasks of {config.env.name}: {number} x {config.trials}",
             ["", *self.model], _rows(found), "in brackets: 95 % interval, bootstrap over tasks",
         )  # fmt: skip
-        console.say(in_words(found[0].world))
+        if found[0].world:
+            console.say(in_words(found[0].world))
         for model in self.model if self.output else ():
             console.say(f"{model}: {self.folder(model)}")
 

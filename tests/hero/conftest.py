@@ -108,6 +108,17 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
+    """A folder with a random one-layer model over the character tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("chat")
+    shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
+    build_model(shape, tiny_tokenizer).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def fresh_policy(policy: Policy) -> Policy:
     """A copy that a test may change."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from hero.checkpoint import checksum
 from hero.checks import from_dict
+from hero.cli import main
 from hero.config import TrainConfig
 from hero.envs.shop import ShopEnv
 from hero.report.console import Console
@@ -92,3 +93,19 @@ def config_of(model_path: Path, **changes: Any) -> Any:
 
 def go_on(model_path: Path, run: Path) -> None:
     trainer(config_of(model_path, resume="auto"), run).run()
+
+
+def train_eval_and_rollout(world: list[str], model: str) -> None:
+    """`hero train`, `eval` and `rollout` of a model in a world, in the present folder."""
+    caps = "--rollout.max-turns 2 --rollout.max-turn-tokens 8 --rollout.batch-size 2"
+    caps += " --rollout.max-episode-tokens 12000"
+    train = "--mode env_only --updates 1 --threads 1 --rollout.tasks-per-update 2"
+    train += " --eval.dev-tasks 1 --eval.test-tasks 0 --output-dir run --model.path"
+    assert main(["train", *world, *caps.split(), *train.split(), model]) == 0
+    assert read_jsonl(Path("run", "metrics.jsonl"))[-1]["optim/steps"] == 1
+    played = [*world, *caps.split(), "--tasks", "1"]
+    assert main(["eval", model, "run", *played, "--output", "evals"]) == 0
+    assert len(list(Path("evals").glob("*/eval.json"))) == 2
+    assert main(["rollout", "run", *played, "--output", "episodes.jsonl"]) == 0
+    [episode] = read_jsonl(Path("episodes.jsonl"))
+    assert episode["turns"] and episode["stop_reason"] != "env_error"

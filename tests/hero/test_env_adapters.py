@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import train_eval_and_rollout
 
 from hero.envs.base import make_env
 from hero.envs.check import Verdict, check
@@ -211,6 +212,14 @@ def test_openenv(server: str) -> None:
     assert '"Right."' in whole.step('{"message": "0"}')[0]
     for one in (env, whole):
         one.close()
+
+
+def test_train_eval_and_rollout_in_openenv(
+    server: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--env.options", "url", server, "observation", "text"]
+    train_eval_and_rollout(["--env.name", "openenv", *options], str(model_folder))
 
 
 def test_openenv_without_a_server() -> None:
