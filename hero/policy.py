@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -22,11 +21,9 @@ from hero.models import cannot_load, existing_model
 from hero.ranks import Ranks
 from hero.renderer import Renderer
 from hero.shards import Mastered, Sharded, Unsharded, fill
-from hero.weights import add_lora, check_types, in_4_bits, keep_gradients
+from hero.weights import add_lora, check_types, digest_of_frozen, in_4_bits, keep_gradients
 from hero_kernels import linear_logprobs
 from hero_kernels.integrations.transformers import logit_transform
-
-SAMPLED = 64
 
 
 class Policy:
@@ -38,7 +35,7 @@ class Policy:
     shards = Unsharded()
     """How the weights lie on several processes, or in two types."""
     compiles = False
-    """Whether what is learnt passes compiled layers."""
+    """Whether what is learnt passes layers whose parts are compiled."""
     _learns = False
     _last_mlp = cached_property(last_mlp)
 
@@ -77,11 +74,9 @@ class Policy:
             self.shards = Mastered(self)
         if config.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.compile:
-            self.compiles = True
-            for layer in self._layers():
-                layer.compile(dynamic=True)
         self._check_head(config.path)
+        if config.compile:
+            self._compile(config.path)
 
     @classmethod
     def load(cls, config: ModelConfig) -> Policy:
@@ -234,6 +229,16 @@ class Policy:
     def _layers(self) -> list[GradientCheckpointingLayer]:
         return [m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
+    def _compile(self, path: str) -> None:
+        # Not whole layers: of one that checkpoints and breaks the graph nothing is compiled.
+        for part in [part for layer in self._layers() for part in layer.children()]:
+            part.compile(dynamic=True)
+            self.compiles = True
+        if not self.compiles:
+            raise ValueError(
+                f"model.compile finds no layer that it knows in {path!r}: leave it out."
+            )
+
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Within, layers recompute activations if `gradient_checkpointing` is on, and are compiled
@@ -337,14 +342,3 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def digest_of_frozen(model: nn.Module, tokenizer: Any) -> str:
-    """Of the tokenizer and of `SAMPLED` numbers of each frozen weight, wherever it lies."""
-    found = hashlib.sha256(f"{len(tokenizer)} {tokenizer.chat_template}".encode())
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            numbers = parameter.detach().flatten()
-            some = numbers[:: max(1, len(numbers) // SAMPLED)].double().cpu()
-            found.update(f"{name} {list(parameter.shape)} {some.tolist()}".encode())
-    return found.hexdigest()

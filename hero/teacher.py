@@ -12,11 +12,12 @@ from torch import Tensor
 
 from hero.config import ModelConfig, TeacherConfig
 from hero.packing import Packed
-from hero.policy import Policy, digest_of_frozen
+from hero.policy import Policy
 from hero.prompts import Hindsight, Prompts
 from hero.renderer import Renderer
 from hero.shards import fill, local
 from hero.types import Diagnosis, Trajectory
+from hero.weights import digest_of_frozen
 
 
 class TeacherContext:

@@ -1,8 +1,9 @@
 """What libraries do for weights: adapters (peft), and with bitsandbytes frozen weights in 4 bits
-and AdamW's moments in 8 bits or in pages."""
+and AdamW's moments in 8 bits or in pages; and a digest of those that are frozen."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ MOMENTS = {"adamw": 8.0, "adamw_8bit": 2 * (1 + 4 / 256), "paged_adamw": 0, "pag
 """Bytes of both moments of a parameter that a GPU has to have; a scale for 256 of 8 bits."""
 WEIGHT = 0.5 + (1 + 4 / 256) / 64
 """Bytes of a weight in 4 bits: a scale of 8 bits for 64, and one of 32 for 256 of these."""
+SAMPLED = 64
 
 
 def bitsandbytes(setting: str) -> Any:
@@ -120,3 +122,14 @@ def add_lora(model: PreTrainedModel, config: ModelConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     return peft.get_peft_model(model, lora)
+
+
+def digest_of_frozen(model: nn.Module, tokenizer: Any) -> str:
+    """Of the tokenizer and of `SAMPLED` numbers of each frozen weight, wherever it lies."""
+    found = hashlib.sha256(f"{len(tokenizer)} {tokenizer.chat_template}".encode())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            numbers = parameter.detach().flatten()
+            some = numbers[:: max(1, len(numbers) // SAMPLED)].double().cpu()
+            found.update(f"{name} {list(parameter.shape)} {some.tolist()}".encode())
+    return found.hexdigest()

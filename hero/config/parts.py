@@ -40,7 +40,7 @@ class ModelConfig(Settings):
     """Compute type; auto: bfloat16 on cuda, float32 on cpu. Trained weights stay in float32."""
     master_weights: bool = False
     """Compute with trained weights in the compute type; the optimiser keeps and changes float32
-    copies. Without, each pass casts them: a token that is decoded then reads four times as much."""
+    copies. Without, each pass casts them: a decoded token then moves four times as many bytes."""
     train_head: bool = True
     """Train the lm_head, and embeddings tied to it. False: teacher and student share the head."""
     lora_rank: CountOrZero = 0
