@@ -65,11 +65,10 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
     if is_plain and not (value.is_nested or value.is_quantized):
         return
     if isinstance(value, torch.nn.Module):
-        raise TypeError(
-            f"{name} must be a tensor {dims}, got the module {type(value).__name__}: pass its "
-            ".weight. If an adapter (LoRA) sits on the head, pass base weight plus adapter as one "
-            "tensor: the base weight alone would ignore the adapter."
-        )
+        remedy, kind = "pass its .weight", type(value).__name__
+        if hasattr(value, "base_layer"):
+            remedy = "its .weight would leave out the adapter (LoRA) on it: use lm_states"
+        raise TypeError(f"{name} must be a tensor {dims}, got the module {kind}: {remedy}.")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {dims}, got {type(value).__name__}.")
     if hasattr(value, "full_tensor"):
@@ -79,13 +78,13 @@ def is_tensor(name: str, value: Any, dims: str) -> None:
             "hero_kernels.integrations.fsdp.whole_head, which has the gradient that FSDP2 wants; "
             "without gradient .full_tensor() will do."
         )
-    for is_so, kind, remedy in (
+    for is_so, what, remedy in (
         (value.is_nested, "a nested tensor", ".values()"),
         (value.layout != torch.strided, value.layout, ".to_dense()"),
         (value.is_quantized, value.dtype, ".dequantize()"),
     ):
         if is_so:
-            raise ValueError(f"{name} is {kind}; expected a dense tensor {dims}: {remedy}.")
+            raise ValueError(f"{name} is {what}; expected a dense tensor {dims}: {remedy}.")
     if value.device.type == "meta":
         raise ValueError(f"{name} is on the meta device, without data: load or move it first.")
 

@@ -20,7 +20,7 @@ from hero.config import ModelConfig, SftConfig
 from hero.envs.border import EnvironmentFault
 from hero.envs.shop import ShopEnv
 from hero.policy import Policy
-from hero.prompts import make_prompts
+from hero.prompts import Hindsight, make_prompts
 from hero.recipes import load_recipe
 from hero.renderer import Renderer
 from hero.report.console import Console
@@ -78,6 +78,24 @@ def test_behind_a_blank_context_the_demonstrator_acts_as_ever(
     }
     assert {renderer.decode(s.privileged_ids) for s in samples} == {" | again"}
     assert blank_samples(trajectory, 0.0, prompts, renderer, random.Random(0)) == []
+
+
+def test_the_recipe_of_the_shipped_agent_shows_blocks_that_say_nothing() -> None:
+    """Behind them stands what the demonstrator does without one, so that no block is a trigger.
+
+    Oracle: the plain targets. What 11 minutes of it make is in warm-start-cpu.json.
+    """
+    few = {"demonstrator_episodes": 40, "coverage_episodes": 0}
+    config = from_dict(load_recipe("tiny-shop", "sft") | few, SftConfig)
+    env = ShopEnv(**config.env.options)
+    renderer = Renderer(build_tokenizer(env.vocabulary()))
+    targets = make_targets(config, env, renderer)
+    plain = [(s.prompt_ids, s.action_ids) for episode in targets["plain"] for s in episode]
+    block = renderer.encode(make_prompts("compact").privileged_context(Hindsight()))
+    told = [s for episode in targets["hindsight"] for s in episode]
+    empty = [(s.prompt_ids, s.action_ids) for s in told if s.privileged_ids == block]
+    assert all(pair in plain for pair in empty)
+    assert len(plain) / 2 < len(empty) < len(told)
 
 
 class Silent(ShopEnv):

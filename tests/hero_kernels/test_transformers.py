@@ -128,6 +128,15 @@ def test_adapters_that_no_weight_expresses_are_refused(options: Any, message: st
         lm_states(model, ids_of())
 
 
+def test_a_head_with_an_adapter_is_not_sent_to_its_base_weight() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(made(), peft.LoraConfig(r=3, target_modules=["lm_head"]))
+    head: Any = model.get_output_embeddings()
+    hidden = torch.randn(2, head.weight.shape[1])
+    with pytest.raises(TypeError, match=r"leave out the adapter \(LoRA\) on it: use lm_states"):
+        fused_linear_divergence(hidden, head, hidden)
+
+
 def test_other_adapters_on_the_head_are_refused() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(made(), peft.LoHaConfig(r=3, target_modules=["lm_head"]))
