@@ -19,7 +19,7 @@ from hero.kvcache import RowCache
 from hero.learner import Learner
 from hero.memory import GIB, PROBED, advice, predict, sizes, sizes_of
 from hero.policy import Policy
-from hero.recipes import load_recipe
+from hero.recipes import load_recipe, merge
 from hero.scratch import build_model
 from hero.teacher import TeacherWeights
 from tests.hero.runs import settings, trainer
@@ -168,6 +168,13 @@ def test_the_recipes_models_have_their_published_size() -> None:
 )
 def test_recipes_for_one_80_gb_gpu_fit_it(name: str) -> None:
     assert predict(from_dict(load_recipe(name)), "cuda").peak < 80e9
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("tau-retail-full", 73), ("webshop-full", 70)])
+def test_all_weights_fit_it_with_a_paged_optimiser(name: str, gigabytes: int) -> None:
+    """As docs/environments/ says; several processes take the recipe as it is."""
+    config = from_dict(merge(load_recipe(name), {"optim": {"kind": "paged_adamw"}}))
+    assert round(predict(config, "cuda").peak / 1e9) == gigabytes
 
 
 def test_advice_makes_a_run_fit_or_says_the_least() -> None:
