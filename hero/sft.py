@@ -48,7 +48,7 @@ def train_sft(config: SftConfig, console: Console) -> Path:
         ValueError: the environment cannot demonstrate or diagnose, or a folder is not ours.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; the steps taken are saved.
     """
-    out = Path(config.output_dir)
+    out = Path(config.output_dir).absolute()
     refuse_to_replace(out)
     unfinished = RunFolder(out.resolve().with_name(f"{out.resolve().name}.unfinished"))
     with unfinished.locked(), Interrupt() as interrupt:

@@ -60,7 +60,8 @@ class Trainer:
         console = (console if ranks.is_first else None) or Console(io.StringIO(), terminal=False)
         torch.manual_seed(config.seed)  # LoRA's initialisation
         self.config, self.recipe, self.console = config, recipe, console
-        self.run_dir, self.folder = run_dir, RunFolder(run_dir)
+        self.run_dir = run_dir.absolute()  # worlds may change the folder one stands in
+        self.folder = RunFolder(self.run_dir)
         self.callbacks = ranks.of_first(partial(Callbacks, callbacks))
         self.policy = policy or Policy.load(config.model)
         self.policy.spread(ranks)

@@ -45,7 +45,7 @@ class Evaluating(Play):
             return Evaluated(name=model, result=result, settings=settings, world=world)
         if Path(self.output).is_file():
             raise ValueError(f"--output {self.output} is a file; expected a folder, or a new name.")
-        path = self.folder(model)
+        path = self.folder(model).absolute()  # worlds may change the folder one stands in
         saved = {"model": model, "weights": _fingerprint(weights_of(model)), **settings}
         kept = EvalFolder(path, saved)
         if not (path / RESULT).is_file():
@@ -139,7 +139,7 @@ class Compare(Evaluating):
         from hero.evaluated import difference, read_evaluated
         from hero.report.side_by_side import render
 
-        folder = Path(self.output)
+        folder = Path(self.output).absolute()
         page, file = folder / "compare.html", folder / "compare.json"
         if self.output:
             check_writable(page, " · HERO</title>")

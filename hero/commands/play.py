@@ -155,9 +155,10 @@ class Rollout(PlayOne):
 
     def run(self) -> None:
         check_writable(self.output, '"group_id"')
+        out = Path(self.output).absolute()  # worlds may change the folder one stands in
         (trajectories, _), console = self.played(self.model), Console()
         if self.output:
-            write_atomic(Path(self.output), "".join(to_json(t) + "\n" for t in trajectories))
+            write_atomic(out, "".join(to_json(t) + "\n" for t in trajectories))
             console.say(f"{len(trajectories)} trajectories: {self.output}")
             return
         for trajectory in trajectories:

@@ -50,7 +50,8 @@ class Probe(PlayOne):
 
     def run(self) -> None:
         config = self.settings
-        beside = Path(self.output or "probe").with_suffix(".html")
+        out = Path(self.output or "probe").absolute()
+        beside = out.with_suffix(".html")
         if self.output:
             check_writable(self.output, '"well_formed"')
             check_writable(beside, "<title>hero probe")
@@ -69,7 +70,7 @@ class Probe(PlayOne):
         )
         Console().say(text)
         if self.output:
-            write_atomic(Path(self.output), json.dumps(figures, indent=1))
+            write_atomic(out, json.dumps(figures, indent=1))
             write_page("\n".join(page(text, gaps)), None, beside, f"hero probe {self.model}")
             Console().say(f"Figures: {self.output}. Page with examples: {beside}.")
 

@@ -41,7 +41,7 @@ class Study(Command):
         if self.jobs:
             study.jobs = self.jobs
         name = Path(self.name).stem + ("-smoke" if self.smoke else "")
-        folder = Path(self.output_dir or f"studies/{name}")
+        folder = Path(self.output_dir or f"studies/{name}").absolute()
         if not self.report:
             settings = study.of(next(iter(study.arms)))
             make_importable(settings.get("env", {}).get("name", EnvConfig.name))

@@ -101,7 +101,7 @@ class Train(FromRecipe):
             if trainer.is_begun:  # else the folder was refused, and going on would be too
                 mistake.add_note(_how_to_go_on(trainer))
             raise
-        report = ranks.on_first(partial(render, run_dir))
+        report = ranks.on_first(partial(render, trainer.run_dir))
         ranks.close()
         if not ranks.is_first:
             return

@@ -338,6 +338,25 @@ def test_no_command_replaces_a_file_that_it_did_not_make(
     assert {Path(name).read_text() for name in files} == {"precious"}
 
 
+def test_a_world_may_leave_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("wandering.py").write_text(
+        "import os\nfrom hero.envs.shop import ShopEnv\nclass World(ShopEnv):\n"
+        "    def reset(self, task):\n        os.makedirs('away', exist_ok=True)\n"
+        "        os.chdir('away')\n        return super().reset(task)\n"
+    )
+    own = ["--env.name", "wandering:World", "--env.options", "profile", "tiny"]
+    assert main(["train", "--output-dir", "run", *SMALL, *own]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["rollout", "tiny-shop", *own, "--tasks", "1", "--output", "r.jsonl"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["eval", "tiny-shop", *own, "--tasks", "1", "--output", "out"]) == 0
+    for name in ("run/summary.json", "run/report.html", "r.jsonl", "out/tiny-shop/eval.json"):
+        assert (tmp_path / name).is_file(), name
+    assert not [path for path in Path(tmp_path, "away").rglob("*") if path.is_file()]
+
+
 def test_train_eval_rollout_view(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
