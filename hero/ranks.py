@@ -230,7 +230,14 @@ def open_ranks(device: str = "auto") -> Ranks:
         _take_gpu(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=PATIENCE)
+        try:
+            dist.init_process_group(backend, timeout=PATIENCE)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise Fault(
+                f"The processes do not meet at {where}: {str(error).splitlines()[0]} Another port: "
+                "torchrun --master-port PORT, or --rdzv-endpoint HOST:PORT."
+            ) from error
     return ManyRanks(dist.get_rank(), dist.get_world_size())
 
 

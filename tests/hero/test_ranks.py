@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -221,3 +222,22 @@ def test_other_commands_run_in_one_process(
 ) -> None:
     assert cli.main(["recipes"]) == 1
     assert "[rank 1] error: 2 processes were started" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_said(
+    model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        names = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in names.items():
+            monkeypatch.setenv(name, value)
+        run = str(tmp_path / "run")
+        words = ["train", "quickstart", "--model.path", str(model_path), "--output-dir", run]
+        assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert f"do not meet at 127.0.0.1:{port}" in said and "--master-port" in said
+    assert not Path(run).exists()
