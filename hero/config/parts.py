@@ -172,8 +172,10 @@ class TeacherConfig(Settings):
 
     path: str = ""
     """Another, larger model with the same vocabulary as teacher; "" is the student's own. [D]"""
-    weights: Literal["ema", "live", "frozen"] = "ema"
-    """ema [L], live (the student itself) or frozen (as at the start): all trained weights."""
+    weights: Literal["ema", "live", "frozen"] = "frozen"
+    """ema [L], live (the student itself) or frozen (as at the start): all trained weights. [D]
+
+    docs/results.md has why: on the tiny desk an ema lost what had been learnt."""
     update_rate: Share = 0.05
     """EMA rate r: teacher = (1-r) teacher + r student after each finite step. [L]"""
     offload: bool = False

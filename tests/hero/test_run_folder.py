@@ -149,7 +149,7 @@ with RunFolder(Path(sys.argv[1])).locked():
         ({"seed": 1}, r"seed: 0 in the run, 1 now"),
         ({"mode": "env_only"}, r"mode: 'hero' in the run, 'env_only' now"),
         ({"optim": {"learning_rate": 0.5}}, r"optim.learning_rate: 0.001 in the run, 0.5 now"),
-        ({"teacher": {"weights": "frozen"}}, r"teacher.weights: 'ema' in the run, 'frozen' now"),
+        ({"teacher": {"weights": "ema"}}, r"teacher.weights: 'frozen' in the run, 'ema' now"),
         ({"env": {"options": {"profile": "small"}}}, r"env.options: .*tiny.*small"),
     ],
 )
