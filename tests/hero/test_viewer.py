@@ -167,7 +167,8 @@ def test_the_header_and_the_table(run_dir: Path) -> None:
     assert out == run_dir / "report.html"
     page = Page(read(out))
     facts = [text for _, text in page.find("dd")]
-    for value in ("hero", "tiny-shop", "shop", "jsd", "frozen", "rules", "2 min 5 s", "torch 2.13.0"):
+    for value in ("hero", "tiny-shop", "shop", "jsd", "frozen", "rules", "2 min 5 s",
+                  "torch 2.13.0"):  # fmt: skip
         assert value in facts
     cells = " ".join(text.strip() for tag in ("td", "b") for _, text in page.find(tag))
     for value in ("20.0", "70.0", "+50.0", "+50.0 to +50.0", "0.750", "-2.5"):
