@@ -43,9 +43,7 @@ class Model:
     def takes_spans(self, length: int) -> bool:
         return True
 
-    def hidden(
-        self, input_ids: torch.Tensor, wanted: torch.Tensor | None = None, **inputs: torch.Tensor
-    ) -> torch.Tensor:
+    def hidden(self, input_ids: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         if self.dense:
             inputs["attention_mask"] = dense_mask(inputs["attention_mask"])
         decoder = self.model.get_decoder()

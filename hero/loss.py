@@ -118,7 +118,8 @@ def compute_loss(
         temperature: the sampler's.
         start: scores with the weights at the start of training, for `kl_to_start`.
     """
-    hidden, before_observed = batch.student.states(policy)
+    states = batch.student.states(policy)
+    hidden = states[batch.student.index]
     terms: dict[str, LossOutput] = {}
     if batch.teacher is not None:
         teacher_hidden, head = teacher.states(batch.teacher), teacher.own_head()
@@ -130,7 +131,7 @@ def compute_loss(
     if any("policy gradient" in weighted.losses for weighted in batch.samples):
         terms["policy gradient"] = policy_gradient_term(policy, hidden, batch, config, temperature)
     if batch.observation_weight and len(batch.observed_ids):
-        terms["observation"] = observation_term(policy, before_observed, batch)
+        terms["observation"] = observation_term(policy, states[batch.student.observed], batch)
     if start is not None:
         terms["KL to the start"] = start_term(policy, hidden, start, batch, config, temperature)
     # What was seen is reported by the first term: the divergence, where there is one.

@@ -39,8 +39,8 @@ class HasStates(Protocol):
     def takes_spans(self, length: int) -> bool:
         """Whether rows can be computed in one sequence, tokens that see up to so many others."""
 
-    def hidden(self, input_ids: Tensor, wanted: Tensor | None = None, **inputs: Tensor) -> Tensor:
-        """[B, T, H], or [1, N, H] of the tokens `wanted` [N] of one sequence."""
+    def hidden(self, input_ids: Tensor, **inputs: Tensor) -> Tensor:
+        """[B, T, H]"""
 
 
 class Branch(NamedTuple):
@@ -133,21 +133,15 @@ class Packed:
             "attention_mask": as_mask(self.spans),
         }
 
-    def states(self, policy: HasStates) -> tuple[Tensor, Tensor]:
-        """Last hidden states [N, H] at `index` and [O, H] at `observed`.
-
-        A model that takes no spans computes them span by span.
-        """
-        wanted = torch.cat([self.index, self.observed])
+    def states(self, policy: HasStates) -> Tensor:
+        """[T, H] the last hidden states of a model; of one that takes no spans, span by span."""
         if policy.takes_spans(max(span.sees for span in self.spans)):
-            found = policy.hidden(**self.inputs(), wanted=wanted)[0]
-        else:
-            states = []
-            for first, last, start, end in self.spans:
-                ids = torch.cat([self.input_ids[first:last], self.input_ids[start:end]])
-                states.append(policy.hidden(input_ids=ids[None])[0, last - first :])
-            found = torch.cat(states)[wanted]
-        return found[: len(self.index)], found[len(self.index) :]
+            return policy.hidden(**self.inputs())[0]
+        states = []
+        for first, last, start, end in self.spans:
+            ids = torch.cat([self.input_ids[first:last], self.input_ids[start:end]])
+            states.append(policy.hidden(input_ids=ids[None])[0, last - first :])
+        return torch.cat(states)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,7 +16,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hero import attention
 from hero.checkpoint import BrokenCheckpoint
 from hero.config import ModelConfig
-from hero.last_layer import last_mlp, only_at
 from hero.models import cannot_load, existing_model
 from hero.ranks import Ranks
 from hero.renderer import Renderer
@@ -37,7 +36,6 @@ class Policy:
     compiles = False
     """Whether what is learnt passes layers whose parts are compiled."""
     _learns = False
-    _last_mlp = cached_property(last_mlp)
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: ModelConfig) -> None:
         self.tokenizer = tokenizer
@@ -117,22 +115,18 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def trunk(self, input_ids: Tensor, wanted: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Last hidden states [B, T, H] of ids [B, T], in the compute type.
-
-        If `wanted` [N] is given, those of these tokens of one sequence, [1, N, H].
-        """
+    def trunk(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states [B, T, H] of ids [B, T], in the compute type."""
         # What samples has a new shape with each token.
         eager = self.compiles and not self._learns
         stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
-        mlp = None if wanted is None else self._last_mlp
-        with self.autocast(), stance, only_at(mlp, wanted):
-            states = self.model.get_decoder()(input_ids=input_ids, **inputs).last_hidden_state
-        return (states if wanted is None else states.index_select(1, wanted)).to(self.dtype)
+        with self.autocast(), stance:
+            states: Tensor = self.model.get_decoder()(input_ids=input_ids, **inputs)[0]
+        return states.to(self.dtype)
 
-    def hidden(self, input_ids: Tensor, wanted: Tensor | None = None, **inputs: Any) -> Tensor:
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
         """What `trunk` returns, without a cache."""
-        return self.trunk(input_ids, wanted, use_cache=False, **inputs)
+        return self.trunk(input_ids, use_cache=False, **inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits [..., V] of hidden states [..., H]: for sampling, a few rows at a time."""
@@ -245,9 +239,9 @@ class Policy:
         if `compile` is.
 
         Only then: transformers drops the key-value cache of layers in this state, which samplers
-        need. Only layers have the flag, so dropout stays off; the last one is needed at once.
+        need. Only layers have the flag, so dropout stays off.
         """
-        layers, self._learns = self._layers()[:-1], True
+        layers, self._learns = self._layers(), True
         for layer in layers:
             layer.training = True
         try:

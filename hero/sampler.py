@@ -149,7 +149,7 @@ class _Rows:
         last = torch.tensor([read.tokens for read in reads]).cumsum(0) - 1
         uniform = torch.tensor([row.random.random() for row in rows], dtype=torch.float64)
         inputs = self.cache.aim(reads, policy.device)
-        states = policy.trunk(ids.to(policy.device), last.to(policy.device), **inputs)[0]
+        states = policy.trunk(ids.to(policy.device), **inputs)[0, last.to(policy.device)]
         drawn = _draw(policy.logits(states), rows, uniform.to(policy.device))
         for row, (token, logprob) in zip(rows, drawn, strict=True):
             row.held += row.new

@@ -225,7 +225,7 @@ def parts(
 def nll(policy: Policy, rows: Sequence[Row], samples: Sequence[Sample]) -> Tensor:
     """Negative log-likelihood of the action tokens of these samples, summed, in nats."""
     packed = to_tensors(rows, policy.device)
-    hidden, _ = packed.states(policy)
+    hidden = packed.states(policy)[packed.index]
     targets = torch.cat([torch.tensor(sample.action_ids) for sample in samples]).to(policy.device)
     return -policy.logprobs(hidden, targets)[0].sum()
 

@@ -144,7 +144,7 @@ class TeacherWeights:
     def states(self, packed: Packed) -> Tensor:
         """[N, H] the states that predict each action token."""
         with self.applied():
-            return packed.states(self.policy)[0]
+            return packed.states(self.policy)[packed.index]
 
     def scored(self, rows: Sequence[Packed | None]) -> Sequence[Scorer]:
         """Who scores each of these rows.
@@ -160,7 +160,7 @@ class TeacherWeights:
         def score() -> list[Scored]:
             nothing = torch.zeros(0)
             hidden = [
-                nothing if packed is None else packed.states(self.policy)[0].cpu()
+                nothing if packed is None else packed.states(self.policy)[packed.index].cpu()
                 for packed in rows
             ]
             return [Scored(hidden=h, head=head, device=self.policy.device) for h in hidden]

@@ -31,8 +31,8 @@ class TrlPolicy(Policy):
         kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
         self.dtype = kinds.get(trainer.accelerator.mixed_precision, self.model.dtype)
 
-    def hidden(self, input_ids: Tensor, wanted: Tensor | None = None, **inputs: Any) -> Tensor:
-        """As `Policy.hidden`; without dropout where no gradient is wanted (teachers)."""
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor:
+        """Last hidden states [B, T, H]; without dropout where no gradient is wanted (teachers)."""
         training = self.model.training
         if not torch.is_grad_enabled():
             self.model.eval()
@@ -41,8 +41,7 @@ class TrlPolicy(Policy):
                 states = lm_states(self.trainer.model_wrapped, input_ids, **inputs)
         finally:
             self.model.train(training)
-        found = states.hidden if wanted is None else states.hidden.index_select(1, wanted)
-        return found.to(self.dtype)
+        return states.hidden.to(self.dtype)
 
     @property
     def head_weight(self) -> Tensor:

@@ -26,6 +26,7 @@ from hero.sampler import HFSampler, Sampling
 from hero.scratch import build_model, build_tokenizer
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, StopReason, Trajectory, Turn
+from tests.hero.runs import saved
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
@@ -100,23 +101,24 @@ def policy(tiny_tokenizer: PreTrainedTokenizerFast) -> Policy:
 @pytest.fixture(scope="session")
 def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a random one-layer model for the tiny shop."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer(ShopEnv(profile="tiny").vocabulary())
-    build_model(ScratchConfig(width=16, layers=1, heads=2), tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    shape = ScratchConfig(width=16, layers=1, heads=2)
+    return saved(shape, tokenizer, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def wide_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `model_path`, with layers wide enough for blocks of 4 and 8 bits."""
+    tokenizer = build_tokenizer(ShopEnv(profile="tiny").vocabulary())
+    shape = ScratchConfig(width=64, layers=2, heads=2)
+    return saved(shape, tokenizer, tmp_path_factory.mktemp("wide"))
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
     """A folder with a random one-layer model over the character tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("chat")
     shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
-    build_model(shape, tiny_tokenizer).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return saved(shape, tiny_tokenizer, tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture

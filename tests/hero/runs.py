@@ -13,11 +13,29 @@ from safetensors.torch import load_file
 from hero.checkpoint import checksum
 from hero.checks import from_dict
 from hero.cli import main
-from hero.config import TrainConfig
+from hero.config import ScratchConfig, TrainConfig
 from hero.envs.shop import ShopEnv
 from hero.report.console import Console
 from hero.report.tracking import read_jsonl
+from hero.scratch import build_model
 from hero.trainer import Trainer
+
+
+def saved(shape: ScratchConfig, tokenizer: Any, folder: Path, seed: int = 0) -> Path:
+    """The folder, with a random model of this shape and its tokenizer in it."""
+    torch.manual_seed(seed)
+    build_model(shape, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+SMALL = [
+    "--prompts", "compact", "--env.options", "profile", "tiny", "--rollout.tasks-per-update", "16",
+    "--rollout.batch-size", "16", "--rollout.max-turns", "4", "--rollout.max-turn-tokens", "4",
+    "--reflection.reflector", "rules", "--eval.dev-tasks", "2", "--eval.test-tasks", "2",
+    "--updates", "1", "--model.device", "cpu",
+]  # fmt: skip
+"""Options of a short `hero train` of the shipped agent."""
 
 
 def settings(model_path: Path, **changes: Any) -> TrainConfig:

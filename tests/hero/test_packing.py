@@ -68,7 +68,7 @@ def test_packed_states_equal_separate_scoring(
         (batch.student, [s.prompt_ids for s in ordered]),
         (batch.teacher, [s.teacher_prompt_ids for s in ordered]),
     ):
-        states = rows.states(policy)[0]
+        states = rows.states(policy)[rows.index]
         alone = [
             states_alone(policy, p, s.action_ids) for p, s in zip(prompts, ordered, strict=True)
         ]
@@ -154,4 +154,4 @@ def test_a_row_longer_than_the_window_that_no_context_reaches(
     rows = to_tensors(teacher_rows(samples), policy.device)
     assert rows.lengths == [37] and max(span.sees for span in rows.spans) == 21
     alone = [states_alone(policy, s.teacher_prompt_ids, s.action_ids) for s in samples]
-    torch.testing.assert_close(rows.states(policy)[0], torch.cat(alone), atol=1e-4, rtol=0)
+    torch.testing.assert_close(rows.states(policy)[rows.index], torch.cat(alone), atol=1e-4, rtol=0)

@@ -19,17 +19,14 @@ from hero.sampler import HFSampler, Sampling
 from hero.scratch import build_model
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Diagnosis, Trajectory
+from tests.hero.runs import saved
 
 
 @pytest.fixture(scope="module")
 def larger(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wider and deeper than the student, of the same vocabulary."""
-    torch.manual_seed(5)
-    folder = tmp_path_factory.mktemp("larger")
     shape = ScratchConfig(width=48, layers=3, heads=4, init_std=0.3)
-    build_model(shape, tiny_tokenizer).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    return saved(shape, tiny_tokenizer, tmp_path_factory.mktemp("larger"), seed=5)
 
 
 def test_the_other_model_scores_the_students_tokens(
