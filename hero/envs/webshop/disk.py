@@ -108,7 +108,8 @@ def build_index(
         human = made_from["goals"] == "human"
         kinds = {"notes": NOTES, "nouns": NOUNS} | ({"written": HUMAN} if human else {})
         for table, pattern in kinds.items():
-            rows = ((asin, json.dumps(value)) for asin, value in entries(find(data_dir, pattern)))
+            pairs = entries(find(data_dir, pattern), "{")
+            rows = ((asin, json.dumps(value)) for asin, value in pairs)
             database.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows)
         say("notes and nouns read")
         rng = random.Random(made_from["seed"])

@@ -37,20 +37,20 @@ def find(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def entries(path: Path) -> Iterator[Any]:
-    """Elements of the array, or (key, value) pairs of the object, that a JSON file holds.
+def entries(path: Path, begins: str = "[") -> Iterator[Any]:
+    """Elements of the array, or with `begins="{"` (key, value) pairs of the object, in a JSON file.
 
     One at a time, so that the file may be larger than the memory.
 
     Raises:
-        ValueError: the file does not hold one or the other, or is cut short.
+        ValueError: the file does not hold one, or is cut short.
     """
     decode = json.JSONDecoder().raw_decode
     with path.open(encoding="utf-8") as file:
         text = file.read(CHUNK).lstrip()
-        pairs = text[:1] == "{"
-        if text[:1] not in ("{", "["):
-            raise ValueError(f"{path} is not WebShop's: it must hold a JSON array or object.")
+        if not text.startswith(begins):
+            kind = {"[": "array", "{": "object"}[begins]
+            raise ValueError(f"{path} is not WebShop's: it must hold a JSON {kind}.")
         text, at = text[1:], 0
         while True:
             at = _skip(text, at, ",")
@@ -58,7 +58,7 @@ def entries(path: Path) -> Iterator[Any]:
                 return
             try:
                 value, end = decode(text, at)
-                if pairs:
+                if begins == "{":
                     end = _skip(text, end, ":")
                     key, (value, end) = value, decode(text, end)
                     value = (key, value)
@@ -79,21 +79,6 @@ def _skip(text: str, at: int, mark: str) -> int:
     while text[at : at + 1].isspace() or (mark and text[at : at + 1] == mark):
         at += 1
     return at
-
-
-def table(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(found).__name__}.")
-    return found
 
 
 def check_item(item: Any, path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from hero.envs.shop.search import Search
@@ -18,7 +19,6 @@ from hero.envs.webshop.files import (
     check_nouns,
     entries,
     find,
-    table,
 )
 from hero.envs.webshop.index import Builder
 from hero.envs.webshop.words import stemmed_words
@@ -52,18 +52,12 @@ def open_webshop(
             f"{items} has {size / 1e9:.1f} GB, too much to be read into memory: give "
             "--env.options.index-dir DIR for an index on disk, which is built once."
         )
-    products = []
-    for item in entries(items):
-        products.append(check_item(item, items))
-        if len(products) == num_products:
-            break
-    notes = table(find(folder, HUMAN if goals == "human" else NOTES))
-    attributes = table(find(folder, NOTES)) if goals == "human" else notes
-    nouns = table(find(folder, NOUNS))
+    products = [check_item(item, items) for item in islice(entries(items), num_products)]
+    notes, nouns = (dict(entries(find(folder, kind), "{")) for kind in (NOTES, NOUNS))
+    human = dict(entries(find(folder, HUMAN), "{")) if goals == "human" else None
     for product in products:
         check_nouns(product["asin"], nouns, folder)
-    raw = (products, attributes, nouns)
-    return shop_of(raw, PROFILES["full"], seed, _index, notes if goals == "human" else None)
+    return shop_of((products, notes, nouns), PROFILES["full"], seed, _index, human)
 
 
 def _index(texts: Iterable[str]) -> Search:
