@@ -1,8 +1,6 @@
-"""From the JSON of a session to Markdown tables and a plot.
+"""From the JSON of a session to Markdown tables.
 
     python -m benchmarks.report RESULTS.json                  prints the tables
-    python -m benchmarks.report RESULTS.json --plot docs/images/NAME.png [--only CASE,CASE]
-                                                              and draws them
     python -m benchmarks.report --update docs/benchmarks.md   fills in the tables of a document
 
 In a document a table stands between the lines `<!-- results: PATH -->` and `<!-- end -->`, with the
@@ -222,19 +220,6 @@ def machine_line(machine: Mapping[str, Any]) -> str:
     return wrapped("".join(words))
 
 
-def plot(session: Mapping[str, Any], path: Path) -> None:
-    """Time and memory as bars, a row of panels for each case; see plots.py.
-
-    Raises:
-        SystemExit: matplotlib is not installed.
-    """
-    try:
-        from benchmarks import plots
-    except ImportError:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib.") from None
-    plots.draw(entries_of(session), title, path)
-
-
 def updated(document: str, root: Path = ROOT) -> str:
     """The text with every table rendered from its JSON file.
 
@@ -254,22 +239,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", nargs="*", type=Path, help="JSON files")
-    parser.add_argument("--plot", type=Path, help="image file to draw the first of them into")
-    parser.add_argument("--only", help="comma-separated ids of the cases to draw; default all")
     parser.add_argument("--update", type=Path, help="document whose tables to fill in")
     options = parser.parse_args()
-    sessions = [json.loads(path.read_text()) for path in options.results]
-    for session in sessions:
-        print(render(session))
-    if options.plot:
-        if not sessions:
-            parser.error("--plot needs a JSON file of results.")
-        wanted = options.only.split(",") if options.only else None
-        cases = [c for c in sessions[0]["cases"] if wanted is None or c["id"] in wanted]
-        if not cases:
-            known = ", ".join(c["id"] for c in sessions[0]["cases"])
-            parser.error(f"--only {options.only} names no case; expected some of {known}.")
-        plot({**sessions[0], "cases": cases}, options.plot)
+    for path in options.results:
+        print(render(json.loads(path.read_text())))
     if options.update:
         options.update.write_text(updated(options.update.read_text()))
 

@@ -88,11 +88,9 @@ def draw(results: dict[str, Any], path: Path) -> None:
     """Seconds of a step against what grows, both on logarithmic axes. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    from benchmarks.plots import OTHER, OWN
-
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     for axis, (what, cases) in zip(figure.subplots(1, 3), CASES.items(), strict=True):
-        for name, colour in (("hero", OWN), ("plain", OTHER)):
+        for name, colour in (("hero", "#c0392b"), ("plain", "#5b7fa6")):
             found = [results[title(what, case)]["contestants"][name] for case in cases]
             seconds = [row["seconds"] for row in found]
             axis.loglog([getattr(c, what) for c in cases], seconds, "o-", color=colour, label=name)

@@ -233,12 +233,6 @@ def test_results_survive_json() -> None:
     assert {name: asdict(result) for name, result in results.items()} == entry["results"]
 
 
-def test_plot_draws(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    report.plot(session(), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_document_is_filled_from_the_named_file(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     path.write_text(json.dumps(session()))
