@@ -1,4 +1,4 @@
-"""A customer-service desk in the spirit of tau-bench: JSON tools, a policy, a scripted customer."""
+"""A customer-service desk in the spirit of tau-bench: tools, a policy, a scripted customer."""
 
 from desk.env import DeskEnv
 

@@ -7,10 +7,8 @@ twice, so "the order with the kettle" names exactly one and every task family fi
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
@@ -122,20 +120,6 @@ class Database:
 
     def total_cents(self, order: Order) -> int:
         return sum(self.items[item_id].cents for item_id in order.item_ids)
-
-    def digest(self) -> str:
-        """SHA-256 of all that tools can change: equal iff the states are equal.
-
-        Orders are never added or removed, so their sequence is fixed.
-        """
-        state = hashlib.sha256(json.dumps(self.transfers).encode())
-        state.update(b"".join(map(_order_digest, self.orders.values())))
-        return state.hexdigest()
-
-
-@lru_cache(maxsize=4096)  # nearly all orders stay as they were: hash each state of each once
-def _order_digest(order: Order) -> bytes:
-    return hashlib.sha256(json.dumps(astuple(order)).encode()).digest()
 
 
 def money(cents: int) -> str:

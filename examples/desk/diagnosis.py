@@ -7,87 +7,30 @@ Hints carry no ids and never repeat the action: nothing that was learnt later ca
 
 from __future__ import annotations
 
-import zlib
-
 from desk.episode import Episode
 from desk.planner import Step, plan, remaining_work
 from hero.envs.base import StepResult
 from hero.types import Diagnosis, FeedbackKind, Trajectory
 
 HINTS = {
-    "ask": (
-        "Ask the customer for {words} first.",
-        "You still need {words}: ask the customer.",
-        "Begin with a question: the customer must tell you {words}.",
-    ),
-    "find_user_by_email": (
-        "Identify the customer by e-mail address first.",
-        "Look the customer up with find_user_by_email before anything else.",
-        "The customer gave an e-mail address: use it to find the account first.",
-    ),
-    "get_user": (
-        "Look the account up with get_user to find the right order.",
-        "The customer does not know the number: list the orders with get_user.",
-    ),
-    "get_order": (
-        "Look the order up first.",
-        "Read the order with get_order before you answer or change anything.",
-        "Check status and items of the order with get_order first.",
-    ),
-    "get_product": (
-        "Look the product up to see its variants.",
-        "Use get_product to find the variant that the customer means.",
-    ),
-    "confirm": (
-        "Tell the customer what you will do and ask for a yes first.",
-        "Ask the customer to confirm before you change anything.",
-        "A change takes the customer's confirmation: ask for it now.",
-    ),
-    "confirm details": (
-        "Ask the customer for the missing details and for a confirmation.",
-        "Details are missing: ask for them, and whether the customer confirms the change.",
-    ),
-    "cancel_order": (
-        "Everything is known and confirmed: cancel the order, with the reason the customer gave.",
-        "Call cancel_order now, with the customer's own reason.",
-    ),
-    "return_items": (
-        "Return exactly the items that the customer named, with the ids from the order.",
-        "Call return_items now with the ids of the items the customer wants to send back.",
-    ),
-    "exchange_item": (
-        "Exchange the item for the variant that the customer described.",
-        "Call exchange_item now, from the ordered item to the variant the customer wants.",
-    ),
-    "change_address": (
-        "Change the address of the order, exactly as the customer gave it.",
-        "Call change_address now with the right street, city and zip.",
-    ),
-    "transfer_to_human": (
-        "None of your tools serves this request: transfer the customer to a human.",
-        "This is beyond the desk: call transfer_to_human.",
-    ),
-    "answer": (
-        "You have what the customer asked for: tell it.",
-        "Answer the customer's question now, with the exact value from the records.",
-    ),
-    "refuse": (
-        "The policy rules this out: say so, and tell what the customer asked for instead.",
-        "Refuse the change because of the order's status and give the fact asked for.",
-    ),
-    "report": (
-        "The change is made: tell the customer that it is done.",
-        "Nothing is left to do for this request, so report it as done.",
-    ),
-    "give_up": (
-        "What went wrong cannot be undone: transfer the customer to a human.",
-        "Do not go on after a change that cannot be taken back, hand over to a human.",
-    ),
+    "ask": "Ask the customer for {words} first.",
+    "find_user_by_email": "Identify the customer by e-mail address first.",
+    "get_user": "The customer does not know the number: list the orders with get_user.",
+    "get_order": "Read the order with get_order before you answer or change anything.",
+    "get_product": "Use get_product to find the variant that the customer means.",
+    "confirm": "Tell the customer what you will do and ask for a yes first.",
+    "confirm details": "Ask for the missing details, and whether the customer confirms the change.",
+    "cancel_order": "All is known and confirmed: cancel the order with the customer's own reason.",
+    "return_items": "Return exactly the items that the customer named, by their ids in the order.",
+    "exchange_item": "Exchange the item for the variant that the customer described.",
+    "change_address": "Change the address of the order, exactly as the customer gave it.",
+    "transfer_to_human": "None of your tools serves this request: transfer to a human.",
+    "answer": "Answer the customer's question now, with the exact value from the records.",
+    "refuse": "The policy rules this out: say so, and tell what the customer asked for instead.",
+    "report": "The change is made: tell the customer that it is done.",
+    "give_up": "What went wrong cannot be undone: transfer to a human.",
 }
-FORMAT_HINTS = (
-    "Write a tool call as one JSON object with name and arguments, nothing else.",
-    "A tool call must be valid JSON with the keys name and arguments.",
-)
+FORMAT_HINT = "Write a tool call in the form that the tools are shown with, and nothing else."
 
 
 def diagnose(episode: Episode, trajectory: Trajectory) -> list[Diagnosis]:
@@ -104,15 +47,14 @@ def diagnose(episode: Episode, trajectory: Trajectory) -> list[Diagnosis]:
             diagnoses.append(Diagnosis(turn=index, source="rules"))
             continue
         info = result[-1]
-        draw = zlib.crc32(f"{trajectory.task_id}/{index}".encode())
         diagnoses.append(
             Diagnosis(
                 turn=index,
                 necessary=False,
                 valid=info["valid"],
                 failure_cause=_cause(better, episode, result),
-                corrected_action=better.text,
-                hint=_hint(better, info["parse_ok"], draw),
+                corrected_action=better.text(episode.tool_format),
+                hint=_hint(better, info["parse_ok"]),
                 source="rules",
             )
         )
@@ -130,7 +72,7 @@ def _is_good(better: Step, work: int, episode: Episode, result: StepResult) -> b
 def _cause(better: Step, episode: Episode, result: StepResult) -> str:
     observation, _, terminated, _, info = result
     if not info["parse_ok"]:
-        return "The tool call could not be read and went to the customer as text."
+        return "The tool call could not be read, and the customer did not understand it."
     if not info["valid"]:
         return f"The desk refused the call: {observation.removeprefix('Error: ')}."
     if terminated:
@@ -142,12 +84,11 @@ def _cause(better: Step, episode: Episode, result: StepResult) -> str:
     return "The turn brought the request no further."
 
 
-def _hint(better: Step, parse_ok: bool, draw: int) -> str:
+def _hint(better: Step, parse_ok: bool) -> str:
     """At most two sentences: how to write a call, where that was the trouble, and what to do."""
     kind = "confirm details" if better.kind == "confirm" and better.weight > 1 else better.kind
-    templates = HINTS[kind]
-    hint = templates[draw % len(templates)]
+    hint = HINTS[kind]
     if better.kind == "ask":
-        hint = hint.format(words=better.text.removeprefix("Please tell me ").rstrip("."))
-        hint = hint.replace("your e-mail", "the e-mail")
-    return hint if parse_ok else f"{FORMAT_HINTS[draw % len(FORMAT_HINTS)]} {hint}"
+        words = str(better.action).removeprefix("Please tell me ").rstrip(".")
+        hint = hint.format(words=words).replace("your e-mail", "the e-mail")
+    return hint if parse_ok else f"{FORMAT_HINT} {hint}"

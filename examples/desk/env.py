@@ -7,24 +7,20 @@ so doing nothing, or refusing everything, solves none (0 % in every split; a tes
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
-from desk.demonstration import demonstrate, random_action
 from desk.diagnosis import diagnose
 from desk.episode import Episode
 from desk.planner import plan
 from desk.tasks import TASK_IDS, load_task
 from desk.tools import TOOLS
 from hero.envs.base import StepResult
+from hero.toolcalls import check_format
 from hero.types import Diagnosis, Trajectory
 
 POLICY = """You are the customer service desk of an online shop.
 
-Each of your turns is one of two things:
-- one tool call, written as a single JSON object and nothing else: \
-{"name": "get_order", "arguments": {"order_id": "W0000"}}
-- plain text, which goes to the customer.
+Each of your turns is a tool call, or plain text, which goes to the customer.
 
 Policy:
 1. Identify the customer first: ask for the e-mail address and call find_user_by_email. Serve only \
@@ -41,14 +37,11 @@ exchange is for another available variant of the same product.
 information that the customer asks for instead.
 7. Transfer to a human only what none of your tools can do, and only after rule 1.
 8. When a request is carried out, tell the customer that it is done. State amounts and numbers \
-exactly.
-
-Tools:
-"""
+exactly."""
 
 
 class DeskEnv:
-    """Customer service in the spirit of tau-bench: JSON tools, a policy, a scripted customer.
+    """Customer service in the spirit of tau-bench: tools, a policy, a scripted customer.
 
     Args:
         max_steps: turns of an episode, tool calls included; then it is truncated. Gold solutions
@@ -60,6 +53,8 @@ class DeskEnv:
         ValueError: `max_steps` below 1 or `patience` below 0.
     """
 
+    system_prompt = POLICY
+
     def __init__(self, max_steps: int = 15, patience: int = 3) -> None:
         if max_steps < 1:
             raise ValueError(
@@ -69,11 +64,11 @@ class DeskEnv:
             raise ValueError(f"patience must be 0 or more unhelpful messages, got {patience}.")
         self.max_steps = max_steps
         self.patience = patience
+        self.tool_format = "react"
         self._episode: Episode | None = None
 
-    @property
-    def system_prompt(self) -> str:
-        return POLICY + "\n".join(tool.schema() for tool in TOOLS.values())
+    def tools(self) -> list[dict[str, Any]]:
+        return [tool.schema() for tool in TOOLS.values()]
 
     def tasks(self, split: str) -> list[str]:
         if split not in TASK_IDS:
@@ -90,15 +85,7 @@ class DeskEnv:
 
     def oracle(self) -> str:
         """A best action from what the conversation has shown; a transfer if the task is lost."""
-        return plan(self._running())[0].text
-
-    def demonstrate(self, rng: random.Random) -> str:
-        """Mostly the oracle's action; at times a skipped step or a wrong argument."""
-        return demonstrate(self._running(), rng)
-
-    def random_action(self, rng: random.Random) -> str:
-        """A tool call or a remark without regard to the case: for states off the good path."""
-        return random_action(self._running(), rng)
+        return plan(self._running())[0].text(self.tool_format)
 
     def diagnose(self, trajectory: Trajectory) -> list[Diagnosis]:
         return diagnose(self._start(trajectory.task_id), trajectory)
@@ -107,7 +94,8 @@ class DeskEnv:
         self._episode = None
 
     def _start(self, task_id: str) -> Episode:
-        return Episode.start(load_task(task_id), self.max_steps, self.patience)
+        format = check_format(self.tool_format)
+        return Episode.start(load_task(task_id), self.max_steps, self.patience, format)
 
     def _running(self) -> Episode:
         if self._episode is None or self._episode.ended:

@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from desk.actions import Action, ToolCall, parse_action
-from desk.customer import Customer, Reply
+from desk.customer import Customer
 from desk.database import Database, initial_database
 from desk.tasks import Request, Task
 from desk.tools import Session, ToolError, execute
 from hero.envs.base import StepResult
+from hero.toolcalls import Parsed, parse_calls, write_calls
 from hero.types import FeedbackKind
 
 
@@ -22,37 +22,35 @@ class Episode:
     customer: Customer
     initial: Database
     gold: Database
-    gold_digest: str
     context: str
     """All that was shown to the agent, joined: an id may be used once it occurs here."""
     max_steps: int
+    tool_format: str
+    """In which calls are written."""
     steps: int = 0
     ended: bool = False
 
     @classmethod
-    def start(cls, task: Task, max_steps: int, patience: int) -> Episode:
+    def start(cls, task: Task, max_steps: int, patience: int, tool_format: str) -> Episode:
         database = initial_database(task.split)
         email = database.users[task.user_id].email
         customer = Customer(task.id, email, task.requests, patience)
-        gold = task.gold_database()
         return cls(
             task=task,
             session=Session(database),
             customer=customer,
             initial=initial_database(task.split),
-            gold=gold,
-            gold_digest=gold.digest(),
+            gold=task.gold_database(),
             context=customer.open(),
             max_steps=max_steps,
+            tool_format=tool_format,
         )
 
     @property
     def success(self) -> bool:
         """The records equal the gold records and the customer knows all that he wanted to know."""
-        return (
-            all(self.customer.told(request) for request in self.task.requests)
-            and self.session.database.digest() == self.gold_digest
-        )
+        told = all(self.customer.told(request) for request in self.task.requests)
+        return told and self.session.database == self.gold
 
     def carried_out(self, request: Request) -> bool:
         """Whether the records say about this request what the gold records say."""
@@ -63,11 +61,8 @@ class Episode:
 
     def step(self, text: str) -> StepResult:
         self.steps += 1
-        action = parse_action(text)
-        if action.call is not None:
-            observation, info, terminated = self._call(action.call)
-        else:
-            observation, info, terminated = self._speak(action)
+        said = parse_calls(text, self.tool_format)
+        observation, info, terminated = self._call(said) if said.calls else self._speak(said)
         self.context += f"\n{observation}"
         truncated = not terminated and self.steps >= self.max_steps
         self.ended = terminated or truncated
@@ -79,36 +74,33 @@ class Episode:
                 info["feedback_kind"] = FeedbackKind.DONE if terminated else FeedbackKind.BUDGET
         return observation, reward, terminated, truncated, info
 
-    def _call(self, call: ToolCall) -> tuple[str, dict[str, Any], bool]:
+    def _call(self, said: Parsed) -> tuple[str, dict[str, Any], bool]:
+        """Run calls in order, up to the first that is refused."""
         info: dict[str, Any] = {
-            "valid": True,
-            "feedback_kind": FeedbackKind.OK,
-            "parse_ok": True,
-            "executed_action": call.to_json(),
-            "role": "tool",
-        }
-        try:
-            answer = json.dumps(execute(self.session, call))
-        except ToolError as error:
-            answer = f"Error: {error}"
-            info |= {"valid": False, "feedback_kind": FeedbackKind.INVALID_ACTION}
-            return answer, info, False
-        return answer, info, call.name == "transfer_to_human"
+            "valid": True, "feedback_kind": FeedbackKind.OK, "parse_ok": True, "role": "tool",
+            "executed_action": write_calls(said.calls, self.tool_format),
+        }  # fmt: skip
+        answers = []
+        for call in said.calls:
+            try:
+                answers.append(json.dumps(execute(self.session, call)))
+            except ToolError as error:
+                answers.append(f"Error: {error}")
+                info |= {"valid": False, "feedback_kind": FeedbackKind.INVALID_ACTION}
+                break
+        handed_over = bool(self.session.database.transfers)
+        return "\n".join(answers), info, handed_over
 
-    def _speak(self, action: Action) -> tuple[str, dict[str, Any], bool]:
-        reply: Reply
-        if action.parse_ok:
-            reply = self.customer.reply(action.text, self.carried_out)
+    def _speak(self, said: Parsed) -> tuple[str, dict[str, Any], bool]:
+        if said.parse_ok:
+            reply = self.customer.reply(said.text, self.carried_out)
             kind = FeedbackKind.OK if reply.helpful else FeedbackKind.INSUFFICIENT
         else:
             reply = self.customer.not_understood()
             kind = FeedbackKind.PARSE_ERROR
         self.session.confirmed |= reply.confirms
         info: dict[str, Any] = {
-            "valid": action.parse_ok,
-            "feedback_kind": kind,
-            "parse_ok": action.parse_ok,
-            "executed_action": action.text if action.parse_ok else None,
-            "role": "user",
-        }
+            "valid": said.parse_ok, "feedback_kind": kind, "parse_ok": said.parse_ok,
+            "role": "user", "executed_action": said.text if said.parse_ok else None,
+        }  # fmt: skip
         return reply.text, info, reply.leaves

@@ -3,10 +3,9 @@
 `plan(episode)` lists the remaining steps. Its first step is the oracle's action, and the sum of its
 weights is a potential: a turn that does not lower it brought the task no further.
 
-A state is winnable if every record is as it was, as it should become, or differs by an address that
-can be put right with what the conversation has shown, and if the customer has not dropped a request
-before he told what it takes. Otherwise (after a wrong cancellation, say) the way out is a human
-colleague. That the customer's patience or the step limit may run out first is not considered.
+A state is winnable if every record is as it was or as it should become, and if the customer has not
+dropped a request before he told what it takes. Otherwise (after a wrong cancellation, say) the way
+out is a human colleague. That patience or the step limit may run out first is not considered.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from desk.actions import ToolCall
-from desk.database import Address, Order
 from desk.episode import Episode
 from desk.tasks import Mention, Request
+from desk.tools import call
+from hero.toolcalls import ToolCall, write_calls
 
 QUESTION_WORDS = {
     "email": "your e-mail address",
@@ -51,48 +50,37 @@ class Step:
     weight: int = 1
     """How many single turns it stands for: two questions in one message weigh two."""
 
-    @property
-    def text(self) -> str:
-        return self.action if isinstance(self.action, str) else self.action.to_json()
+    def text(self, tool_format: str) -> str:
+        """What the agent writes."""
+        if isinstance(self.action, str):
+            return self.action
+        return write_calls([self.action], tool_format)
 
 
 def plan(episode: Episode) -> list[Step]:
     """The remaining steps, never empty before the episode has ended."""
-    repairs = _damaged_orders(episode)
     dropped = episode.task.requests[: episode.customer.current]
-    if any(not _repairable(episode, order) for order in repairs) or any(
-        not _within_reach(episode, request) for request in dropped
-    ):
+    if _damaged(episode) or any(not _within_reach(episode, request) for request in dropped):
         reason = "a change went wrong and cannot be undone"
-        return [Step("give_up", ToolCall("transfer_to_human", {"reason": reason}), weight=LOST)]
-    return list(_Route(episode).steps(repairs))
+        return [Step("give_up", call("transfer_to_human", reason=reason), weight=LOST)]
+    return list(_Route(episode).steps())
 
 
 def remaining_work(episode: Episode) -> int:
     return sum(step.weight for step in plan(episode))
 
 
-def _damaged_orders(episode: Episode) -> list[Order]:
-    now, before, gold = episode.session.database, episode.initial, episode.gold
-    return [
-        order
-        for order_id, order in now.orders.items()
-        if order is not before.orders[order_id]  # untouched, the common case: skip the comparison
-        and order not in (before.orders[order_id], gold.orders[order_id])
-    ]
+def _damaged(episode: Episode) -> bool:
+    """Whether a record is neither as it was nor as it should become.
 
-
-def _repairable(episode: Episode, order: Order) -> bool:
-    """Only the address is wrong, the order is the customer's, and the right address is known.
-
-    An order that is to get a new address needs no repair of its own: the request's change mends it.
+    A wrong address of an order that is to get a new one is none: the request's own change mends it.
     """
-    goal = episode.gold.orders[order.order_id]
-    owner_is_here = order.user_id == episode.task.user_id
-    before = episode.initial.orders[order.order_id]
-    if not owner_is_here or replace(order, address=before.address) != before:
-        return False
-    return goal.address != before.address or str(before.address) in episode.context
+    for order_id, order in episode.session.database.orders.items():
+        was, goal = episode.initial.orders[order_id], episode.gold.orders[order_id]
+        moves = goal.address != was.address and replace(order, address=was.address) == was
+        if order not in (was, goal) and not moves:
+            return True
+    return False
 
 
 def _within_reach(episode: Episode, request: Request) -> bool:
@@ -122,25 +110,9 @@ class _Route:
         self.identified = episode.session.user_id == episode.task.user_id
         self.knows_orders = False
 
-    def steps(self, repairs: list[Order]) -> Iterator[Step]:
-        for order in repairs:
-            before = self.episode.initial.orders[order.order_id]
-            if self.episode.gold.orders[order.order_id].address == before.address:
-                yield from self._identify(None)
-                yield from self._restore(order.order_id, before.address)
+    def steps(self) -> Iterator[Step]:
         for index, request in enumerate(self.episode.task.requests):
             yield from self._serve(request, index)
-
-    def _restore(self, order_id: str, address: Address) -> Iterator[Step]:
-        if not self.confirmed:
-            yield Step(
-                "confirm", "I entered a wrong address. Do you confirm that I correct it (yes/no)?"
-            )
-        yield Step(
-            "change_address",
-            ToolCall("change_address", {"order_id": order_id, **address._asdict()}),
-        )
-        self.confirmed = False
 
     def _serve(self, request: Request, index: int) -> Iterator[Step]:
         closed = index < self.customer.current
@@ -167,31 +139,30 @@ class _Route:
         else:
             yield Step("answer", fact[0].upper() + fact[1:])
 
-    def _identify(self, request: Request | None) -> Iterator[Step]:
+    def _identify(self, request: Request) -> Iterator[Step]:
         """Ask for what is missing to find the customer and his order, and find the customer."""
         missing = []
         if not self.identified and not self.customer.has_told("email"):
             missing.append("email")
-        if request is not None and _number_withheld(self.episode, request):
+        if _number_withheld(self.episode, request):
             missing.append("order")
         if missing:
             yield _ask(missing)
         if not self.identified:
-            yield Step(
-                "find_user_by_email", ToolCall("find_user_by_email", {"email": self.customer.email})
-            )
+            email = self.customer.email
+            yield Step("find_user_by_email", call("find_user_by_email", email=email))
             self.identified = True
 
     def _look_up(self, request: Request) -> Iterator[Step]:
         listed = request.order_id in self.episode.context
         if request.mention is Mention.ITEM and not listed and not self.knows_orders:
-            yield Step("get_user", ToolCall("get_user", {"user_id": self.episode.task.user_id}))
+            yield Step("get_user", call("get_user", user_id=self.episode.task.user_id))
             self.knows_orders = True
         if request.order_id not in self.session.looked_up:
-            yield Step("get_order", ToolCall("get_order", {"order_id": request.order_id}))
+            yield Step("get_order", call("get_order", order_id=request.order_id))
         wants_product = request.product_id and not request.forbidden
         if wants_product and request.product_id not in self.session.looked_up:
-            yield Step("get_product", ToolCall("get_product", {"product_id": request.product_id}))
+            yield Step("get_product", call("get_product", product_id=request.product_id))
 
     def _prepare(self, request: Request) -> Iterator[Step]:
         """Look up what the change needs, ask for missing details and for the confirmation."""

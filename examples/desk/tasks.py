@@ -11,7 +11,6 @@ import random
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from desk.actions import ToolCall
 from desk.database import (
     SPLIT_USERS,
     Database,
@@ -21,7 +20,8 @@ from desk.database import (
     initial_database,
     money,
 )
-from desk.tools import CANCEL_REASONS, Session, execute
+from desk.tools import CANCEL_REASONS, Session, call, execute
+from hero.toolcalls import ToolCall
 from hero.types import StrEnum
 
 TASK_IDS = {
@@ -153,7 +153,7 @@ class _Author:
             mention=mention,
             item_name=item.name,
             details={"reason": reason},
-            call=ToolCall("cancel_order", {"order_id": order.order_id, "reason": reason}),
+            call=call("cancel_order", order_id=order.order_id, reason=reason),
         )
 
     def return_(self, *statuses: str) -> Request:
@@ -179,7 +179,7 @@ class _Author:
             mention=mention,
             item_name=item.name,
             details={"items": f"the {names}"},
-            call=ToolCall("return_items", {"order_id": order.order_id, "item_ids": sorted(chosen)}),
+            call=call("return_items", order_id=order.order_id, item_ids=sorted(chosen)),
         )
 
     def exchange(self, *statuses: str) -> Request:
@@ -204,7 +204,7 @@ class _Author:
             item_name=item.name,
             details={"options": options},
             product_id=item.product_id,
-            call=ToolCall("exchange_item", {"order_id": order.order_id, **arguments}),
+            call=call("exchange_item", order_id=order.order_id, **arguments),
         )
 
     def address(self, *statuses: str) -> Request:
@@ -222,7 +222,7 @@ class _Author:
             mention=mention,
             item_name=item.name,
             details={"address": str(address)},
-            call=ToolCall("change_address", {"order_id": order.order_id, **address._asdict()}),
+            call=call("change_address", order_id=order.order_id, **address._asdict()),
         )
 
     def tell(self) -> Request:
@@ -289,8 +289,8 @@ class _Author:
                 ("there are charges on my card that I do not recognise.", "unknown charges"),
             ]
         )
-        call = ToolCall("transfer_to_human", {"reason": reason})
-        return Request(kind="transfer", wish=wish, call=call)
+        due = call("transfer_to_human", reason=reason)
+        return Request(kind="transfer", wish=wish, call=due)
 
     def _take(self, *statuses: str) -> Order:
         order = self.rng.choice([order for order in self.orders if order.status in statuses])

@@ -5,15 +5,18 @@ A tool either answers with a JSON-able value or raises `ToolError` and leaves th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from desk.actions import ToolCall
 from desk.database import Address, Database, Order, money
+from hero.toolcalls import ToolCall
 
 CANCEL_REASONS = ("no longer needed", "ordered by mistake")
+
+
+def call(name: str, **arguments: Any) -> ToolCall:
+    return ToolCall(name=name, arguments=arguments)
 
 
 class ToolError(Exception):
@@ -186,18 +189,13 @@ class Tool:
     parameters: dict[str, dict[str, Any]]
     """JSON schema of each argument; all are required."""
 
-    def schema(self) -> str:
-        """The tool as one line of compact JSON."""
-        schema = {
-            "name": self.run.__name__,
-            "description": self.description,
-            "parameters": {
-                "type": "object",
-                "properties": self.parameters,
-                "required": list(self.parameters),
-            },
-        }
-        return json.dumps(schema)
+    def schema(self) -> dict[str, Any]:
+        """The tool as OpenAI describes one."""
+        parameters = {
+            "type": "object", "properties": self.parameters, "required": list(self.parameters),
+        }  # fmt: skip
+        function = {"name": self.run.__name__, "description": self.description}
+        return {"type": "function", "function": {**function, "parameters": parameters}}
 
 
 TOOLS = {

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from desk import DeskEnv
 from desk.database import Database, initial_database
 from desk.tasks import load_task
 
-from hero.types import FeedbackKind, StopReason, Trajectory, Turn
+from hero.toolcalls import ToolCall, write_calls
+from hero.types import FeedbackKind
 
 
 def call(name: str, **arguments: Any) -> str:
-    return json.dumps({"name": name, "arguments": arguments})
+    return write_calls([ToolCall(name=name, arguments=arguments)], "react")
 
 
 def finish(env: DeskEnv) -> tuple[list[str], float]:
@@ -24,23 +24,6 @@ def finish(env: DeskEnv) -> tuple[list[str], float]:
         _, reward, terminated, truncated, _ = env.step(actions[-1])
         if terminated or truncated:
             return actions, reward
-
-
-def trajectory(task_id: str, actions: list[str]) -> Trajectory:
-    turns = [
-        Turn(prompt_ids=[], action_ids=[], sampled_logprobs=[], action_text=text)
-        for text in actions
-    ]
-    return Trajectory(
-        id="0",
-        group_id="0",
-        task_id=task_id,
-        instruction="",
-        turns=turns,
-        reward=0.0,
-        success=False,
-        stop_reason=StopReason.DONE,
-    )
 
 
 def database(env: DeskEnv) -> Database:
@@ -69,10 +52,10 @@ def identified(task_id: str, **options: int) -> DeskEnv:
 
 
 def refused(env: DeskEnv, text: str, message: str) -> None:
-    before = database(env).digest()
+    before = database(env).copy()
     observation, reward, terminated, _, info = env.step(text)
     assert observation.startswith("Error: ") and message in observation
     assert info["valid"] is False and info["parse_ok"] is True and info["role"] == "tool"
     assert info["feedback_kind"] is FeedbackKind.INVALID_ACTION
     assert (reward, terminated) == (0.0, False)
-    assert database(env).digest() == before
+    assert database(env) == before

@@ -5,62 +5,31 @@ Oracle: hand-made messages and what a person would answer to them.
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from desk import DeskEnv
 from desk.customer import states_fact
 from desk.tasks import load_task
 from desk_helpers import call, database, identified, order_with, refused, task_of
 
+from hero.toolcalls import FORMATS, ToolCall, write_calls
 from hero.types import FeedbackKind
 
 
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{}",
-        "  {}\n",
-        "```json\n{}\n```",
-        "```\n{}\n```",
-        "I will look.\n```json\n{}\n```",
-        "<tool_call>\n{}\n</tool_call>",
-        "<think>\nhm {{\n</think>\n\n<tool_call>{}</tool_call>",
-    ],
-)
-def test_ways_to_write_a_call(template: str) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_calls_of_every_format_and_what_cannot_be_read(format: str) -> None:
     env = DeskEnv()
+    env.tool_format = format
     env.reset("train-0")
-    text = call("find_user_by_email", email="nobody@example.com")
-    observation, _, _, _, info = env.step(template.format(text))
-    assert observation == "Error: user not found"
-    assert json.loads(info["executed_action"]) == json.loads(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"name": "get_order", "arguments": {"order_id": "W1"}',
-        '{"name": "get_order"}',
-        '{"name": "get_order", "arguments": ["W1"]}',
-        '{"tool": "get_order"}',
-        "{'name': 'get_order', 'arguments': {}}",
-        'I call {"name": "get_order", "arguments": {"order_id": "W1"}}',
-        "<tool_call>get_order(W1)</tool_call>",
-        "<tool_call>",
-        '<tool_call>{"name": "a", "arguments": {}}</tool_call>' * 2,
-        '{"a":' * 20000,
-    ],
-)
-def test_broken_calls_go_to_the_customer(text: str) -> None:
-    env = DeskEnv()
-    env.reset("train-0")
-    before = database(env).digest()
-    observation, _, terminated, _, info = env.step(text)
+    lost = ToolCall(name="find_user_by_email", arguments={"email": "nobody@example.com"})
+    observation, _, _, _, info = env.step(write_calls([lost, lost], format))
+    assert observation == "Error: user not found"  # and the second is not tried
+    assert (info["parse_ok"], info["valid"], info["role"]) == (True, False, "tool")
+    before = database(env).copy()
+    observation, _, terminated, _, info = env.step('Sure: {"name": "get_order", "argu')
     assert not terminated and not observation.startswith("Error")
     assert (info["parse_ok"], info["valid"], info["executed_action"]) == (False, False, None)
     assert (info["feedback_kind"], info["role"]) == (FeedbackKind.PARSE_ERROR, "user")
-    assert database(env).digest() == before
+    assert database(env) == before
 
 
 def test_the_customer_answers_what_he_is_asked() -> None:

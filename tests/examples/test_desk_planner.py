@@ -17,11 +17,12 @@ from desk import DeskEnv
 from desk.database import initial_database
 from desk.planner import plan
 from desk.tasks import TASK_IDS, load_task
-from desk_helpers import call, database, finish, identified, order_with, task_of, trajectory
+from desk_helpers import call, database, finish, identified, order_with, task_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hero.types import Diagnosis, FeedbackKind
+from tests.hero.shop_helpers import trajectory
 
 SPLITS = tuple(TASK_IDS)
 
@@ -35,7 +36,7 @@ def wander(env: DeskEnv, rng: random.Random, steps: int) -> bool:
         orders = [order.order_id for order in records.orders_of(load_task(env_task(env)).user_id)]
         text = rng.choice(
             [
-                *[env.demonstrate(rng)] * 6,
+                *[env.oracle()] * 6,
                 *["Do you confirm (yes/no)?"] * 4,
                 "What are the order number, the reason, the items, the options?",
                 "Sorry, this is not possible.",
@@ -75,43 +76,19 @@ def undoable(env: DeskEnv) -> bool:
 
 def test_oracle_wins_from_random_prefixes() -> None:
     env, rng = DeskEnv(max_steps=60, patience=40), random.Random(7)
-    won = lost = repaired = 0
+    won = lost = 0
     for task_id in [t for split in SPLITS for t in env.tasks(split)] * 2:
         env.reset(task_id)
         if not wander(env, rng, rng.randint(2, 12)):
             continue
         assert env._episode is not None
         given_up = plan(env._episode)[0].kind == "give_up"
-        damaged = database(env).digest() not in (
-            env._episode.initial.digest(),
-            env._episode.gold.digest(),
-        )
         if undoable(env):
             assert given_up
         _, reward = finish(env)
         assert reward == (0.0 if given_up else 1.0), task_id
-        won, lost, repaired = (
-            won + (reward == 1.0),
-            lost + given_up,
-            repaired + (damaged and not given_up),
-        )
-    assert won > 300 and lost > 5 and repaired > 10, (won, lost, repaired)
-
-
-def test_demonstrations_are_good_but_not_perfect() -> None:
-    env, rng = DeskEnv(), random.Random(3)
-    rewards, clean = [], 0
-    for task_id in env.tasks("train"):
-        env.reset(task_id)
-        done, actions = False, []
-        while not done:
-            actions.append(env.demonstrate(rng))
-            _, reward, terminated, truncated, _ = env.step(actions[-1])
-            done = terminated or truncated
-        rewards.append(reward)
-        clean += not any(d.hint for d in env.diagnose(trajectory(task_id, actions)))
-    assert 0.6 < sum(rewards) / len(rewards) < 0.99
-    assert 0.1 < clean / len(rewards) < 0.7
+        won, lost = won + (reward == 1.0), lost + given_up
+    assert won > 300 and lost > 5, (won, lost)
 
 
 @pytest.mark.parametrize("index", [0, 4, 7, 13])
@@ -130,11 +107,11 @@ def test_pickled_mid_episode_continues_identically(index: int) -> None:
 
 def test_episodes_do_not_touch_each_other() -> None:
     env = DeskEnv()
-    before = {split: initial_database(split).digest() for split in SPLITS}
+    before = {split: initial_database(split) for split in SPLITS}
     for _ in range(2):
         env.reset("train-0")
         assert finish(env)[1] == 1.0
-    assert before == {split: initial_database(split).digest() for split in SPLITS}
+    assert before == {split: initial_database(split) for split in SPLITS}
 
 
 CALLS = st.builds(
@@ -219,8 +196,8 @@ def test_diagnosis_of_a_clumsy_conversation() -> None:
     hinted = [d.turn for d in found if d.hint]
     assert hinted == [0, 2, 5, 6, 9]
     assert "e-mail" in found[0].hint and "identified" in found[0].failure_cause
-    assert json.loads(found[2].corrected_action)["name"] == "find_user_by_email"
-    assert "JSON" in found[2].hint and not found[2].valid
+    assert found[2].corrected_action == call("find_user_by_email", email=email)
+    assert "tool call in the form" in found[2].hint and not found[2].valid
     assert "confirm" in (found[5].hint + found[5].failure_cause).lower()
     assert "did not help" in found[6].failure_cause and found[6].valid
     assert found[9].corrected_action.startswith("Done")
@@ -251,9 +228,7 @@ def test_hints_are_short_and_leak_nothing() -> None:
         contexts, actions, done = [], [], False
         while not done:
             mistake = rng.random() < 0.3
-            text = (
-                rng.choice(["Hm.", '{"name":', env.demonstrate(rng)]) if mistake else env.oracle()
-            )
+            text = rng.choice(["Hm.", '{"name":', env.oracle()]) if mistake else env.oracle()
             contexts.append(context)
             actions.append(text)
             observation, _, terminated, truncated, _ = env.step(text)
@@ -270,4 +245,4 @@ def test_hints_are_short_and_leak_nothing() -> None:
                 assert action not in diagnosis.hint or len(action) < 4
                 assert len(re.findall(r"[.!?](?:\s|$)", diagnosis.hint)) <= 2
                 assert len(diagnosis.hint.split()) <= 40
-    assert len(hints) > 25
+    assert len(hints) > 10
