@@ -103,12 +103,13 @@ def attend_cached(
     decoding, first, pieces = _decoding(tuple(reads), query.device, query.dtype), 0, []
     if decoding is not None:
         first, rows, width = len(decoding.places), decoding.rows, decoding.mask.shape[-1]
+        # Heads that share keys, as tokens of one head: on CUDA no kernel knows them beside a mask.
+        of_rows = query[0].transpose(0, 1)[decoding.tokens].unflatten(1, (key.shape[1], -1))
         found = scaled_dot_product_attention(
-            query[0].transpose(0, 1)[decoding.tokens, :, None],
-            key[rows, :, :width], value[rows, :, :width],
-            attn_mask=decoding.mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1],
+            of_rows, key[rows, :, :width], value[rows, :, :width], attn_mask=decoding.mask,
+            scale=scale,
         )  # fmt: skip
-        pieces.append(found[decoding.places, :, 0].transpose(0, 1)[None])
+        pieces.append(found.flatten(1, 2)[decoding.places].transpose(0, 1)[None])
     for row, sees, tokens in reads[first:]:
         k, v = key[row, None, :, :sees], value[row, None, :, :sees]
         pieces += _causal(query[:, :, first : first + tokens], k, v, widest, scale)
@@ -151,8 +152,11 @@ def _decoding(
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, widest: int, scale: float) -> list[Tensor]:
     """Attention of the last tokens of those that there are keys of, at most `widest`, in parts."""
-    tokens, sees = q.shape[2], k.shape[2]
-    options: dict[str, Any] = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    tokens, sees, groups = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    if groups > 1 and q.device.type != "cpu" and q.dtype == torch.float32:
+        # Only flash kernels know heads that share keys, and they want 16 bits.
+        k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+    options: dict[str, Any] = {"scale": scale, "enable_gqa": groups > 1}
     if tokens == 1 or tokens == sees:
         return [scaled_dot_product_attention(q, k, v, is_causal=tokens > 1, **options)]
     if q.device.type != "cpu":
@@ -196,6 +200,10 @@ def attention(
                 f"{type(module).__name__} wants {name!r} in its attention, which spans do not have."
             )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if torch.is_autocast_enabled(kind := query.device.type):
+        # Rotations leave float32, and torch looks at types before autocast where it has a mask.
+        dtype = torch.get_autocast_dtype(kind)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     return _attend(query, key, value, attention_mask, scale), None
 
 

@@ -21,11 +21,11 @@ COLUMNS = 64
 
 
 class RowCache(Cache):
-    """Keys and values of `rows` sequences; `aim` says what the next forward pass reads."""
+    """Keys and values of `rows` sequences, kept in `dtype`; `aim` says what the next pass reads."""
 
-    def __init__(self, rows: int) -> None:
+    def __init__(self, rows: int, dtype: torch.dtype) -> None:
         super().__init__(layers=[])
-        self.rows, self.columns = rows, 0
+        self.rows, self.dtype, self.columns = rows, dtype, 0
         self._kept: list[tuple[Tensor, Tensor]] = []
         """Of each layer, [rows, heads, columns, head size] each."""
         self._places = (torch.zeros(0), torch.zeros(0))
@@ -74,11 +74,12 @@ class RowCache(Cache):
             self._kept.append((self._empty(key_states), self._empty(value_states)))
         rows, columns = self._places
         for tensor, states in zip(self._kept[layer_idx], (key_states, value_states), strict=True):
-            tensor[rows, :, columns] = states[0].transpose(0, 1)
+            tensor[rows, :, columns] = states[0].transpose(0, 1).to(self.dtype)
         return self._kept[layer_idx]
 
     def _empty(self, states: Tensor) -> Tensor:
-        return states.new_zeros(self.rows, states.shape[1], self.columns, states.shape[3])
+        shape = (self.rows, states.shape[1], self.columns, states.shape[3])
+        return states.new_zeros(shape, dtype=self.dtype)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.columns

@@ -68,7 +68,6 @@ class Sizes:
     hidden: int
     vocab: int
     layers: int
-    heads: int
     kv_heads: int
     head_size: int
     saved: int
@@ -103,7 +102,7 @@ def sizes_of(config: Any) -> Sizes:
         parameters=sum(p.numel() for p in model.parameters()), head=head.weight.numel(),
         linears=tuple((linear.in_features, linear.out_features) for linear in inner),
         hidden=text.hidden_size, vocab=head.weight.shape[0], layers=text.num_hidden_layers,
-        heads=heads, kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
         saved=saved_numbers(model) // PROBED // text.num_hidden_layers,
     )  # fmt: skip
@@ -202,8 +201,6 @@ def _rollout(config: TrainConfig, size: Sizes, item: int) -> dict[str, int]:
     return {
         # The cache grows by half when it is full (hero/kvcache.py).
         "key-value cache": columns * size.layers * of_token * 3 // 2,
-        "keys and values of a layer for all heads": columns * of_token * size.heads
-        // size.kv_heads,
         "reading prompts": READ_TOKENS * size.saved * item,
         "logits": 3 * rollout.batch_size * size.vocab * 4,
     }  # fmt: skip
@@ -216,10 +213,12 @@ def _learning(
     tokens = max(optim.micro_batch_tokens, rollout.max_episode_tokens)
     episodes = max(1, tokens // rollout.max_episode_tokens)
     actions = min(tokens, episodes * rollout.max_turns * rollout.max_turn_tokens)
-    in_layer = size.saved * item
+    in_layer, residual = size.saved * item, item
     if rank := config.model.lora_rank:
         in_layer += sum(a + rank for a, _ in size.linears) // size.layers * item
-    layers = size.hidden * item * size.layers if config.model.gradient_checkpointing else 0
+    elif item == 2 and not config.model.master_weights:
+        in_layer, residual = in_layer * 4 // 3, 4  # autocast leaves norms and the stream in float32
+    layers = size.hidden * residual * size.layers if config.model.gradient_checkpointing else 0
     shared = config.teacher.weights == "live" or not has_head
     shape = Shape(
         actions, size.hidden, size.vocab, torch.bfloat16 if item == 2 else torch.float32, device,

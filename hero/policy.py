@@ -187,8 +187,18 @@ class Policy:
 
     def takes_spans(self, length: int) -> bool:
         """Whether rows can be computed in one sequence, tokens that see up to so many others."""
-        named = self.model.config._attn_implementation == attention.NAME
-        return named and self.sees_all(length) and self._spans_are_right
+        return not self.unpacked(length)
+
+    def unpacked(self, length: int) -> str:
+        """Why rows are computed one by one if tokens see so many others; "" if they are not."""
+        kind, family = self.model.config._attn_implementation, type(self.model).__name__
+        if kind == "sdpa":
+            return f"{family} has an attention of its own"
+        if kind != attention.NAME:
+            return f"attention {kind!r} cannot be told who sees what, 'sdpa' can"
+        if not self.sees_all(length):
+            return f"it has layers that do not see all of {length} tokens"
+        return "" if self._spans_are_right else f"{family} makes its own masks"
 
     @cached_property
     @torch.no_grad()

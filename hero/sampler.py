@@ -97,7 +97,7 @@ class _Rows:
     def __init__(self, policy: Policy, rows: int, sampling: Sampling) -> None:
         self.policy, self.sampling = policy, sampling
         self.rows = [_Row(sampling) for _ in range(rows)]
-        self.cache = RowCache(rows)
+        self.cache = RowCache(rows, policy.dtype)
 
     def submit(self, row: int, prompt: list[int], seed: int) -> None:
         self._submit(row, prompt, seed, self.sampling)

@@ -113,9 +113,12 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         for what, is_so in wrong.items():
             if is_so:
                 raise ValueError(f"HeroTrainer: {what}.")
-        paged = getattr(args, "use_transformers_continuous_batching", False)
-        if self.model.config._attn_implementation == "sdpa" and not paged:
+        if self.model.config._attn_implementation == "sdpa" and not self._is_paged:
             attention.use(self.model)
+
+    @property
+    def _is_paged(self) -> bool:
+        return bool(getattr(self.args, "use_transformers_continuous_batching", False))
 
     # ---- the method, made when the model is where it is trained --------------------------------
 
@@ -146,6 +149,10 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """The teacher is made here: before the first step, on the weights that are trained."""
         super()._load_optimizer_and_scheduler(checkpoint)
+        alone = self.policy.unpacked(1)
+        if alone and self.accelerator.is_main_process:
+            why = "use_transformers_continuous_batching is on" if self._is_paged else alone
+            LOGGER.warning("Rows are computed one by one, several times as long: %s.", why)
         if checkpoint is not None and (idle := Path(checkpoint) / IDLE).is_file():
             self.idle_updates = int(idle.read_text(encoding="utf-8"))
         kept = _kept(self.teacher, self.start)

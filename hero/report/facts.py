@@ -75,11 +75,13 @@ def header(config: TrainConfig, policy: Policy) -> dict[str, str]:
         and (config.teacher.weights == "live" or not weight.requires_grad),
         trainable_head=weight.requires_grad, support=config.loss.support, impl=config.loss.impl,
     )  # fmt: skip
+    alone = policy.unpacked(config.rollout.max_episode_tokens)
     return {
         "model": f"{config.model.path} ({_count(policy.num_parameters)} parameters, "
         f"{_count(sum(p.numel() for p in policy.trainable().values()))} trained)",
         "device": f"{policy.device}, {str(policy.dtype).removeprefix('torch.')}"
         + (f", {processes} processes" if (processes := policy.shards.ranks.size) > 1 else ""),
+        **({"rows": f"one by one, which takes several times as long: {alone}"} if alone else {}),
         "environment": f"{config.env.name} {options}".strip(),
         "mode": config.mode,
         "seed": f"{config.seed}, learning rate {config.optim.learning_rate:g}",

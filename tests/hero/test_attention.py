@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hero import attention
 from hero.attention import Read, Span
+from hero.checks import from_dict
 from hero.config import ModelConfig
+from hero.kvcache import RowCache
 from hero.policy import Policy
+from hero.report.facts import header
 
 SPANS = [
     Span(0, 0, 0, 40),  # a trunk
@@ -142,6 +146,67 @@ def test_families_score_branches_as_alone(family: str) -> None:
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
 
 
+class Calls(TorchFunctionMode):
+    """Of torch's attention: the types of its tensors, and whether heads share keys at a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types, self.shared = list[set[torch.dtype]](), list[bool]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.types.append({tensor.dtype for tensor in args[:3]})
+            self.shared.append(args[0].shape[1] != args[1].shape[1] and "attn_mask" in kwargs)
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_torch_is_asked_for_what_its_kernels_on_cuda_know(tiny_tokenizer: Any) -> None:
+    """With float32 weights under autocast: tensors of one type, which the mask of the lower right
+    demands, and in decoding, where there is a mask of numbers, a head of keys for each of queries.
+    """
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", vocab_size=len(tiny_tokenizer), hidden_size=32,
+                                  intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                  num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    policy = Policy(model, tiny_tokenizer, ModelConfig(device="cpu", dtype="bfloat16"))
+    ids = torch.arange(SPANS[-1].end)[None]
+    with Calls() as passes:
+        policy.hidden(ids, position_ids=ids, attention_mask=attention.as_mask(SPANS))
+    assert passes.types == [{torch.bfloat16}] * len(SPANS)
+    cache = RowCache(2, policy.dtype)
+    read = cache.aim([Read(0, 3, 3), Read(1, 5, 5)], "cpu")
+    policy.trunk(ids[:, :8], **read)
+    decode = cache.aim([Read(0, 4, 1), Read(1, 6, 1)], "cpu")
+    with Calls() as passes:
+        policy.trunk(ids[:, :2], **decode)
+    assert passes.types == [{torch.bfloat16}] and passes.shared == [False]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "window", "why"),
+    [
+        ("eager", None, "attention 'eager' cannot be told"),
+        ("sdpa", 64, "layers that do not see all of 100 tokens"),
+        ("sdpa", None, ""),
+    ],
+)
+def test_rows_that_are_computed_one_by_one_say_why(
+    implementation: str, window: int | None, why: str, tiny_tokenizer: Any
+) -> None:
+    config = AutoConfig.for_model("mistral", vocab_size=len(tiny_tokenizer), hidden_size=32,
+                                  intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+                                  num_key_value_heads=2, sliding_window=window)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    policy = Policy(model, tiny_tokenizer, ModelConfig(device="cpu"))
+    assert why in policy.unpacked(100) and policy.takes_spans(100) == (why == "")
+    of_run = from_dict({"rollout": {"max_episode_tokens": 100}})
+    said = header(of_run, policy).get("rows", "")
+    assert (why in said) if why else said == ""
+
+
 def test_a_saved_model_does_not_name_it(policy: Policy, tmp_path: Path) -> None:
     """Whoever loads the folder need not have this package."""
     policy.model.save_pretrained(tmp_path)
@@ -155,7 +220,7 @@ def test_a_family_that_does_not_hand_the_mask_on_is_noticed(tiny_tokenizer: Any)
                                   num_attention_heads=4, alibi=False)  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     policy = Policy(model, tiny_tokenizer, ModelConfig(device="cpu"))
-    assert not policy.takes_spans(1)
+    assert policy.unpacked(1) == "FalconForCausalLM has an attention of its own"
 
 
 def test_what_spans_lack_is_refused(policy: Policy) -> None:

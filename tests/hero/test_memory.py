@@ -126,28 +126,51 @@ def test_lora_trains_what_peft_trains(small: Policy, tiny_tokenizer: Any) -> Non
     assert found.always["frozen weights"] == nbytes(frozen)
 
 
-def test_activations_are_those_of_a_real_pass(small: Policy) -> None:
-    weights = {p.untyped_storage().data_ptr() for p in small.model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+@pytest.mark.parametrize(
+    "model",
+    [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "master_weights": True}],
+    ids=["float32", "autocast", "masters"],
+)
+def test_activations_are_those_of_a_real_pass(
+    small: Policy, tiny_tokenizer: Any, model: dict[str, Any]
+) -> None:
+    own = Policy(copy.deepcopy(small.model), tiny_tokenizer, ModelConfig(device="cpu", **model))
+    weights = {p.untyped_storage().data_ptr() for p in own.model.parameters()}
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+    def held(tokens: int) -> int:
+        kept: dict[int, int] = {}
 
-    ids = torch.zeros(1, 4 * PROBED, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        small.hidden(ids)  # the fused attention of a CPU keeps no map
-    size = sizes_of(small.model.config)
-    of_maps = sum(t.numel() for t in kept.values() if t.shape[-2:] == (4 * PROBED,) * 2)
-    real = sum(t.numel() for t in kept.values()) - of_maps
-    predicted = 4 * PROBED * size.saved * size.layers
-    assert real == pytest.approx(predicted, rel=0.25)
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)
+            return tensor
+
+        alive: list[torch.Tensor] = []  # so that no address is used twice
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            own.hidden(torch.zeros(1, tokens, dtype=torch.long))
+        return sum(kept.values())
+
+    tokens = 4 * PROBED
+    settings = from_dict({
+        "optim": {"micro_batch_tokens": tokens}, "rollout": {"max_episode_tokens": tokens},
+        "model": model,
+    })  # fmt: skip
+    predicted = predict(settings, "cpu", sizes_of(small.model.config)).training["activations"]
+    # The difference: weights that are cast for a pass do not grow with it.
+    assert held(2 * tokens) - held(tokens) == pytest.approx(predicted, rel=0.25)
 
 
-def test_a_cache_grows_no_larger_than_predicted(small: Policy) -> None:
-    config = from_dict({"rollout": {"batch_size": 3, "max_episode_tokens": 200}})
-    cache = RowCache(3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_grows_no_larger_than_predicted(
+    small: Policy, tiny_tokenizer: Any, dtype: Any
+) -> None:
+    model = ModelConfig(device="cpu", dtype=dtype)
+    small = Policy(copy.deepcopy(small.model), tiny_tokenizer, model)
+    rollout = {"batch_size": 3, "max_episode_tokens": 200}
+    config = from_dict({"rollout": rollout, "model": {"dtype": dtype}})
+    cache = RowCache(3, small.dtype)
     for end in range(20, 201, 20):
         aimed = cache.aim([Read(row, end, 20) for row in range(3)], "cpu")
         with torch.no_grad():
@@ -170,7 +193,7 @@ def test_recipes_for_one_80_gb_gpu_fit_it(name: str) -> None:
     assert predict(from_dict(load_recipe(name)), "cuda").peak < 80e9
 
 
-@pytest.mark.parametrize(("name", "gigabytes"), [("tau-retail-full", 73), ("webshop-full", 70)])
+@pytest.mark.parametrize(("name", "gigabytes"), [("tau-retail-full", 78), ("webshop-full", 75)])
 def test_all_weights_fit_it_with_a_paged_optimiser(name: str, gigabytes: int) -> None:
     """As docs/environments/ says; several processes take the recipe as it is."""
     config = from_dict(merge(load_recipe(name), {"optim": {"kind": "paged_adamw"}}))
