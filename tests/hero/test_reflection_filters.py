@@ -163,13 +163,6 @@ def test_hints_that_name_the_answer_are_counted(renderer: Renderer, episode: Epi
     assert metrics["reflection/naming_rate"] == pytest.approx(1 / 3)
 
 
-def test_the_leak_filter_can_be_switched_off(renderer: Renderer, episode: Episode) -> None:
-    config = ReflectionConfig(leak_filter=False, max_hint_tokens=7)
-    reflector = RuleReflector(lambda _: [Diagnosis(turn=0, hint="open W1")], renderer, config)
-    reflections = reflector.reflect([episode(["s"])], seed=0)
-    assert reflections.diagnoses[0][0].hint == "open W1"  # 7 characters, 7 tokens: not too long
-
-
 def test_rates_of_nothing_are_zero() -> None:
     counts = dict.fromkeys(
         ["turns", "parsed", "non_empty", "leaked", "too_long", "retried", "generated_tokens"], 0

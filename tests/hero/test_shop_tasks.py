@@ -129,11 +129,7 @@ def test_random_buyers_earn_little() -> None:
     blind = []
     for task in env.tasks("test"):
         env.reset(task)
-        ended, reward = False, 0.0
-        while not ended:
-            _, reward, terminated, truncated, _ = env.step(env.random_action(rng))
-            ended = terminated or truncated
-        blind.append(reward)
+        blind.append(finish(env, lambda: env.random_action(rng))[0])
     assert statistics.mean(blind) < 0.1 and sum(reward == 1.0 for reward in blind) <= 2
 
 
@@ -142,11 +138,7 @@ def test_demonstrator_forgets_options_for_a_whole_episode() -> None:
     rewards = []
     for task in env.tasks("train")[:400]:
         env.reset(task)
-        ended = False
-        while not ended:
-            _, reward, terminated, truncated, _ = env.step(env.demonstrate(rng))
-            ended = terminated or truncated
-        rewards.append(reward)
+        rewards.append(finish(env, lambda: env.demonstrate(rng))[0])
     shares = [rewards.count(value) / len(rewards) for value in (1.0, 0.75, 0.5)]
     # Two options, each forgotten with probability 0.45: 0.3025, 0.495, 0.2025.
     assert shares == pytest.approx([0.3025, 0.495, 0.2025], abs=0.08) and sum(shares) == 1.0
@@ -254,10 +246,7 @@ def test_tiny_is_fast() -> None:
     steps, start = 0, time.perf_counter()
     for task in env.tasks("train")[:200]:
         env.reset(task)
-        ended = False
-        while not ended:
-            _, _, terminated, truncated, _ = env.step(env.random_action(rng))
-            steps, ended = steps + 1, terminated or truncated
+        steps += finish(env, lambda: env.random_action(rng))[1]
     per_step = (time.perf_counter() - start) / steps
     # Targets are 0.2 s and 0.5 ms; the slack is for machines that do other things too.
     assert built < 1.0 and per_step < 2e-3

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -17,12 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shop_helpers import finish
+from shop_helpers import DATA, finish
 
 from hero.envs.webshop import WebShopEnv
-
-BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "data" / "webshop_1k"
-DATA = Path(os.environ.get("HERO_WEBSHOP_DATA", BESIDE_THE_REPOSITORY))
 
 pytest.importorskip("Stemmer", reason="the extra webshop is not installed (PyStemmer)")
 pytestmark = pytest.mark.skipif(

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from shop_helpers import trajectory
 
 from hero.api import rollout
 from hero.checks import from_dict
@@ -32,24 +33,12 @@ from hero.probe import CONTEXTS, measure
 from hero.recipes import load_recipe, merge
 from hero.report.console import Console
 from hero.trainer import Trainer
-from hero.types import StopReason, Trajectory, Turn
 
 HOUSE = 0 * 1 + 1 * 3 + 2 * 9 + 0 * 27 + 1 * 81  # variants of ask, check, sign, pay, tell
 GUEST = Case(request="return", house=HOUSE, customer="guest", item="vase", price=72,
              status="sent", place="abroad")  # fmt: skip
 MEMBER = Case(request="cancel", house=HOUSE, customer="member", item="coat", price=49,
               status="packed", place="home")  # fmt: skip
-
-
-def played(task: str, actions: list[str]) -> Trajectory:
-    turns = [
-        Turn(prompt_ids=[], action_ids=[], sampled_logprobs=[], action_text=action)
-        for action in actions
-    ]
-    return Trajectory(
-        id=task, group_id=task, task_id=task, instruction="", turns=turns, reward=0.0,
-        success=False, stop_reason=StopReason.DONE,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -186,7 +175,7 @@ def test_diagnoses_are_of_the_house_of_the_task() -> None:
     case = load_case("return-train-5", HOUSE)
     wrong = next(c for c in RULES[0].choices if c != case.right("ask"))
     actions = [f"ask {wrong}", "open", "close"]
-    first, second, last = env.diagnose(played("return-train-5", actions))
+    first, second, last = env.diagnose(trajectory("return-train-5", actions))
     assert first.hint and first.valid and first.necessary and not first.corrected_action
     assert not second.hint and last.failure_cause == "step left out"
     assert ("much proof" in first.hint) == (case.customer == "member")  # variant 0

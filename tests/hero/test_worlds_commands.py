@@ -5,22 +5,20 @@ BFCL and OpenEnv have their own (test_env_bfcl.py, test_env_adapters.py): long p
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from runs import train_eval_and_rollout
+from shop_helpers import DATA
 
 from hero.envs.registry import worlds
 
-BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "data" / "webshop_1k"
-WEBSHOP = Path(os.environ.get("HERO_WEBSHOP_DATA", BESIDE_THE_REPOSITORY))
 WORLDS = {
     "shop": "profile tiny",
     "tiny-desk": "house 3",
     "tools": f"factory {__name__}:Counter",
-    "webshop": f"data_dir {WEBSHOP}",
+    "webshop": f"data_dir {DATA}",
     "tau": "domain mock user none max_steps 3",
     "gym": "id FrozenLake-v1",
     "textarena": "id GuessTheNumber-v0",
@@ -51,7 +49,7 @@ def test_train_eval_and_rollout(
     name: str, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = [module for module in worlds()[name].modules if find_spec(module) is None]
-    if missing or (name == "webshop" and not WEBSHOP.is_dir()):
+    if missing or (name == "webshop" and not DATA.is_dir()):
         pytest.skip(f"{name} lacks {', '.join(missing) or 'its data: set HERO_WEBSHOP_DATA'}")
     monkeypatch.chdir(tmp_path)
     options = WORLDS[name].split()
