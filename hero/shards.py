@@ -54,7 +54,7 @@ class Unsharded:
         kept = {name: own[name].data for name in other}
         try:
             for name, tensor in other.items():
-                own[name].data = tensor.to(own[name].device)
+                own[name].data = tensor.to(own[name])
             yield
         finally:
             for name, data in kept.items():

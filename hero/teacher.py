@@ -115,7 +115,7 @@ class TeacherWeights:
             return
         for name, parameter in self._student.items():
             teacher = local(self._teacher[name])
-            teacher.lerp_(local(parameter).to(teacher.device), self.rate)
+            teacher.lerp_(local(parameter).to(teacher), self.rate)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -129,9 +129,12 @@ class TeacherWeights:
             self.refresh()
 
     def _copy(self) -> dict[str, Tensor]:
-        if self.offload:
-            return {name: p.detach().to("cpu", copy=True) for name, p in self._student.items()}
-        return {name: p.detach().clone() for name, p in self._student.items()}
+        def copied(p: Tensor) -> Tensor:
+            # An average in 16 bits would stay where it is: its steps are smaller than they can say.
+            wide = torch.promote_types(p.dtype, torch.float32) if self.kind == "ema" else p.dtype
+            return p.detach().to("cpu" if self.offload else p.device, wide, copy=True)
+
+        return {name: copied(p) for name, p in self._student.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -16,25 +16,39 @@ would be added to its loss are refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import GRPOTrainer
+
+try:
+    from trl import GRPOTrainer
+    from trl import __version__ as trl_version
+except ImportError as error:
+    raise ImportError(
+        f"HeroTrainer needs trl ({error}): pip install 'hero-kernels[trl]', which is trl 1.16.0."
+    ) from error
 
 from hero import attention
 from hero.algorithms import MODES, Experience
 from hero.envs.base import Environment
 from hero.files import write_atomic
 from hero.integrations.common import MethodConfig, WholeRenderer
-from hero.integrations.trl_parts import Generated, TrlPolicy, TrlSampler, episodes
+from hero.integrations.trl_parts import (
+    Generated,
+    TrlPolicy,
+    TrlSampler,
+    episodes,
+    kept_weights,
+    sampled_logprobs,
+    world_of,
+    zero_stage,
+)
 from hero.loss import compute_loss, weigh
 from hero.packing import Weighted, micro_batches, pack, plan_rows
 from hero.prompts import make_prompts
@@ -99,7 +113,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
                 self.aux_loss_enabled,
             "weights in shards cannot be exchanged for the teacher's: train with DDP, DeepSpeed "
             "ZeRO 1 or 2, or LoRA, not FSDP or ZeRO 3":
-                self.is_fsdp_enabled or _zero_stage(self.accelerator) == 3,
+                self.is_fsdp_enabled or zero_stage(self.accelerator) == 3,
             "vLLM samples from the student's weights: set reflection.reflector to self, rules or "
             "openai, not teacher": self.use_vllm and method.reflection.reflector == "teacher",
             "reflection.reflector=rules and reflection.verify need world=, an environment of "
@@ -119,6 +133,14 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
     @property
     def _is_paged(self) -> bool:
         return bool(getattr(self.args, "use_transformers_continuous_batching", False))
+
+    def begin(self) -> None:
+        """Make the teacher from the weights of the start, and say what will be slow."""
+        assert self.teacher and (self.start or not self.method.loss.kl_to_start)
+        alone = self.policy.unpacked(1)
+        if alone and self.accelerator.is_main_process:
+            why = "use_transformers_continuous_batching is on" if self._is_paged else alone
+            LOGGER.warning("Rows are computed one by one, several times as long: %s.", why)
 
     # ---- the method, made when the model is where it is trained --------------------------------
 
@@ -147,15 +169,11 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         return MODES[self.method.mode](context, self.method.loss)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The teacher is made here: before the first step, on the weights that are trained."""
+        """With the teacher of a checkpoint; without one it is made when training begins."""
         super()._load_optimizer_and_scheduler(checkpoint)
-        alone = self.policy.unpacked(1)
-        if alone and self.accelerator.is_main_process:
-            why = "use_transformers_continuous_batching is on" if self._is_paged else alone
-            LOGGER.warning("Rows are computed one by one, several times as long: %s.", why)
         if checkpoint is not None and (idle := Path(checkpoint) / IDLE).is_file():
             self.idle_updates = int(idle.read_text(encoding="utf-8"))
-        kept = _kept(self.teacher, self.start)
+        kept = kept_weights(self.teacher, self.start)
         if checkpoint is None or not kept:
             return
         path = Path(checkpoint) / TEACHER
@@ -174,7 +192,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             write_atomic(Path(output_dir) / IDLE, str(self.idle_updates))
-        kept = _kept(self.teacher, self.start)
+        kept = kept_weights(self.teacher, self.start)
         if kept and self.args.should_save:
             tensors = {
                 f"{name}.{n}": tensor.contiguous()
@@ -233,7 +251,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
     def _trajectories(self, inputs: list[dict[str, Any]], batch: Any) -> list[Trajectory]:
         weights = self.reward_weights.to(self._rewards.device)
         rewards = (self._own_rewards(len(inputs)) * weights).nansum(1).tolist()
-        logprobs = self._sampled_logprobs(batch)
+        logprobs = sampled_logprobs(batch)
         of_prompt = self.num_generations if self.model.training else self.num_generations_eval
         first = self.accelerator.process_index * len(inputs)
         return episodes(
@@ -242,20 +260,10 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
             None if logprobs is None else logprobs.tolist(),
         )  # fmt: skip
 
-    @staticmethod
-    def _sampled_logprobs(batch: dict[str, Any]) -> Tensor | None:
-        """[B, C] as vLLM sampled, else as TRL scored before the first step on them; None where
-        TRL scores nothing, as the weights are still the same."""
-        old: Tensor | None = batch.get("old_per_token_logps")
-        sampled: Tensor | None = batch.get("sampling_per_token_logps")
-        if sampled is None or old is None:
-            return old if sampled is None else sampled
-        return torch.where(sampled.isnan(), old, sampled)
-
     @cached_property
     def _reflector(self) -> Reflector:
         policy, sampler = self.policy, TrlSampler(self)
-        world: Any = self.world or _world_of(self._generated.prompts[0], self.tools, policy)
+        world: Any = self.world or world_of(self._generated.prompts[0], self.tools, policy)
         return make_reflector(
             self.method.reflection, env=world, sampler=sampler, renderer=policy.renderer,
             prompts=make_prompts(self.method.prompts), teacher_weights=self.teacher.applied,
@@ -269,18 +277,30 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
 
     # ---- loss ----------------------------------------------------------------------------------
 
+    def training_step(self, *arguments: Any, **named: Any) -> Tensor:
+        """TRL's, whose loss has to be the one below."""
+        self._is_ours = False
+        loss: Tensor = super().training_step(*arguments, **named)
+        if not self._is_ours:
+            raise ValueError(
+                f"HeroTrainer: trl {trl_version} has trained with a loss of its own. Leave out "
+                "what chooses one (use_liger_kernel in older versions), or install trl 1.16.0."
+            )
+        return loss
+
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """HERO's loss of a micro-batch, in the denominators of the whole optimiser step.
 
         Processes are averaged after it, and TRL's generation batch may be several steps.
         """
+        self._is_ours = True
         items = [item for own in inputs["hero_samples"] for item in own]
         policy, args = self.policy, self.args
         if not items:  # the same calls as elsewhere, so that no process waits for another
             hidden = policy.hidden(inputs["completion_ids"][:1, :1])
             return 0.0 * (hidden.sum() + policy.head_weight.sum())
         config = self.method.loss
-        if self._sampled_logprobs(inputs) is None:
+        if sampled_logprobs(inputs) is None:
             config = replace(config, is_clip=0.0)  # the importance ratio is 1
         [rows] = micro_batches(plan_rows(items), 2**62)
         output = compute_loss(
@@ -313,6 +333,9 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
     def __init__(self, trainer: HeroTrainer) -> None:
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **named: Any) -> None:
+        self.trainer.begin()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
         trainer = self.trainer
         if not trainer.accelerator.optimizer_step_was_skipped:
@@ -321,28 +344,3 @@ class _AfterStep(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             if trainer.accelerator.is_main_process:
                 LOGGER.warning("Training stops: %s.", reason)
-
-
-def _kept(*weights: TeacherWeights | None) -> dict[str, TeacherWeights]:
-    """Those that hold tensors of their own."""
-    named = zip(("teacher", "start"), weights, strict=True)
-    return {name: own for name, own in named if own is not None and own.state_dict()}
-
-
-def _zero_stage(accelerator: Any) -> int:
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return 0 if plugin is None else int(plugin.zero_stage)
-
-
-def _world_of(prompt: Any, tools: list[Callable[..., Any]], policy: TrlPolicy) -> Any:
-    """What a reflector asks an environment: the system message, and tools where the template's
-    calls can be written."""
-    from transformers.utils import get_json_schema
-
-    rules = "\n".join(str(m["content"]) for m in prompt if m["role"] == "system")
-    if policy.renderer.tool_format == "react":  # a format that hero.toolcalls does not know
-        return SimpleNamespace(system_prompt=rules)
-    schemas = [get_json_schema(tool) for tool in tools]
-    return SimpleNamespace(
-        system_prompt=rules, tools=lambda: schemas, tool_format=policy.renderer.tool_format
-    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from hero.integrations.common import spans
 from hero.policy import Policy
 from hero.renderer import Renderer
 from hero.sampling import Completion, Sampling
+from hero.teacher import TeacherWeights
 from hero.types import FeedbackKind, StopReason, Trajectory, Turn
 from hero_kernels.integrations.transformers import lm_states, with_head
 
@@ -157,3 +159,38 @@ def episodes(
             stop_reason=StopReason.MAX_TOKENS if cut else StopReason.DONE,
         ))  # fmt: skip
     return found
+
+
+def sampled_logprobs(batch: dict[str, Any]) -> Tensor | None:
+    """[B, C] as vLLM sampled, else as TRL scored before the first step on them; None where TRL
+    scores nothing, as the weights are still the same."""
+    old: Tensor | None = batch.get("old_per_token_logps")
+    sampled: Tensor | None = batch.get("sampling_per_token_logps")
+    if sampled is None or old is None:
+        return old if sampled is None else sampled
+    return torch.where(sampled.isnan(), old, sampled)
+
+
+def kept_weights(*weights: TeacherWeights | None) -> dict[str, TeacherWeights]:
+    """Those that hold tensors of their own."""
+    named = zip(("teacher", "start"), weights, strict=True)
+    return {name: own for name, own in named if own is not None and own.state_dict()}
+
+
+def zero_stage(accelerator: Any) -> int:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)
+
+
+def world_of(prompt: Any, tools: list[Callable[..., Any]], policy: TrlPolicy) -> Any:
+    """What a reflector asks an environment: the system message, and tools where the template's
+    calls can be written."""
+    from transformers.utils import get_json_schema
+
+    rules = "\n".join(str(m["content"]) for m in prompt if m["role"] == "system")
+    if policy.renderer.tool_format == "react":  # a format that hero.toolcalls does not know
+        return SimpleNamespace(system_prompt=rules)
+    schemas = [get_json_schema(tool) for tool in tools]
+    return SimpleNamespace(
+        system_prompt=rules, tools=lambda: schemas, tool_format=policy.renderer.tool_format
+    )

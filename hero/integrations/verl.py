@@ -11,11 +11,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import ray
 import torch
-from verl.trainer.distillation.losses import DistillationLossSettings, register_distillation_loss
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
-from verl.workers.utils.padding import no_padding_2_padding
+
+try:
+    import ray
+    from verl.trainer.distillation.losses import (
+        DistillationLossSettings,
+        register_distillation_loss,
+    )
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+    from verl.workers.utils.padding import no_padding_2_padding
+except ImportError as error:
+    raise ImportError(
+        f"hero.integrations.verl is written for verl 0.9.1, and here {error}: pip install "
+        "verl==0.9.1, or train with hero train or HeroTrainer."
+    ) from error
 
 from hero.integrations.verl_parts import HindsightTeacher, sampled_reverse_kl
 

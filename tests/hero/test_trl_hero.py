@@ -22,7 +22,7 @@ from hero.integrations.common import spans  # noqa: E402
 from hero.integrations.trl import TEACHER, HeroTrainer, MethodConfig  # noqa: E402
 from hero.integrations.trl_parts import Generated, episodes  # noqa: E402
 from hero.models import SHIPPED  # noqa: E402
-from hero.types import Diagnosis, FeedbackKind, StopReason  # noqa: E402
+from hero.types import FeedbackKind, StopReason  # noqa: E402
 from hero_kernels import reference  # noqa: E402
 from hero_kernels.objective import Objective  # noqa: E402
 
@@ -169,18 +169,6 @@ def test_sampled_logprobs_are_those_of_the_policy_at_the_temperature(tmp_path: P
         torch.testing.assert_close(got, expected.squeeze(1), rtol=1e-4, atol=1e-5)
 
 
-def test_what_hero_has_not_is_refused(tmp_path: Path) -> None:
-    method = MethodConfig(prompts="compact", reflection=RULES)
-    with pytest.raises(ValueError, match=r"beta=0\.1 changes GRPO's loss"):
-        shopper(tmp_path, method, beta=0.1)
-    with pytest.raises(ValueError, match="mask_truncated_completions=True"):
-        shopper(tmp_path, method, mask_truncated_completions=True)
-    trainer = shopper(tmp_path, method)
-    trainer.world = None
-    with pytest.raises(ValueError, match=r"reflector=rules .* need world="):
-        trainer._check()
-
-
 def test_rollouts_are_read_as_turns(tmp_path: Path) -> None:
     """Ids of the shipped agent's words, cut where the tools answered."""
     renderer = shopper(tmp_path, MethodConfig(prompts="compact", reflection=RULES)).policy.renderer
@@ -322,28 +310,3 @@ def test_an_episode_that_nobody_scored_trains_nothing(tmp_path: Path) -> None:
     loss = trainer.compute_loss(trainer.model, empty)
     loss.backward()
     assert float(loss) == 0.0 and trainer.policy.head.weight.grad is not None
-
-
-def silent(env: Any) -> Any:
-    """The example's world, whose rules find no fault."""
-    env.diagnose = lambda trajectory: [Diagnosis(turn=k) for k in range(len(trajectory.turns))]
-    return env
-
-
-@pytest.mark.parametrize(("most", "steps"), [(2, 2), (0, 4)])
-def test_training_with_nothing_to_learn_stops(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, most: int, steps: int
-) -> None:
-    method = MethodConfig(
-        prompts="compact", reflection=RULES, loss=LossConfig(turns="hinted"), max_idle_updates=most
-    )
-    more = {"max_steps": 4, "gradient_accumulation_steps": 1, "save_steps": 1}
-    trainer = shopper(tmp_path, method, save_strategy="steps", **more)
-    trainer.world = silent(trainer.world)
-    trainer.train()
-    assert trainer.state.global_step == steps
-    again = shopper(tmp_path, method, **more)
-    again.world = silent(again.world)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert again.state.global_step == steps  # what was idle before counts
-    assert ("in 2 updates in a row nothing was trained" in caplog.text) == (most == 2)
