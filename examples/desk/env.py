@@ -15,7 +15,6 @@ from desk.planner import plan
 from desk.tasks import TASK_IDS, load_task
 from desk.tools import TOOLS
 from hero.envs.base import StepResult
-from hero.toolcalls import check_format
 from hero.types import Diagnosis, Trajectory
 
 POLICY = """You are the customer service desk of an online shop.
@@ -94,8 +93,8 @@ class DeskEnv:
         self._episode = None
 
     def _start(self, task_id: str) -> Episode:
-        format = check_format(self.tool_format)
-        return Episode.start(load_task(task_id), self.max_steps, self.patience, format)
+        task = load_task(task_id)
+        return Episode.start(task, self.max_steps, self.patience, self.tool_format)
 
     def _running(self) -> Episode:
         if self._episode is None or self._episode.ended:

@@ -15,7 +15,7 @@ from typing import Any
 from hero.envs.base import StepResult, raised
 from hero.envs.registry import World, load
 from hero.envs.rows import SPLITS, read_rows
-from hero.toolcalls import ToolCall, check_format, example, parse_calls
+from hero.toolcalls import ToolCall, parse_calls, unreadable
 from hero.types import FeedbackKind
 
 NO_TOOLS = ("reset", "tasks", "close", "done", "reward", "success", "system_prompt")
@@ -100,9 +100,9 @@ class ToolsEnv:
         if self._ended:
             raise RuntimeError("No episode is under way; call reset(task_id) first.")
         self._steps += 1
-        parsed = parse_calls(text, check_format(self.tool_format))
+        parsed = parse_calls(text, self.tool_format)
         if not parsed.parse_ok:
-            seen = f"Error: {parsed.error}. Write {example(self.tool_format)}"
+            seen = unreadable(parsed, self.tool_format)
             kinds = [FeedbackKind.PARSE_ERROR]
         else:
             answers = [self._call(call) for call in parsed.calls]

@@ -22,7 +22,7 @@ from hero.toolcalls.base import (
 from hero.toolcalls.templates import format_of
 
 __all__ = [
-    "FORMATS", "Parsed", "ToolCall", "check_format", "example", "format_of", "parse_calls",
+    "FORMATS", "Parsed", "ToolCall", "example", "format_of", "parse_calls", "unreadable",
     "write_calls",
 ]  # fmt: skip
 
@@ -31,11 +31,10 @@ FORMATS: dict[str, ModuleType] = {
 }  # fmt: skip
 
 
-def check_format(name: str) -> str:
-    """`name`; raises ValueError unless it is a format."""
-    if name not in FORMATS:
-        raise ValueError(f"Unknown tool format {name!r}: expected one of {', '.join(FORMATS)}.")
-    return name
+def _module(format: str) -> ModuleType:
+    if format not in FORMATS:
+        raise ValueError(f"Unknown tool format {format!r}: expected one of {', '.join(FORMATS)}.")
+    return FORMATS[format]
 
 
 def parse_calls(text: str, format: str) -> Parsed:
@@ -51,7 +50,7 @@ def parse_calls(text: str, format: str) -> Parsed:
     Raises:
         ValueError: unknown format.
     """
-    module = FORMATS[check_format(format)]
+    module = _module(format)
     try:
         calls, rest = module.read(strip_thoughts(text))
         if not (len(calls) <= MAX_CALLS):
@@ -67,9 +66,14 @@ def write_calls(calls: Sequence[ToolCall], format: str) -> str:
     Raises:
         ValueError: unknown format.
     """
-    return str(FORMATS[check_format(format)].write(calls))
+    return str(_module(format).write(calls))
 
 
 def example(format: str) -> str:
     """How a call looks, for a message about one that could not be read."""
-    return str(FORMATS[check_format(format)].EXAMPLE)
+    return str(_module(format).EXAMPLE)
+
+
+def unreadable(parsed: Parsed, format: str) -> str:
+    """What a world answers to a call that could not be read."""
+    return f"Error: the call could not be read: {parsed.error}. Write {example(format)}"

@@ -18,7 +18,7 @@ from hero.envs.bfcl.package import (
     load_package,
 )
 from hero.envs.bfcl.world import World
-from hero.toolcalls import Parsed, ToolCall, check_format, example, parse_calls, write_calls
+from hero.toolcalls import Parsed, ToolCall, parse_calls, unreadable, write_calls
 from hero.types import FeedbackKind
 
 FINISHED = "Everything you asked for is done."
@@ -112,12 +112,10 @@ class BfclEnv:
             raise RuntimeError("No episode is under way; call reset(task_id) first.")
         self._said.append(text)
         world.steps += 1
-        parsed = parse_calls(text, check_format(self.tool_format))
+        parsed = parse_calls(text, self.tool_format)
         role = "tool"
         if not parsed.parse_ok:
-            kind = FeedbackKind.PARSE_ERROR
-            seen = f"Error: the call could not be read: {parsed.error}. "
-            seen += f"Write {example(self.tool_format)}"
+            kind, seen = FeedbackKind.PARSE_ERROR, unreadable(parsed, self.tool_format)
         elif parsed.calls:
             kind, seen = self._call(parsed)
         else:

@@ -15,7 +15,7 @@ from hero.envs.tau.package import TESTED, Domain, load_domain, package_version
 from hero.envs.tau.trivial import TRIVIAL
 from hero.envs.tau.users import GREETING, Chat, ModelUser, ScriptedUser, User, stops
 from hero.envs.tau.world import MAX_ERRORS, World
-from hero.toolcalls import Parsed, ToolCall, check_format, example, parse_calls, write_calls
+from hero.toolcalls import Parsed, ToolCall, parse_calls, unreadable, write_calls
 from hero.types import FeedbackKind, Message
 
 USERS = ("scripted", "policy", "model", "openai", "none")
@@ -200,11 +200,10 @@ class TauEnv:
         if self._world is None or self._ended:
             raise RuntimeError("No episode is under way; call reset(task_id) first.")
         self._steps += 1
-        parsed = parse_calls(text, check_format(self.tool_format))
+        parsed = parse_calls(text, self.tool_format)
         if not parsed.parse_ok:
-            kind, said = FeedbackKind.PARSE_ERROR, parsed.error
-            seen = f"Error: the call could not be read: {said}. Write {example(self.tool_format)}"
-            role = "tool"
+            kind, role = FeedbackKind.PARSE_ERROR, "tool"
+            seen = unreadable(parsed, self.tool_format)
         elif parsed.calls:
             kind, seen, role = self._call(parsed)
         else:
