@@ -23,6 +23,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 4, "experts_implementation": "eager"}  # grouped ones know no fp64
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "tied": ("Llama", {"tie_word_embeddings": True}),
@@ -30,13 +31,21 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "scale": ("Cohere", {"logit_scale": 0.25}),
     "divisor": ("Granite", {"logits_scaling": 5.0}),
     "bias": ("Phi", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "qwen3 moe": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 8, **EXPERTS}),
+    "gemma3": ("Gemma3", {}),
+    "smollm3": ("SmolLM3", {}),
+    "mistral": ("Mistral", {}),
+    "gpt-oss": ("GptOss", {"num_local_experts": 4, **EXPERTS}),
 }
 
 
 def made(kind: str = "llama", dtype: torch.dtype = torch.float64) -> Any:
     torch.manual_seed(3)
     family, options = KINDS[kind]
-    config = getattr(transformers, f"{family}Config")(**SIZES, **options)
+    of_text = getattr(transformers, f"{family}TextConfig", None)  # Gemma 3, which sees images too
+    config = (of_text or getattr(transformers, f"{family}Config"))(**SIZES, **options)
     return getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
 
 
