@@ -8,7 +8,11 @@ import threading
 from functools import cache
 from pathlib import Path
 
-SHIPPED = {name: Path(__file__).parent / "assets" / name for name in ("tiny-shop", "tiny-desk")}
+SHIPPED = {
+    name: Path(__file__).parent / "assets" / name
+    for name in ("tiny-shop", "tiny-shop-1", "tiny-desk")
+}
+"""`tiny-shop-1` is the first one of the shop, where the studies start."""
 CONFIGS = ("config.json", "adapter_config.json")
 """Files that a folder with a model, or with a LoRA adapter, holds."""
 HUB_SECONDS = 3.0

@@ -30,6 +30,8 @@ from hero.types import Diagnosis, Sample, Trajectory, Turn
 from hero.worked import worked_episodes
 
 KINDS = ("plain", "hindsight", "diagnosis")
+FAULTLESS = Diagnosis(turn=-1)
+"""Written as turn 0: what the request asks for where no turn has a fault."""
 
 
 def make_targets(
@@ -72,7 +74,8 @@ def make_targets(
         request = renderer.start(
             [{"role": "user", "content": prompts.reflection(trajectory, rules)}]
         )
-        answer = "\n".join(diagnosis_json(diagnosis) for diagnosis in diagnoses)
+        listed = [d for d in diagnoses if config.diagnoses == "all" or _is_faulty(d)]
+        answer = "\n".join(map(diagnosis_json, listed or [FAULTLESS]))
         ids = [*renderer.encode(answer), renderer.end_id]
         targets["diagnosis"].append([_sample(request, ids)])
     return targets
@@ -125,6 +128,10 @@ class Wanderer:
         return self.last
 
 
+def _is_faulty(diagnosis: Diagnosis) -> bool:
+    return diagnosis != Diagnosis(turn=diagnosis.turn, source=diagnosis.source)
+
+
 def hindsight_samples(
     trajectory: Trajectory,
     diagnoses: Sequence[Diagnosis],
@@ -145,7 +152,7 @@ def hindsight_samples(
     """
     samples = []
     for turn, diagnosis, best in zip(trajectory.turns, diagnoses, oracle, strict=True):
-        faulty = diagnosis != Diagnosis(turn=diagnosis.turn, source=diagnosis.source)
+        faulty = _is_faulty(diagnosis)
         right = diagnosis.corrected_action or best if faulty else turn.action_text
         if faulty and right.strip() in ("", turn.action_text.strip()):
             continue

@@ -179,8 +179,16 @@ def explain(
         A few lines of text.
 
     Raises:
+        TypeError: a size is no whole number.
         ValueError: the implementation named cannot serve, or no tile fits the budget.
     """
+    sizes = {"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}
+    for size, value in sizes.items():
+        if not isinstance(value, int):
+            raise TypeError(
+                f"{size} must be a whole number, got a {type(value).__name__}: explain takes the "
+                "sizes of a call, explain(num_rows, hidden_size, vocab_size), not its tensors."
+            )
     options = checks.options(options or KernelOptions())
     if options.process_group is not None:
         raise ValueError(

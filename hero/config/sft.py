@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
@@ -49,6 +49,10 @@ class SftConfig(Settings):
     The target is then the demonstrator's own action. Without them a small model learns that any
     context at all means "act like an expert", and what the context says no longer matters
     (docs/results.md)."""
+    diagnoses: Literal["faults", "all"] = "faults"
+    """What a reflection is taught to list: turns with a fault, as requests ask, or all of them.
+
+    The second is longer to write; the agents that the studies start from learnt it."""
     steps: Count = 3000
     """Optimiser steps."""
     batch_size: Count = 4

@@ -69,3 +69,5 @@ def test_explain_names_all_that_were_not_taken() -> None:
         explain(1, 1, 1, support="half")
     with pytest.raises(ValueError, match=r"impl=.triton. cannot serve"):
         explain(1, 1, 1, impl="triton")
+    with pytest.raises(TypeError, match="hidden_size must be a whole number, got a Tensor"):
+        explain(2, torch.zeros(2, 2), 2)  # type: ignore[arg-type]
