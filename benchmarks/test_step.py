@@ -175,9 +175,7 @@ def trl_step(folder: Path) -> dict[str, float]:
 def test_step(loops: Loops, tmp_path: Path) -> None:
     calls: dict[str, Call] = {
         "hero": Steps("quickstart", tmp_path),
-        "hero, imperfect episodes": Steps(
-            "quickstart", tmp_path, reflection={"episodes": "imperfect"}
-        ),
+        "hero, all episodes read": Steps("quickstart", tmp_path, reflection={"episodes": "all"}),
         "grpo": Steps("shop-grpo", tmp_path),
         "plain": Plain(tmp_path),
     }

@@ -103,6 +103,7 @@ def test_an_agent_that_was_always_cut_off_is_not_collapsing() -> None:
 def test_a_collapse_that_is_provoked_is_caught_and_mended(tmp_path: Path) -> None:
     """A live teacher at ten times the quickstart's rate: everybody clicks to the cap, then not."""
     changes = {
+        "model": {"path": "tiny-shop-1"}, "reflection": {"episodes": "all"},  # as docs/results.md
         "teacher": {"weights": "live"}, "optim": {"learning_rate": 3e-3, "warmup_steps": 1},
         "rollout": {"tasks_per_update": 16}, "updates": 4,
         "eval": {"every": 2, "dev_tasks": 32, "test_tasks": 0, "min_teacher_lift": None},
