@@ -219,13 +219,17 @@ CONTESTANTS: dict[str, Make] = {
 }
 """By the names that tables use; docs/benchmarks.md says what each is."""
 SLOW_TO_START = ("compiled", "auto-chunked", "liger-compiled")
-"""Compiled for every shape, which takes longer than all the rest: they run in the plain cases only,
-and on CPU only with --full."""
+"""Compiled for every shape, which takes longer than all the rest: they run in the plain cases
+only."""
 
 
 def takes_part(name: str, case: Case) -> bool:
     """Whether a contestant is entered for a case; it may still turn out to be unavailable."""
     if name == "eager-widened":
         return case.dtype != "float32"
-    plain = case.divergence == "jsd" and case.action_share == 1.0 and case.trainable_head
-    return plain or name not in SLOW_TO_START
+    return is_plain(case) or name not in SLOW_TO_START
+
+
+def is_plain(case: Case) -> bool:
+    """Whether the loss is the JSD of all tokens, and its head is trained."""
+    return case.divergence == "jsd" and case.action_share == 1.0 and case.trainable_head

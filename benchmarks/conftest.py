@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import machine, measure, report
-from benchmarks.baselines import CONTESTANTS, SLOW_TO_START, takes_part
+from benchmarks.baselines import CONTESTANTS, takes_part
 from benchmarks.machine import device_type
 from benchmarks.ours import ON_REQUEST
 from benchmarks.shapes import Case, case_sets
@@ -24,9 +24,7 @@ if TYPE_CHECKING:  # it loads transformers
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("benchmarks")
-    group.addoption(
-        "--full", action="store_true", help="larger cases; on CPU, compiled contestants too"
-    )
+    group.addoption("--full", action="store_true", help="larger cases")
     group.addoption(
         "--cases", choices=case_sets(), help="a set of cases; default: by device and --full"
     )
@@ -48,7 +46,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     config = metafunc.config
     default = ("gpu" if device_type() == "cuda" else "cpu") + "-full" * config.getoption("full")
-    quick = device_type() == "cpu" and not config.getoption("full")
     given = config.getoption("contestants")
     names = given.split(",") if given else [n for n in CONTESTANTS if n not in ON_REQUEST]
     if unknown := [name for name in names if name not in CONTESTANTS]:
@@ -60,7 +57,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(case, name, id=f"{case.id}-{name}")
         for case in case_sets()[config.getoption("cases") or default]
         for name in names
-        if takes_part(name, case) and (given or name not in SLOW_TO_START or not quick)
+        if takes_part(name, case)
     ]
     metafunc.parametrize(("case", "contestant"), pairs)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def unit(name: str) -> str:
 
 
 def inner_loops(code: tuple[Instruction, ...]) -> Iterator[tuple[Instruction, ...]]:
-    """The loops without loops in them that compute exponentials."""
+    """The loops without loops in them that compute exponentials or write a gradient."""
     back = [
         (line.target, line.address)
         for line in code
@@ -94,38 +94,54 @@ def inner_loops(code: tuple[Instruction, ...]) -> Iterator[tuple[Instruction, ..
         if any((a, b) != (first, last) and first <= a and b <= last for a, b in back):
             continue
         loop = tuple(line for line in code if first <= line.address <= last)
-        if any(line.name.startswith("MUFU.EX2") for line in loop):
+        if any(line.name.startswith(("MUFU.EX2", "STG.E.128")) for line in loop):
             yield loop
 
 
 def shortest_way(
-    code: tuple[Instruction, ...], loop: tuple[Instruction, ...], exponentials: int
+    code: tuple[Instruction, ...],
+    loop: tuple[Instruction, ...],
+    least: Mapping[str, int],
+    loads: int | None = None,
 ) -> list[Instruction]:
-    """The fewest instructions from a loop's head to its last branch that compute so many
-    exponentials: ways without them skip the columns."""
+    """The fewest instructions from a loop's head to its last branch.
+
+    Args:
+        code: of the function.
+        loop: of it.
+        least: how many instructions the way has whose names begin so: ways without them skip the
+            columns.
+        loads: how many `LDS.128` it has exactly, which says of which types the logits are.
+    """
     index = {line.address: position for position, line in enumerate(code)}
     start, end = index[loop[0].address], index[loop[-1].address]
-    came: dict[tuple[int, int], tuple[int, int] | None] = {(start, 0): None}
+    marks = (*least, "LDS.128")
+    most = (*least.values(), 0 if loads is None else loads + 1)
+    goal = (end, (*least.values(), loads or 0))
+    State = tuple[int, tuple[int, ...]]
+    came: dict[State, State | None] = {(start, (0,) * len(marks)): None}
     states = deque(came)
-    while states and (end, exponentials) not in came:
+    while states and goal not in came:
         position, seen = state = states.popleft()
         line = code[position]
         if position == end or (line.name.startswith("EXIT") and not line.predicated):
             continue
-        seen = min(seen + line.name.startswith("MUFU.EX2"), exponentials)
+        seen = tuple(
+            min(n + line.name.startswith(mark), limit)
+            for n, mark, limit in zip(seen, marks, most, strict=True)
+        )
         nexts = [position + 1] if line.target is None or line.predicated else []
         nexts += [index[line.target]] if line.target in index else []
         for following in nexts:
             if following != start and (following, seen) not in came:
                 came[following, seen] = state
                 states.append((following, seen))
-    way, at = [], (end, exponentials)
-    while True:
+    way = []
+    at: State | None = goal
+    while at is not None:
         way.append(code[at[0]])
-        before = came[at]
-        if before is None:
-            return way
-        at = before
+        at = came[at]
+    return way
 
 
 def count(lines: list[Instruction], columns: float) -> dict[str, float]:
@@ -134,16 +150,18 @@ def count(lines: list[Instruction], columns: float) -> dict[str, float]:
     return {name: n / columns for name, n in {**units, "issue": len(lines)}.items()}
 
 
-def of_sweep(name: str, compiled: Compiled, columns: int, size: float) -> Bound:
+def of_sweep(
+    name: str, compiled: Compiled, columns: int, size: float, loads: int | None = None
+) -> Bound:
     """Of a kernel that walks the columns in loops, each of which takes `columns` a thread.
 
-    Every sweep computes p_s at least: one exponential a column.
+    A loop computes p_s at least, one exponential a column, or only writes the gradient.
     """
-    ways = [
-        line
-        for loop in inner_loops(compiled.code)
-        for line in shortest_way(compiled.code, loop, columns)
-    ]
+    ways = []
+    for loop in inner_loops(compiled.code):
+        computes = any(line.name.startswith("MUFU.EX2") for line in loop)
+        least = {"MUFU.EX2": columns} if computes else {"STG.E.128": 1}
+        ways += shortest_way(compiled.code, loop, least, loads)
     counts = count(ways, columns)
     return Bound(name, size, counts, compiled.registers, compiled.warps_per_sm)
 
@@ -171,9 +189,10 @@ def bounds() -> dict[str, Bound]:
             parts = " and ".join(["values"] * values + ["gradient"] * grad)
             found.append(of_sweep(f"Triton, {name}: {parts}", compiled, 8, 6 + 2 * grad))
     codes = {code: name for name, code in DIVERGENCE_CODES.items()}
-    for (code, delta), compiled in sorted(cuda_rows("90a").items()):
-        if delta:
-            found.append(of_sweep(f"CUDA, {codes[code]}: whole row", compiled, 8, 8))
+    for (code, delta, leaves), compiled in sorted(cuda_rows("90a").items()):
+        if delta and leaves == (codes[code] == "jsd"):
+            # Eight columns are two loads of fp32 and one of bf16.
+            found.append(of_sweep(f"CUDA, {codes[code]}: whole row", compiled, 8, 8, loads=3))
     config = GEMMS[90].descriptors
     assert config is not None
     tile = config.shared_head.block_t * config.shared_head.block_v

@@ -42,6 +42,7 @@ class Instruction:
     target: int | None
     """Where a branch goes."""
     predicated: bool
+    """Whether it may do nothing."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def disassemble(cubin: Path) -> dict[str, tuple[Instruction, ...]]:
             address, predicate, name, rest = found.groups()
             target = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
             where = int(target[1], 16) if target else None
-            code.append(Instruction(int(address, 16), name, where, bool(predicate)))
+            may = bool(predicate) or name == "BRA.DIV"  # taken by a warp that has diverged
+            code.append(Instruction(int(address, 16), name, where, may))
     return {name: tuple(code) for name, code in functions.items()}
 
 
@@ -292,8 +294,9 @@ def gemm(arch: int, path: str, mode: str, *, full: bool = False, **ones: int) ->
 
 
 @functools.cache
-def cuda_rows(arch: str) -> dict[tuple[int, bool], Compiled]:
-    """The CUDA row kernels for an architecture such as "90a", by divergence and DELTA.
+def cuda_rows(arch: str) -> dict[tuple[int, bool, bool], Compiled]:
+    """The CUDA row kernels for an architecture such as "90a", by divergence, delta and `leaves`
+    (csrc/cuda/row_kernel.h).
 
     Raises:
         RuntimeError: nvcc failed or had something to warn of.
@@ -307,11 +310,13 @@ def cuda_rows(arch: str) -> dict[tuple[int, bool], Compiled]:
         if done.returncode or "warning" in done.stderr:
             raise RuntimeError(f"{' '.join(map(str, command))} says: {done.stderr}")
         functions = disassemble(cubin)
-    pattern = r"Compiling entry function '(\S+ILi(\d)ELb(\d)E\S+)'.*?Used (\d+) registers([^\n]*)"
+    pattern = (
+        r"Compiling entry function '(\S+ILi(\d)ELb(\d)ELb(\d)E\S+)'.*?Used (\d+) registers([^\n]*)"
+    )
     kernels = {}
-    for name, code, delta, registers, rest in re.findall(pattern, done.stderr, re.DOTALL):
+    for name, code, delta, leaves, registers, rest in re.findall(pattern, done.stderr, re.DOTALL):
         shared = re.search(r"(\d+) bytes smem", rest)
-        kernels[int(code), delta == "1"] = Compiled(
+        kernels[int(code), delta == "1", leaves == "1"] = Compiled(
             int(registers), int(shared[1]) if shared else 0, 16, functions[name]
         )
     return kernels

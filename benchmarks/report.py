@@ -4,7 +4,8 @@
     python -m benchmarks.report --update docs/benchmarks.md   fills in the tables of a document
 
 In a document a table stands between the lines `<!-- results: PATH -->` and `<!-- end -->`, with the
-path of the JSON file from the root of the repository. Tables are at most 100 columns wide.
+path of the JSON file from the root of the repository. Tables are at most 100 columns wide. With
+`<!-- headline: PATH -->` it is a short one, of the plain case in bf16 and fp32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.baselines import OURS
+from benchmarks.baselines import OURS, is_plain
 from benchmarks.machine import ROOT, busy
 from benchmarks.measure import Result, from_json, speedup
 from benchmarks.shapes import Case
@@ -29,7 +30,16 @@ DIVERGENCES = {"jsd": "JSD", "forward_kl": "forward KL", "reverse_kl": "reverse 
 COLUMNS = ("", "ms", "/ hero", "/ library", "/ own", "MiB", "loss err", "dX err", "dW err")
 UNEVEN = 1.5
 """Slowest round of a yardstick, in medians, above which the rounds of a case were disturbed."""
-BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (results|headline): (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HEADLINE = {
+    "hero": "**hero_kernels**",
+    "eager": "torch, whole logits",
+    "compiled": "the same under torch.compile",
+    "chunked": "torch, in chunks, computed twice",
+    "liger-chunked": "Liger {liger-kernel}, chunked JSD",
+    "trl-chunked": "TRL {trl}, chunked divergence",
+}
+"""Contestants of a headline, and their names there, with versions of packages."""
 
 Entries = Sequence[tuple[Case, Mapping[str, Result]]]
 
@@ -116,6 +126,27 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
         cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def headline(session: Mapping[str, Any]) -> str:
+    """Time and memory of the JSD of all tokens, in bf16 and fp32, of the contestants measured."""
+    plain = {case.dtype: results for case, results in entries_of(session) if is_plain(case)}
+    rows: list[Sequence[str]] = [
+        ("", "bf16: time", "memory", "error of dX", "fp32: time", "memory")
+    ]
+    for name, words in HEADLINE.items():
+        cells = []
+        for dtype, results in plain.items():
+            result = results.get(name, Result(skipped="not entered"))
+            figures = ["not measured"] + [""] * (1 + (dtype == "bfloat16"))
+            if not result.skipped:
+                memory = f"{(result.extra_bytes or 0) / 2**20:.0f} MiB"
+                figures = [f"{_number(1e3 * result.median)} ms", memory]
+                if dtype == "bfloat16":
+                    figures.append(_percent(result.gradient_errors[0]))
+            cells += [f"**{cell}**" if cell and name == "hero" else cell for cell in figures]
+        rows.append((words.format(**session["machine"]["versions"]), *cells))
+    return aligned(rows) + "\n"
 
 
 def is_sweep(entries: Entries) -> bool:
@@ -228,8 +259,9 @@ def updated(document: str, root: Path = ROOT) -> str:
     """
 
     def fill(block: re.Match[str]) -> str:
-        session = json.loads((root / block[2]).read_text())
-        return f"{block[1]}{render(session)}{block[3]}"
+        session = json.loads((root / block[3]).read_text())
+        text = headline(session) if block[2] == "headline" else render(session)
+        return f"{block[1]}{text}{block[4]}"
 
     return BLOCK.sub(fill, document)
 

@@ -90,13 +90,19 @@ HERO_FUNCTION LogMixture<T> log_mixture(T x, const Mixture& mixture) {
 // limit, and 1 of 70 within CLOSE_LOG_RATIO (benchmarks/log_ratios.py).
 constexpr float EVEN_LIMIT = 3.5f;
 
-// log q - log m; t = x^2.
+// log cosh y over x^2; t = x^2.
 template <class T>
-HERO_FUNCTION T even_bracket(T x, T t) {
+HERO_FUNCTION T even_log_cosh(T t) {
     const float log_cosh[] = {0.125f,          -5.20829204e-3f, 3.47108347e-4f, -2.62263038e-5f,
                               2.0632956e-6f,   -1.55167299e-7f, 9.93059324e-9f, -4.72137551e-10f,
                               1.41209917e-11f, -1.94200233e-13f};
-    return x * (0.5f - x * power_series<10>(log_cosh, t));
+    return power_series<10>(log_cosh, t);
+}
+
+// log q - log m; t = x^2.
+template <class T>
+HERO_FUNCTION T even_bracket(T x, T t) {
+    return x * (0.5f - x * even_log_cosh(t));
 }
 
 // The column's share over m; t = x^2.

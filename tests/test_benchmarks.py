@@ -244,6 +244,18 @@ def test_document_is_filled_from_the_named_file(tmp_path: Path) -> None:
     assert report.updated(filled) == filled
 
 
+def test_headline_has_both_types_in_a_row_and_says_what_was_not_measured() -> None:
+    given = session()
+    entry = given["cases"][0]
+    given["cases"] = [entry, {**entry, "case": {**entry["case"], "dtype": "float32"}}]
+    given["machine"]["versions"] |= {"liger-kernel": "7.8.9", "trl": "1.2.3"}
+    text = report.headline(given)
+    hero = row(text, "**hero_kernels**")
+    assert hero == ["**2000 ms**", "**1 MiB**", "**1 %**", "**2000 ms**", "**1 MiB**"]
+    assert row(text, "the same under torch.compile") == ["not measured", "", "", "not measured", ""]
+    assert "TRL 1.2.3" in text
+
+
 def test_json_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "new" / "r.json"
     machine.write_json(path, {"a": 1})

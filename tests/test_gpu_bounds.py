@@ -31,9 +31,19 @@ def test_the_shortest_way_computes_what_is_asked_for() -> None:
                  **{"BRA.A": 96, "BRA.B": 16})  # fmt: skip
     [loop] = gpu_bounds.inner_loops(lines)
     assert [line.address for line in loop] == [16, 32, 48, 64, 80, 96]
-    way = gpu_bounds.shortest_way(lines, loop, 2)
+    way = gpu_bounds.shortest_way(lines, loop, {"MUFU.EX2": 2})
     assert sorted(line.address for line in way) == [16, 32, 48, 64, 80, 96]
-    assert sorted(line.address for line in gpu_bounds.shortest_way(lines, loop, 0)) == [16, 32, 96]
+    shorter = gpu_bounds.shortest_way(lines, loop, {})
+    assert sorted(line.address for line in shorter) == [16, 32, 96]
+
+
+def test_the_shortest_way_reads_logits_of_the_type_that_is_asked_for() -> None:
+    """Two loads, or a longer way with one and three instructions that convert."""
+    lines = code("MUFU.EX2", "BRA.A?", "LDS.128", "LDS.128", "BRA.B", "LDS.128", "SHL", "PRMT",
+                 "PRMT", "BRA.C?", "EXIT", **{"BRA.A": 80, "BRA.B": 144, "BRA.C": 0})  # fmt: skip
+    [loop] = gpu_bounds.inner_loops(lines)
+    for loads, length in ((None, 6), (2, 6), (1, 7)):
+        assert len(gpu_bounds.shortest_way(lines, loop, {"MUFU.EX2": 1}, loads)) == length
 
 
 def test_the_least_time_by_hand() -> None:

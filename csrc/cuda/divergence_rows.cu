@@ -6,28 +6,29 @@
 
 namespace {
 
-template <int divergence, bool delta>
+template <int divergence, bool delta, bool leaves>
 __global__ void __launch_bounds__(hero::MAX_THREADS, 1)
     cuda_divergence_rows_kernel(const __grid_constant__ RowsProblem problem,
                                 const __grid_constant__ hero::Plan plan) {
-    hero::divergence_rows<divergence, delta>(problem, plan);
+    hero::divergence_rows<divergence, delta, leaves>(problem, plan);
 }
 
 using Kernel = void (*)(RowsProblem, hero::Plan);
 
-Kernel kernel_for(const RowsProblem& problem) {
-    const bool delta = problem.delta;
+template <bool delta>
+Kernel kernel_for(const RowsProblem& problem, bool leaves) {
     switch (problem.divergence) {
         case hero::FORWARD_KL:
-            return delta ? cuda_divergence_rows_kernel<hero::FORWARD_KL, true>
-                         : cuda_divergence_rows_kernel<hero::FORWARD_KL, false>;
+            return cuda_divergence_rows_kernel<hero::FORWARD_KL, delta, false>;
         case hero::REVERSE_KL:
-            return delta ? cuda_divergence_rows_kernel<hero::REVERSE_KL, true>
-                         : cuda_divergence_rows_kernel<hero::REVERSE_KL, false>;
+            return cuda_divergence_rows_kernel<hero::REVERSE_KL, delta, false>;
         default:
-            return delta ? cuda_divergence_rows_kernel<hero::JSD, true>
-                         : cuda_divergence_rows_kernel<hero::JSD, false>;
+            return leaves ? cuda_divergence_rows_kernel<hero::JSD, delta, true>
+                          : cuda_divergence_rows_kernel<hero::JSD, delta, false>;
     }
+}
+Kernel kernel_for(const RowsProblem& problem, bool leaves) {
+    return problem.delta ? kernel_for<true>(problem, leaves) : kernel_for<false>(problem, leaves);
 }
 
 // What a device and the code compiled for it offer. Makes the device current: this copy of the CUDA
@@ -87,12 +88,12 @@ const char* hero_cuda_error(int error) {
 
 // Enqueues the kernel on `stream` of `device`; returns a cudaError_t. Nothing waits.
 int hero_cuda_divergence_rows(const RowsProblem* problem, int device, void* stream) {
-    const Kernel typed = kernel_for(*problem);
-    const void* kernel = reinterpret_cast<const void*>(typed);
     hero::Limits limits;
-    if (cudaError_t error = get_limits(typed, device, &limits)) return error;
+    if (cudaError_t error = get_limits(kernel_for(*problem, false), device, &limits)) return error;
     for (;;) {
         hero::Plan plan = hero::choose_plan(*problem, limits);
+        const Kernel typed = kernel_for(*problem, hero::leaves(*problem, plan));
+        const void* kernel = reinterpret_cast<const void*>(typed);
         cudaLaunchAttribute attribute = {};
         attribute.id = cudaLaunchAttributeClusterDimension;
         attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster_size);

@@ -19,12 +19,24 @@ struct Lanes {
           step(plan.vectors ? 1 : 32) {}
 };
 
+// Where eight columns of a thread are.
+struct Place {
+    char *teacher, *student;  // column 0 of the tile, in its stage
+    int in_tile, column;      // the thread's first, within the tile and within the row
+    bool inside;              // the warp's columns are all real
+};
+
 struct Logits {
     float teacher[COLUMNS_PER_THREAD];    // z_t
     float student[COLUMNS_PER_THREAD];    // z_s
     float log_ratio[COLUMNS_PER_THREAD];  // z_s - z_t
     float slope[COLUMNS_PER_THREAD];      // d z_s / d raw, without its constant factor
     bool plain;  // known to the compiler: all columns are real and the slope is 1
+};
+
+// As stored, in fp32.
+struct Raw {
+    float teacher[COLUMNS_PER_THREAD], student[COLUMNS_PER_THREAD];
 };
 
 struct alignas(16) Words {
@@ -81,7 +93,8 @@ struct Scaling {
     float absolute;  // with delta, 1 where the row's student holds raw logits all the same, else 0
     float inv_temperature;
     float inner;  // before the soft cap
-    bool plain;   // the transform is a factor, and the row's gradient is wanted
+    float log2_inner;
+    bool plain;   // the transform is a factor > 0, and the row's gradient is wanted
 
     HERO_DEVICE Scaling(const RowsProblem& problem, const Lanes& lanes, int row)
         : absolute(problem.delta && problem.absolute_rows && problem.absolute_rows[row] ? 1.0f
@@ -89,9 +102,10 @@ struct Scaling {
           inv_temperature(problem.temperatures ? 1.0f / problem.temperatures[row]
                                                : problem.inv_temperature),
           inner(problem.logit_scale * (problem.softcap > 0 ? 1.0f : inv_temperature)),
+          log2_inner(inner * LOG2_E),
           plain(lanes.step == 1 && problem.teacher_dtype == FLOAT32 && !problem.teacher_bias &&
                 !problem.student_bias && !(problem.softcap > 0) && absolute == 0.0f &&
-                problem.row_weights[row] != 0.0f) {}
+                inner > 0.0f && problem.row_weights[row] != 0.0f) {}
 };
 
 // Raw stored numbers of one column -> z_t, z_s, z_s - z_t and the slope.
@@ -125,7 +139,7 @@ HERO_DEVICE void transform(const RowsProblem& problem, const Scaling& scaling, i
 
 // Whether no logit of the warp is masked; with delta that is the teacher's to say.
 template <bool delta>
-HERO_DEVICE bool none_masked(const Logits& raw) {
+HERO_DEVICE bool none_masked(const Raw& raw) {
     float least = raw.teacher[0];
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
@@ -135,7 +149,7 @@ HERO_DEVICE bool none_masked(const Logits& raw) {
 
 // Raw logits of a plain row, all real and none masked, as what they stand for.
 template <bool delta>
-HERO_DEVICE Logits plain_logits(const Logits& raw, const Scaling& scaling) {
+HERO_DEVICE Logits plain_logits(const Raw& raw, const Scaling& scaling) {
     Logits logits;
     logits.plain = true;
     HERO_UNROLL
@@ -152,16 +166,15 @@ HERO_DEVICE Logits plain_logits(const Logits& raw, const Scaling& scaling) {
 // The thread's columns of a tile; those from `vocab_size` on count as masked.
 template <bool delta>
 HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
-                               const Scaling& scaling, const char* teacher_tile,
-                               const char* student_tile, int in_tile, int column) {
+                               const Scaling& scaling, const Place& place) {
     Logits logits;
     logits.plain = false;
-    load_stored(teacher_tile, problem.teacher_dtype, in_tile, lanes, logits.teacher);
-    load_stored(student_tile, problem.student_dtype, in_tile, lanes, logits.student);
+    load_stored(place.teacher, problem.teacher_dtype, place.in_tile, lanes, logits.teacher);
+    load_stored(place.student, problem.student_dtype, place.in_tile, lanes, logits.student);
     const int vocab_size = static_cast<int>(problem.vocab_size);
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
-        const int at = column + i * lanes.step;
+        const int at = place.column + i * lanes.step;
         if (at < vocab_size) {
             transform<delta>(problem, scaling, at, logits.teacher[i], logits.student[i],
                              logits.teacher[i], logits.student[i], logits.log_ratio[i],
@@ -175,8 +188,8 @@ HERO_DEVICE Logits load_logits(const RowsProblem& problem, const Lanes& lanes,
     return logits;
 }
 
-// Writes adjacent columns of the gradient's row, all within it, in pieces of 16 bytes.
-HERO_DEVICE void store_pieces(int32_t dtype, char* grad_row, int column, const float* values) {
+// Writes adjacent columns of a row, all within it, in pieces of 16 bytes.
+HERO_DEVICE void store_pieces(int32_t dtype, char* row, int column, const float* values) {
     Words first, second;
     if (dtype == BFLOAT16) {
         HERO_UNROLL
@@ -192,7 +205,7 @@ HERO_DEVICE void store_pieces(int32_t dtype, char* grad_row, int column, const f
     }
     const bool half = dtype != FLOAT32;
     Words* pieces =
-        reinterpret_cast<Words*>(grad_row + static_cast<int64_t>(column) * (half ? 2 : 4));
+        reinterpret_cast<Words*>(row + static_cast<int64_t>(column) * (half ? 2 : 4));
     pieces[0] = first;
     if (!half) pieces[1] = second;
 }
@@ -201,14 +214,12 @@ HERO_DEVICE uint32_t pack(int32_t dtype, float first, float second) {
     return dtype == BFLOAT16 ? bfloat16x2(first, second) : float16x2(first, second);
 }
 
-// Writes the thread's columns of the gradient's row.
-HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, char* grad_row,
-                                int column, const float* values) {
-    const int32_t dtype = problem.grad_dtype;
-    const int columns = static_cast<int>(problem.columns);
+// Writes the thread's columns of a row that ends with `columns`.
+HERO_DEVICE void store_columns(int32_t dtype, char* row, int columns, const Lanes& lanes,
+                               int column, const float* values) {
     const bool half = dtype != FLOAT32;
     if (lanes.step == 1 && column <= columns - COLUMNS_PER_THREAD) {
-        store_pieces(dtype, grad_row, column, values);
+        store_pieces(dtype, row, column, values);
         return;
     }
     HERO_UNROLL
@@ -216,10 +227,10 @@ HERO_DEVICE void store_gradient(const RowsProblem& problem, const Lanes& lanes, 
         const int at = column + i * lanes.step;
         if (at >= columns) continue;
         if (half)
-            reinterpret_cast<uint16_t*>(grad_row)[at] =
+            reinterpret_cast<uint16_t*>(row)[at] =
                 static_cast<uint16_t>(pack(dtype, values[i], 0.0f));
         else
-            reinterpret_cast<float*>(grad_row)[at] = values[i];
+            reinterpret_cast<float*>(row)[at] = values[i];
     }
 }
 

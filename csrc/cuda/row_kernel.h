@@ -6,12 +6,13 @@
 //   sweep 3   the gradient of the JSD, which needs sweep 2's KL(p_s || m)
 //
 // A row is read from global memory once, as soon as its stages are free: while the last sweep over
-// one row runs, the next row comes in behind it. A row that no cluster can hold is read once for
-// each sweep, through the same stages.
+// one row runs, the next row comes in behind it. Sweep 2 then leaves in place of the logits what
+// sweep 3 needs (`leaves`; logits of 16 bits have no room for it). A row that no cluster can
+// hold is read once for each sweep, through the same stages.
 #pragma once
 
 #include "row_copies.h"
-#include "row_terms.h"
+#include "row_near.h"
 
 namespace hero {
 
@@ -42,49 +43,59 @@ HERO_DEVICE Target load_target(const RowsProblem& problem, const char* teacher, 
     return target;
 }
 
-// Calls body(logits, column) for the thread's columns of a slice. `incoming`: tiles are still being
-// copied; `release`: this is the last time that they are read.
-template <bool delta, class Body>
-HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const Work& work,
-                           Exchange& exchange, const Lanes& lanes, int row, const Scaling& scaling,
-                           Position at, bool incoming, bool release, Body body) {
-    const int vocab_size = static_cast<int>(problem.vocab_size);
-    const char* memory = shared_memory();
-    const int warp = thread_index() / 32;
-    const int group = warp * GROUP;
-    const int teacher_lead = lead_of(teacher_row(problem, row));
-    const int student_lead = lead_of(student_row(problem, row));
+// Calls body(place) for the thread's columns of a slice. `incoming`: tiles are still being copied;
+// `release`: this is the last time that they are read; `written`: or written.
+template <class Body>
+HERO_DEVICE Position visit(const RowsProblem& problem, const Plan& plan, const Work& work,
+                           Exchange& exchange, const Lanes& lanes, int row, Position at,
+                           bool incoming, bool release, bool written, Body body) {
+    char* memory = shared_memory();
+    const int group = thread_index() / 32 * GROUP;
+    char* teacher = memory + EXCHANGE_BYTES + lead_of(teacher_row(problem, row));
+    char* student = memory + plan.student_offset + lead_of(student_row(problem, row));
+    const int real = static_cast<int>(problem.vocab_size) - GROUP;
     for (int tile = 0; tile < plan.tiles; ++tile) {
         if (incoming) wait(&exchange.full[at.stage], at.parity);
         const int first = tile * plan.warps * GROUP + group;  // within the slice
         if (first < work.slice_end - work.slice_begin) {
-            const int column = work.slice_begin + first + lanes.offset;
-            const char* teacher =
-                memory + EXCHANGE_BYTES + at.stage * plan.teacher_stage + teacher_lead;
-            const char* student =
-                memory + plan.student_offset + at.stage * plan.student_stage + student_lead;
-            const int in_tile = group + lanes.offset;
-            // The usual case is written for itself, so that nothing is asked column by column.
-            bool plain = scaling.plain && work.slice_begin + first + GROUP <= vocab_size;
-            Logits raw;
-            if (plain) {
-                load_pieces(teacher, FLOAT32, in_tile, raw.teacher);
-                load_pieces(student, problem.student_dtype, in_tile, raw.student);
-                plain = none_masked<delta>(raw);
-            }
-            if (plain)
-                body(plain_logits<delta>(raw, scaling), column);
-            else
-                body(load_logits<delta>(problem, lanes, scaling, teacher, student, in_tile, column),
-                     column);
+            const int begin = work.slice_begin + first;
+            body(Place{teacher + at.stage * plan.teacher_stage,
+                       student + at.stage * plan.student_stage, group + lanes.offset,
+                       begin + lanes.offset, begin <= real});
         }
         if (release) {
+            if (written) fence_copies();
             sync_warp();
             if (thread_index() % 32 == 0) arrive(&exchange.empty[at.stage]);
         }
         at.advance(plan.stages);
     }
     return at;
+}
+
+// `visit` with the logits: calls near(raw, place), which may return false, and then
+// far(logits, place).
+template <bool delta, class Near, class Far>
+HERO_DEVICE Position sweep(const RowsProblem& problem, const Plan& plan, const Work& work,
+                           Exchange& exchange, const Lanes& lanes, int row, const Scaling& scaling,
+                           Position at, bool incoming, bool release, Near near, Far far) {
+    return visit(problem, plan, work, exchange, lanes, row, at, incoming, release, false,
+                 [&](const Place& place) {
+                     // The usual case is written for itself: nothing is asked column by column.
+                     bool plain = scaling.plain && place.inside;
+                     Raw raw;
+                     if (plain) {
+                         load_pieces(place.teacher, FLOAT32, place.in_tile, raw.teacher);
+                         load_pieces(place.student, problem.student_dtype, place.in_tile,
+                                     raw.student);
+                         if (near(raw, place)) return;
+                         plain = none_masked<delta>(raw);
+                     }
+                     if (plain)
+                         far(plain_logits<delta>(raw, scaling), place);
+                     else
+                         far(load_logits<delta>(problem, lanes, scaling, place), place);
+                 });
 }
 
 // What sweep 1 knows of a row: its statistics, but for those of `Values`. Returns the importance
@@ -114,15 +125,16 @@ HERO_DEVICE float row_statistics(const RowsProblem& problem, const Masses& masse
     return ratio;
 }
 
-template <int divergence, bool delta>
+template <int divergence, bool delta, bool leaves>
 HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, const Work& work,
                               Exchange& exchange) {
     constexpr bool is_jsd = divergence == JSD;
     const Lanes lanes(plan);
     const Mixture mixture(problem.beta, problem.one_minus_beta);
     const bool with_stats = problem.with_stats;
-    const bool resident = plan.resident;
-    const bool third = work.sweeps == 3;
+    const bool resident = leaves || plan.resident;
+    const bool third = leaves || work.sweeps == 3;
+    const int32_t left_dtype = problem.student_dtype == FLOAT32 ? FLOAT32 : FLOAT16;
     uint32_t reductions = 0;
     Position at;
     for (int row = work.first_row; row < problem.rows; row += work.row_step) {
@@ -135,13 +147,23 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         const Position start = at;
 
         Masses mine = no_masses();
+        NearMasses near_masses_sum = {};
         bool is_first = true;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, at, true, !resident,
-                          [&](const Logits& z, int column) {
-                              add_masses<divergence, delta>(z, lanes, column, is_first, with_stats,
-                                                            mine);
-                              is_first = false;
-                          });
+        at = sweep<delta>(
+            problem, plan, work, exchange, lanes, row, scaling, at, true, !resident,
+            [&](const Raw& raw, const Place&) {
+                if (divergence == REVERSE_KL || with_stats) return false;
+                const bool near =
+                    near_masses<divergence, delta>(raw, scaling, is_first, mine, near_masses_sum);
+                is_first = is_first && !near;
+                return near;
+            },
+            [&](const Logits& z, const Place& place) {
+                add_masses<divergence, delta>(z, lanes, place.column, is_first, with_stats, mine,
+                                              near_masses_sum);
+                is_first = false;
+            });
+        join(mine, near_masses_sum);
         const Masses masses = reduce_cluster(
             exchange, plan, work.rank, reductions++, true, mine, no_masses(),
             [&](const Masses& sums) { return combine<divergence>(sums, with_stats); });
@@ -157,45 +179,90 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
                             (is_jsd ? mixture.other : 1.0f);
         // Writes a gradient of the thread's columns: zero in padding, and where the weight is zero
         // even if the row holds NaN.
+        const int columns = static_cast<int>(problem.columns);
         const int vocab_size = weight != 0.0f ? static_cast<int>(problem.vocab_size) : 0;
-        const auto store = [&](const Logits& z, int column, float* gradient) {
-            if (z.plain) {
-                HERO_UNROLL
-                for (int i = 0; i < COLUMNS_PER_THREAD; ++i) gradient[i] *= scale;
-                store_pieces(problem.grad_dtype, grad, column, gradient);
+        const auto store = [&](float* gradient, const Place& place) {
+            if (lanes.step == 1 && place.inside && weight != 0.0f) {
+                store_pieces(problem.grad_dtype, grad, place.column, gradient);
                 return;
             }
             HERO_UNROLL
-            for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
-                const bool counts = column + i * lanes.step < vocab_size;
-                gradient[i] = counts ? gradient[i] * (z.slope[i] * scale) : 0.0f;
-            }
-            store_gradient(problem, lanes, grad, column, gradient);
+            for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+                if (place.column + i * lanes.step >= vocab_size) gradient[i] = 0.0f;
+            store_columns(problem.grad_dtype, grad, columns, lanes, place.column, gradient);
+        };
+        const auto scale_and_store = [&](const Logits& z, float* gradient, const Place& place) {
+            HERO_UNROLL
+            for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+                gradient[i] *= z.plain ? scale : z.slope[i] * scale;
+            store(gradient, place);
         };
 
         Values values = no_values();
+        NearValues near_values_sum = {};
         const bool last = !resident || !third;
         const Position second = resident ? start : at;
-        at = sweep<delta>(problem, plan, work, exchange, lanes, row, scaling, second, !resident,
-                          last, [&](const Logits& z, int column) {
-                              float gradient[COLUMNS_PER_THREAD];
-                              add_values<divergence, delta>(z, n, mixture, centre, with_stats,
-                                                            values, gradient);
-                              if (!is_jsd && problem.grad) store(z, column, gradient);
-                          });
+        at = sweep<delta>(
+            problem, plan, work, exchange, lanes, row, scaling, second, !resident, last,
+            [&](const Raw& raw, const Place& place) {
+                Left left;
+                if (!is_jsd || !near_values<delta>(raw, scaling, n, mixture, centre, with_stats,
+                                                   near_values_sum, left))
+                    return false;
+                if (leaves) {
+                    store_pieces(FLOAT32, place.teacher, place.in_tile, left.bracket);
+                    store_pieces(left_dtype, place.student, place.in_tile, left.student);
+                }
+                return true;
+            },
+            [&](const Logits& z, const Place& place) {
+                float gradient[COLUMNS_PER_THREAD];
+                Left left;
+                add_values<divergence, delta>(z, n, mixture, centre, with_stats, values, gradient,
+                                              left);
+                if (!is_jsd && problem.grad) scale_and_store(z, gradient, place);
+                if (leaves) {
+                    HERO_UNROLL
+                    for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
+                        left.bracket[i] *= z.slope[i];
+                        left.student[i] *= z.slope[i];
+                    }
+                    store_columns(FLOAT32, place.teacher, INT32_MAX, lanes, place.in_tile,
+                                  left.bracket);
+                    store_columns(left_dtype, place.student, INT32_MAX, lanes, place.in_tile,
+                                  left.student);
+                }
+            });
+        if (is_jsd) add(values, near_values_sum.values());
         // Without a third sweep the sums are only to be written down.
         values = reduce_cluster(
             exchange, plan, work.rank, reductions++, third, values, no_values(),
             [&](const Values& sums) { return combine<divergence>(sums, with_stats); });
         if (is_jsd) centre.mean = values.centre;
-        if (is_jsd && third)
+        if (leaves) {
+            const float factor = scale / UNIT;
+            at = visit(problem, plan, work, exchange, lanes, row, start, false, true, true,
+                       [&](const Place& place) {
+                           Left left;
+                           load_stored(place.teacher, FLOAT32, place.in_tile, lanes, left.bracket);
+                           load_stored(place.student, left_dtype, place.in_tile, lanes,
+                                       left.student);
+                           HERO_UNROLL
+                           for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
+                               left.bracket[i] =
+                                   (left.bracket[i] - centre.mean * left.student[i]) * factor;
+                           store(left.bracket, place);
+                       });
+        } else if (is_jsd && third) {
+            const auto gradient_of = [&](const Logits& z, const Place& place) {
+                float gradient[COLUMNS_PER_THREAD];
+                jsd_gradient<delta>(z, n, mixture, centre, gradient);
+                scale_and_store(z, gradient, place);
+            };
             at = sweep<delta>(
                 problem, plan, work, exchange, lanes, row, scaling, resident ? start : at, !resident,
-                true, [&](const Logits& z, int column) {
-                    float gradient[COLUMNS_PER_THREAD];
-                    jsd_gradient<delta>(z, n, mixture, centre, gradient);
-                    store(z, column, gradient);
-                });
+                true, [](const Raw&, const Place&) { return false; }, gradient_of);
+        }
 
         if (out) {
             out[DIVERGENCE] = values.divergence;
@@ -209,8 +276,15 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
     }
 }
 
+// Whether sweep 2 of the JSD can leave in a row's stages what sweep 3 needs.
+inline bool leaves(const RowsProblem& problem, const Plan& plan) {
+    return problem.divergence == JSD && problem.grad && plan.resident &&
+           problem.teacher_dtype == FLOAT32 &&
+           (problem.student_dtype == FLOAT32 || problem.grad_dtype != FLOAT32);
+}
+
 // The whole kernel: `plan.warps` warps compute, one more copies.
-template <int divergence, bool delta>
+template <int divergence, bool delta, bool leaves>
 HERO_DEVICE void divergence_rows(const RowsProblem& problem, const Plan& plan) {
     Exchange& exchange = *reinterpret_cast<Exchange*>(shared_memory());
     if (thread_index() == 0) {
@@ -224,7 +298,7 @@ HERO_DEVICE void divergence_rows(const RowsProblem& problem, const Plan& plan) {
     sync_cluster();
     const Work work(problem, plan);
     if (thread_index() < 32 * plan.warps)
-        compute_rows<divergence, delta>(problem, plan, work, exchange);
+        compute_rows<divergence, delta, leaves>(problem, plan, work, exchange);
     else
         copy_rows(problem, plan, work, exchange);
     sync_cluster();  // no block leaves while another may still write to it

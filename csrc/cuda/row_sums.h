@@ -11,11 +11,11 @@ constexpr int MAX_SUM_WORDS = 10;
 // What sweep 1 knows of some columns. Exponentials are relative to the maxima, log ratios to
 // `shift`: x is invariant under a constant, and one that aligns the maxima keeps it small.
 struct Masses {
-    float max_teacher, max_student;
-    float teacher, student;  // sum exp(z - max)
+    float max_teacher, max_student;  // the second may be larger, if the top tokens are not wanted
+    float teacher, student;          // sum exp(z - max)
     float growth;     // sum exp(z_t - max) (exp(z_s - z_t - shift) - 1), without cancellation
-    float log_ratio;  // sum exp(z_s - max) (z_s - z_t - reference); reverse KL only
-    float reference;  // z_s - z_t where z_s is largest: see `Centre`
+    float log_ratio;  // sum exp(z_s - max) (z_s - z_t - reference); not for the forward KL
+    float reference;  // reverse KL: z_s - z_t where z_s is largest, see `Centre`; JSD: the shift
     float shift;
     int32_t top_teacher, top_student;  // first column that has the maximum
 };
@@ -33,6 +33,12 @@ HERO_DEVICE Masses no_masses() {
 }
 HERO_DEVICE Values no_values() {
     return {0.0f, 0.0f, 0.0f, 0.0f};
+}
+HERO_DEVICE void add(Values& sums, const Values& more) {
+    sums.divergence += more.divergence;
+    sums.centre += more.centre;
+    sums.student_entropy += more.student_entropy;
+    sums.teacher_entropy += more.teacher_entropy;
 }
 
 // The constant that aligns two maxima; 0 where one side is masked or there are no columns.
@@ -90,9 +96,10 @@ HERO_DEVICE Masses combine(const Masses& mine, bool with_tops) {
     all.student = warp_sum(mine.student * student_factor);
     all.growth = warp_sum(growth * teacher_factor);
     all.log_ratio = all.reference = 0.0f;
-    if (divergence != FORWARD_KL)
-        all.reference = warp_max(mine.max_student == all.max_student ? mine.reference : -INFINITY);
+    if (divergence == JSD)
+        all.log_ratio = warp_sum((mine.log_ratio + moved * mine.student) * student_factor);
     if (divergence == REVERSE_KL) {
+        all.reference = warp_max(mine.max_student == all.max_student ? mine.reference : -INFINITY);
         const float apart = shifted(mine.reference, all.shift) - shifted(all.reference, all.shift);
         all.log_ratio = warp_sum((mine.log_ratio + apart * mine.student) * student_factor);
     }

@@ -1,19 +1,36 @@
 // What eight columns of a thread add to the sums of each sweep, and their gradient.
 //
 // Where the whole warp's log ratios are small nothing far is computed, and nothing is chosen between:
-// that is most of a row even where the teacher knows what the student does not.
+// that is most of a row even where the teacher knows what the student does not. See row_near.h
+// for those that need neither masks nor selections at all.
 #pragma once
 
 #include "row_sums.h"
 
 namespace hero {
 
-// Whether |x| <= EVEN_LIMIT in the eight columns of every lane: then nothing far is computed.
-HERO_DEVICE bool all_small(const float* x) {
+// Whether |x| <= EVEN_LIMIT in the eight columns of every lane, and something else holds in every
+// lane: then nothing far is computed.
+HERO_DEVICE bool all_small(const float* x, bool and_this = true) {
     float largest = magnitude(x[0]);
     HERO_UNROLL
-    for (int i = 1; i < COLUMNS_PER_THREAD; ++i) largest = fmaxf(largest, magnitude(x[i]));
-    return all_of_warp(largest <= EVEN_LIMIT);  // a NaN among them shows in the sums
+    for (int i = 1; i < COLUMNS_PER_THREAD; ++i) largest = highest(largest, magnitude(x[i]));
+    return all_of_warp(largest <= EVEN_LIMIT && and_this);  // false of a NaN
+}
+
+// The student's masses and log ratios in near columns (row_near.h), relative to the teacher's
+// maximum and the shift.
+struct NearMasses {
+    float student, log_ratio;
+};
+
+HERO_DEVICE void raise_teacher(float top, Masses& sums, NearMasses& near) {
+    const float fall = exponential(sums.max_teacher - top);
+    sums.teacher *= fall;
+    sums.growth *= fall;
+    near.student *= fall;
+    near.log_ratio *= fall;
+    sums.max_teacher = top;
 }
 
 // The first of the eight that is equal to `value`.
@@ -25,10 +42,10 @@ HERO_DEVICE int first_of(const float* z, float value) {
     return first;
 }
 
-// Sweep 1 over eight columns of a thread. `is_first`: they are the warp's first of the row.
+// Sweep 1 over eight columns of a thread.
 template <int divergence, bool delta>
 HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, bool is_first,
-                            bool with_tops, Masses& sums) {
+                            bool with_tops, Masses& sums, NearMasses& near) {
     float top_teacher = z.teacher[0], top_student = z.student[0];
     HERO_UNROLL
     for (int i = 1; i < COLUMNS_PER_THREAD; ++i) {
@@ -37,15 +54,12 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
     }
     if (is_first) sums.shift = alignment(warp_max(top_teacher), warp_max(top_student));
     if (top_teacher > sums.max_teacher) {
-        const float fall = exponential(sums.max_teacher - top_teacher);
-        sums.teacher *= fall;
-        sums.growth *= fall;
-        sums.max_teacher = top_teacher;
+        raise_teacher(top_teacher, sums, near);
         if (with_tops) sums.top_teacher = column + first_of(z.teacher, top_teacher) * lanes.step;
     }
     if (top_student > sums.max_student) {
         const float fall = exponential(sums.max_student - top_student);
-        if (divergence != FORWARD_KL) {
+        if (divergence == REVERSE_KL) {
             const float before = sums.reference;
             HERO_UNROLL
             for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
@@ -53,11 +67,12 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
             const float apart = shifted(before, sums.shift) - shifted(sums.reference, sums.shift);
             sums.log_ratio = (sums.log_ratio + apart * sums.student) * fall;
         }
+        if (divergence == JSD) sums.log_ratio *= fall;
         sums.student *= fall;
         sums.max_student = top_student;
         if (with_tops) sums.top_student = column + first_of(z.student, top_student) * lanes.step;
     }
-    const float reference = shifted(sums.reference, sums.shift);
+    const float reference = divergence == JSD ? 0.0f : shifted(sums.reference, sums.shift);
     float small[COLUMNS_PER_THREAD];
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) small[i] = z.log_ratio[i] - sums.shift;
@@ -71,7 +86,7 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
             sums.growth += exp2_approx(log2_p + x * (0.5f * LOG2_E)) * x * even_sinh(x * x);
             sums.teacher += p;
             sums.student += q;
-            if (divergence == REVERSE_KL) sums.log_ratio += q * (x - reference);
+            if (divergence != FORWARD_KL) sums.log_ratio += q * (x - reference);
         }
         return;
     }
@@ -88,13 +103,14 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
         sums.growth += magnitude(x) <= CLOSE_LOG_RATIO ? p * near_exponential(x).minus_1 : far;
         sums.teacher += p;
         sums.student += q;
-        if (divergence == REVERSE_KL) sums.log_ratio += q * (x - reference);
+        if (divergence != FORWARD_KL) sums.log_ratio += q * (x - reference);
     }
 }
 
 // What turns logits into probabilities.
 struct Normaliser {
     float max_teacher, max_student, log_teacher, log_student;  // logarithms of the masses
+    float log2_teacher;                                        // of the mass without a maximum
     float shift, offset;                                       // x = x0 - offset
     bool near;  // the offset comes from the growth: x is accurate relative to itself
 
@@ -103,6 +119,7 @@ struct Normaliser {
           max_student(sums.max_student),
           log_teacher(logf(sums.teacher)),
           log_student(logf(sums.student)),
+          log2_teacher((max_teacher + log_teacher) * LOG2_E),
           shift(sums.shift) {
         const float growth = sums.growth / sums.teacher;
         // Where the growth is large so is the divergence, and the normalisers serve.
@@ -146,15 +163,18 @@ HERO_DEVICE float bracket(float x, const Mixture& mixture) {
                                                         : -log_mixture(x, mixture).from_student;
 }
 
-// The bracket at the student's top token, which is subtracted from all: it cancels in the gradient.
-// Where the student is confident, bracket and centre of this token are nearly the same large number,
-// and their difference is its gradient; so both are formed as small numbers.
+// A bracket that is subtracted from all, which cancels in the gradient: of the KL that at the
+// student's top token, of the JSD that at the student's mean log ratio. Where the student is
+// confident, bracket and centre of its top token are nearly the same large number, and their
+// difference is its gradient; so both are formed as small numbers.
 struct Centre {
     float reference, mean;  // mean: under p_s, of bracket - reference
 
     template <int divergence>
     HERO_DEVICE static Centre of(const Masses& sums, const Normaliser& n, const Mixture& mixture) {
-        return {bracket<divergence>(n.x(sums.reference), mixture), sums.log_ratio / sums.student};
+        const float mean = sums.log_ratio / sums.student;
+        if (divergence != JSD) return {n.x(sums.reference), mean};
+        return {bracket<divergence>(mean - n.offset, mixture), 0.0f};
     }
 };
 
@@ -166,32 +186,37 @@ struct Probability {
         : p(exp2_approx(below * LOG2_E - log_mass * LOG2_E)), log_p(below - log_mass) {}
 };
 
+// Sweep 2 of the JSD leaves in the stage what sweep 3 makes the gradient of, as `Left` in place of
+// the logits: p_s (bracket - reference) in fp32 where the teacher's was, p_s where the student's was,
+// in fp16 if that has 16 bits. Both times UNIT, with which fp16 reaches down to 2^-39.
+constexpr float LOG2_UNIT = 15.0f, UNIT = 32768.0f;
+struct Left {
+    float bracket[COLUMNS_PER_THREAD], student[COLUMNS_PER_THREAD];
+};
+
 // Sweep 2 over eight columns: adds their share of the divergence; for both KLs fills `gradient`, but
-// for factors of the row.
+// for factors of the row, for the JSD `left`.
 template <int divergence, bool delta>
 HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture& mixture,
                             const Centre& centre, bool with_entropies, Values& sums,
-                            float* gradient) {
+                            float* gradient, Left& left) {
     float x[COLUMNS_PER_THREAD];
     HERO_UNROLL
     for (int i = 0; i < COLUMNS_PER_THREAD; ++i) x[i] = z.log_ratio[i] - n.shift - n.offset;
-    if (z.plain && (divergence != JSD || mixture.even()) && all_small(x)) {
+    if (divergence != JSD && z.plain && all_small(x)) {
         HERO_UNROLL
         for (int i = 0; i < COLUMNS_PER_THREAD; ++i) {
             const Probability of_t(z.teacher[i] - n.max_teacher, n.log_teacher);
             const Probability of_s(z.student[i] - n.max_student, n.log_student);
-            const float p = of_t.p, q = of_s.p, t = x[i] * x[i];
+            const float p = of_t.p, q = of_s.p;
             if (divergence == FORWARD_KL) {
                 const NearExponential e = near_exponential(x[i]);
                 const bool close = magnitude(x[i]) <= CLOSE_LOG_RATIO;
                 sums.divergence += close ? p * e.minus_1_minus_x : (q - p) - p * x[i];
                 gradient[i] = close ? p * e.minus_1 : q - p;
-            } else if (divergence == REVERSE_KL) {
+            } else {
                 sums.divergence += kl_term(q, p, -x[i]);
                 gradient[i] = q * ((x[i] - centre.reference) - centre.mean);
-            } else {
-                sums.centre += q * (even_bracket(x[i], t) - centre.reference);
-                sums.divergence += (0.5f * p + 0.5f * q) * even_share(t);
             }
             if (with_entropies) {
                 sums.teacher_entropy -= p * of_t.log_p;
@@ -218,6 +243,8 @@ HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture&
         } else {
             const LogMixture<float> log_m = log_mixture(x, mixture);
             const float m = mixture.beta * p + mixture.other * q;
+            left.student[i] = q * UNIT;
+            left.bracket[i] = left.student[i] * (-log_m.from_student - centre.reference);
             sums.centre += q * (-log_m.from_student - centre.reference);
             sums.divergence += mixture.beta * kl_term(p, m, log_m.from_teacher) +
                                mixture.other * kl_term(q, m, log_m.from_student);
@@ -225,7 +252,8 @@ HERO_DEVICE void add_values(const Logits& z, const Normaliser& n, const Mixture&
     }
 }
 
-// Sweep 3. Small and large ratios as in sweep 2, so that the gradient sums to zero.
+// Sweep 3 where sweep 2 has left nothing. Small and large ratios as there, so that the gradient sums
+// to zero.
 template <bool delta>
 HERO_DEVICE void jsd_gradient(const Logits& z, const Normaliser& n, const Mixture& mixture,
                               const Centre& centre, float* gradient) {

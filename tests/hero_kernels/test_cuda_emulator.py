@@ -22,6 +22,7 @@ from tile_cases import (
     JSD,
     REVERSE_KL,
     check,
+    confident_case,
     make_case,
     relative_error,
 )
@@ -152,6 +153,20 @@ def test_rows_that_need_no_more_than_a_factor(
         case.student = case.student.bfloat16()
     run = partial(emulator.divergence_rows, setting=Setting(1, 2, 2))
     check(run, case, torch.float32 if beta == 0.5 else torch.bfloat16)
+
+
+@pytest.mark.parametrize("probability", [0.9, 0.999])
+@pytest.mark.parametrize("agrees", [True, False])
+def test_probabilities_left_in_fp16_cost_nothing(
+    emulator: Emulator, probability: float, agrees: bool
+) -> None:
+    """A confident student's gradient is a small difference of what its top token has; with 16-bit
+    storage its error is no more than that of rounding the true gradient."""
+    case = confident_case(JSD, True, probability, agrees, rows=2, vocab=1024)
+    case = replace(case, student=case.student.bfloat16())
+    _, grad = case.run(partial(emulator.divergence_rows, setting=Setting(1, 1, 2)), torch.bfloat16)
+    _, truth = case.truth()
+    assert relative_error(grad, truth) < 1.02 * relative_error(truth.bfloat16(), truth)
 
 
 @DIVERGENCES

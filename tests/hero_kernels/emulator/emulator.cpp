@@ -9,18 +9,16 @@
 
 namespace {
 
-Body body_of(const RowsProblem& problem) {
-    const bool delta = problem.delta;
+template <bool delta>
+Body body_of(const RowsProblem& problem, bool leaves) {
     switch (problem.divergence) {
         case hero::FORWARD_KL:
-            return delta ? hero::divergence_rows<hero::FORWARD_KL, true>
-                         : hero::divergence_rows<hero::FORWARD_KL, false>;
+            return hero::divergence_rows<hero::FORWARD_KL, delta, false>;
         case hero::REVERSE_KL:
-            return delta ? hero::divergence_rows<hero::REVERSE_KL, true>
-                         : hero::divergence_rows<hero::REVERSE_KL, false>;
+            return hero::divergence_rows<hero::REVERSE_KL, delta, false>;
         default:
-            return delta ? hero::divergence_rows<hero::JSD, true>
-                         : hero::divergence_rows<hero::JSD, false>;
+            return leaves ? hero::divergence_rows<hero::JSD, delta, true>
+                          : hero::divergence_rows<hero::JSD, delta, false>;
     }
 }
 
@@ -163,7 +161,8 @@ int hero_emulated_divergence_rows(const RowsProblem* problem, int clusters, int 
     now.block_count = clusters * cluster_size;
     now.problem = problem;
     now.plan = &plan;
-    now.body = body_of(*problem);
+    const bool leaves = hero::leaves(*problem, plan);
+    now.body = problem->delta ? body_of<true>(*problem, leaves) : body_of<false>(*problem, leaves);
     std::vector<Cluster> all(static_cast<size_t>(clusters));
     size_t threads = 0;
     for (int i = 0; i < clusters; ++i) {
