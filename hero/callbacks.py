@@ -43,8 +43,9 @@ class _OnUpdate(Callback):
         self.function(update, metrics)
 
 
-class Callbacks(Callback):
-    """Several, in order; a function among them gets number and metrics of each update.
+class Callbacks:
+    """Several: a call of one of the five places goes to all, in order; a function among them gets
+    number and metrics of each update.
 
     Raises:
         TypeError: what is neither.
@@ -63,27 +64,9 @@ class Callbacks(Callback):
             else:
                 self._all.append(_OnUpdate(callback))
 
-    def on_start(self, trainer: Any) -> None:
-        for callback in self._all:
-            callback.on_start(trainer)
+    def __getattr__(self, place: str) -> Callable[..., None]:
+        def tell(*told: Any) -> None:
+            for callback in self._all:
+                getattr(callback, place)(*told)
 
-    def on_episodes(
-        self, update: int, trajectories: Sequence[Trajectory],
-        diagnoses: Sequence[Sequence[Diagnosis]],
-    ) -> None:  # fmt: skip
-        for callback in self._all:
-            callback.on_episodes(update, trajectories, diagnoses)
-
-    def on_update(self, update: int, metrics: Mapping[str, float]) -> None:
-        for callback in self._all:
-            callback.on_update(update, metrics)
-
-    def on_evaluation(
-        self, update: int, trajectories: Sequence[Trajectory], metrics: Mapping[str, float]
-    ) -> None:
-        for callback in self._all:
-            callback.on_evaluation(update, trajectories, metrics)
-
-    def on_end(self, summary: Mapping[str, Any]) -> None:
-        for callback in self._all:
-            callback.on_end(summary)
+        return tell

@@ -15,13 +15,8 @@ from typing import Any
 
 from hero.evaluation import Evaluation, figures, summarise_figures
 from hero.files import refuse_to_replace, write_atomic
-from hero.report.tracking import (
-    TRAJECTORIES,
-    json_line,
-    read_jsonl,
-    repair,
-    trajectory_record,
-)
+from hero.learner import Learned
+from hero.report.tracking import TRAJECTORIES, json_line, read_jsonl, repair, trajectory_record
 from hero.run_folder import CONFIG, SUMMARY, flat, played_settings
 from hero.types import Trajectory
 
@@ -78,12 +73,9 @@ class EvalFolder:
     def add(self, trajectory: Trajectory, pieces: Callable[[list[int]], list[str]]) -> None:
         """Write an episode down; `seconds` is the time since the one before it."""
         now = time.monotonic()
-        none: list[Any] = [None] * len(trajectory.turns)
         record = trajectory_record(
-            trajectory, (), update=None, split=self.split, divergence=none, logprob_gap=none,
-            tokens=[pieces(turn.action_ids) for turn in trajectory.turns],
-            trained=[() for _ in trajectory.turns],
-        )  # fmt: skip
+            trajectory, (), Learned(), pieces=pieces, update=None, split=self.split
+        )
         record |= {"figures": figures(trajectory), "seconds": now - self._last}
         self._last = now
         with (self.path / EPISODES).open("ab") as file:

@@ -31,7 +31,7 @@ from hero.report.card import write_card
 from hero.report.console import Console
 from hero.report.facts import header, outcome
 from hero.report.metrics import Clock, update_metrics
-from hero.report.tracking import Tracker, trajectory_records
+from hero.report.tracking import Tracker, trajectory_record
 from hero.resume import restore, save
 from hero.run_folder import BEFORE, BEST, SELECTED, SUMMARY, RunFolder
 from hero.stages import LEARN, PROBE, REFLECT, Stages
@@ -319,10 +319,13 @@ class Trainer:
         reflections: Reflections, learned: Learned,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """The first trajectories, with what was learnt from each turn, as they are logged."""
-        return trajectory_records(
-            trajectories[: self.config.save_trajectories], reflections.diagnoses, learned,
-            pieces=self.policy.renderer.pieces, update=number, split=split,
-        )  # fmt: skip
+        return [
+            trajectory_record(
+                trajectory, reflections.diagnoses[t], learned, number=t,
+                pieces=self.policy.renderer.pieces, update=number, split=split,
+            )
+            for t, trajectory in enumerate(trajectories[: self.config.save_trajectories])
+        ]  # fmt: skip
 
     def _keep(self, name: str, number: int, metrics: dict[str, float]) -> None:
         """Write the weights of update `number` to a folder that can be uploaded as it is."""

@@ -79,77 +79,44 @@ class Tracker:
             self._dashboard.close()
 
 
-def trajectory_records(
-    trajectories: Sequence[Trajectory], diagnoses: Sequence[Sequence[Diagnosis]], learned: Learned,
-    *, pieces: Callable[[list[int]], list[str]], update: int, split: str,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The records of several trajectories; `pieces` shows the text of each token."""
-    records = []
-    for t, trajectory in enumerate(trajectories):
-        places = [(t, k) for k in range(len(trajectory.turns))]
-        record = trajectory_record(
-            trajectory, diagnoses[t], update=update, split=split,
-            tokens=[pieces(turn.action_ids) for turn in trajectory.turns],
-            divergence=[learned.divergence.get(place) for place in places],
-            logprob_gap=[learned.logprob_gap.get(place) for place in places],
-            trained=[learned.trained.get(place, ()) for place in places],
-        )  # fmt: skip
-        records.append(record)
-    return records
-
-
 def trajectory_record(
-    trajectory: Trajectory,
-    diagnoses: Iterable[Diagnosis],
-    tokens: Sequence[Sequence[str]],
-    divergence: Sequence[Sequence[float] | None],
-    logprob_gap: Sequence[Sequence[float] | None],
-    trained: Sequence[Sequence[str]],
-    update: int | None,
-    split: str,
-) -> dict[str, Any]:
+    trajectory: Trajectory, diagnoses: Iterable[Diagnosis], learned: Learned, *,
+    pieces: Callable[[list[int]], list[str]], update: int | None, split: str, number: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """One trajectory as `hero view` shows it; no text is longer than about `MAX_TEXT`.
 
     Args:
-        trajectory: the episode, with N turns.
+        trajectory: the episode.
         diagnoses: at most one for each turn, in any order.
-        tokens: text of the action tokens [N][T_n].
-        divergence: student against teacher at each action token, in nats [N][T_n]; None for a turn
-            without a teacher.
-        logprob_gap: log-probability of the sampled token, teacher minus student, in nats [N][T_n];
-            None for a turn without a teacher.
-        trained: the terms of the loss that trained the turn [N][], none for one left out.
+        learned: what its turns did in training.
+        pieces: the text of each token.
         update: number of the update; 0 is before training, None is without one.
         split: train, or before / after for the held-out tasks; without training that of the tasks.
+        number: of the trajectory among those `learned` is about.
     """
     diagnosis_of = {
         diagnosis.turn: {
             name: shorten(value, MAX_TEXT) if isinstance(value, str) else value
             for name, value in asdict(diagnosis).items()
+            if name != "turn"
         }
         for diagnosis in diagnoses
     }
-    turns = []
-    for number, (turn, texts, nats, gap, terms) in enumerate(
-        zip(trajectory.turns, tokens, divergence, logprob_gap, trained, strict=True)
-    ):
-        diagnosis = diagnosis_of.get(number)
-        if diagnosis is not None:
-            del diagnosis["turn"]
-        turns.append(
-            {
-                "action_text": shorten(turn.action_text, MAX_TEXT),
-                "observation": turn.observation and shorten(turn.observation, MAX_TEXT),
-                "feedback_kind": str(turn.feedback_kind),
-                "parse_ok": turn.parse_ok,
-                "is_error": turn.is_error,
-                "tokens": list(texts),
-                "divergence": None if nats is None else list(nats),
-                "logprob_gap": None if gap is None else list(gap),
-                "diagnosis": diagnosis,
-                "trained": list(terms),
-            }
-        )
+    turns = [
+        {
+            "action_text": shorten(turn.action_text, MAX_TEXT),
+            "observation": turn.observation and shorten(turn.observation, MAX_TEXT),
+            "feedback_kind": str(turn.feedback_kind),
+            "parse_ok": turn.parse_ok,
+            "is_error": turn.is_error,
+            "tokens": pieces(turn.action_ids),
+            "divergence": learned.divergence.get((number, k)),
+            "logprob_gap": learned.logprob_gap.get((number, k)),
+            "diagnosis": diagnosis_of.get(k),
+            "trained": list(learned.trained.get((number, k), ())),
+        }
+        for k, turn in enumerate(trajectory.turns)
+    ]
     return {
         "update": update,
         "split": split,

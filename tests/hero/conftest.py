@@ -25,7 +25,9 @@ from hero.renderer import Renderer
 from hero.sampler import HFSampler, Sampling
 from hero.scratch import build_model, build_tokenizer
 from hero.teacher import TeacherContext
-from hero.types import Diagnosis, Sample, StopReason, Trajectory, Turn
+from hero.types import Diagnosis, Sample, Trajectory
+from tests.hero import made
+from tests.hero.made import turn
 from tests.hero.runs import saved
 
 CHATML = (
@@ -66,26 +68,10 @@ def episode(renderer: Renderer) -> Callable[..., Trajectory]:
     def make(
         prompts: Sequence[str], *, task: str = "t", instruction: str = "buy a lamp"
     ) -> Trajectory:
-        turns = [
-            Turn(
-                prompt_ids=renderer.start([{"role": "user", "content": prompt}]),
-                action_ids=renderer.encode("act"),
-                sampled_logprobs=[-1.0] * 3,
-                action_text="act",
-                observation=f"obs {k}",
-            )
-            for k, prompt in enumerate(prompts)
-        ]
-        return Trajectory(
-            id=f"{task}/0",
-            group_id=task,
-            task_id=task,
-            instruction=instruction,
-            turns=turns,
-            reward=0.0,
-            success=False,
-            stop_reason=StopReason.DONE,
-        )
+        seen = [renderer.start([{"role": "user", "content": prompt}]) for prompt in prompts]
+        ids = renderer.encode("act")
+        turns = [turn("act", f"obs {k}", ids, prompt_ids=read) for k, read in enumerate(seen)]
+        return made.episode(task, *turns, id=f"{task}/0", instruction=instruction)
 
     return make
 
@@ -138,28 +124,15 @@ def played(policy: Policy) -> list[Trajectory]:
         turns = []
         for k in range(3):
             [done] = sampler.generate([prompt], Sampling(max_tokens=6, seed=10 * number + k))
-            turns.append(
-                Turn(
-                    prompt_ids=prompt,
-                    action_ids=done.ids,
-                    sampled_logprobs=done.logprobs,
-                    action_text=renderer.decode(done.ids),
-                    observation=f"seen {k}",
-                )
-            )
+            read = {"prompt_ids": prompt, "sampled_logprobs": done.logprobs}
+            turns.append(turn(renderer.decode(done.ids), f"seen {k}", done.ids, **read))
             prompt = prompt + done.ids + renderer.observe(done.ids, "user", f"seen {k}")
         trajectories.append(
-            Trajectory(
-                id=f"t{number}",
-                group_id=f"g{number // 2}",
-                task_id=f"task-{number // 2}",
-                instruction=f"task {number}",
-                turns=turns,
-                reward=float(number % 2),
-                success=number % 2 == 1,
-                stop_reason=StopReason.DONE,
+            made.episode(
+                f"task-{number // 2}", *turns, id=f"t{number}", group_id=f"g{number // 2}",
+                instruction=f"task {number}", reward=float(number % 2), success=number % 2 == 1,
             )
-        )
+        )  # fmt: skip
     return trajectories
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from hero.envs.shop import ShopEnv
-from hero.types import StopReason, Trajectory, Turn
+from hero.types import Trajectory
+from tests.hero import made
 
 LAMP = "B000000001"
 BESIDE_THE_REPOSITORY = Path(__file__).parents[3] / "shared" / "data" / "webshop_1k"
@@ -89,17 +90,4 @@ def oracle_actions(env: ShopEnv, task_id: str) -> list[str]:
 
 
 def trajectory(task_id: str, actions: list[str]) -> Trajectory:
-    turns = [
-        Turn(prompt_ids=[], action_ids=[], sampled_logprobs=[], action_text=text)
-        for text in actions
-    ]
-    return Trajectory(
-        id="0",
-        group_id="0",
-        task_id=task_id,
-        instruction="",
-        turns=turns,
-        reward=0.0,
-        success=False,
-        stop_reason=StopReason.DONE,
-    )
+    return made.episode(task_id, *map(made.turn, actions))

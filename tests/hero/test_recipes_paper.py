@@ -24,7 +24,8 @@ from hero.prompts import make_prompts
 from hero.recipes import load_recipe
 from hero.renderer import Renderer
 from hero.teacher import TeacherContext
-from hero.types import Diagnosis, StopReason, Trajectory, Turn
+from hero.types import Diagnosis, StopReason, Trajectory
+from tests.hero import made
 
 TEMPLATE = Path(__file__).parent / "data" / "qwen3-instruct-2507.jinja"
 ARMS = ("", "-full", "-env-only", "-full-demo", "-grpo")
@@ -69,20 +70,14 @@ def played(env: Any, renderer: Renderer, task: str) -> tuple[Trajectory, list[di
         action = env.oracle()
         seen, _, done, cut, after = env.step(action)
         ids = [*renderer.encode(action), renderer.end_id]
-        turns.append(
-            Turn(prompt_ids=prompt, action_ids=ids, sampled_logprobs=[-1.0] * len(ids),
-                 action_text=action, observation=seen)
-        )  # fmt: skip
+        turns.append(made.turn(action, seen, ids, prompt_ids=prompt))
         role = after.get("role", "user")
         messages += [{"role": "assistant", "content": action}, {"role": role, "content": seen}]
         prompt = prompt + ids + renderer.observe(ids, role, seen)
         if done or cut:
             break
-    episode = Trajectory(
-        id="e", group_id="g", task_id=task, instruction=info["instruction"], turns=turns,
-        reward=0.5, success=False, stop_reason=StopReason.MAX_TURNS,
-    )  # fmt: skip
-    return episode, messages
+    given = {"instruction": info["instruction"], "reward": 0.5, "stop_reason": StopReason.MAX_TURNS}
+    return made.episode(task, *turns, **given), messages
 
 
 def tools_of(env: Any) -> list[dict[str, Any]]:

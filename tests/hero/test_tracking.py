@@ -18,13 +18,9 @@ import pytest
 from hero.files import write_atomic
 from hero.report.comparison import bootstrap_interval, compare
 from hero.report.console import Console
-from hero.report.tracking import (
-    MAX_TEXT,
-    Tracker,
-    read_jsonl,
-    trajectory_record,
-)
-from hero.types import Diagnosis, FeedbackKind, StopReason, Trajectory, Turn
+from hero.report.tracking import MAX_TEXT, Tracker, read_jsonl
+from hero.types import Diagnosis
+from tests.hero.made import a_record
 
 
 def strict_lines(path: Path) -> list[dict[str, Any]]:
@@ -36,58 +32,10 @@ def strict_lines(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def an_episode(observation: str = "No such button.") -> Trajectory:
-    turns = [
-        Turn(
-            prompt_ids=[1, 2],
-            action_ids=[3, 4],
-            sampled_logprobs=[-0.5, -0.1],
-            action_text="click[x]",
-            observation=observation,
-            feedback_kind=FeedbackKind.INVALID_ACTION,
-            is_error=True,
-        ),
-        Turn(
-            prompt_ids=[1],
-            action_ids=[5],
-            sampled_logprobs=[0.0],
-            action_text="buy",
-        ),
-    ]
-    return Trajectory(
-        id="e1",
-        group_id="g1",
-        task_id="t1",
-        instruction="Buy a shirt.",
-        turns=turns,
-        reward=0.5,
-        success=False,
-        stop_reason=StopReason.DONE,
-    )
-
-
-def a_record(
-    update: int = 3, observation: str = "No such button.", **changes: Any
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "trajectory": an_episode(observation),
-        "diagnoses": [Diagnosis(turn=0, valid=False, hint="Look first.", source="rules")],
-        "tokens": [["click", "[x]"], ["buy"]],
-        "divergence": [[0.1, 0.2], None],
-        "logprob_gap": [[-1.0, 0.5], None],
-        "trained": [("distillation",), ()],
-        "update": update,
-        "split": "train",
-    }
-    return trajectory_record(**{**arguments, **changes})
-
-
 def test_long_texts_are_cut_with_a_mark(tmp_path: Path) -> None:
-    episode = an_episode("x" * 10**6)
-    episode.turns[0].action_text, episode.instruction = "y" * 10**6, "z" * 10**6
-    episode.error = "w" * 10**6
+    long = {"instruction": "z" * 10**6, "error": "w" * 10**6}
     diagnosis = Diagnosis(turn=0, hint="h" * 10**6, failure_cause="c" * 10**6)
-    record = a_record(trajectory=episode, diagnoses=[diagnosis])
+    record = a_record(seen="x" * 10**6, diagnoses=[diagnosis], **long)
     assert len(json.dumps(record)) < 6 * (MAX_TEXT + 50) + 2000
     seen = record["turns"][0]["observation"]
     assert seen.startswith("x" * 2000) and f"[{10**6 - MAX_TEXT} characters cut]" in seen
@@ -97,12 +45,12 @@ def test_long_texts_are_cut_with_a_mark(tmp_path: Path) -> None:
 def test_lines_are_strict_json_and_nan_is_null(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path / "runs" / "one", "none", {}, None)
     tracker.log(1, {"loss": math.nan, "grad_norm": math.inf, "turns": 7})
-    tracker.log_trajectories([a_record(divergence=[[math.nan, 0.2], None])])
+    tracker.log_trajectories([a_record(divergence=[math.nan, 0.2, 0.1])])
     assert strict_lines(tmp_path / "runs/one/metrics.jsonl") == [
         {"step": 1, "loss": None, "grad_norm": None, "turns": 7}
     ]
     (record,) = strict_lines(tmp_path / "runs/one/trajectories.jsonl")
-    assert record["turns"][0]["divergence"] == [None, 0.2]
+    assert record["turns"][0]["divergence"] == [None, 0.2, 0.1]
     tracker.close()
 
 
@@ -143,25 +91,15 @@ def test_resume_drops_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         *((step, float(step)) for step in range(1, 5)),
         (5, 50.0),
     ]
-    assert [r["update"] for r in read_jsonl(tmp_path / "trajectories.jsonl")] == [
-        1,
-        1,
-        2,
-        2,
-        3,
-        3,
-        4,
-        4,
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "metrics.jsonl",
-        "trajectories.jsonl",
-    ]
+    kept = [record["update"] for record in read_jsonl(tmp_path / "trajectories.jsonl")]
+    assert kept == [1, 1, 2, 2, 3, 3, 4, 4]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["metrics.jsonl", "trajectories.jsonl"]
 
 
 def test_lone_surrogates_do_not_stop_a_run(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {}, None)
-    tracker.log_trajectories([a_record(observation="broken \ud800 emoji")])
+    tracker.log_trajectories([a_record(seen="broken \ud800 emoji")])
     tracker.close()
     (record,) = read_jsonl(tmp_path / "trajectories.jsonl")
     assert record["turns"][0]["observation"] == "broken \ud800 emoji"
@@ -199,26 +137,15 @@ def test_a_record_holds_what_the_report_needs() -> None:
     assert json.loads(json.dumps(record)) == record
     first, second = record["turns"]
     assert first["diagnosis"] == {
-        "necessary": True,
-        "valid": False,
-        "failure_cause": "",
-        "corrected_action": "",
-        "hint": "Look first.",
-        "source": "rules",
-    }
-    assert (first["tokens"], first["divergence"], first["trained"]) == (
-        ["click", "[x]"],
-        [0.1, 0.2],
-        ["distillation"],
-    )
-    assert (first["feedback_kind"], record["stop_reason"]) == ("invalid_action", "done")
-    assert (second["diagnosis"], second["divergence"], second["observation"]) == (None, None, None)
-
-
-@pytest.mark.parametrize("name", ["tokens", "divergence", "logprob_gap", "trained"])
-def test_a_record_refuses_figures_of_another_number_of_turns(name: str) -> None:
-    with pytest.raises(ValueError, match="shorter"):
-        a_record(**{name: [()]})
+        "necessary": True, "valid": False, "failure_cause": "Wrong <b>page</b>.",
+        "corrected_action": "search[shirt]", "hint": "Search & look first.", "source": "rules",
+    }  # fmt: skip
+    assert (first["tokens"], first["divergence"]) == (["click", "<b>", "\n"], [0.0, 0.1, 5.0])
+    assert (first["logprob_gap"], first["trained"]) == ([0.01, -1.0, 0.9], ["distillation"])
+    assert (first["feedback_kind"], record["stop_reason"]) == ("invalid_action", "max_turns")
+    assert (second["tokens"], second["trained"], second["diagnosis"]["hint"]) == (["buy"], [], "")
+    assert (second["divergence"], second["observation"]) == (None, None)
+    assert a_record(diagnoses=[])["turns"][0]["diagnosis"] is None
 
 
 def evaluation(scores: dict[str, float], turns: float = 5.0) -> dict[str, Any]:

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 
 from hero.config import TrainConfig
-from hero.report.tracking import Tracker, trajectory_record
+from hero.report.tracking import Tracker
 from hero.report.viewer import render
-from hero.types import Diagnosis, StopReason, Trajectory, Turn
-
-ATTACK = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
+from tests.hero.made import ATTACK, a_record
 
 
 class Page(HTMLParser):
@@ -48,55 +46,6 @@ class Page(HTMLParser):
             for name, attrs, text in self.elements
             if name == tag and (not css or css in (attrs.get("class") or "").split())
         ]
-
-
-def a_record(
-    update: int, split: str = "train", instruction: str = "Buy a shirt.", **changes: Any
-) -> dict[str, Any]:
-    turns = [
-        Turn(
-            prompt_ids=[1],
-            action_ids=[1, 2, 3],
-            sampled_logprobs=[0.0] * 3,
-            action_text="click[x]",
-            observation=ATTACK,
-            is_error=True,
-        ),
-        Turn(
-            prompt_ids=[1],
-            action_ids=[4],
-            sampled_logprobs=[0.0],
-            action_text="buy",
-        ),
-    ]
-    episode = Trajectory(
-        id=f"e{update}",
-        group_id="g",
-        task_id="t",
-        instruction=instruction,
-        turns=turns,
-        reward=0.25,
-        success=split == "after",
-        stop_reason=StopReason.MAX_TURNS,
-    )
-    arguments: dict[str, Any] = {
-        "diagnoses": [
-            Diagnosis(
-                turn=0,
-                valid=False,
-                failure_cause="Wrong <b>page</b>.",
-                corrected_action="search[shirt]",
-                hint="Search & look first.",
-                source="rules",
-            ),
-            Diagnosis(turn=1),
-        ],
-        "tokens": [["click", "<b>", "\n"], ["buy"]],
-        "divergence": [[0.0, 0.1, 5.0], None],
-        "logprob_gap": [[0.01, -1.0, 0.9], None],
-        "trained": [("distillation",), ()],
-    }
-    return trajectory_record(episode, **{**arguments, **changes}, update=update, split=split)
 
 
 def a_run(path: Path, records: list[dict[str, Any]]) -> Path:
@@ -218,7 +167,7 @@ def test_filters_know_split_and_outcome(run_dir: Path) -> None:
 
 
 def test_the_most_disputed_training_episode_comes_first(tmp_path: Path) -> None:
-    calm: dict[str, Any] = {"divergence": [[0.01] * 3, None]}
+    calm: dict[str, Any] = {"divergence": [0.01] * 3}
     records = [a_record(1, **calm), a_record(2), a_record(3, **calm), a_record(4, "after")]
     page = Page(read(render(a_run(tmp_path, records))))
     assert re.findall(r"episode (e\d)", " ".join(t for _, t in page.find("p", "note"))) == [
@@ -240,9 +189,7 @@ def test_only_200_episodes_with_a_share_for_each_split(tmp_path: Path) -> None:
 
 
 def test_grpo_has_no_teacher_to_explain(tmp_path: Path) -> None:
-    path = a_run(
-        tmp_path, [a_record(1, divergence=[None, None], logprob_gap=[None, None], diagnoses=[])]
-    )
+    path = a_run(tmp_path, [a_record(divergence=(), diagnoses=())])
     (path / "config.json").write_text(json.dumps({"mode": "grpo"}))
     html = read(render(path))
     assert "The redder a token" not in html and "no hint" not in html and "not trained" in html
@@ -295,9 +242,9 @@ def test_broken_files_are_named(run_dir: Path, name: str, content: str, message:
 
 def test_nan_and_surrogates_are_shown_as_unknown(tmp_path: Path) -> None:
     record = a_record(
-        1, divergence=[[math.nan, 0.1, 0.2], None], tokens=[["a\ud800", "b", "c"], ["d"]]
+        divergence=[math.nan, 0.1, 0.2], tokens=["a\ud800", "b", "c", "d"], reward=math.nan
     )
-    page = Page(read(render(a_run(tmp_path, [{**record, "reward": math.nan}]))))
+    page = Page(read(render(a_run(tmp_path, [record]))))
     first = page.find("pre", "action")
     assert first and "nan" not in read(tmp_path / "report.html").lower()
     assert "style" not in page.find("span", "tok")[-4][0]
