@@ -18,19 +18,12 @@ Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One metric of a chart."""
-
-    metric: str
-    label: str
-
-
-@dataclass(frozen=True)
 class Chart:
     """Metrics drawn over the number of updates with one vertical axis."""
 
     title: str
-    lines: tuple[Line, ...]
+    lines: dict[str, str]
+    """Metric and label."""
     percent: bool = False
     """The values are shares: the axis is 0 to 100 %."""
 
@@ -45,8 +38,8 @@ def draw(
         metrics: lines of metrics.jsonl; a step that occurs twice counts as logged last.
         best: the update whose weights were kept; gets an upright line.
     """
-    series = [(line, _points(metrics, line.metric)) for line in chart.lines]
-    series = [(line, points) for line, points in series if points]
+    series = [(label, _points(metrics, name)) for name, label in chart.lines.items()]
+    series = [(label, points) for label, points in series if points]
     if not series:
         return None
     steps = [step for _, points in series for step, _ in points]
@@ -84,7 +77,7 @@ def draw(
             Markup('<path class="best" d="M{:.1f} {}V{}"><title>best update, {:g}</title></path>')
             .format(x(best), TOP, HEIGHT - BOTTOM, best)
         )  # fmt: skip
-    for number, (line, points) in enumerate(series, start=1):
+    for number, (label, points) in enumerate(series, start=1):
         path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in points)
         parts.append(Markup('<path class="line s{}" d="M{}"/>').format(number, path))
         for step, value in points if len(points) <= MAX_MARKS else points[-1:]:
@@ -93,19 +86,18 @@ def draw(
                     number, x(step), y(value)
                 )
                 + Markup("<title>{}, update {:g}: {}</title></circle>").format(
-                    line.label, step, show(value)
+                    label, step, show(value)
                 )
             )
 
     spoken = "; ".join(
-        f"{line.label} from {show(points[0][1])} to {show(points[-1][1])}"
-        for line, points in series
+        f"{label} from {show(points[0][1])} to {show(points[-1][1])}" for label, points in series
     )
     legend = Markup("").join(
         Markup('<span class="key s{}">{} <b>{}</b></span>').format(
-            number, line.label, show(points[-1][1])
+            number, label, show(points[-1][1])
         )
-        for number, (line, points) in enumerate(series, start=1)
+        for number, (label, points) in enumerate(series, start=1)
     )
     return Markup(
         '<figure class="chart"><figcaption>{}<span class="keys">{}</span></figcaption>'

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hero.algorithms import MODES, Algorithm
 from hero.files import write_atomic
-from hero.report.charts import Chart, Line, draw
+from hero.report.charts import Chart, draw
 from hero.report.comparison import compare
 from hero.report.tracking import METRICS, TRAJECTORIES, read_jsonl
 from hero.text import in_words
@@ -30,56 +30,35 @@ GAP_SHOWN = 0.2
 NO_HINT = "no hint: not trained"
 
 CHARTS = (
-    Chart("Success on held-out dev tasks", (Line("dev/success", "dev"),), percent=True),
-    Chart("Reward in training", (Line("rewards/mean", "mean reward"),)),
-    Chart("Turns per episode", (Line("rollout/turns_mean", "training"), Line("dev/turns", "dev"))),
-    Chart(
-        "Divergence from the teacher, nats",
-        (
-            Line("divergence/error_turns", "turns followed by an error"),
-            Line("divergence/clean_turns", "clean turns"),
-        ),
-    ),
-    Chart(
-        "Does the divergence find the faults?",
-        (
-            Line("divergence/auc", "AUC for turns followed by an error"),
-            Line("divergence/pushed_down", "tokens of clean turns pushed down"),
-        ),
-        percent=True,
-    ),
-    Chart(
-        "Reflections",
-        (
-            Line("reflection/parsed_rate", "with a diagnosis"),
-            Line("reflection/non_empty_rate", "with a hint"),
-            Line("reflection/leaked_rate", "hint leaked"),
-        ),
-        percent=True,
-    ),
-    Chart(
-        "Sampler and trainer, nats apart",
-        (
-            Line("drift/mean", "mean"),
-            Line("drift/max", "largest"),
-            Line("drift/kl", "KL, estimated"),
-        ),
-    ),
-    Chart("Entropy of the student, nats", (Line("entropy", "entropy"),)),
-    Chart("Tokens a turn", (Line("completions/mean_length", "training"),)),
-    Chart("Norm of the gradient", (Line("grad_norm", "norm"),)),
-    Chart("Loss", (Line("loss", "loss"),)),
-    Chart(
-        "Seconds per update",
-        (
-            Line("seconds/rollout", "rollout"),
-            Line("seconds/reflection", "reflection"),
-            Line("seconds/annotation", "annotation"),
-            Line("seconds/train", "learning"),
-            Line("seconds/evaluation", "evaluation"),
-        ),
-    ),
-)
+    Chart("Success on held-out dev tasks", {"dev/success": "dev"}, percent=True),
+    Chart("Reward in training", {"rewards/mean": "mean reward"}),
+    Chart("Turns per episode", {"rollout/turns_mean": "training", "dev/turns": "dev"}),
+    Chart("Divergence from the teacher, nats", {
+        "divergence/error_turns": "turns followed by an error",
+        "divergence/clean_turns": "clean turns",
+    }),
+    Chart("Does the divergence find the faults?", {
+        "divergence/auc": "AUC for turns followed by an error",
+        "divergence/pushed_down": "tokens of clean turns pushed down",
+    }, percent=True),
+    Chart("Reflections", {
+        "reflection/parsed_rate": "with a diagnosis",
+        "reflection/non_empty_rate": "with a hint",
+        "reflection/leaked_rate": "hint leaked",
+    }, percent=True),
+    Chart("Sampler and trainer, nats apart", {
+        "drift/mean": "mean", "drift/max": "largest", "drift/kl": "KL, estimated",
+    }),
+    Chart("Entropy of the student, nats", {"entropy": "entropy"}),
+    Chart("Tokens a turn", {"completions/mean_length": "training"}),
+    Chart("Norm of the gradient", {"grad_norm": "norm"}),
+    Chart("Loss", {"loss": "loss"}),
+    Chart("Seconds per update", {
+        "seconds/rollout": "rollout", "seconds/reflection": "reflection",
+        "seconds/annotation": "annotation", "seconds/train": "learning",
+        "seconds/evaluation": "evaluation",
+    }),
+)  # fmt: skip
 
 
 def render(run_dir: Path, out: Path | None = None) -> Path:

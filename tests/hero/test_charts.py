@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hero.report.charts import Chart, Line, _ticks, draw
+from hero.report.charts import Chart, _ticks, draw
 
 METRICS = [
     {"step": s, "a": v, "odd": "x"} for s, v in ((1, 0.0), (2, 1.0), (3, None), (4, 4.0), (4, 2.0))
@@ -17,7 +17,7 @@ METRICS = [
 
 
 def test_a_chart_is_well_formed_and_to_scale() -> None:
-    svg = draw(Chart("T <1>", (Line("a", "A & B"), Line("gone", "gone"))), METRICS)
+    svg = draw(Chart("T <1>", {"a": "A & B", "gone": "gone"}), METRICS)
     assert svg is not None
     figure = ElementTree.fromstring(svg)
     (path,) = [e for e in figure.iter("path") if (e.get("class") or "").startswith("line")]
@@ -31,15 +31,15 @@ def test_a_chart_is_well_formed_and_to_scale() -> None:
 
 def test_the_best_update_is_marked_where_it_is() -> None:
     metrics = [{"step": step, "v": float(step)} for step in range(5)]
-    svg = str(draw(Chart("t", (Line("v", "v"),)), metrics, best=3))
+    svg = str(draw(Chart("t", {"v": "v"}), metrics, best=3))
     [place] = re.findall(r'class="best" d="M([\d.]+) ', svg)
     marks = re.findall(r'<circle class="mark s1" cx="([\d.]+)"', svg)
     assert place == marks[3]
-    assert "best" not in str(draw(Chart("t", (Line("v", "v"),)), metrics))
+    assert "best" not in str(draw(Chart("t", {"v": "v"}), metrics))
 
 
 def test_a_chart_without_values_is_left_out() -> None:
-    assert draw(Chart("T", (Line("gone", "gone"),)), METRICS) is None
+    assert draw(Chart("T", {"gone": "gone"}), METRICS) is None
 
 
 @given(st.floats(-1e30, 1e30), st.floats(0, 1e30))

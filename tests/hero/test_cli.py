@@ -235,7 +235,7 @@ def test_train_eval_rollout_view(
     assert Path("run/report.html").stat().st_size > 5000
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     logged = set().union(*lines)
-    drawn = {line.metric for chart in CHARTS for line in chart.lines}
+    drawn = {metric for chart in CHARTS for metric in chart.lines}
     assert drawn <= logged
     assert {name for name in logged if name.startswith("seconds/")} <= drawn
     assert main(["train", "--output-dir", "run", *SMALL]) == 1
