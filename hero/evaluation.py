@@ -175,6 +175,17 @@ class Probe:
     def lift(self) -> float:
         return self.teacher_right - self.student_right
 
+    @property
+    def gap(self) -> float:
+        """Rise of the share of right actions over all turns if the student became the teacher."""
+        return self.share * self.lift
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What `hero probe` and a study write to files."""
+        names = ("turns", "share", "student_right", "teacher_right", "gap")
+        return {name: getattr(self, name) for name in names}
+
     def __str__(self) -> str:
         return (
             f"Before training {self.well_formed:.0%} of the actions can be read and "
@@ -183,7 +194,7 @@ class Probe:
             f"hindsight, {self.teacher_right:.0%} with it. The reflector finds fault where the "
             f"environment does on {self.diagnosis_agreement:.0%} of turns.\n"
             f"On {self.share:.0%} of the turns there is something to learn: if the student became "
-            f"its teacher, {self.share * self.lift:+.0%} of all actions would turn right."
+            f"its teacher, {self.gap:+.0%} of all actions would turn right."
         )
 
     def demand(self, lift: float | None) -> None:

@@ -7,7 +7,7 @@ The gap between teacher and student before training predicts the gain of self-di
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from hero.algorithms import MODES, Experience
@@ -15,7 +15,7 @@ from hero.checks import from_dict
 from hero.config import TrainConfig
 from hero.envs.base import Environment, HasDiagnosis
 from hero.episodes import gold_episodes, rewarded
-from hero.evaluation import Answer, agreement, probe_teacher
+from hero.evaluation import Probe, agreement, probe_teacher
 from hero.policy import Policy
 from hero.prompts import make_prompts
 from hero.recipes import merge
@@ -40,43 +40,12 @@ CONTEXTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """What teachers are shown: settings on top of the run's. The last three are controls."""
 CONTROLS = ("shuffled", "unrelated", "empty")
-EXAMPLES = 3
-"""Turns of each context that the page shows."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gap:
-    """What a teacher knows better, on the turns that its mode trains."""
-
-    turns: int
-    """How many were probed."""
-    share: float
-    """Of all turns, those trained with a hint, or all that are trained where nothing is hinted."""
-    student_right: float
-    teacher_right: float
-    answers: tuple[Answer, ...] = ()
-    """Some of the turns probed, first those where hindsight made a difference."""
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """What is written to files."""
-        names = ("turns", "share", "student_right", "teacher_right", "gap")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def lift(self) -> float:
-        return self.teacher_right - self.student_right
-
-    @property
-    def gap(self) -> float:
-        """Rise of the share of right actions over all turns if the student became the teacher."""
-        return self.share * self.lift
 
 
 def measure(
     policy: Policy, config: TrainConfig, env: Environment, trajectories: Sequence[Trajectory],
     seed: int, max_turns: int = 128,
-) -> tuple[Gap | None, Reflections]:  # fmt: skip
+) -> tuple[Probe | None, Reflections]:  # fmt: skip
     """The gap of a run's teacher on finished episodes, and what its reflector wrote.
 
     Args:
@@ -114,22 +83,13 @@ def measure(
         weights=weights, renderer=renderer, seed=seed, max_turns=max_turns,
         max_turn_tokens=config.rollout.max_turn_tokens,
     )  # fmt: skip
-    return Gap(
-        turns=found.turns,
-        share=found.share,
-        student_right=found.student_right, teacher_right=found.teacher_right,
-        answers=tuple(sorted(found.answers, key=_as_before)[:EXAMPLES]),
-    ), reflections  # fmt: skip
-
-
-def _as_before(answer: Answer) -> bool:
-    return answer.student_right == answer.teacher_right
+    return found, reflections
 
 
 def contexts(
     policy: Policy, data: dict[str, Any], env: Environment, trajectories: Sequence[Trajectory],
     seed: int,
-) -> tuple[dict[str, Gap], dict[str, float]]:  # fmt: skip
+) -> tuple[dict[str, Probe], dict[str, float]]:  # fmt: skip
     """The gap of each of `CONTEXTS` that the environment allows, and how well the model reflects.
 
     Args:
@@ -154,7 +114,7 @@ def contexts(
     return gaps, reflecting
 
 
-def advice(success: float, well_formed: float, silent: float, gaps: dict[str, Gap]) -> list[str]:
+def advice(success: float, well_formed: float, silent: float, gaps: dict[str, Probe]) -> list[str]:
     """What the figures say, in words.
 
     Args:

@@ -10,12 +10,15 @@ from hero.report.comparison import bootstrap_interval
 from hero.types import Trajectory
 
 if TYPE_CHECKING:
-    from hero.probe import Gap
+    from hero.evaluation import Probe
+
+EXAMPLES = 3
+"""Turns of each context that the page shows, first those where hindsight made a difference."""
 
 
 def report(
     model: str, episodes: Sequence[Trajectory], grouped: Sequence[Trajectory], reward: str,
-    gaps: Mapping[str, Gap], reflecting: Mapping[str, float], line: Mapping[str, float] | None,
+    gaps: Mapping[str, Probe], reflecting: Mapping[str, float], line: Mapping[str, float] | None,
 ) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """The text, and the figures as they are written to a file.
 
@@ -64,12 +67,13 @@ def report(
     return "\n".join([*lines, "", *said]), figures
 
 
-def page(text: str, gaps: Mapping[str, Gap]) -> Iterator[str]:
+def page(text: str, gaps: Mapping[str, Probe]) -> Iterator[str]:
     """Lines of Markdown: what was printed, then turns that were answered again in each context."""
     yield from (f"    {line}" if line.startswith("  ") else line for line in text.splitlines())
     for name, gap in gaps.items():
         yield f"## Examples: {name}"
-        for answer in gap.answers:
+        differing = sorted(gap.answers, key=lambda it: it.student_right == it.teacher_right)
+        for answer in differing[:EXAMPLES]:
             right = {True: "right", False: "wrong"}
             for what, said in (
                 ("The agent saw", answer.saw), ("It did", answer.acted),

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ import yaml
 from hero.cli import main
 from hero.commands.arguments import parse
 from hero.config import TrainConfig
-from hero.evaluation import Answer
-from hero.probe import Gap, advice
+from hero.evaluation import Answer, Probe
+from hero.probe import advice
 from hero.report.probe import page, silent_groups
 from hero.state import State
 from hero.study import cells, runner
@@ -98,7 +97,6 @@ def test_a_collapsed_run_goes_on_if_nothing_shall_stop_it() -> None:
         ({"arms": {"base": {}}}, "cannot be called 'base'"),
         ({"like": {"hero": "shuffled", "shuffled": "hero"}}, "in a circle"),
         ({"controls": ["shufled"]}, "controls: unknown shufled; there are hero"),
-        ({"tuning_starts": ["x"]}, "tuning_starts: unknown x"),
         ({"starts": {"s": {"prompts": "standard"}}}, "start s cannot be compared: its prompts"),
         ({"marks": [80, 40]}, "marks must rise"),
     ],
@@ -238,8 +236,11 @@ def test_plots_are_drawn_where_matplotlib_is(study: Callable[..., Any], tmp_path
 # ---- the probe -----------------------------------------------------------------------------------
 
 
-def a_gap(teacher: float, share: float = 0.5) -> Gap:
-    return Gap(turns=10, share=share, student_right=0.2, teacher_right=teacher)
+def a_gap(teacher: float, *answers: Answer) -> Probe:
+    return Probe(
+        turns=10, share=0.5, student_right=0.2, teacher_right=teacher, answers=list(answers),
+        diagnosis_agreement=1.0, success=0.5, well_formed=1.0,
+    )  # fmt: skip
 
 
 def test_the_gap_counts_the_turns_that_are_trained() -> None:
@@ -254,7 +255,7 @@ def test_the_gap_counts_the_turns_that_are_trained() -> None:
         ({"rules": a_gap(0.1)}, "nothing to distil"),
     ],
 )
-def test_advice_compares_with_the_controls(gaps: dict[str, Gap], said: str) -> None:
+def test_advice_compares_with_the_controls(gaps: dict[str, Probe], said: str) -> None:
     assert said in " ".join(advice(0.1, 1.0, 0.5, gaps))
 
 
@@ -269,7 +270,7 @@ def test_the_page_shows_what_was_answered_again(tmp_path: Path) -> None:
         teacher="<b>",
         student_right=False, teacher_right=True,
     )  # fmt: skip
-    gaps = {"rules": replace(a_gap(0.8), answers=(answer,))}
+    gaps = {"rules": a_gap(0.8, answer)}
     write_page("\n".join(page("model:\n  success 1%", gaps)), None, tmp_path / "p.html")
     text = (tmp_path / "p.html").read_text()
     assert "<pre>  success 1%</pre>" in text and "<h2>Examples: rules</h2>" in text
