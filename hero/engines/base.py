@@ -36,34 +36,6 @@ class Engine(Sampler, Streaming, Protocol):
         ...
 
 
-class WeightFolder:
-    """The policy's weights as files for another program, of which only the newest are kept.
-
-    Args:
-        policy: whose model, or whose LoRA adapter.
-        parent: where the folders are made; "" for temporary files of this machine.
-    """
-
-    def __init__(self, policy: Policy, parent: str) -> None:
-        self.policy = policy
-        if parent:
-            Path(parent).mkdir(parents=True, exist_ok=True)
-        self._root = tempfile.TemporaryDirectory(prefix="hero-weights-", dir=parent or None)
-        self._kept: Path | None = None
-
-    def write(self) -> Path:
-        """A new folder with the present weights, as transformers or peft write them."""
-        new = Path(self._root.name) / f"version-{self.policy.version}"
-        self.policy.save(new)
-        return new
-
-    def keep(self, folder: Path) -> None:
-        """The other program reads this one from here on."""
-        if self._kept is not None and self._kept != folder:
-            shutil.rmtree(self._kept, ignore_errors=True)
-        self._kept = folder
-
-
 WAIT = 0.02
 """Seconds that `step` waits for an answer before it lets environments be looked after."""
 
@@ -71,17 +43,18 @@ WAIT = 0.02
 class HandedWeights(ABC):
     """An engine that reads the policy's weights from a folder whenever they have changed.
 
-    After that its log-probabilities are compared with the trainer's.
-
-    Args:
-        policy: the student.
-        config: of the run.
+    After that its log-probabilities are compared with the trainer's. The folders hold what
+    transformers or peft write, and only the newest is kept.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy, self.config = policy, config
         self.version = -1
-        self.weights = WeightFolder(policy, config.engine.weights_dir)
+        parent = config.engine.weights_dir
+        if parent:
+            Path(parent).mkdir(parents=True, exist_ok=True)
+        self._root = tempfile.TemporaryDirectory(prefix="hero-weights-", dir=parent or None)
+        self._kept: Path | None = None
 
     def generate(self, prompts: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
         rows, numbers = self.config.rollout.batch_size, range(len(prompts))
@@ -95,9 +68,12 @@ class HandedWeights(ABC):
         """
         if self.version == self.policy.version:
             return
-        folder = self.weights.write()
+        folder = Path(self._root.name) / f"version-{self.policy.version}"
+        self.policy.save(folder)
         self._read(folder)
-        self.weights.keep(folder)
+        if self._kept is not None and self._kept != folder:
+            shutil.rmtree(self._kept, ignore_errors=True)
+        self._kept = folder
         self.version = self.policy.version
         rollout, engine = self.config.rollout, self.config.engine
         try:

@@ -18,10 +18,6 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 class ColocatedEngine(HandedWeights):
     """vLLM's `LLM`, with a copy of the weights: the model's, and LoRA as an adapter.
 
-    Args:
-        policy: the student.
-        config: of the run.
-
     Raises:
         ValueError: vllm is not installed, or the LoRA rank is too large for it.
     """

@@ -50,10 +50,6 @@ class ServerEngine(HandedWeights):
     LoRA adapters are loaded beside its model, under a new name each time; full weights take the
     place of the model's. After that its log-probabilities are compared with the trainer's.
 
-    Args:
-        policy: the student.
-        config: of the run.
-
     Raises:
         ServerError: no server there, or not the one model that is asked for.
     """
@@ -87,23 +83,16 @@ class ServerEngine(HandedWeights):
     # ---- weights ------------------------------------------------------------------------------
 
     def _read(self, folder: Path) -> None:
-        if self.policy.adapter is not None:
-            self._load_adapter(folder)
-        else:
-            self._reload(folder)
-
-    def _load_adapter(self, folder: Path) -> None:
+        path = str(folder.resolve())
+        if self.policy.adapter is None:
+            call = {"method": "reload_weights", "kwargs": {"weights_path": path}}
+            self._ask(self.root, "/collective_rpc", call)
+            self._ask(self.root, "/reset_prefix_cache", {})  # keys and values of the old weights
+            return
         before, self.model = self.model, f"hero-{self._run}-{self.policy.version}"
-        request = {"lora_name": self.model, "lora_path": str(folder.resolve())}
-        self._ask(self.api, "/load_lora_adapter", request)
+        self._ask(self.api, "/load_lora_adapter", {"lora_name": self.model, "lora_path": path})
         if before != self.base_model:
             self._ask(self.api, "/unload_lora_adapter", {"lora_name": before})
-
-    def _reload(self, folder: Path) -> None:
-        arguments = {"weights_path": str(folder.resolve())}
-        call = {"method": "reload_weights", "kwargs": arguments}
-        self._ask(self.root, "/collective_rpc", call)
-        self._ask(self.root, "/reset_prefix_cache", {})  # keys and values of the old weights
 
     # ---- requests -----------------------------------------------------------------------------
 

@@ -218,7 +218,7 @@ def test_only_the_newest_weights_are_kept(agent: Path, stub: VllmStub) -> None:
     config = configured(agent, stub.url)
     engine = ServerEngine(Policy.load(config.model), config)
     engine.generate([[5, 6]], Sampling(max_tokens=2, seed=0))
-    folder = Path(engine.weights._root.name)
+    folder = Path(engine._root.name)
     assert [path.name for path in folder.iterdir()] == ["version-0"]
     engine.policy.version += 1
     engine.generate([[5, 6]], Sampling(max_tokens=2, seed=0))
