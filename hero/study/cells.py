@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from hero.checks import from_dict
 from hero.config import TrainConfig
 from hero.files import write_atomic
 from hero.recipes import merge
+from hero.types import Trajectory
 
 NEVER = 1_000_000
 PANEL_SEED = 7001
@@ -47,20 +49,34 @@ class Cell:
 def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Train and judge; returns the row, which is kept as `folder/rows/NAME.json`.
 
-    A row that exists is not made again. The run goes from mark to mark, so each budget is met to
-    the episode, and its last weights are judged there on the same tasks with the same noise.
+    The run goes from mark to mark, so each budget is met to the episode, and its last weights are
+    judged there on the same tasks with the same noise.
     """
-    path = folder / "rows" / f"{cell.name}.json"
+    run = folder / "runs" / cell.name
+    row = kept(folder / "rows" / f"{cell.name}.json", partial(_run, cell, run))
+    shutil.rmtree(run, ignore_errors=True)
+    return row
+
+
+def kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a file holds; what is there is not made again."""
     if path.is_file():
-        row: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return row
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(made, separators=(",", ":")))
+    return made
+
+
+def _run(cell: Cell, run: Path) -> dict[str, Any]:
     from hero.report.console import Console
     from hero.trainer import Trainer
 
-    run = folder / "runs" / cell.name
     shutil.rmtree(run, ignore_errors=True)  # of a cell that was interrupted
     seconds = 0.0
-    row = {"start": cell.start, "arm": cell.arm, "seed": cell.seed, "split": cell.split}
+    row: dict[str, Any] = {
+        "start": cell.start, "arm": cell.arm, "seed": cell.seed, "split": cell.split,
+    }  # fmt: skip
     row |= {"learning_rate": cell.settings["optim"]["learning_rate"], "marks": []}
     for mark in cell.marks:
         config: TrainConfig = from_dict(merge(cell.settings, {
@@ -84,29 +100,37 @@ def run_cell(cell: Cell, folder: Path) -> dict[str, Any]:
         number = min(DIAGNOSED, cell.tasks)
         row["diagnosing"] = diagnosing(trainer.policy, config, cell.model, number)
     row["training"] = _curve(run)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(row, separators=(",", ":")))
-    shutil.rmtree(run, ignore_errors=True)
     return row
+
+
+class Panel:
+    """The first `number` tasks of a split, which all policies play with the same noise."""
+
+    def __init__(self, config: TrainConfig, split: str, number: int) -> None:
+        from hero.envs import border
+        from hero.envs.base import make_env
+
+        self.config = config
+        self.environment = partial(make_env, config.env.name, **config.env.options)
+        self.env = self.environment()
+        self.tasks = border.tasks(self.env, split)[:number]
+
+    def played(self, policy: Any) -> list[Trajectory]:
+        from hero.api import rollout
+
+        return rollout(
+            policy, self.environment, self.tasks, config=self.config.rollout, seed=PANEL_SEED,
+            demonstrations=self.config.env.demonstrations,
+        )  # fmt: skip
 
 
 def judge(policy: Any, config: TrainConfig, split: str, tasks: int) -> dict[str, Any]:
     """Success (a digit a task), score and turns of a policy on the first tasks of a split."""
-    from hero.api import evaluate
-    from hero.envs import border
-    from hero.envs.base import make_env
+    from hero.evaluation import summarise
 
-    environment = partial(make_env, config.env.name, **config.env.options)
-    chosen = border.tasks(environment(), split)[:tasks]
-    found = evaluate(
-        policy,
-        environment,
-        chosen,
-        config=config.rollout,
-        seed=PANEL_SEED,
-        demonstrations=config.env.demonstrations,
-    )
-    per_task = [found.per_task[task] for task in chosen]
+    panel = Panel(config, split, tasks)
+    found = summarise(panel.played(policy))
+    per_task = [found.per_task[task] for task in panel.tasks]
     return {
         "success": "".join(str(int(task["success"])) for task in per_task),
         "score": round(found.score, 4),
@@ -120,10 +144,8 @@ def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dic
     On so many (`number`) dev tasks; shares of turns: `parsed`, and `recall`, `precision` and
     `same_action` of the rules' faults. {} in a world without rules.
     """
-    from hero.api import rollout
     from hero.config import ModelConfig
-    from hero.envs import border
-    from hero.envs.base import HasDiagnosis, make_env
+    from hero.envs.base import HasDiagnosis
     from hero.episodes import rewarded
     from hero.evaluation import agreement
     from hero.policy import Policy
@@ -131,29 +153,19 @@ def diagnosing(policy: Any, config: TrainConfig, start: str, number: int) -> dic
     from hero.reflection import make_reflector
     from hero.sampler import HFSampler
 
-    environment = partial(make_env, config.env.name, **config.env.options)
-    env = environment()
-    if not isinstance(env, HasDiagnosis):
+    panel = Panel(config, "dev", number)
+    if not isinstance(panel.env, HasDiagnosis):
         return {}
-    tasks = border.tasks(env, "dev")[:number]
     player = Policy.load(ModelConfig(path=start, device=config.model.device))
-    played = rollout(
-        player,
-        environment,
-        tasks,
-        config=config.rollout,
-        seed=PANEL_SEED,
-        demonstrations=config.env.demonstrations,
-    )
-    episodes = rewarded(played, config.env.reward)
+    episodes = rewarded(panel.played(player), config.env.reward)
     reflector = make_reflector(
-        replace(config.reflection, reflector="self", shuffle_hints="off"), env=env,
+        replace(config.reflection, reflector="self", shuffle_hints="off"), env=panel.env,
         sampler=HFSampler(policy, number), renderer=policy.renderer, context=policy.context,
         prompts=make_prompts(config.prompts), teacher_weights=_no_teacher,
     )  # fmt: skip
     read = reflector.reflect(episodes, PANEL_SEED)
     found = {"parsed": read.stats.read / max(1, read.stats.asked)}
-    for name, value in agreement(env, episodes, read.diagnoses).items():
+    for name, value in agreement(panel.env, episodes, read.diagnoses).items():
         found[name.removeprefix("agreement/")] = value
     return {name: round(value, 4) for name, value in found.items()}
 
@@ -165,33 +177,20 @@ def gap(
 
     Measured on the start's episodes of so many dev `tasks`.
     """
-    path = folder / "gaps" / start / f"{arm}.json"
-    if path.is_file():
-        return
-    from hero.api import rollout
-    from hero.config import ModelConfig
-    from hero.envs import border
-    from hero.envs.base import make_env
-    from hero.policy import Policy
-    from hero.probe import measure
 
-    config: TrainConfig = from_dict(settings)
-    environment = partial(make_env, config.env.name, **config.env.options)
-    policy = Policy.load(ModelConfig(path=model, device=config.model.device))
-    env = environment()
-    chosen = border.tasks(env, "dev")[:tasks]
-    played = rollout(
-        policy,
-        environment,
-        chosen,
-        config=config.rollout,
-        seed=PANEL_SEED,
-        demonstrations=config.env.demonstrations,
-    )
-    found, _ = measure(policy, config, env, played, PANEL_SEED, max_turns=8 * tasks)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    row = found.figures if found else {}
-    write_atomic(path, json.dumps({"start": start, "arm": arm} | row))
+    def measured() -> dict[str, Any]:
+        from hero.config import ModelConfig
+        from hero.policy import Policy
+        from hero.probe import measure
+
+        config: TrainConfig = from_dict(settings)
+        policy = Policy.load(ModelConfig(path=model, device=config.model.device))
+        panel = Panel(config, "dev", tasks)
+        played = panel.played(policy)
+        found, _ = measure(policy, config, panel.env, played, PANEL_SEED, max_turns=8 * tasks)
+        return {"start": start, "arm": arm} | (found.figures if found else {})
+
+    kept(folder / "gaps" / start / f"{arm}.json", measured)
 
 
 def _no_teacher() -> Any:

@@ -64,18 +64,19 @@ def claims(study: StudyConfig, rows: Sequence[Row]) -> list[Claim]:
         Claim(number=1, words="hero > env_only > base > full_demo in success", parts=[
             part
             for pair in ((first, "env_only"), ("env_only", BASE), (BASE, "full_demo"))
-            for part in arms.success(*pair)
+            for part in arms.difference(*pair)
         ]),
         Claim(number=2, words="fewer turns than grpo at equal or better success", parts=[
-            *arms.success(first, "grpo", bound=-MARGIN), *arms.fewer_turns(first, "grpo"),
+            *arms.difference(first, "grpo", bound=-MARGIN),
+            *arms.difference(first, "grpo", figure="turns"),
         ]),
         Claim(number=3, words=f"within {small:,} turns hero rises more than its rivals", parts=[
             part
             for other in (BASE, "reinforce", "grpo")
-            for part in arms.success(first, other, marks=(0,))
+            for part in arms.difference(first, other, marks=(0,))
         ]),
         Claim(number=4, words="every control loses the gain", parts=[
-            part for control in study.controls for part in arms.success(first, control)
+            part for control in study.controls for part in arms.difference(first, control)
         ]),
         Claim(number=5, words="nothing else is forgotten: the model still diagnoses", parts=[
             *arms.kept(first)
@@ -90,36 +91,25 @@ class Arms:
         self.study, self.rows = study, rows
         self.marks = range(len(study.marks))
 
-    def _pairs(
-        self, one: str, other: str, marks: Sequence[int] | None
-    ) -> Iterator[tuple[str, int]]:
+    def difference(
+        self, one: str, other: str, *, figure: str = "success", bound: float = 0.0,
+        marks: Sequence[int] | None = None,
+    ) -> Iterator[Part]:  # fmt: skip
+        """`one` minus `other`; of turns, fewer are better."""
         there = {(row["start"], row["arm"]) for row in self.rows}
+        unit, shown = (100.0, "success, points") if figure == "success" else (-1.0, figure)
         for start in self.study.starts:
-            if (start, one) in there and (start, other) in there:
-                yield from ((start, mark) for mark in marks or self.marks)
-
-    def success(
-        self, one: str, other: str, *, bound: float = 0.0, marks: Sequence[int] | None = None
-    ) -> Iterator[Part]:
-        """`one` minus `other`."""
-        for start, mark in self._pairs(one, other, marks):
-            own, rival = (values(self.rows, start, arm, mark) for arm in (one, other))
-            low, high = interval(own, rival)
-            yield Part(
-                words=f"{one} - {other} | success, points | {start}, {self.study.marks[mark]:,}",
-                start=start, value=float(own.mean() - rival.mean()),
-                low=low, high=high, bound=bound,
-            )  # fmt: skip
-
-    def fewer_turns(self, one: str, other: str) -> Iterator[Part]:
-        for start, mark in self._pairs(one, other, None):
-            own, rival = (values(self.rows, start, arm, mark, "turns") for arm in (one, other))
-            low, high = interval(rival, own)
-            yield Part(
-                words=f"{one} - {other} | turns | {start}, {self.study.marks[mark]:,}",
-                start=start, value=float(rival.mean() - own.mean()),
-                low=low, high=high, unit=-1.0,
-            )  # fmt: skip
+            if not {(start, one), (start, other)} <= there:
+                continue
+            for mark in marks or self.marks:
+                pair = [values(self.rows, start, arm, mark, figure) for arm in (one, other)]
+                own, rival = pair if unit > 0 else reversed(pair)
+                low, high = interval(own, rival)
+                yield Part(
+                    words=f"{one} - {other} | {shown} | {start}, {self.study.marks[mark]:,}",
+                    start=start, value=float(own.mean() - rival.mean()),
+                    low=low, high=high, bound=bound, unit=unit,
+                )  # fmt: skip
 
     def kept(self, arm: str) -> Iterator[Part]:
         """Recall of faults by the trained model itself, minus the start's; over seeds."""

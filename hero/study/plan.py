@@ -24,7 +24,7 @@ SAME = ("env.name", "env.reward", "prompts", "rollout.max_turns", "rollout.max_t
         "rollout.max_episode_tokens", "rollout.temperature", "rollout.top_p")  # fmt: skip
 """Settings in which arms that are compared may not differ."""
 RATES = "rates.json"
-"""Dev success of each learning rate, by `START/ARM`; the start is "" if all share the rate."""
+"""Dev success of each learning rate, by `START/ARM`."""
 BASE = "base"
 """The arm that is not trained: the start itself."""
 FREE_OPTIONS = ("hints",)
@@ -59,8 +59,6 @@ class StudyConfig(Settings):
     """Each arm takes the one that is best for it on dev tasks."""
     tuning_seeds: Count = 2
     """Runs of each learning rate, with seeds that are not used again."""
-    tuning_starts: list[str] = field(default_factory=list)
-    """Starts at which learning rates are chosen, for all starts; if none is named, at each."""
     tuning_marks: Count = 1
     """Marks, from the first, that a learning rate is judged at."""
     dev_tasks: Count = 100
@@ -122,7 +120,6 @@ def _check(study: StudyConfig) -> None:
     for name, named in arms.items():
         _known(name, named, study.arms)
     _known("only", study.only, study.starts)
-    _known("tuning_starts", study.tuning_starts, study.starts)
     for name in study.arms:
         if name == BASE or "/" in name:
             raise ValueError(f"An arm cannot be called {name!r}: it names a folder of its own.")
@@ -229,10 +226,7 @@ def chosen_rates(study: StudyConfig, folder: Path) -> dict[tuple[str, str], floa
         key: float(max(sorted(of, key=float), key=lambda rate: of[rate]))
         for key, of in means.items()
     }
-    shared = "" if study.tuning_starts else None
-    keys = {
-        pair: f"{pair[0] if shared is None else shared}/{study.rate_of(pair[1])}" for pair in pairs
-    }
+    keys = {(start, arm): f"{start}/{study.rate_of(arm)}" for start, arm in pairs}
     return {pair: best[key] for pair, key in keys.items() if key in best}
 
 

@@ -16,7 +16,7 @@ from hero.config import SftConfig, TrainConfig
 from hero.files import write_atomic
 from hero.processes import safe_path, started
 from hero.recipes import merge
-from hero.study.cells import DIAGNOSED, Cell, diagnosing, gap, judge, run_cell
+from hero.study.cells import DIAGNOSED, Cell, diagnosing, gap, judge, kept, run_cell
 from hero.study.plan import BASE, RATES, StudyConfig, chosen_rates, claim_folder
 from hero.types import Fault
 
@@ -104,19 +104,15 @@ def choose_rates(
 ) -> dict[tuple[str, str], float]:
     """The learning rate of each (start, arm): the best mean success on dev tasks; ties the lower.
 
-    The mean is over tuning seeds and marks (and `tuning_starts`), so that a rate that rises fast
-    and then collapses does not win by its peak.
+    The mean is over tuning seeds and marks, so that a rate that rises fast and then collapses does
+    not win by its peak.
     """
     if len(study.learning_rates) == 1:
         return chosen_rates(study, folder)
     say("Learning rates: dev tasks.")
-    shared = study.tuning_starts
-    wanted = {
-        (start, study.rate_of(arm)): None
-        for at in models
-        for arm in study.arms_at(at)
-        for start in shared or [at]
-    }
+    wanted = dict.fromkeys(
+        (start, study.rate_of(arm)) for start in models for arm in study.arms_at(start)
+    )
     cells = [
         _cell(study, start, models[start], arm, seed=TUNING + k, rate=rate, split="dev")
         for k in range(study.tuning_seeds)
@@ -125,7 +121,7 @@ def choose_rates(
     ]
     successes: dict[tuple[str, str], dict[float, list[float]]] = {}
     for row in _all(pool, cells, folder, say):
-        by_rate = successes.setdefault(("" if shared else row["start"], row["arm"]), {})
+        by_rate = successes.setdefault((row["start"], row["arm"]), {})
         by_rate.setdefault(row["learning_rate"], []).extend(
             mark["success"].count("1") / len(mark["success"]) for mark in row["marks"]
         )
@@ -203,19 +199,17 @@ def _reached(row: dict[str, Any]) -> str:
 
 def _base(study: StudyConfig, start: str, model: str, folder: Path) -> dict[str, Any]:
     """The start itself on the test tasks, untrained."""
-    from hero.config import ModelConfig
-    from hero.policy import Policy
 
-    path = folder / "rows" / start / "base.json"
-    if path.is_file():
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    config: TrainConfig = from_dict(study.of(next(iter(study.arms))))
-    policy, number = Policy.load(ModelConfig(path=model)), min(DIAGNOSED, study.test_tasks)
-    row = {
-        "start": start, "arm": BASE, "seed": 0, "split": "test",
-        "marks": [{"turns": 0, **judge(policy, config, "test", study.test_tasks)}],
-        "diagnosing": diagnosing(policy, config, model, number),
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps(row))
-    return row
+    def judged() -> dict[str, Any]:
+        from hero.config import ModelConfig
+        from hero.policy import Policy
+
+        config: TrainConfig = from_dict(study.of(next(iter(study.arms))))
+        policy, number = Policy.load(ModelConfig(path=model)), min(DIAGNOSED, study.test_tasks)
+        return {
+            "start": start, "arm": BASE, "seed": 0, "split": "test",
+            "marks": [{"turns": 0, **judge(policy, config, "test", study.test_tasks)}],
+            "diagnosing": diagnosing(policy, config, model, number),
+        }  # fmt: skip
+
+    return kept(folder / "rows" / start / "base.json", judged)
