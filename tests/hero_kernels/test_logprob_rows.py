@@ -1,7 +1,4 @@
-"""The log-probability kernels in torch. Oracle: log_softmax in fp64 and torch.autograd.
-
-The oracle sees the stored (rounded) logits, so that every deviation is the kernel's own.
-"""
+"""The log-probability kernels in torch. The oracle is in logprob_cases.py."""
 
 from __future__ import annotations
 
@@ -9,78 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tile_cases import FLOATS, far_apart
-from torch import Tensor
+from logprob_cases import GRADIENT_ERROR, Case
+from tile_cases import FLOATS, far_apart, relative_error
 
-from hero_kernels.objective import Objective
-from hero_kernels.rows_logprobs import logprob_gradient, logprob_rows
-from hero_kernels.types import Tile
-
-GRADIENT_ERROR = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "temperature": {"temperature": 0.6, "logit_scale": 0.6},
     "softcap": {"softcap": 6.0},
     "everything": {"softcap": 30.0, "logit_scale": 0.7, "temperature": 0.7, "with_bias": True},
 }
-
-
-class Case:
-    """Random logits [R, V], targets (the last row has none) and upstream gradients [R, 2]."""
-
-    def __init__(
-        self, rows: int = 4, vocab: int = 1300, *, with_bias: bool = False, **objective: Any
-    ) -> None:
-        self.logits = 4.0 * torch.randn(rows, vocab)
-        self.target_ids = torch.randint(0, vocab, (rows,))
-        self.target_ids[rows - 1 :] = -1
-        self.upstream = torch.randn(rows, 2)
-        self.bias = torch.randn(vocab) if with_bias else None
-        self.num_real = vocab
-        self.objective = Objective(**objective)
-
-    def statistics(self, with_entropy: bool = True) -> Tensor:
-        tile = Tile(self.logits, None, student_bias=self.bias, num_real=self.num_real)
-        return logprob_rows(tile, self.target_ids, self.objective, with_entropy)
-
-    def gradient(self, stats: Tensor, grad: Tensor) -> Tensor:
-        tile = Tile(self.logits, None, grad, student_bias=self.bias, num_real=self.num_real)
-        logprob_gradient(tile, self.target_ids, self.objective, stats, self.upstream)
-        return grad
-
-    def run(self, grad_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Statistics [R, 4], and the gradient [R, V], which starts as NaN."""
-        stats = self.statistics()
-        grad = torch.full(self.logits.shape, float("nan"), dtype=grad_dtype)
-        return stats, self.gradient(stats, grad)
-
-    def truth(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [R, 2], and the gradient [R, V], in fp64."""
-        raw = self.logits[:, : self.num_real].double().requires_grad_()
-        z = raw if self.bias is None else raw + self.bias[: self.num_real].double()
-        z, cap = z * self.objective.logit_scale, self.objective.softcap
-        z = z if cap is None else cap * torch.tanh(z / cap)
-        log_p = torch.log_softmax(z / self.objective.temperature, -1)
-        picked = log_p.gather(1, self.target_ids.clamp(min=0)[:, None])[:, 0]
-        finite = log_p.clamp(min=torch.finfo(torch.float64).min)  # 0 · -inf
-        picked = picked.where(self.target_ids >= 0, 0.0)
-        values = torch.stack([picked, -(log_p.exp() * finite).sum(-1)], 1)
-        total = (self.upstream.double() * values).where(self.upstream != 0, 0.0).sum()
-        (grad,) = torch.autograd.grad(total, raw)
-        padding = self.logits.shape[1] - self.num_real
-        return values.detach(), torch.nn.functional.pad(grad, (0, padding))
-
-    def check(self, grad_dtype: torch.dtype = torch.float32) -> None:
-        """Compare all that the kernels return with the oracle."""
-        stats, grad = self.run(grad_dtype)
-        values, true_grad = self.truth()
-        torch.testing.assert_close(stats[:, :2].double(), values, rtol=1e-6, atol=3e-6)
-        assert relative_error(grad, true_grad) < GRADIENT_ERROR[grad_dtype]
-        assert grad[:, self.num_real :].eq(0).all()
-
-
-def relative_error(ours: Tensor, truth: Tensor) -> float:
-    return float((ours.double() - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

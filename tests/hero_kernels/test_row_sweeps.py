@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -18,83 +17,30 @@ from tile_cases import (
     RowKernel,
     check,
     make_case,
+    pieces_of,
     relative_error,
+    swept,
 )
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hero_kernels import constants as c
 from hero_kernels import rows as kernels
 from hero_kernels.objective import Objective
 from hero_kernels.types import RowTensors, Tile
 
-CUTS: dict[str, list[int]] = {
-    "whole": [0, 1300],
-    "ragged": [0, 1, 3, 640, 1299, 1300],
-    "padded": [0, 600, 1200, 1800],  # the last pieces hold padding, or nothing else
-    "beyond": [0, 1300, 1310],
-}
-
-
-def pieces_of(tile: Tile, cuts: list[int]) -> list[Tile]:
-    """The tile in pieces, which begin and end at `cuts`; beyond the tile they hold padding."""
-    extra = (0, max(cuts[-1] - tile.student.shape[1], 0))
-    student, teacher, student_bias, teacher_bias = (
-        None if tensor is None else pad(tensor, extra, value=7.0)
-        for tensor in (tile.student, tile.teacher, tile.student_bias, tile.teacher_bias)
-    )
-    assert student is not None and teacher is not None
-    return [
-        tile._replace(
-            student=student[:, a:b].clone(),
-            teacher=teacher[:, a:b].clone(),
-            student_bias=None if student_bias is None else student_bias[a:b],
-            teacher_bias=None if teacher_bias is None else teacher_bias[a:b],
-            grad=None
-            if tile.grad is None
-            else torch.full_like(student[:, a:b], torch.nan, dtype=tile.grad.dtype),
-            first_column=a,
-            num_real=min(max(tile.num_real - a, 0), b - a),
-        )
-        for a, b in itertools.pairwise(cuts)
-    ]
-
-
-def swept(cuts: list[int]) -> RowKernel:
-    """`divergence_rows` made of sweeps over pieces of the columns."""
-
-    def divergence_rows(
-        tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool
-    ) -> Tensor:
-        pieces = pieces_of(tile, cuts)
-        found = [kernels.row_statistics(piece, rows, objective) for piece in pieces]
-        joined = kernels.merge_statistics(torch.stack(found))
-        values = sum(
-            kernels.row_values(piece, rows, objective, joined, with_stats) for piece in pieces
-        )
-        assert isinstance(values, Tensor)
-        stats = kernels.finish_rows(joined, values, rows, objective, with_stats)
-        if tile.grad is not None:
-            scales = kernels.row_scales(rows, stats)
-            for piece in pieces:
-                kernels.row_gradient(piece, rows, objective, joined, values, scales)
-            whole = torch.cat([piece.grad for piece in pieces if piece.grad is not None], 1)
-            width = tile.grad.shape[1]
-            assert whole[:, width:].eq(0).all()
-            tile.grad.copy_(whole[:, :width])
-        return stats
-
-    return divergence_rows
-
-
-WAYS: dict[str, RowKernel] = {"at_once": kernels.divergence_rows} | {
-    name: swept(cuts) for name, cuts in {**CUTS, "uneven": [0, 1000, 1024, 5000]}.items()
+WAYS: dict[str, RowKernel] = {
+    "whole": swept(kernels),
+    "ragged": swept(kernels, 1, 3, 640, 1299),
+    "padded": swept(kernels, 600, 1200, width=1800),  # the last pieces hold padding, or only that
+    "beyond": swept(kernels, 1300, width=1310),
+    "uneven": swept(kernels, 1000, 1024, width=5000),
+    "at_once": kernels.divergence_rows,
 }
 
 
 @DIVERGENCES
 @DELTA
-@pytest.mark.parametrize("way", ["at_once", *CUTS])
+@pytest.mark.parametrize("way", ["at_once", "whole", "ragged", "padded", "beyond"])
 def test_any_cut(divergence: str, delta: bool, way: str) -> None:
     options = {
         "target_ids": torch.tensor([1299, -1, 2]),
@@ -228,13 +174,13 @@ def test_rows_of_weight_zero_may_hold_anything(way: str) -> None:
     assert grad[1:].eq(0).all() and grad[0].isfinite().all()
 
 
-def statistics_of(case: Case, cuts: list[int]) -> list[Tensor]:
+def statistics_of(case: Case, edges: list[int]) -> list[Tensor]:
     tile = Tile(
         case.student.double(), case.teacher.double(), None, case.delta,
         num_real=case.student.shape[1],
     )  # fmt: skip
     rows, objective = RowTensors(torch.ones(3).double()), Objective(case.divergence)
-    return [kernels.row_statistics(piece, rows, objective) for piece in pieces_of(tile, cuts)]
+    return [kernels.row_statistics(piece, rows, objective) for piece in pieces_of(tile, edges)]
 
 
 def test_merging_is_associative_and_ignores_empty_pieces() -> None:

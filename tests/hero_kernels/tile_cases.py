@@ -5,6 +5,7 @@ The oracle sees the stored (rounded) logits, so that every deviation is the kern
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hero_kernels.objective import Objective
+from hero_kernels.rows import finish_rows, row_scales
 from hero_kernels.types import RowTensors, Tile
 
 RowKernel = Callable[[Tile, RowTensors, Objective, bool], Tensor]
@@ -168,6 +171,53 @@ def confident_case(
     teacher = teacher.float()
     difference = student - teacher
     return Case((difference if delta else student).float(), teacher, delta, divergence)
+
+
+def swept(
+    kernels: Any, *cuts: int, width: int = 0, at: Callable[[Any], Any] = lambda tensors: tensors
+) -> RowKernel:
+    """`divergence_rows` made of a module's sweeps over pieces of the columns, cut before `cuts`;
+    columns beyond the tile's own, up to `width`, hold padding. `at` puts tensors on the device."""
+
+    def run(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
+        columns, rows = tile.student.shape[1], at(rows)
+        end = max(columns, width)
+        edges = [0, *(cut for cut in cuts if cut < end), end]
+        pieces = [at(piece) for piece in pieces_of(tile, edges)]
+        found = [kernels.row_statistics(piece, rows, objective) for piece in pieces]
+        joined = kernels.merge_statistics(torch.stack(found))
+        values = torch.stack(
+            [kernels.row_values(piece, rows, objective, joined, with_stats) for piece in pieces]
+        ).sum(0)
+        stats = finish_rows(joined, values, rows, objective, with_stats)
+        if tile.grad is not None:
+            for piece in pieces:
+                scales = row_scales(rows, stats)
+                kernels.row_gradient(piece, rows, objective, joined, values, scales)
+            whole = torch.cat([piece.grad for piece in pieces], 1)
+            assert whole[:, columns:].eq(0).all()
+            tile.grad.copy_(whole[:, :columns])
+        return stats.cpu()
+
+    return run
+
+
+def pieces_of(tile: Tile, edges: list[int]) -> list[Tile]:
+    """The tile in pieces between `edges`, each with a gradient of its own."""
+    extra = (0, edges[-1] - tile.student.shape[1])
+    names = ("student", "teacher", "student_bias", "teacher_bias", "grad")
+    whole = {
+        name: pad(tensor, extra, value=7.0) if extra[1] else tensor
+        for name in names
+        if (tensor := getattr(tile, name)) is not None
+    }
+    return [
+        tile._replace(
+            **{name: tensor[..., a:b] for name, tensor in whole.items()},
+            first_column=a, num_real=min(max(tile.num_real - a, 0), b - a),
+        )
+        for a, b in itertools.pairwise(edges)
+    ]  # fmt: skip
 
 
 def far_apart(matrix: Tensor) -> Tensor:

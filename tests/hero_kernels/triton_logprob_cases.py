@@ -1,7 +1,6 @@
-"""Cases of the Triton log-probability kernels against log_softmax and autograd in fp64.
+"""Cases of the Triton log-probability kernels; the oracle is in logprob_cases.py.
 
-Run by test_triton_cases.py, in Triton's interpreter or on a GPU. The oracle sees the logits as
-stored, so that every deviation is the kernel's own.
+Run by test_triton_cases.py, in Triton's interpreter or on a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from logprob_cases import Case
 from triton_tools import DEVICE, mend_interpreter
 
 from hero_kernels.objective import Objective
@@ -20,56 +19,20 @@ from hero_kernels.types import Tile
 if DEVICE == "cpu":
     mend_interpreter()
 VOCAB = 700
-GRADIENT_ERROR = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-class Inputs:
-    """Random logits [4, V], targets (the last row has none) and upstream gradients."""
+class Inputs(Case):
+    """Four rows."""
+
+    kernels = logprobs
+    device = DEVICE
 
     def __init__(self, vocab: int = VOCAB, sharpness: float = 4.0, **objective: Any) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.logits = sharpness * torch.randn(4, vocab, generator=generator)
-        self.ids = torch.randint(0, vocab, (4,), generator=generator)
-        self.ids[3] = -1
-        self.upstream = torch.randn(4, 2, generator=generator)
-        self.bias: Tensor | None = None
-        self.num_real = vocab
-        self.objective = Objective(**objective)
+        super().__init__(4, vocab, **objective)
+        self.logits *= sharpness / 4.0
 
-    def run(
-        self, dtype: torch.dtype = torch.float32, *, in_place: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Statistics [4, 4], and the gradient [4, V], which starts as NaN."""
-        logits = self.logits.to(DEVICE, copy=True)
-        grad = logits if in_place else torch.full(logits.shape, torch.nan, dtype=dtype).to(DEVICE)
-        bias = None if self.bias is None else self.bias.to(DEVICE)
-        tile = Tile(logits, None, grad, student_bias=bias, num_real=self.num_real)
-        ids = self.ids.to(DEVICE)
-        stats = logprobs.logprob_rows(tile, ids, self.objective, True)
-        logprobs.logprob_gradient(tile, ids, self.objective, stats, self.upstream.to(DEVICE))
-        return stats.cpu(), grad.cpu()
-
-    def truth(self) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [4, 2], and the gradient [4, V], in fp64."""
-        raw = self.logits[:, : self.num_real].double().requires_grad_()
-        z = raw if self.bias is None else raw + self.bias[: self.num_real].double()
-        z, cap = z * self.objective.logit_scale, self.objective.softcap
-        z = z if cap is None else cap * torch.tanh(z / cap)
-        log_p = torch.log_softmax(z / self.objective.temperature, -1)
-        picked = log_p.gather(1, self.ids.clamp(min=0)[:, None])[:, 0]
-        finite = log_p.clamp(min=-1e300)  # 0 · -inf
-        entropy = -(log_p.exp() * finite).sum(-1)
-        values = torch.stack([picked.where(self.ids >= 0, 0.0), entropy], 1)
-        (grad,) = torch.autograd.grad((self.upstream * values).sum(), raw)
-        padding = self.logits.shape[1] - self.num_real
-        return values.detach(), torch.nn.functional.pad(grad, (0, padding))
-
-    def check(self, dtype: torch.dtype = torch.float32) -> None:
-        stats, grad = self.run(dtype)
-        values, true_grad = self.truth()
-        torch.testing.assert_close(stats[:, :2].double(), values, rtol=1e-6, atol=3e-6)
-        assert (grad - true_grad).norm() < GRADIENT_ERROR[dtype] * true_grad.norm() + 1e-6
-        assert stats[:, 0].le(0).all() and stats[:, 1].ge(0).all()
+    def check(self, grad_dtype: torch.dtype = torch.float32, rounding: float = 1e-6) -> None:
+        super().check(grad_dtype, rounding)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +47,7 @@ def test_transforms_bias_and_padding(objective: dict[str, float]) -> None:
     if objective:
         inputs.bias = torch.randn(VOCAB)
         inputs.num_real = 637
-        inputs.ids = torch.tensor([0, 636, 17, -1])
+        inputs.target_ids = torch.tensor([0, 636, 17, -1])
         inputs.logits[:, 637:] = torch.nan
     inputs.check()
 
@@ -122,22 +85,24 @@ def test_masked_columns(masked: int) -> None:
     hidden = torch.rand(VOCAB) < 0.4
     hidden[:masked], hidden[-2:] = True, False
     inputs.logits[:, hidden] = -torch.inf
-    inputs.ids = torch.tensor([VOCAB - 1, VOCAB - 2, -1, -1])
+    inputs.target_ids = torch.tensor([VOCAB - 1, VOCAB - 2, -1, -1])
     inputs.check()
-    inputs.ids[2] = int(hidden.nonzero()[-1])
+    inputs.target_ids[2] = int(hidden.nonzero()[-1])
     stats, grad = inputs.run()
     assert stats[2, 0] == -torch.inf and stats[:, 1].isfinite().all()
-    assert grad[:, hidden].where(inputs.ids[:, None] != inputs.ids[2], 0.0).eq(0).all()
+    assert (
+        grad[:, hidden].where(inputs.target_ids[:, None] != inputs.target_ids[2], 0.0).eq(0).all()
+    )
 
 
 def test_garbage() -> None:
     """A NaN reaches the results of its row; where the upstream gradient is 0, not the gradient."""
-    clean, inputs = Inputs(), Inputs()
+    inputs = Inputs()
+    inputs.upstream[0] = 0
+    expected, clean_grad = inputs.run()
     inputs.logits[0] = torch.nan
     inputs.logits[2, VOCAB // 2] = torch.nan
-    inputs.upstream[0] = clean.upstream[0] = 0
     stats, grad = inputs.run()
-    expected, clean_grad = clean.run()
     assert stats[[0, 2], :2].isnan().all()
     assert torch.equal(stats[[1, 3]], expected[[1, 3]])
     assert grad[0].eq(0).all() and grad[2].isnan().all()
@@ -146,7 +111,8 @@ def test_garbage() -> None:
 
 def test_gradient_in_place() -> None:
     inputs = Inputs(softcap=9.0)
-    assert torch.equal(inputs.run(in_place=True)[1], inputs.run()[1])
+    stats, apart = inputs.run()
+    assert torch.equal(inputs.gradient(stats, inputs.logits), apart)
 
 
 def test_rows_that_are_not_adjacent_and_no_rows() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -24,13 +23,13 @@ from tile_cases import (
     check,
     make_case,
     relative_error,
+    swept,
 )
 from torch import Tensor
 from triton_tools import DEVICE, mend_interpreter, to_device
 
 from hero_kernels import reference
 from hero_kernels.objective import Objective
-from hero_kernels.rows import finish_rows, row_scales
 from hero_kernels.triton import rows as kernels
 from hero_kernels.types import RowTensors, Tile
 
@@ -49,40 +48,7 @@ def whole_rows(tile: Tile, rows: RowTensors, objective: Objective, with_stats: b
 
 
 def in_tiles(*cuts: int) -> RowKernel:
-    """The columns cut before those in `cuts`."""
-
-    def run(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
-        rows = to_device(rows)
-        columns = tile.student.shape[1]
-        tiles = [
-            to_device(_columns(tile, slice(*edges)))
-            for edges in pairwise([0, *(cut for cut in cuts if cut < columns), columns])
-        ]
-        statistics = kernels.merge_statistics(
-            torch.stack([kernels.row_statistics(part, rows, objective) for part in tiles])
-        )
-        values = torch.stack(
-            [kernels.row_values(part, rows, objective, statistics, with_stats) for part in tiles]
-        ).sum(0)
-        stats = finish_rows(statistics, values, rows, objective, with_stats)
-        for part in tiles if tile.grad is not None else ():
-            scale = row_scales(rows, stats)
-            kernels.row_gradient(part, rows, objective, statistics, values, scale)
-            place = slice(part.first_column, part.first_column + part.student.shape[1])
-            tile.grad[:, place].copy_(part.grad)
-        return stats.cpu()
-
-    return run
-
-
-def _columns(tile: Tile, part: slice) -> Tile:
-    names = ("student", "teacher", "grad", "student_bias", "teacher_bias")
-    whole = {name: getattr(tile, name) for name in names}
-    return tile._replace(
-        **{name: None if tensor is None else tensor[..., part] for name, tensor in whole.items()},
-        first_column=part.start,
-        num_real=min(max(tile.num_real - part.start, 0), part.stop - part.start),
-    )
+    return swept(kernels, *cuts, at=to_device)
 
 
 KERNELS = pytest.mark.parametrize(
