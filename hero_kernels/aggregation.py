@@ -14,9 +14,13 @@ from torch import Tensor
 
 from hero_kernels import checks
 from hero_kernels import constants as c
-from hero_kernels.objective import DivergenceOutput, LossAggregation, Reduction, choice
+from hero_kernels.objective import DivergenceOutput, choice
 
 MOST_TURNS = 10_000_000
+AGGREGATIONS = ("token", "turn", "trajectory")
+"""What the mean is over: all tokens; token means in turns; these, then turn means in trajectories.
+"""
+REDUCTIONS = ("mean", "sum", "none")
 
 
 class Weighting(NamedTuple):
@@ -33,19 +37,19 @@ class Weighting(NamedTuple):
     def check(self, reference_name: str, reference: Tensor, validate: bool) -> None:
         """Raise ValueError for tensors in the callers' shapes that do not fit `reference` [..., H],
         or settings that exclude each other."""
-        if self.loss_aggregation not in LossAggregation._value2member_map_:
-            choice("loss_aggregation", self.loss_aggregation, LossAggregation)
-        if self.reduction not in Reduction._value2member_map_:
-            choice("reduction", self.reduction, Reduction)
+        if self.loss_aggregation not in AGGREGATIONS:
+            choice("loss_aggregation", self.loss_aggregation, AGGREGATIONS)
+        if self.reduction not in REDUCTIONS:
+            choice("reduction", self.reduction, REDUCTIONS)
         named = zip(self._fields[:4], self[:4], strict=True)
         for name, tensor in named:
             if tensor is not None and name == "turn_weights":
                 self._check_turn_weights(tensor)
             elif tensor is not None:
                 checks.per_token(name, tensor, reference_name, reference, name.endswith("_ids"))
-        if self.loss_aggregation == LossAggregation.TURN and self.turn_ids is None:
+        if self.loss_aggregation == "turn" and self.turn_ids is None:
             raise ValueError("loss_aggregation='turn' needs turn_ids: the turn of each token.")
-        if self.loss_aggregation == LossAggregation.TRAJECTORY and self.trajectory_ids is None:
+        if self.loss_aggregation == "trajectory" and self.trajectory_ids is None:
             raise ValueError(
                 "loss_aggregation='trajectory' needs trajectory_ids: the trajectory of each token."
             )
@@ -57,7 +61,7 @@ class Weighting(NamedTuple):
 
     def check_cuts(self, validate: bool) -> None:
         """A part of a batch cannot tell whether it cuts a turn: warn, with `validate` refuse."""
-        if self.num_items is None or self.loss_aggregation == LossAggregation.TOKEN:
+        if self.num_items is None or self.loss_aggregation == "token":
             return
         said = (
             f"num_items with loss_aggregation={str(self.loss_aggregation)!r} is wrong for turns "
@@ -82,7 +86,7 @@ class Weighting(NamedTuple):
 
     def _check_num_items(self, readable: bool) -> None:
         value = self.num_items
-        if self.reduction != Reduction.MEAN:
+        if self.reduction != "mean":
             raise ValueError(
                 f"num_items is the divisor of a mean; got reduction={str(self.reduction)!r}: leave "
                 "num_items None and divide yourself, or use reduction='mean'."
@@ -107,7 +111,7 @@ class Weighting(NamedTuple):
     def _check_values(self) -> None:
         checks.finite("token_weights", self.token_weights)
         checks.finite("turn_weights", self.turn_weights)
-        divides = self.reduction == Reduction.MEAN and self.num_items is None
+        divides = self.reduction == "mean" and self.num_items is None
         for name, weights in (
             ("token_weights", self.token_weights),
             ("turn_weights", self.turn_weights),
@@ -125,7 +129,7 @@ class Weighting(NamedTuple):
                     f"turn_ids must be less than {size}, the number of turn_weights (negative for "
                     f"none); got {highest}."
                 )
-        if self.loss_aggregation == LossAggregation.TRAJECTORY:
+        if self.loss_aggregation == "trajectory":
             self._check_turns_in_one_trajectory()
 
     def _check_turns_in_one_trajectory(self) -> None:
@@ -172,7 +176,7 @@ class Weighting(NamedTuple):
         wide = torch.promote_types(like.dtype, torch.float32)
         if (
             (self.token_weights is None and self.turn_ids is None and self.trajectory_ids is None)
-            and self.reduction == Reduction.MEAN
+            and self.reduction == "mean"
             and self.num_items is None
         ):
             return torch.full((num_rows,), 1 / max(num_rows, 1), dtype=wide, device=like.device)
@@ -187,11 +191,11 @@ class Weighting(NamedTuple):
             if self.turn_weights is not None:
                 turns = self.turn_ids.clamp(min=0)
                 result = result * self.turn_weights.to(torch.float64)[turns]
-            if self.loss_aggregation != LossAggregation.TOKEN:
+            if self.loss_aggregation != "token":
                 result = _divide(result, _group_sum(weights, self.turn_ids))
-        if self.loss_aggregation == LossAggregation.TRAJECTORY and self.trajectory_ids is not None:
+        if self.loss_aggregation == "trajectory" and self.trajectory_ids is not None:
             result = _divide(result, _group_sum(result, self.trajectory_ids))
-        if self.reduction == Reduction.MEAN:
+        if self.reduction == "mean":
             total = result.sum()
             if isinstance(self.num_items, Tensor):
                 total = self.num_items.to(like.device, torch.float64).reshape(())
@@ -263,9 +267,7 @@ class Weighting(NamedTuple):
 
         return DivergenceOutput(
             loss=loss,
-            per_token=loss
-            if self.reduction == Reduction.NONE
-            else columns[c.DIVERGENCE].reshape(shape),
+            per_token=loss if self.reduction == "none" else columns[c.DIVERGENCE].reshape(shape),
             per_turn=per_turn,
             student_logprobs=column(c.LOGPROB_S, has_targets),
             teacher_logprobs=column(c.LOGPROB_T, has_targets and teacher_known),

@@ -11,14 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from hero_kernels.constants import DIVERGENCE_CODES
-from hero_kernels.objective import Divergence, StrEnum, Support, choice
+from hero_kernels.objective import SUPPORTS, choice
 
-
-class Function(StrEnum):
-    """Which public function asks."""
-
-    DIVERGENCE = "fused_linear_divergence"
-    LOGPROBS = "linear_logprobs"
+FUNCTIONS = ("fused_linear_divergence", "linear_logprobs")
 
 
 @dataclass(frozen=True)
@@ -87,8 +82,8 @@ class Request(NamedTuple):
     support: str = "full"
     split: bool = False
     """Whether the vocabulary is seen in tiles or on several ranks."""
-    function: str = Function.DIVERGENCE
-    """Value of `Function`."""
+    function: str = "fused_linear_divergence"
+    """One of `FUNCTIONS`."""
     vocab_size: int = 1
     """V, of which "triton_fused" has a largest."""
 
@@ -100,7 +95,7 @@ def supports(
     dtype: torch.dtype = torch.float32,
     divergence: str = "jsd",
     support: str = "full",
-    function: str = Function.DIVERGENCE,
+    function: str = "fused_linear_divergence",
     split: bool = False,
     vocab_size: int = 1,
 ) -> str | None:
@@ -123,9 +118,9 @@ def supports(
     Raises:
         ValueError: there is no implementation, support or function of that name.
     """
-    choice("function", function, Function)
-    choice("divergence", divergence, Divergence)
-    choice("support", support, Support)
+    choice("function", function, FUNCTIONS)
+    choice("divergence", divergence, DIVERGENCE_CODES)
+    choice("support", support, SUPPORTS)
     where = torch.device(device)
     request = Request(
         str(where), dtype, str(divergence), str(support), split, str(function), vocab_size
@@ -150,7 +145,7 @@ def refusal(impl: str, request: Request) -> str | None:
         return f"it runs on {entry.device}, the tensors are on {device.type}"
     if request.dtype not in entry.dtypes:
         return f"it does not take {request.dtype}"
-    if request.function == Function.LOGPROBS:
+    if request.function == "linear_logprobs":
         if entry.logprobs is None:
             return f"it has no kernels for {request.function}"
         module = _load(entry.logprobs)

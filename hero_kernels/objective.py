@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
-from enum import Enum
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -17,47 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class StrEnum(str, Enum):
-    """`enum.StrEnum` of Python 3.11, for Python 3.10."""
-
-    __str__ = str.__str__
-
-
-class Divergence(StrEnum):
-    """How far the student's distribution p_s is from the teacher's p_t."""
-
-    JSD = "jsd"  # (1-beta) KL(p_s | m) + beta KL(p_t | m), m = (1-beta) p_s + beta p_t
-    FORWARD_KL = "forward_kl"  # KL(p_t | p_s)
-    REVERSE_KL = "reverse_kl"  # KL(p_s | p_t)
-
-
-class Support(StrEnum):
-    """Over which tokens of the vocabulary the divergence is taken."""
-
-    FULL = "full"
-    TOPK = "topk"
-    SAMPLED = "sampled"
-
-
-class TopKSource(StrEnum):
-    """Whose largest probabilities choose the tokens of `support="topk"`."""
-
-    STUDENT = "student"
-    TEACHER = "teacher"
-
-
-class Reduction(StrEnum):
-    MEAN = "mean"
-    SUM = "sum"
-    NONE = "none"
-
-
-class LossAggregation(StrEnum):
-    """What the mean is taken over."""
-
-    TOKEN = "token"  # all tokens
-    TURN = "turn"  # token means within turns, then turns
-    TRAJECTORY = "trajectory"  # token means, then turn means, then trajectories
+SUPPORTS = ("full", "topk", "sampled")
+"""Over which tokens of the vocabulary the divergence is taken."""
 
 
 class ObjectiveKwargs(TypedDict, total=False):
@@ -84,7 +45,8 @@ class Objective:
     """
 
     divergence: str = "jsd"
-    """"jsd", "forward_kl" = KL(p_t | p_s) or "reverse_kl" = KL(p_s | p_t)."""
+    """"jsd" = (1-beta) KL(p_s | m) + beta KL(p_t | m) with m = (1-beta) p_s + beta p_t,
+    "forward_kl" = KL(p_t | p_s) or "reverse_kl" = KL(p_s | p_t)."""
     beta: float = 0.5
     """Weight of the teacher in the JSD's mixture, in (0, 1)."""
     temperature: float = 1.0
@@ -105,9 +67,9 @@ class Objective:
     """Keep the rest of the mass as one more outcome; False renormalises over the kept tokens."""
 
     def __post_init__(self) -> None:
-        choice("divergence", self.divergence, Divergence)
-        choice("support", self.support, Support)
-        choice("top_k_source", self.top_k_source, TopKSource)
+        choice("divergence", self.divergence, DIVERGENCE_CODES)
+        choice("support", self.support, SUPPORTS)
+        choice("top_k_source", self.top_k_source, ("student", "teacher"))
         if not torch.compiler.is_compiling():
             self._check_types()
         # Comparisons alone, which torch.compile traces for a number that varies; false for NaN too.
@@ -152,14 +114,10 @@ class Objective:
         return DIVERGENCE_CODES[self.divergence]
 
 
-Choice = TypeVar("Choice", bound=Enum)
-
-
-def choice(name: str, value: Any, kind: type[Choice]) -> None:
-    """Raise ValueError unless `value` is one of the values of `kind`."""
-    if value not in kind._value2member_map_:
-        expected = ", ".join(repr(str(member.value)) for member in kind)
-        raise ValueError(f"{name} must be one of {expected}; got {value!r}.")
+def choice(name: str, value: Any, expected: Collection[str]) -> None:
+    """Raise ValueError unless `value` is among those expected."""
+    if value not in expected:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, expected))}; got {value!r}.")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from hero_kernels import backends, checks
 from hero_kernels.call import Call, encoded, numbers_of
 from hero_kernels.memory import Shape, default_rows, layout, tile_for, workspace
-from hero_kernels.objective import KernelOptions, Objective, Support, choice
+from hero_kernels.objective import SUPPORTS, KernelOptions, Objective, choice
 
 
 class Facts(NamedTuple):
@@ -195,7 +195,7 @@ def explain(
             "explain describes the work of one process: pass the shard's vocab_size and leave "
             "options.process_group None."
         )
-    choice("support", support, Support)
+    choice("support", support, SUPPORTS)
     facts = Facts(
         str(torch.device(device)), dtype, divergence, support, num_rows, hidden_size, vocab_size,
         vocab_size, trainable_trunk, trainable_head, False, options.tile_rows or 0,
