@@ -57,6 +57,7 @@ def check_trl_hero(printed: str) -> None:
 
 CHECKS: dict[str, Callable[[str], None]] = {
     "custom_env": lambda printed: None,  # a module; `hero env check` tries it
+    "desk": lambda printed: None,  # likewise
     "drop_in_loss": check_drop_in_loss,
     "own_loop": check_own_loop,
     "trl_hero": check_trl_hero,
