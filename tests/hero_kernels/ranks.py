@@ -16,8 +16,11 @@ WORLD_SIZE = 2
 
 def on_ranks(function: Callable[[int], Any]) -> list[Any]:
     """What `function`, of a module's top level, returns on each rank."""
+    mp.set_forkserver_preload(
+        ["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (function, folder), WORLD_SIZE)
+        mp.start_processes(_worker, (function, folder), WORLD_SIZE, start_method="forkserver")
         return [
             torch.load(Path(folder) / f"{rank}.pt", weights_only=False)
             for rank in range(WORLD_SIZE)
