@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -19,6 +20,7 @@ def to_device(group: Any) -> Any:
     return type(group)(*(t.to(DEVICE) if isinstance(t, torch.Tensor) else t for t in group))
 
 
+@functools.cache
 def mend_interpreter() -> None:
     """Correct what Triton 3.6's interpreter does with bf16, which it holds as uint16.
 
