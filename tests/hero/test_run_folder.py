@@ -6,6 +6,7 @@ same weights, the same logs (times aside) and the same best model.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from hero.cli import main
 from hero.interrupt import Stopped
 from hero.report.tracking import read_jsonl
 from hero.types import Fault
@@ -52,28 +54,40 @@ def test_an_interruption_in_any_stage_loses_and_repeats_nothing(
     assert_same(weights(tmp_path), weights(whole))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.8, 0.97])
-def test_a_full_disk_at_any_moment_loses_and_repeats_nothing(
-    model_path: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
-    """The n-th time that something is to be made lasting on the disk fails, and all after it."""
-    calls, fsync, limit = [0], os.fsync, [10**9]
+def disk(patch: pytest.MonkeyPatch, limit: float) -> list[int]:
+    """Counts how often something is made lasting; that time of so many fails, and all after it."""
+    calls, fsync = [0], os.fsync
 
-    def failing(number: int) -> None:
+    def counted(number: int) -> None:
         calls[0] += 1
-        if calls[0] >= limit[0]:
+        if calls[0] >= limit:
             raise OSError(28, "No space left on device")
         fsync(number)
 
-    monkeypatch.setattr(os, "fsync", failing)
-    trainer(config_of(model_path), tmp_path / "counted").run()
-    limit[0], calls[0] = max(1, int(share * calls[0])), 0
-    with pytest.raises(OSError, match="No space left"):
-        trainer(config_of(model_path), tmp_path / "run").run()
-    limit[0] = 10**9
-    go_on(model_path, tmp_path / "run")
-    assert left(tmp_path / "run") == left(whole)
-    assert_same(weights(tmp_path / "run"), weights(whole))
+    patch.setattr(os, "fsync", counted)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def writes(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How often a run makes something lasting."""
+    with pytest.MonkeyPatch.context() as patch:
+        calls = disk(patch, math.inf)
+        trainer(config_of(model_path), tmp_path_factory.mktemp("counted")).run()
+    return calls[0]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.6, 0.8, 0.97])
+def test_a_full_disk_at_any_moment_loses_and_repeats_nothing(
+    model_path: Path, whole: Path, tmp_path: Path, writes: int, share: float
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        disk(patch, max(1, int(share * writes)))
+        with pytest.raises(OSError, match="No space left"):
+            trainer(config_of(model_path), tmp_path).run()
+    go_on(model_path, tmp_path)
+    assert left(tmp_path) == left(whole)
+    assert_same(weights(tmp_path), weights(whole))
 
 
 @pytest.mark.parametrize("update", [1, 2])
@@ -201,16 +215,16 @@ def test_leftovers_of_killed_writes_are_swept(
     assert not {".config.json.123.tmp", "best.new", "checkpoint.old"} & names
 
 
-def command(run: Path) -> list[str]:
-    return [sys.executable, "-m", "hero.cli", "train", "quickstart", "--updates", "3",
-            "--save-every", "1", "--eval.test-tasks", "0", "--eval.dev-tasks", "8",
-            "--rollout.tasks-per-update", "8", "--output-dir", str(run)]  # fmt: skip
+def words(run: Path) -> list[str]:
+    return ["train", "quickstart", "--updates", "3", "--save-every", "1", "--eval.test-tasks", "0",
+            "--eval.dev-tasks", "4", "--rollout.tasks-per-update", "4",
+            "--output-dir", str(run)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("never_killed") / "run"
-    subprocess.run(command(run), check=True, capture_output=True)
+    assert main(words(run)) == 0
     return run
 
 
@@ -218,7 +232,8 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_process_goes_on(never_killed: Path, tmp_path: Path, kill: signal.Signals) -> None:
     """The command itself, killed in the middle of its updates."""
-    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-m", "hero.cli", *words(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not any('"step": 1' in line for line in lines(tmp_path / "metrics.jsonl")):
         assert process.poll() is None
         time.sleep(0.02)
@@ -226,8 +241,7 @@ def test_a_killed_process_goes_on(never_killed: Path, tmp_path: Path, kill: sign
     _, said = process.communicate()
     assert process.returncode == (-9 if kill == signal.SIGKILL else 143)
     assert kill == signal.SIGKILL or b"--resume" in said
-    again_ = [sys.executable, "-m", "hero.cli", "train", "--resume", str(tmp_path)]
-    subprocess.run(again_, check=True, capture_output=True)
+    assert main(["train", "--resume", str(tmp_path)]) == 0
     assert_same(weights(tmp_path), weights(never_killed))
     steps = [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
     assert steps == [0, 1, 2, 3]
