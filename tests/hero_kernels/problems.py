@@ -17,6 +17,13 @@ DEVICE = {"cuda": "cuda", "triton": "cuda", "triton_fused": "cuda"}
 """Where an implementation runs, if not on the CPU."""
 
 
+def missing(impl: str, function: str = "fused_linear_divergence") -> str | None:
+    """Why an implementation cannot run on this machine."""
+    if DEVICE.get(impl) == "cuda" and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    return hero_kernels.supports(impl, device=DEVICE.get(impl, "cpu"), function=function)
+
+
 @dataclass
 class Problem:
     """Tensors of one call; the student's require grad."""

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import missing
 
 from hero_kernels import explain, supports
-from hero_kernels.backends import Request, choose
+from hero_kernels.backends import IMPLEMENTATIONS, Request, choose
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_every_implementation_is_tested_here(impl: str) -> None:
+    """By the tests that take the fixture of this name, or it is said why not."""
+    if reason := missing(impl):
+        pytest.skip(f"{impl}: {reason}")
 
 
 def test_torch_serves_everything() -> None:
