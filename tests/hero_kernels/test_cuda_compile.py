@@ -32,6 +32,7 @@ needs_nvcc = pytest.mark.skipif(
 
 
 @needs_nvcc
+@pytest.mark.slow  # beside test_gpu_bounds.py, which reads what is compiled here for 90a
 @pytest.mark.parametrize("arch", ["80", "90a", "100a"])
 def test_every_kernel(arch: str) -> None:
     kernels = cuda_rows(arch)
