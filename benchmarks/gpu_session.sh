@@ -33,8 +33,8 @@
 # 3 MB in all. Without them those contestants are skipped, with the reason. The benchmarks
 # themselves need pytest; pytest-xdist makes the tests faster.
 #
-# --dry-run needs no GPU: it takes tiny shapes and the CPU's implementations, and prints the
-# commands of the stages that need one.
+# --dry-run needs no GPU: it takes tiny shapes and the CPU's implementations (after the first look
+# all in one process), and prints the commands of the stages that need one.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -127,11 +127,11 @@ compared=hero-triton,hero-triton-fused,hero-cuda,hero-split
 if $dry_run; then
     export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
     size=smallest table=dry-run comparison=dry-run sweep=dry-run-sweep seconds=0
-    contestants=hero,eager more=(--skip-memory) first=()
+    contestants=hero,eager more=(--skip-memory) first=() processes=(--one-process)
 else
     size=full table=gpu comparison=comparison sweep=sweep seconds=2
     contestants=hero,hero-own-head,eager,chunked,liger-fused,liger-chunked,trl-chunked
-    more=() first=(--subjects "triton,triton-split,triton-fused")
+    more=() processes=() first=(--subjects "triton,triton-split,triton-fused")
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         say "No CUDA device: run this on a GPU machine, or with --dry-run." >&2
         exit 1
@@ -162,7 +162,7 @@ done
 stage first 60 "${look[@]}" "${first[@]}" --seconds $((57 * patience)) --out "$out/first.json"
 gpu_stage build 45 env HERO_BUILD_CPP=1 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
 gpu_stage first-cuda 20 "${look[@]}" --subjects cuda --seconds 18 --out "$out/first-cuda.json"
-stage check 80 "${check[@]}" "$exact,large" --seconds $((77 * patience)) --size "$size" \
+stage check 80 "${check[@]}" "$exact,large" "${processes[@]}" --seconds $((77 * patience)) --size "$size" \
     --out "$out/check.json"
 stage benchmarks 100 "${benchmark[@]}" --cases "$table" --seconds "$seconds" \
     --contestants "$contestants" --results "$out/benchmark.json"
