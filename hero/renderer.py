@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -30,6 +31,9 @@ SHOWN = 8
 SHORT, REMEMBERED = 1000, 4096
 """Characters of texts whose ids are kept, and how many texts: an observation is asked for by the
 next prompt, the reflector and the teacher."""
+
+Pieces = tuple[tuple[int, ...], tuple[int, ...], int]
+"""(open, close, end)."""
 
 
 class Renderer:
@@ -130,11 +134,16 @@ class Renderer:
     @cached_property
     def tool_role(self) -> str:
         """The role that shows a tool's answer: "user" if the template has no message of a tool."""
-        try:
-            self._pieces("tool")
-        except ValueError:
-            return "user"
-        return "tool"
+        return "tool" if "tool" in self._last else "user"
+
+    @cached_property
+    def _last(self) -> dict[str, Pieces]:
+        """Of the roles that a prompt may end with, those that the template has."""
+        found = {}
+        for role in ("user", "tool"):
+            with suppress(ValueError):
+                found[role] = self._pieces(role)
+        return found
 
     def start(self, messages: list[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Ids of a conversation that ends with a user or tool message, ready for the answer.
@@ -159,11 +168,7 @@ class Renderer:
         """Where the observation's own tokens start and end in `ids`, which `observe` made."""
         end = self.branch_at(ids)
         ended = bool(action_ids) and action_ids[-1] in self.stop_ids
-        for role in ("user", "tool"):
-            try:
-                open_ids, close, end_id = self._pieces(role)
-            except ValueError:  # a template without that role
-                continue
+        for open_ids, close, end_id in self._last.values():
             before = [*([] if ended else [end_id]), *open_ids]
             if list(ids[: len(before)]) == before and list(ids[end:]) == list(close):
                 return len(before), end
@@ -171,12 +176,8 @@ class Renderer:
 
     def branch_at(self, prompt_ids: Sequence[int]) -> int:
         """Where the content of a prompt's last message ends: hindsight can be spliced in there."""
-        for role in ("user", "tool"):
-            try:
-                close = list(self._pieces(role)[1])
-            except ValueError:  # a template without that role cannot have made this prompt
-                continue
-            if list(prompt_ids[-len(close) :]) == close:
+        for _, close, _ in self._last.values():
+            if tuple(prompt_ids[-len(close) :]) == close:
                 return len(prompt_ids) - len(close)
         raise ValueError(
             "The prompt does not end with a user or tool message of this chat template."
@@ -191,8 +192,8 @@ class Renderer:
         tail = max_tokens - head
         return f"{self.decode(ids[:head])} … {self.decode(ids[-tail:]) if tail else ''}".strip()
 
-    def _make_pieces(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-        """(open, close, end) of a message of `role` that follows an answer."""
+    def _make_pieces(self, role: str) -> Pieces:
+        """Of a message of `role` that follows an answer."""
         messages = [
             {"role": "user", "content": "."},
             {"role": "assistant", "content": ANSWER},

@@ -42,12 +42,8 @@ class WholeRenderer(Renderer):
         token with the content's last ones: then it ends where the template's first special token
         stands.
         """
-        prompt = list(prompt_ids)
-        for role in ("tool", "user"):
-            try:
-                close = list(self._pieces(role)[1])
-            except ValueError:  # a template without that role
-                continue
+        prompt = tuple(prompt_ids)
+        for _, close, _ in reversed(self._last.values()):
             special = [i for i, token in enumerate(close) if token in self._marks]
             for start in (0, *special[:1]):
                 if prompt[-len(close) + start :] == close[start:]:
