@@ -36,10 +36,7 @@ def restricted_divergence(
     if objective.support == "sampled":
         assert rows.target_ids is not None
         return _sampled(probs, rows.target_ids)
-    probs = _with_infinities(probs)
-    if rows.teacher_ids is not None and rows.teacher_logprobs is not None:
-        return _topk_of_server(probs, rows.teacher_ids, rows.teacher_logprobs, objective)
-    return _topk(probs, objective)
+    return _topk(_with_infinities(probs), rows, objective)
 
 
 def _with_infinities(probs: LogProbs) -> LogProbs:
@@ -68,42 +65,30 @@ def _sampled(probs: LogProbs, target_ids: Tensor) -> tuple[Tensor, Tensor]:
     return (advantage * probs.student.gather(1, target))[:, 0], d_logits
 
 
-def _topk(probs: LogProbs, objective: Objective) -> tuple[Tensor, Tensor]:
-    assert objective.top_k is not None
-    source = probs.student if objective.top_k_source == "student" else probs.teacher
-    ids = source.topk(objective.top_k).indices
-    kept_s, kept_t = probs.student.gather(1, ids), probs.teacher.gather(1, ids)
-    gap = probs.log_ratio.gather(1, ids)
+def _topk(probs: LogProbs, rows: RowTensors, objective: Objective) -> tuple[Tensor, Tensor]:
+    """Of the student's or the teacher's largest, or of those that the teacher's server named."""
+    if rows.teacher_ids is not None and rows.teacher_logprobs is not None:
+        ids, kept_t = rows.teacher_ids, rows.teacher_logprobs.to(probs.student.dtype)
+        kept_s = probs.student.gather(1, ids)
+        gap = masked_log_ratio(kept_s, kept_t)
+        rest_t = -torch.expm1(kept_t.logsumexp(-1, keepdim=True))
+        tail_t = rest_t.clamp(min=_SERVER_ROUNDING).log()
+        empty_t = rest_t <= _SERVER_ROUNDING
+    else:
+        assert objective.top_k is not None
+        source = probs.student if objective.top_k_source == "student" else probs.teacher
+        ids = source.topk(objective.top_k).indices
+        kept_s, kept_t = probs.student.gather(1, ids), probs.teacher.gather(1, ids)
+        gap = probs.log_ratio.gather(1, ids)
+        tail_t = probs.teacher.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+        empty_t = tail_t == -torch.inf
     if not objective.top_k_tail:
         return _renormalised(probs.student, ids, kept_s, kept_t, gap, objective)
     rest_s = probs.student.scatter(1, ids, -torch.inf)
     tail_s = rest_s.logsumexp(-1, keepdim=True)
-    tail_t = probs.teacher.scatter(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    tail_gap = masked_log_ratio(tail_s, tail_t)  # 0 for an empty tail, which holds no mass
-    value, d_outcomes = dense_divergence(
-        torch.cat([kept_s, tail_s], 1).exp_(),
-        torch.cat([kept_t, tail_t], 1).exp_(),
-        torch.cat([gap, tail_gap], 1),
-        objective,
-    )
-    return value, _share_out(d_outcomes, ids, rest_s, tail_s)
-
-
-def _topk_of_server(
-    probs: LogProbs, ids: Tensor, kept_t: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
-    kept_t = kept_t.to(probs.student.dtype)
-    kept_s = probs.student.gather(1, ids)
-    gap = masked_log_ratio(kept_s, kept_t)
-    if not objective.top_k_tail:
-        return _renormalised(probs.student, ids, kept_s, kept_t, gap, objective)
-    rest_s = probs.student.scatter(1, ids, -torch.inf)
-    tail_s = rest_s.logsumexp(-1, keepdim=True)
-    rest_t = -torch.expm1(kept_t.logsumexp(-1, keepdim=True))
-    tail_t = rest_t.clamp(min=_SERVER_ROUNDING).log()
-    # An empty tail of the student is one of the teacher too, up to the server's rounding.
+    # Where both tails are empty (the teacher's up to its server's rounding), they hold no mass.
     tail_gap = masked_log_ratio(tail_s, tail_t)
-    tail_gap = tail_gap.where((tail_s > -torch.inf) | (rest_t > _SERVER_ROUNDING), 0.0)
+    tail_gap = tail_gap.where((tail_s > -torch.inf) | ~empty_t, 0.0)
     value, d_outcomes = dense_divergence(
         torch.cat([kept_s, tail_s], 1).exp_(),
         torch.cat([kept_t, tail_t], 1).exp_(),
