@@ -90,15 +90,7 @@ def contexts(
     policy: Policy, data: dict[str, Any], env: Environment, trajectories: Sequence[Trajectory],
     seed: int,
 ) -> tuple[dict[str, Probe], dict[str, float]]:  # fmt: skip
-    """The gap of each of `CONTEXTS` that the environment allows, and how well the model reflects.
-
-    Args:
-        policy: the model.
-        data: settings of `hero train`, nested, of the run that is considered.
-        env: the world.
-        trajectories: the model's episodes.
-        seed: of reflections and answers.
-    """
+    """The gap of each of `CONTEXTS` that the world allows, and how well the model reflects."""
     gaps, reflecting = {}, {}
     for name, settings in CONTEXTS.items():
         config: TrainConfig = from_dict(merge(data, settings))

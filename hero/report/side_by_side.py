@@ -22,15 +22,7 @@ MAX_TASKS = 100
 def render(
     one: Evaluated, other: Evaluated, rows: Sequence[Comparison], unlike: Sequence[str], out: Path
 ) -> None:
-    """Write the page; tasks that the two solve unlike come first.
-
-    Args:
-        one: A.
-        other: B.
-        rows: of the table.
-        unlike: settings that differ, a line each.
-        out: file to write.
-    """
+    """Write the page, tasks that the two solve unlike first; `unlike` are settings that differ."""
     sides = [_by_task(one.episodes), _by_task(other.episodes)]
     tasks = sorted(sides[0].keys() & sides[1].keys(), key=lambda task: _likeness(task, sides))
     html = templates().get_template("compare.html.j2").render(

@@ -16,15 +16,7 @@ SAMPLES = 4000
 
 
 def values(rows: Sequence[Row], start: str, arm: str, mark: int, what: str = "success") -> Array:
-    """[seeds, tasks] of success (0 or 1) or of `turns`; `base` counts for every mark.
-
-    Args:
-        rows: of a study.
-        start: which.
-        arm: which.
-        mark: number of the budget, from 0.
-        what: "success" or "turns".
-    """
+    """[seeds, tasks] of success (0 or 1) or of `turns`; `base` counts for every mark."""
     found = []
     for row in rows:
         if row["start"] == start and row["arm"] == arm:
