@@ -6,7 +6,7 @@ Reads comparison.json and benchmark.json of `benchmarks/gpu_session.sh`. In hero
 it orders what `impl="auto"` may take on a GPU: "triton", which serves what the others refuse (fp32,
 split columns, process groups, log-probabilities), then what wins a case and is faster on average,
 the fastest last. Other rivals are left out, and named: delete them. In docs/benchmarks.md it puts
-the tables.
+the tables. Sentences elsewhere that say that nothing has run on a GPU are printed: rewrite them.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ ALWAYS = ("torch", "cpu", "triton")
 AUTO = re.compile(r"^AUTO = \(.*\)$", re.MULTILINE)
 HEADING = re.compile(r"^## On a GPU.*\n(?:\nNo kernel (?:.+\n)+)?", re.MULTILINE)
 """With the paragraph that says that nothing has been measured."""
+UNTRUE = re.compile(r"(not|nothing|anything).* on a GPU|no GPU yet|wait for a GPU", re.IGNORECASE)
+"""What is said before a session on a GPU, and may not be true after it."""
 
 
 def order(cases: Sequence[Mapping[str, Result]]) -> tuple[list[str], list[str]]:
@@ -88,6 +90,18 @@ def settle(folder: Path, root: Path) -> list[str]:
     return losers
 
 
+def untrue(root: Path) -> list[str]:
+    """Lines of documents and modules that match `UNTRUE`, with their places."""
+    paths = [root / "README.md", *(root / "docs").glob("*.md"), *root.glob("hero_kernels/**/*.py")]
+    return [
+        f"{path.relative_to(root)}:{number}: {line.strip()}"
+        for path in sorted(paths)
+        if path.exists()
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if UNTRUE.search(line)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,6 +112,8 @@ def main() -> None:
     losers = settle(options.folder, options.root.resolve())
     for name in losers:
         print(f'impl="{name}" wins nothing over "triton": delete it.')
+    for line in untrue(options.root.resolve()):
+        print(f"Still true? {line}")
     print("Written: hero_kernels/backends.py, docs/benchmarks.md. Look at `git diff`.")
 
 

@@ -105,6 +105,13 @@ def test_the_tables_stand_in_the_document_once(checkout: Path) -> None:
     assert (checkout / "docs" / "benchmarks.md").read_text() == once
 
 
+def test_what_a_session_makes_untrue_is_found(checkout: Path) -> None:
+    (checkout / "README.md").write_text("one\n**Not measured:** anything on a GPU.\n")
+    (checkout / "hero_kernels" / "fused.py").write_text('"""It has not run on a GPU yet."""\n')
+    found = [line.split(": ")[0] for line in settle.untrue(checkout)]
+    assert "README.md:2" in found and "hero_kernels/fused.py:1" in found
+
+
 def test_nothing_to_compare_changes_nothing(checkout: Path) -> None:
     folder = write(checkout, session({"hero-triton": 1.0, "hero-cuda": None}))
     before = auto(checkout)
