@@ -225,6 +225,12 @@ def open_ranks(device: str = "auto") -> Ranks:
                 f"accelerate is configured for {kind}, and hero train shards weights by itself: "
                 "start it with accelerate launch --multi_gpu, or with torchrun."
             )
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            f"accelerate is configured for mixed precision {precision}, which hero train does not "
+            "have: expected no or bf16 there, and --model.dtype says what is computed in."
+        )
     on_gpu = device.startswith("cuda") or (device == "auto" and torch.cuda.is_available())
     if on_gpu:
         _take_gpu(device)

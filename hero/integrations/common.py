@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from hero.checks import from_dict
 from hero.config import LossConfig, PromptStyle, ReflectionConfig, Settings, TeacherConfig
 from hero.config.kinds import CountOrZero
 from hero.renderer import Renderer
@@ -26,6 +27,24 @@ class MethodConfig(Settings):
     loss: LossConfig = field(default_factory=LossConfig)
     max_idle_updates: CountOrZero = 5
     """As in `hero train`: stop after so many updates in a row with nothing to learn; 0 goes on."""
+
+
+def checked(method: MethodConfig) -> MethodConfig:
+    """The same settings, each within its bounds; nested ones may be dictionaries.
+
+    Raises:
+        TypeError: something else.
+        ValueError: a setting that is unknown, out of its bounds, or of `hero train` alone.
+    """
+    if not isinstance(method, MethodConfig):
+        raise TypeError(f"method must be a MethodConfig, got {method!r}.")
+    found = from_dict(asdict(method), MethodConfig)
+    if found.teacher.refresh != "never":
+        raise ValueError(
+            f"teacher.refresh={found.teacher.refresh} is of hero train alone, which evaluates by "
+            "itself: expected 'never', or set teacher.weights='ema'."
+        )
+    return found
 
 
 class WholeRenderer(Renderer):

@@ -38,7 +38,7 @@ from hero import attention
 from hero.algorithms import MODES, Experience
 from hero.envs.base import Environment
 from hero.files import write_atomic
-from hero.integrations.common import MethodConfig, WholeRenderer
+from hero.integrations.common import MethodConfig, WholeRenderer, checked
 from hero.integrations.trl_parts import (
     Generated,
     TrlPolicy,
@@ -91,7 +91,7 @@ class HeroTrainer(GRPOTrainer):  # type: ignore[misc]
         self, *arguments: Any, method: MethodConfig | None = None, world: Environment | None = None,
         **named: Any,
     ) -> None:  # fmt: skip
-        self.method, self.world = method or MethodConfig(), world
+        self.method, self.world = checked(method or MethodConfig()), world
         self.idle_updates = 0
         """Batches of episodes in a row of which nothing could be learnt."""
         super().__init__(*arguments, **named)

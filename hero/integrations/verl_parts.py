@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hero.algorithms import MODES, Experience
 from hero.config import LossConfig
-from hero.integrations.common import MethodConfig, WholeRenderer, spans
+from hero.integrations.common import MethodConfig, WholeRenderer, checked, spans
 from hero.prompts import make_prompts
 from hero.reflection import Reflections, make_reflector
 from hero.sampling import Completion, Sampling
@@ -131,6 +131,7 @@ class HindsightTeacher:
 
     @cached_property
     def _algorithm(self) -> Any:
+        checked(replace(self.hero, loss=LossConfig()))  # whose own check is stricter
         _check(self.hero.loss)
         context = TeacherContext(self.hero.teacher, self._renderer, make_prompts(self.hero.prompts))
         return MODES[self.hero.mode](context, self.hero.loss)

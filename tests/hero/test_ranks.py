@@ -215,6 +215,10 @@ def test_a_launcher_that_shards_is_refused(launched: None, monkeypatch: pytest.M
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"configured for FSDP, .* --multi_gpu"):
         open_ranks("cpu")
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match=r"mixed precision fp16, .* --model\.dtype"):
+        open_ranks("cpu")
 
 
 def test_other_commands_run_in_one_process(

@@ -22,6 +22,15 @@ def test_what_hero_has_not_is_refused(tmp_path: Path) -> None:
         shopper(tmp_path, method, beta=0.1)
     with pytest.raises(ValueError, match="mask_truncated_completions=True"):
         shopper(tmp_path, method, mask_truncated_completions=True)
+    with pytest.raises(TypeError, match="must be a MethodConfig, got"):
+        shopper(tmp_path, {"mode": "hero"})  # type: ignore[arg-type]
+    for of_hero_train, message in (
+        (MethodConfig(mode="grpo"), "mode must be 'hero', 'env_only'"),  # type: ignore[arg-type]
+        (MethodConfig(loss=LossConfig(beta=2.0)), r"loss\.beta"),
+        (MethodConfig(teacher=TeacherConfig(weights="frozen", refresh="gated")), "refresh=gated"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            shopper(tmp_path, of_hero_train)
     trainer = shopper(tmp_path, method)
     trainer.world = None
     with pytest.raises(ValueError, match=r"reflector=rules .* need world="):
