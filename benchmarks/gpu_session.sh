@@ -163,7 +163,7 @@ for kernel in "${kernels[@]}"; do
 done
 
 stage first 60 "${look[@]}" "${first[@]}" --seconds $((57 * patience)) --out "$out/first.json"
-gpu_stage build 75 env HERO_BUILD_CPP=0 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
+gpu_stage build 65 env HERO_BUILD_CPP=0 HERO_BUILD_CUDA=1 "$python" setup.py build_ext --inplace
 gpu_stage first-cuda 20 "${look[@]}" --subjects cuda --seconds 18 --out "$out/first-cuda.json"
 stage check 80 "${check[@]}" "$exact,large" "${processes[@]}" --seconds $((77 * patience)) --size "$size" \
     --out "$out/check.json"
