@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import checks
+from hero_kernels import checks, kinds
 from hero_kernels import constants as c
 from hero_kernels.objective import DivergenceOutput, choice
 
@@ -75,7 +75,7 @@ class Weighting(NamedTuple):
             warnings.warn(said + "Right only if every part holds whole ones.", stacklevel=4)
 
     def _check_turn_weights(self, value: Tensor) -> None:
-        checks.is_tensor("turn_weights", value, "[K]")
+        kinds.is_tensor("turn_weights", value, "[K]")
         if self.turn_ids is None:
             raise ValueError("turn_weights needs turn_ids: the turn that each token belongs to.")
         if value.dim() != 1:
@@ -96,11 +96,15 @@ class Weighting(NamedTuple):
                 "num_items must be a number or a tensor of one element, how many tokens, turns or "
                 f"trajectories the mean is over; got {value!r} ({type(value).__name__})."
             )
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(
-                f"num_items is {list(value.shape)}; expected a number or a tensor of one element, "
-                "the divisor of the mean: sum it first."
-            )
+        if isinstance(value, Tensor):
+            kinds.is_tensor("num_items", value, "of one element")
+            checks.real("num_items", value)
+            checks.no_grad_wanted("num_items", value, "num_items")
+            if value.numel() != 1:
+                raise ValueError(
+                    f"num_items is {list(value.shape)}; expected a number or a tensor of one "
+                    "element, the divisor of the mean: sum it first."
+                )
         if isinstance(value, Tensor) and not (readable and value.device.type == "cpu"):
             return
         if not 0 <= float(value) < float("inf"):  # type: ignore[arg-type]
@@ -111,16 +115,18 @@ class Weighting(NamedTuple):
     def _check_values(self) -> None:
         checks.finite("token_weights", self.token_weights)
         checks.finite("turn_weights", self.turn_weights)
-        divides = self.reduction == "mean" and self.num_items is None
-        for name, weights in (
-            ("token_weights", self.token_weights),
-            ("turn_weights", self.turn_weights),
+        aggregation = self.loss_aggregation
+        mean = self.reduction == "mean" and self.num_items is None
+        for name, weights, group in (
+            ("token_weights", self.token_weights, aggregation != "token"),
+            ("turn_weights", self.turn_weights, aggregation == "trajectory"),
         ):
-            if divides and weights is not None and weights.numel() and bool((weights < 0).any()):
+            if (mean or group) and weights is not None and bool((weights < 0).any()):
+                own = f"loss_aggregation={aggregation!r}" if group else "the mean"
                 raise ValueError(
-                    f"{name} has negative entries, and the mean divides by the sum of weights, "
-                    "which may be near 0. For advantages pass num_items (the divisor) or "
-                    "reduction='sum'."
+                    f"{name} has negative entries, and {own} divides by the sum of weights, "
+                    "which may be near 0. For advantages pass loss_aggregation='token' and "
+                    "num_items (the divisor) or reduction='sum'."
                 )
         if self.turn_weights is not None and self.turn_ids is not None and self.turn_ids.numel():
             highest, size = int(self.turn_ids.max()), len(self.turn_weights)
@@ -309,7 +315,7 @@ def token_coefficients(
     weighting = Weighting(
         token_weights, turn_ids, turn_weights, trajectory_ids, loss_aggregation, "mean", num_items
     )
-    checks.is_tensor("token_weights", token_weights, "[...]")
+    kinds.is_tensor("token_weights", token_weights, "[...]")
     weighting.check("token_weights", token_weights[..., None], validate=False)
     coefficients = weighting.flat().coefficients(token_weights.numel(), token_weights)
     return coefficients.reshape(token_weights.shape)

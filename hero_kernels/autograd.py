@@ -25,6 +25,7 @@ from torch._library.custom_ops import get_library_allowing_overwrite
 from hero_kernels.call import decoded_call, decoded_objective, encoded
 from hero_kernels.constants import NUM_STATS
 from hero_kernels.divergence import divergence
+from hero_kernels.kinds import is_plain
 from hero_kernels.memory import SAVED
 from hero_kernels.types import GRADIENT_DTYPE, Head, RowTensors
 
@@ -53,7 +54,7 @@ def same_memory(a: Any, b: Any) -> bool:
     """Whether two tensors, or None, are one. Traced ones have no address yet: False for views."""
     if a is b:
         return True
-    if torch.compiler.is_compiling() or not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+    if torch.compiler.is_compiling() or not (is_plain(a) and is_plain(b)):
         return False
     if not (a.layout == b.layout == torch.strided) or a.is_nested or b.is_nested:
         return False  # neither is served: the checks say so

@@ -12,11 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from hero_kernels import gradients
+from hero_kernels.kinds import is_plain, is_tensor, no_stand_in
 from hero_kernels.objective import KernelOptions, Objective
 from hero_kernels.types import RowTensors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REAL = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+REAL = (*DTYPES, torch.bool, *INTEGERS)
 
 
 @lru_cache(maxsize=256)
@@ -42,6 +44,8 @@ def objective(function: str, settings: Any) -> tuple[Objective, Tensor | None]:
             )
     if isinstance(settings.get("temperature"), Tensor):
         temperatures = settings["temperature"]
+        is_tensor("temperature", temperatures, "[...]")
+        real("temperature", temperatures)
         no_grad_wanted("temperature", temperatures, "the temperature")
         settings = {**settings, "temperature": 1.0}
     if torch.compiler.is_compiling():
@@ -58,39 +62,15 @@ def options(given: Any) -> KernelOptions:
     return given
 
 
-def is_tensor(name: str, value: Any, dims: str) -> None:
-    """A plain dense tensor with data; `dims` says its shape in the message."""
-    is_plain = type(value) is Tensor or type(value) is torch.nn.Parameter
-    is_plain = is_plain and value.layout == torch.strided and value.device.type != "meta"
-    if is_plain and not (value.is_nested or value.is_quantized):
-        return
-    if isinstance(value, torch.nn.Module):
-        remedy, kind = "pass its .weight", type(value).__name__
-        if hasattr(value, "base_layer"):
-            remedy = "its .weight would leave out the adapter (LoRA) on it: use lm_states"
-        raise TypeError(f"{name} must be a tensor {dims}, got the module {kind}: {remedy}.")
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {dims}, got {type(value).__name__}.")
-    if hasattr(value, "full_tensor"):
-        raise ValueError(
-            f"{name} is a DTensor of placements {getattr(value, 'placements', '?')}; a whole "
-            f"tensor {dims} is expected: gather the head once a step by "
-            "hero_kernels.integrations.fsdp.whole_head, which has the gradient that FSDP2 wants; "
-            "without gradient .full_tensor() will do."
-        )
-    for is_so, what, remedy in (
-        (value.is_nested, "a nested tensor", ".values()"),
-        (value.layout != torch.strided, value.layout, ".to_dense()"),
-        (value.is_quantized, value.dtype, ".dequantize()"),
-    ):
-        if is_so:
-            raise ValueError(f"{name} is {what}; expected a dense tensor {dims}: {remedy}.")
-    if value.device.type == "meta":
-        raise ValueError(f"{name} is on the meta device, without data: load or move it first.")
-
-
 def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
-    if value is not None and value.requires_grad and torch.is_grad_enabled():
+    if value is None:
+        return
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{name} has a forward-mode tangent (jvp), and the loss is a constant in {what}: pass "
+            f"{name}.detach()."
+        )
+    if value.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name} requires grad, but the loss has no gradient for {what}: pass {name}.detach(), "
             "or compute it under torch.no_grad()."
@@ -99,7 +79,7 @@ def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
-    if isinstance(hidden, Tensor) and isinstance(weight, Tensor) and not hidden.is_meta:
+    if is_plain(hidden) and is_plain(weight) and not hidden.is_meta:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -156,23 +136,6 @@ def head(side: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None
             )
 
 
-def no_stand_in(name: str, weight: Tensor) -> None:
-    """A parameter that stands for a weight [V, H] which is elsewhere or packed."""
-    if hasattr(weight, "ds_shape") and tuple(weight.shape) != tuple(weight.ds_shape):
-        raise ValueError(
-            f"{name} is partitioned by ZeRO-3: {list(weight.shape)} is here of "
-            f"{list(weight.ds_shape)}. A gradient would be lost in gathering it: use FSDP2 "
-            "(hero_kernels.integrations.fsdp.whole_head) or ZeRO-2. A frozen head can be gathered: "
-            "with deepspeed.zero.GatheredParameters([weight])."
-        )
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise ValueError(
-            f"{name} is {weight.dtype} {list(weight.shape)}: a packed 4-bit or 8-bit weight is not "
-            "served. Leave the head out of the quantisation (transformers: "
-            "llm_int8_skip_modules=['lm_head'], modules_to_not_convert), or pass it dequantised."
-        )
-
-
 def same_device(name: str, value: Tensor, reference_name: str, reference: Tensor) -> None:
     if value.device != reference.device:
         raise ValueError(
@@ -202,7 +165,7 @@ def per_token(
             f"{name} is {list(value.shape)}; expected {list(leading)}, the leading shape of "
             f"{reference_name} {list(reference.shape)}: one entry per token."
         )
-    if integer and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+    if integer and value.dtype not in INTEGERS:
         raise ValueError(f"{name} is {value.dtype}; expected int64 indices: use .long().")
     if not integer:
         real(name, value)
@@ -216,6 +179,12 @@ def real(name: str, value: Tensor) -> None:
 
 def vocabulary(student: int, teacher: int, vocab_size: int | None) -> int:
     """The number of real tokens of two heads, or of one twice; different lengths need it said."""
+    if vocab_size is not None and (
+        isinstance(vocab_size, bool | Tensor) or not hasattr(vocab_size, "__index__")
+    ):
+        raise TypeError(
+            f"vocab_size must be an integer, got {vocab_size!r} ({type(vocab_size).__name__})."
+        )
     if vocab_size is None:
         if teacher != student:
             raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from hero_kernels import checks, gradients, planning, vocab_parallel
+from hero_kernels import checks, gradients, kinds, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import linear_divergence, same_memory
 from hero_kernels.objective import (
@@ -272,7 +272,7 @@ def _checked_teacher(
     """Hidden states and weight of a teacher whose logits are known; no weight for a shared head."""
     if hidden is None:
         raise ValueError("Pass either teacher_hidden or teacher_topk; got neither.")
-    checks.is_tensor("teacher_hidden", hidden, "[..., H]")
+    kinds.is_tensor("teacher_hidden", hidden, "[..., H]")
     checks.no_grad_wanted("teacher_hidden", hidden, "the teacher")
     if weight is None:
         if bias is not None:
@@ -289,10 +289,10 @@ def _checked_teacher(
             )
         checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
         return hidden, None
-    checks.no_grad_wanted("teacher_weight", weight, "the teacher")
-    checks.no_grad_wanted("teacher_bias", bias, "the teacher")
     hidden, weight = checks.autocast(hidden, weight)
     checks.head("teacher_", hidden, weight, bias)
+    checks.no_grad_wanted("teacher_weight", weight, "the teacher")
+    checks.no_grad_wanted("teacher_bias", bias, "the teacher")
     checks.same_device("teacher_hidden", hidden, "student_hidden", student_hidden)
     checks.same_precision(student_hidden, hidden)
     if hidden.shape[:-1] != student_hidden.shape[:-1]:
@@ -322,10 +322,10 @@ def _check_topk(
         )
     ids, logprobs = topk
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
-        checks.is_tensor(name, tensor, "[..., k]")
+        kinds.is_tensor(name, tensor, "[..., k]")
         checks.same_device(name, tensor, "student_hidden", student_hidden)
     checks.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
-    if ids.is_floating_point() or ids.dtype == torch.bool or not logprobs.is_floating_point():
+    if ids.dtype not in checks.INTEGERS or logprobs.dtype not in checks.DTYPES:
         raise ValueError(
             f"teacher_topk is of {ids.dtype} and {logprobs.dtype}; expected integer ids first and "
             "log-probabilities second (torch.topk returns them the other way round)."

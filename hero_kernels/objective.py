@@ -153,7 +153,13 @@ class KernelOptions:
     def __post_init__(self) -> None:
         for name in ("tile_rows", "tile_columns", "max_active_rows", "memory_budget"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(
+                    f"{name} must be an integer, got {value!r} ({type(value).__name__})."
+                )
+            if value < 1:
                 raise ValueError(
                     f"{name} must be at least 1, or None to leave it open; got {value}."
                 )

@@ -258,6 +258,26 @@ def test_signed_weights_where_nothing_is_divided(reduction: str) -> None:
     assert mean.item() == pytest.approx((signed * plain.loss).sum().item() / 4, rel=1e-9)
 
 
+@pytest.mark.parametrize("divided", [{"reduction": "sum"}, {"reduction": "none"}, {"num_items": 1}])
+@pytest.mark.parametrize(
+    ("name", "aggregation"),
+    [("token_weights", "turn"), ("token_weights", "trajectory"), ("turn_weights", "trajectory")],
+)
+@pytest.mark.filterwarnings("ignore:num_items with loss_aggregation")
+def test_signed_weights_are_refused_where_a_group_divides(
+    name: str, aggregation: str, divided: dict[str, Any]
+) -> None:
+    """Advantages of 1 and -1 in one turn have the sum 0, of 1 and -0.9 a tenth."""
+    hidden, head = torch.randn(4, 5), torch.randn(31, 5)
+    given = {"turn_ids": torch.tensor([0, 0, 1, 1]), "trajectory_ids": torch.zeros(4).long()}
+    given[name] = torch.tensor([1.0, -0.9, 1.0, 1.0])
+    message = rf"{name} has negative entries, and loss_aggregation='{aggregation}' divides"
+    with pytest.raises(ValueError, match=message):
+        fused_linear_divergence(
+            hidden, head, hidden + 1, loss_aggregation=aggregation, **given, **divided
+        )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -8,10 +8,13 @@ import pytest
 import torch
 from test_errors import LONG, OWN, H, N, V, call
 from torch import nn
+from torch.masked import MaskedTensor
 
 from hero_kernels import (
     FusedLinearDivergence,
+    KernelOptions,
     divergence_from_logits,
+    fused_linear_divergence,
     linear_logprobs,
 )
 
@@ -113,7 +116,40 @@ def test_fake_tensors_have_shapes_and_no_values() -> None:
         assert call(**made, token_weights=torch.ones(N)).shape == ()
 
 
+class Doubled(torch.Tensor):
+    """A class of a library that overrides what torch's functions do."""
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Wrapper(torch.Tensor):
+    """A class that overrides what torch's operations do, without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, value: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, value.shape, dtype=value.dtype)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RecursionError("a way back into itself")
+
+
+CHANGED = "whose class changes what torch's functions do; expected a plain dense tensor"
 STRANGE = {
+    "masked": (lambda value: MaskedTensor(value, value == value), rf"MaskedTensor, {CHANGED}"),
+    "function": (lambda value: value.as_subclass(Doubled), rf"Doubled, {CHANGED}"),
+    "dispatch": (Wrapper, rf"Wrapper, {CHANGED}"),
+    "lazy": (lambda value: nn.UninitializedParameter(), rf"UninitializedParameter, {CHANGED}"),
+    "jagged": (
+        lambda value: torch.nested.nested_tensor([value], layout=torch.jagged),
+        rf"NestedTensor, {CHANGED}",
+    ),
     "nested": (lambda value: torch.nested.nested_tensor([value]), r"nested tensor.*\.values\(\)"),
     "sparse": (lambda value: value.to_sparse(), r"sparse_coo; expected a dense tensor"),
     "csr": (lambda value: value.view(len(value), -1).to_sparse_csr(), r"sparse_csr; expected"),
@@ -130,20 +166,74 @@ STRANGE = {
     "name",
     ["student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "token_weights",
      "turn_ids", "turn_weights", "trajectory_ids", "target_ids", "student_bias", "temperature",
-     "teacher_topk"],
+     "teacher_topk", "teacher_bias", "old_logprobs", "num_items"],
 )  # fmt: skip
 def test_tensors_of_another_build_are_named(name: str, kind: str) -> None:
     make, message = STRANGE[kind]
-    shapes = {"student_weight": (V, H), "teacher_weight": (V, H), "student_bias": (V,)}
+    shapes = {
+        "student_weight": (V, H), "teacher_weight": (V, H), "student_bias": (V,),
+        "teacher_bias": (V,), "num_items": (1,),
+    }  # fmt: skip
     plain = torch.ones(shapes.get(name, (N, H) if "hidden" in name else (N,)))
     given: dict[str, Any] = {name: make(plain.long() if name.endswith("_ids") else plain)}
     if name == "teacher_topk":
         pair = (make(torch.ones(N, 2).long()), torch.full((N, 2), -2.0))
         given = {name: pair, "teacher_hidden": None, "support": "topk"}
     elif name == "turn_weights":
-        given["turn_ids"] = torch.zeros(N, dtype=torch.int64)
+        given["turn_ids"] = LONG
+    elif name == "old_logprobs":
+        given["target_ids"] = LONG
+    elif name == "teacher_bias":
+        given |= OWN
     with pytest.raises(ValueError, match=rf"{name}.* is (a |torch\.){message}"):
         call(**given)
+
+
+def test_a_class_that_changes_nothing_is_served() -> None:
+    class Named(torch.Tensor):
+        """As some libraries have, to carry a name along."""
+
+    given = {"student_hidden": torch.randn(N, H), "teacher_hidden": torch.randn(N, H)}
+    weight = torch.randn(V, H)
+    named = {name: value.as_subclass(Named) for name, value in given.items()}
+    assert float(call(**named, student_weight=weight)) == float(
+        call(**given, student_weight=weight)
+    )
+
+
+TRANSFORMED = {
+    "student_hidden": (N, H), "teacher_hidden": (N, H), "student_weight": (V, H),
+    "student_bias": (V,), "token_weights": (N,), "temperature": (N,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_batches_of_vmap_and_tangents_are_named(name: str) -> None:
+    """A tangent would be dropped, as if the loss did not depend on the argument."""
+    value = torch.rand(TRANSFORMED[name]) + 0.5
+    others = {n: torch.randn(TRANSFORMED[n]) for n in list(TRANSFORMED)[:3] if n != name}
+    with pytest.raises(RuntimeError, match=rf"{name} is inside torch\.vmap"):
+        torch.vmap(lambda x: fused_linear_divergence(**others, **{name: x}))(
+            value.expand(2, *value.shape)
+        )
+    with pytest.raises(RuntimeError, match=rf"{name} has a forward-mode tangent"):
+        torch.func.jvp(lambda x: fused_linear_divergence(**others, **{name: x}), (value,), (value,))
+
+
+def test_sizes_that_are_no_integers_are_named() -> None:
+    for name in ("tile_rows", "tile_columns", "memory_budget", "max_active_rows"):
+        for value in ("8", 2.5, 1e9, True):
+            with pytest.raises(TypeError, match=f"{name} must be an integer, got"):
+                KernelOptions(**{name: value})
+    for value in ("20", 20.0, True, torch.tensor(20)):
+        with pytest.raises(TypeError, match="vocab_size must be an integer, got"):
+            call(vocab_size=value)
+
+
+def test_complex_ids_of_a_server_are_named() -> None:
+    pair = (LONG[:, None].to(torch.complex64), torch.full((N, 1), -2.0))
+    with pytest.raises(ValueError, match=r"teacher_topk is of torch\.complex64.*integer ids"):
+        call(teacher_hidden=None, teacher_topk=pair, support="topk")
 
 
 @pytest.mark.parametrize("name", ["token_weights", "turn_weights", "old_logprobs", "temperature"])

@@ -236,6 +236,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         {"temperature": torch.tensor([1.0, torch.inf, 1.0, 1.0])},
         "temperature has 1 entries that are NaN or infinite",
     ),
+    "learnable divisor": (
+        {"num_items": torch.tensor(1.0, requires_grad=True)},
+        r"num_items requires grad.*num_items\.detach\(\)",
+    ),
     "learnable temperature": (
         {"temperature": torch.tensor(1.0, requires_grad=True)},
         r"temperature requires grad.*temperature\.detach\(\)",
