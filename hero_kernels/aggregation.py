@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hero_kernels import checks, kinds
+from hero_kernels import checks
 from hero_kernels import constants as c
 from hero_kernels.objective import DivergenceOutput, choice
 
@@ -75,7 +75,7 @@ class Weighting(NamedTuple):
             warnings.warn(said + "Right only if every part holds whole ones.", stacklevel=4)
 
     def _check_turn_weights(self, value: Tensor) -> None:
-        kinds.is_tensor("turn_weights", value, "[K]")
+        checks.is_tensor("turn_weights", value, "[K]")
         if self.turn_ids is None:
             raise ValueError("turn_weights needs turn_ids: the turn that each token belongs to.")
         if value.dim() != 1:
@@ -97,7 +97,7 @@ class Weighting(NamedTuple):
                 f"trajectories the mean is over; got {value!r} ({type(value).__name__})."
             )
         if isinstance(value, Tensor):
-            kinds.is_tensor("num_items", value, "of one element")
+            checks.is_tensor("num_items", value, "of one element")
             checks.real("num_items", value)
             checks.no_grad_wanted("num_items", value, "num_items")
             if value.numel() != 1:
@@ -315,7 +315,7 @@ def token_coefficients(
     weighting = Weighting(
         token_weights, turn_ids, turn_weights, trajectory_ids, loss_aggregation, "mean", num_items
     )
-    kinds.is_tensor("token_weights", token_weights, "[...]")
+    checks.is_tensor("token_weights", token_weights, "[...]")
     weighting.check("token_weights", token_weights[..., None], validate=False)
     coefficients = weighting.flat().coefficients(token_weights.numel(), token_weights)
     return coefficients.reshape(token_weights.shape)

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from hero_kernels import gradients
-from hero_kernels.kinds import is_plain, is_tensor, no_stand_in
+from hero_kernels.kinds import is_plain, no_stand_in, served
 from hero_kernels.objective import KernelOptions, Objective
 from hero_kernels.types import RowTensors
 
@@ -62,6 +62,15 @@ def options(given: Any) -> KernelOptions:
     return given
 
 
+def is_tensor(name: str, value: Any, dims: str) -> None:
+    """A plain dense tensor with data; `dims` says its shape in the message."""
+    is_usual = type(value) is Tensor or type(value) is torch.nn.Parameter
+    is_usual = is_usual and value.layout == torch.strided and value.device.type != "meta"
+    is_usual = is_usual and not (value.is_nested or value.is_quantized)
+    if not is_usual or torch._C._are_functorch_transforms_active():
+        served(name, value, dims)
+
+
 def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
     if value is None:
         return
@@ -79,7 +88,9 @@ def no_grad_wanted(name: str, value: Tensor | None, what: str) -> None:
 
 def autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Under torch.autocast, both in its type, as a linear layer would take them: fp64 stays."""
-    if is_plain(hidden) and is_plain(weight) and not hidden.is_meta:
+    usual = {Tensor, torch.nn.Parameter}
+    are_usual = type(hidden) in usual and type(weight) in usual
+    if (are_usual or (is_plain(hidden) and is_plain(weight))) and not hidden.is_meta:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

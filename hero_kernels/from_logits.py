@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from typing_extensions import Unpack
 
-from hero_kernels import backends, checks, gradients, kinds
+from hero_kernels import backends, checks, gradients
 from hero_kernels import constants as c
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import first_order
@@ -89,8 +89,8 @@ def divergence_from_logits(
 
 
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    kinds.is_tensor("student_logits", student, "[..., V]")
-    kinds.is_tensor("teacher_logits", teacher, "[..., V]")
+    checks.is_tensor("student_logits", student, "[..., V]")
+    checks.is_tensor("teacher_logits", teacher, "[..., V]")
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         gradients.no_tangent({"student_logits": student})
     checks.no_grad_wanted("teacher_logits", teacher, "the teacher")

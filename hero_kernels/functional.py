@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from hero_kernels import checks, gradients, kinds, planning, vocab_parallel
+from hero_kernels import checks, gradients, planning, vocab_parallel
 from hero_kernels.aggregation import Weighting
 from hero_kernels.autograd import linear_divergence, same_memory
 from hero_kernels.objective import (
@@ -272,7 +272,7 @@ def _checked_teacher(
     """Hidden states and weight of a teacher whose logits are known; no weight for a shared head."""
     if hidden is None:
         raise ValueError("Pass either teacher_hidden or teacher_topk; got neither.")
-    kinds.is_tensor("teacher_hidden", hidden, "[..., H]")
+    checks.is_tensor("teacher_hidden", hidden, "[..., H]")
     checks.no_grad_wanted("teacher_hidden", hidden, "the teacher")
     if weight is None:
         if bias is not None:
@@ -322,7 +322,7 @@ def _check_topk(
         )
     ids, logprobs = topk
     for name, tensor in (("teacher_topk[0]", ids), ("teacher_topk[1]", logprobs)):
-        kinds.is_tensor(name, tensor, "[..., k]")
+        checks.is_tensor(name, tensor, "[..., k]")
         checks.same_device(name, tensor, "student_hidden", student_hidden)
     checks.no_grad_wanted("teacher_topk[1]", logprobs, "the teacher")
     if ids.dtype not in checks.INTEGERS or logprobs.dtype not in checks.DTYPES:

@@ -30,8 +30,8 @@ def is_plain(value: Any) -> bool:
     return issubclass(kind, nn.Parameter) or theirs is usual
 
 
-def is_tensor(name: str, value: Any, dims: str) -> None:
-    """A plain dense tensor with data; `dims` says its shape in the message."""
+def served(name: str, value: Any, dims: str) -> None:
+    """What `checks.is_tensor` does with a value that is not plain at the first look."""
     plain = is_plain(value)
     if plain and value.layout == torch.strided and value.device.type != "meta":
         if torch._C._are_functorch_transforms_active():
