@@ -52,8 +52,7 @@ class EvalFolder:
         self.path, self.split = path, settings["split"]
         saved = path / SETTINGS
         if saved.is_file():
-            before = json.loads(saved.read_text(encoding="utf-8"))
-            changed = difference(before, json.loads(json.dumps(settings)))
+            changed = difference(_read(saved), json.loads(json.dumps(settings)))
             if changed:
                 raise ValueError(
                     f"{path} holds an evaluation with other settings:\n" + "\n".join(changed) + "\n"
@@ -132,6 +131,6 @@ def read_evaluated(path: Path) -> Evaluated | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"Cannot read {path}: {error}") from error

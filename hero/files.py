@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from hero.types import Fault
+
+LOCK = "lock"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -93,6 +100,34 @@ def sweep(folder: Path) -> None:
     for old in folder.glob("*.old"):
         if not (path := old.with_suffix("")).exists():
             old.rename(path)
+
+
+@contextmanager
+def only_writer(folder: Path, what: str, option: str) -> Iterator[None]:
+    """Nobody else writes in a folder meanwhile; the lock of a killed process does not hold.
+
+    Args:
+        folder: is there already.
+        what: writes there, for the message.
+        option: that names another folder.
+
+    Raises:
+        Fault: another process has the folder.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise Fault(
+                f"{folder} is being written by another {what} ({file.read().strip()}). Wait for "
+                f"its end, stop it, or name another {option}."
+            ) from None
+        file.truncate(0)
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
+        file.flush()
+        yield
 
 
 @contextmanager

@@ -268,11 +268,11 @@ class Policy:
         with self.autocast():
             expected = self.model(input_ids=ids).logits.float()
         error = (expected - self.logits(self.hidden(ids))).abs().max()
-        if float(error) > 0.05 * float(expected.abs().max()) + 1e-6:
+        if not float(error) <= 0.05 * float(expected.abs().max()) + 1e-6:  # nor if it is NaN
             raise ValueError(
                 f"{path!r} computes its logits in a way that is not known here (they differ by "
                 f"{float(error):.3g}): its loss would be wrong. Known are a linear head with bias, "
-                "logit scale and soft-cap."
+                "logit scale and soft-cap. If it is nan, its weights are damaged: load them anew."
             )
 
     @property

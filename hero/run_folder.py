@@ -6,11 +6,8 @@ dev), checkpoint/ (to go on from), summary.json, and `lock`, which says who is w
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +17,12 @@ from typing import Any
 from hero.checkpoint import checkpoints
 from hero.checks import from_dict
 from hero.config import Settings, TrainConfig, redacted
-from hero.files import refuse_to_replace, sweep, write_atomic
+from hero.files import LOCK, only_writer, refuse_to_replace, sweep, write_atomic
 from hero.report.tracking import METRICS
 from hero.types import Fault
 
-CONFIG, BEFORE, SUMMARY, BEST, SELECTED, LOCK = (
-    "config.json", "before.json", "summary.json", "best", "selected", "lock",
+CONFIG, BEFORE, SUMMARY, BEST, SELECTED = (
+    "config.json", "before.json", "summary.json", "best", "selected",
 )  # fmt: skip
 FREE = {"updates", "max_env_turns", "threads", "output_dir", "resume", "resume_anyway",
         "save_every", "save_trajectories", "report_to", "eval", "engine", "model.device",
@@ -55,19 +52,7 @@ class RunFolder:
         """
         self._refuse_foreign()
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK).open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise Fault(
-                    f"{self.path} is being written by another training ({file.read().strip()}). "
-                    "Wait for its end, stop it, or name another --output-dir."
-                ) from None
-            file.truncate(0)
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
-            file.flush()
+        with only_writer(self.path, "training", "--output-dir"):
             sweep(self.path)
             yield
 

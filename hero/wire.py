@@ -45,14 +45,28 @@ class _Clock:
 
     def watched(self, base: type[http.client.HTTPConnection]) -> type[http.client.HTTPConnection]:
         """`base`, its socket watched."""
-        sockets = self._sockets
+        clock = self
 
         class Watched(base):  # type: ignore[misc, valid-type]
+            def __init__(self, *arguments: Any, **named: Any) -> None:
+                super().__init__(*arguments, **named)
+                # At once, as a proxy may stall before `connect` is through.
+                self._create_connection: Any = clock._opened(socket.create_connection)
+
             def connect(self) -> None:
                 super().connect()
-                sockets.append(self.sock)
+                clock._watch(self.sock)  # where it is encrypted, another one
 
         return Watched
+
+    def _opened(self, create: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, **named: self._watch(create(*arguments, **named))
+
+    def _watch(self, sock: Any) -> Any:
+        self._sockets.append(sock)
+        if self.expired:  # between the end of the time and now
+            self._cut()
+        return sock
 
 
 class _Watching(urllib.request.HTTPSHandler, urllib.request.HTTPHandler):

@@ -97,7 +97,7 @@ def _joined(arguments: list[str]) -> list[str]:
     """With every `--env.options.data-dir DIR` as a pair of `--env.options`, at the end.
 
     Raises:
-        ValueError: such an option has no value.
+        ValueError: such an option has no value, or pairs would be lost.
     """
     words, pairs, rest = [], [], iter(arguments)
     for word in rest:
@@ -108,6 +108,11 @@ def _joined(arguments: list[str]) -> list[str]:
         if not equals and (value := next(rest, "--")).startswith("--"):
             raise ValueError(f"{name} needs a value: {name} VALUE.")
         pairs += [name.removeprefix(f"{OPTIONS}.").replace("-", "_"), value]
+    if sum(word.partition("=")[0] == OPTIONS for word in words) > 1:
+        raise ValueError(
+            f"{OPTIONS} is given twice, and the pairs of the first would be lost: put all pairs "
+            f"behind one {OPTIONS}."
+        )
     if not pairs:
         return words
     if OPTIONS not in words:

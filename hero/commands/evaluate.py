@@ -13,7 +13,7 @@ from tyro.conf import Positional, arg
 
 from hero.commands.play import Play, weights_of
 from hero.config import redacted
-from hero.files import check_writable, write_atomic
+from hero.files import check_writable, only_writer, write_atomic
 from hero.interrupt import Interrupt, Stopped
 from hero.models import existing_model, find_model, revision
 from hero.report.comparison import FIGURES, Comparison, bootstrap_interval, compare
@@ -22,7 +22,7 @@ from hero.text import in_words
 from hero.types import Fault
 
 if TYPE_CHECKING:  # they load torch
-    from hero.evaluated import Evaluated
+    from hero.evaluated import EvalFolder, Evaluated
 
 
 @dataclass(kw_only=True)
@@ -35,7 +35,7 @@ class Evaluating(Play):
     def evaluated(self, model: str) -> Evaluated:
         """The evaluation of a model: what is missing of it is played."""
         existing_model(str(weights_of(model)))
-        from hero.evaluated import RESULT, EvalFolder, Evaluated, read_evaluated
+        from hero.evaluated import RESULT, SETTINGS, EvalFolder, Evaluated, read_evaluated
         from hero.evaluation import summarise
 
         settings = redacted(asdict(self.settings))
@@ -47,21 +47,28 @@ class Evaluating(Play):
             raise ValueError(f"--output {self.output} is a file; expected a folder, or a new name.")
         path = self.folder(model).absolute()  # worlds may change the folder one stands in
         saved = {"model": model, "weights": _fingerprint(weights_of(model)), **settings}
-        kept = EvalFolder(path, saved)
-        if not (path / RESULT).is_file():
-            message = f"The episodes so far are in {path}; the same command goes on with them."
-            try:
-                with Interrupt():
-                    _, world = self.played(model, kept)
-            except KeyboardInterrupt as stop:
-                raise Stopped(getattr(stop, "number", signal.SIGINT), message) from None
-            except Fault as fault:
-                fault.add_note(message)
-                raise
-            kept.close(world)
+        if not (path / SETTINGS).is_file():
+            EvalFolder(path, saved)  # begins one, or refuses the folder
+        with only_writer(path, "hero eval", "--output"):
+            kept = EvalFolder(path, saved)
+            if not (path / RESULT).is_file():
+                self._fill(kept, model)
         found = read_evaluated(path)
         assert found is not None
         return found
+
+    def _fill(self, kept: EvalFolder, model: str) -> None:
+        """Play what is missing."""
+        message = f"The episodes so far are in {kept.path}; the same command goes on with them."
+        try:
+            with Interrupt():
+                _, world = self.played(model, kept)
+        except KeyboardInterrupt as stop:
+            raise Stopped(getattr(stop, "number", signal.SIGINT), message) from None
+        except Fault as fault:
+            fault.add_note(message)
+            raise
+        kept.close(world)
 
     def folder(self, model: str) -> Path:
         """Of the evaluation of one model."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import queue
+import reprlib
 import threading
 import uuid
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from hero.sampling import Completion, Sampling, Stream
 from hero.text import harmless
 from hero.types import Fault
 
+MAX_NAME = 300
+"""Characters of a model's name that are read."""
 PLAIN = {
     "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
     "frequency_penalty": 0.0, "ignore_eos": True, "skip_special_tokens": False,
@@ -102,19 +105,20 @@ class ServerEngine(HandedWeights):
         try:
             listed = read_json(self._ask(self.api, "/models"))["data"]
             found = {
-                m["id"]: m.get("max_model_len") or 2**31 for m in listed if not m.get("parent")
-            }
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise self._error(f"no list of models ({error!r})") from error
+                str(m["id"])[:MAX_NAME]: int(m.get("max_model_len") or 2**31)
+                for m in listed if not m.get("parent")
+            }  # fmt: skip
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise self._error(f"no list of models ({error!r:.200})") from error
         if asked not in found and (asked or len(found) != 1):
-            names = ", ".join(map(repr, found))
+            names = harmless(", ".join(map(repr, found)))
             raise ServerError(
-                f"The server at {redacted(self.api.base_url)} serves {names}; expected "
+                f"The server at {redacted(self.api.base_url)} serves {names[:500]}; expected "
                 f"{repr(asked) if asked else 'one model'}. Set --engine.model to the name under "
                 "which it serves the run's model."
             )
         name = asked or next(iter(found))
-        return name, int(found[name])
+        return name, found[name]
 
     def _complete(self, sampling: Sampling, prompt: list[int], seed: int) -> Completion:
         """One completion; from a thread of its own."""
@@ -126,7 +130,8 @@ class ServerEngine(HandedWeights):
         }  # fmt: skip
         data = self._ask(self.api, "/completions", body)
         try:
-            return read_completion(data, prompt, self.policy.head.weight.shape[0])
+            vocabulary = self.policy.head.weight.shape[0]
+            return read_completion(data, prompt, vocabulary, sampling.max_tokens)
         except ValueError as error:
             raise self._error(str(error)) from error
 
@@ -180,7 +185,7 @@ class _Requests:
         return found
 
 
-def read_completion(data: bytes, prompt: list[int], vocabulary: int) -> Completion:
+def read_completion(data: bytes, prompt: list[int], vocabulary: int, max_tokens: int) -> Completion:
     """Ids and log-probabilities of a completion that was asked for as `ServerEngine` does.
 
     Raises:
@@ -193,24 +198,30 @@ def read_completion(data: bytes, prompt: list[int], vocabulary: int) -> Completi
         logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"no completion, but {shown(data)}") from error
-    if not ids or read is None:
+    if not ids or read is None or not isinstance(ids, list):
         raise ValueError(
             "an answer without token ids, of which the text alone cannot be trained: expected a "
             "server that knows return_token_ids (vLLM 0.10.2 or newer)"
         )
     if read != prompt:
-        raise ValueError(f"it read {len(read)} other ids than the {len(prompt)} that were sent")
-    if not logprobs or len(logprobs) != len(ids) or not all(map(_is_logprob, logprobs)):
+        number = len(read) if isinstance(read, list) else "no"
+        raise ValueError(f"it read {number} other ids than the {len(prompt)} that were sent")
+    if len(ids) > max_tokens:
+        raise ValueError(f"{len(ids)} tokens, where at most {max_tokens} were asked for")
+    told = logprobs if isinstance(logprobs, list) else []
+    if len(told) != len(ids) or not all(map(_is_logprob, told)):
         raise ValueError(
-            f"no log-probability of each of its {len(ids)} tokens: got {logprobs!r:.80}"
+            f"no log-probability of each of its {len(ids)} tokens: got {reprlib.repr(logprobs)}"
         )
-    if not all(type(i) is int and 0 <= i < vocabulary for i in ids):
+    if foreign := [i for i in ids if type(i) is not int or not 0 <= i < vocabulary]:
         raise ValueError(
-            f"ids up to {max(ids)}, and the model that is trained has {vocabulary}: another "
-            "vocabulary, so another model"
+            f"an id {reprlib.repr(foreign[0])}, and the model that is trained has {vocabulary}: "
+            "another vocabulary, so another model"
         )
-    return Completion(ids=ids, logprobs=[float(value) for value in logprobs])
+    return Completion(ids=ids, logprobs=[float(value) for value in told])
 
 
 def _is_logprob(value: object) -> bool:
-    return isinstance(value, float | int) and math.isfinite(value) and value <= 1e-3
+    if type(value) is int:  # of thousands of digits it is no float
+        return -(10**6) < value <= 0
+    return isinstance(value, float) and math.isfinite(value) and value <= 1e-3

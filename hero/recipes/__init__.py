@@ -67,14 +67,29 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: the file cannot be read, or does not hold a mapping.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Strict)
     except OSError as error:
         raise ValueError(f"Cannot read the configuration {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold a mapping of settings, got {type(data).__name__}.")
     return data
+
+
+class _Strict(yaml.SafeLoader):
+    """A setting that is given twice is a mistake: else the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"{twice[0]} stands there twice: write its settings once",
+                node.start_mark,
+            )
+        return super().construct_mapping(node, deep)
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from hero.files import write_atomic
 from hero.report.dashboards import Metrics, open_dashboard
@@ -62,15 +63,20 @@ class Tracker:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Append one line; `step` is the number of the update, 0 what was measured before any."""
-        self._metrics.write(json_line({"step": step, **metrics}))
-        self._metrics.flush()
+        self._append(self._metrics, json_line({"step": step, **metrics}))
         if self._dashboard is not None:
             self._dashboard.log(step, metrics)
 
     def log_trajectories(self, records: Sequence[dict[str, Any]]) -> None:
         """Append records made by `trajectory_record`."""
-        self._trajectories.write(b"".join(map(json_line, records)))
-        self._trajectories.flush()
+        self._append(self._trajectories, b"".join(map(json_line, records)))
+
+    @staticmethod
+    def _append(file: BinaryIO, lines: bytes) -> None:
+        """On the disk before the checkpoint that says so: a machine may lose its power."""
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
 
     def close(self) -> None:
         self._metrics.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from hero.checks import from_dict
 from hero.config import SftConfig, TrainConfig
-from hero.files import write_atomic
+from hero.files import only_writer, write_atomic
 from hero.processes import safe_path, started
 from hero.recipes import merge
 from hero.study.cells import DIAGNOSED, Cell, diagnosing, gap, judge, kept, run_cell
@@ -35,6 +35,7 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
     claim_folder(study, folder)
     context = get_context("spawn")  # each has its own torch, with one thread
     with (
+        only_writer(folder, "hero study", "--output-dir"),
         safe_path(),
         ProcessPoolExecutor(study.jobs, mp_context=context, initializer=_prepare) as pool,
     ):

@@ -169,6 +169,12 @@ def test_what_the_parser_refuses_ends_with_exit_code_2(
     assert message in capsys.readouterr().err
 
 
+def test_options_of_the_environment_twice_lose_none(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--env.options", "profile", "tiny", "--env.options", "observation", "compact"]
+    assert main(["train", "quickstart", *words]) == 1
+    assert "--env.options is given twice" in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["view", "nowhere", "--debug"]) == 1
     error = capsys.readouterr().err
@@ -188,6 +194,8 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         ("- a\n- b", "must hold a mapping"),
         ("a: [", "is not valid YAML"),
         ("base: nothing", "Unknown recipe 'nothing'"),
+        ("optim: {warmup_steps: 3}\noptim: {adam_beta1: 0.8}", "optim stands there twice"),
+        ("loss: {beta: 0.3, beta: 0.4}", "beta stands there twice"),
     ],
 )
 def test_mistakes_in_a_config_file(

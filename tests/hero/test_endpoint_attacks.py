@@ -151,6 +151,18 @@ def test_an_answer_that_never_ends_is_cut(
     assert time.monotonic() - started < 5
 
 
+def test_a_proxy_that_never_answers_is_cut(
+    renderer: Renderer, raw: Callable[..., Raw], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is any connection to the endpoint itself."""
+    monkeypatch.setenv("https_proxy", raw(STALLING["status"]).url)
+    monkeypatch.setenv("OPENAI_API_KEY", "some-key-of-mine")
+    started = time.monotonic()
+    with pytest.raises(ReflectionError, match=r"no complete answer after 0\.5 s"):
+        ask(renderer, "https://endpoint.invalid/v1", timeout=0.5)
+    assert time.monotonic() - started < 5
+
+
 BOMB = gzip.compress(b"{" * 100_000_000, 1)
 PACKED = gzip.compress(OK)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -16,6 +17,7 @@ from hero.cli import main
 from hero.envs.shop import ShopEnv
 from hero.evaluated import read_evaluated
 from hero.evaluation import summarise_figures
+from hero.files import only_writer
 from hero.report.comparison import Comparison, compare
 from hero.report.tracking import read_jsonl
 from hero.report.viewer import render
@@ -61,6 +63,24 @@ def test_several_models_and_what_stands_in_their_folders(
     columns = re.findall("<th>([^<]+)</th>", page)
     labels = re.findall('<td data-label="(.+?)"', page)
     assert labels == columns * (page.count("<td") // len(columns)) and len(columns) == 5
+
+
+def test_two_evaluations_in_one_folder_and_settings_of_another_program(
+    here: Path, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both would write their episodes, and each would count twice."""
+    (here / "m").symlink_to(model_path)
+    words = ["eval", "m", *SHOP, *CAPS, "--tasks", "2", "--output", "out"]
+    assert main(words) == 0
+    (here / "out" / "m" / "eval.json").unlink()
+    before = (here / "out" / "m" / "episodes.jsonl").read_bytes()
+    with only_writer(here / "out" / "m", "hero eval", "--output"):
+        assert main(words) == 1
+    assert f"written by another hero eval (process {os.getpid()} on" in said(capsys)
+    assert (here / "out" / "m" / "episodes.jsonl").read_bytes() == before
+    (here / "out" / "m" / "settings.json").write_text("[1]")
+    assert main(words) == 1
+    assert "Cannot read" in said(capsys)
 
 
 def test_an_interrupted_evaluation_goes_on(

@@ -85,3 +85,17 @@ def test_a_resolver_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"'me/silent'.*has not answered within 0\.3 s"):
         existing_model("me/silent")
     assert time.monotonic() - began < 5
+
+
+def test_a_model_of_damaged_weights_is_not_played(tmp_path: Path) -> None:
+    import torch
+
+    from hero.config import ModelConfig
+    from hero.policy import Policy
+
+    policy = Policy.load(ModelConfig(device="cpu"))
+    with torch.no_grad():
+        policy.head.weight[0, 0] = torch.nan
+    policy.save(tmp_path / "damaged")
+    with pytest.raises(ValueError, match=r"differ by nan.*its weights are damaged"):
+        Policy.load(ModelConfig(path=str(tmp_path / "damaged"), device="cpu"))

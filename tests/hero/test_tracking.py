@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,26 @@ def test_lines_are_on_disk_before_close(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, "none", {}, None)
     tracker.log(1, {"loss": 0.5})
     assert read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    tracker.close()
+
+
+def test_lines_outlast_the_power(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint that says they are logged is on the disk: so are they, before it."""
+    kept: dict[int, int] = {}
+    fsync = os.fsync
+
+    def watched(number: int) -> None:
+        fsync(number)
+        kept[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    monkeypatch.setattr(os, "fsync", watched)
+    tracker = Tracker(tmp_path, "none", {}, None)
+    for step in (1, 2):
+        tracker.log(step, {"loss": 1.0})
+        tracker.log_trajectories([{"update": step, "split": "train"}])
+        for name in ("metrics.jsonl", "trajectories.jsonl"):
+            found = (tmp_path / name).stat()
+            assert kept[found.st_ino] == found.st_size > 0
     tracker.close()
 
 

@@ -78,7 +78,43 @@ def test_answers_that_cannot_be_trained(
 )  # fmt: skip
 def test_completions_that_are_none(choice: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_completion(json.dumps({"choices": [choice]}).encode(), [5], vocabulary=40)
+        read_completion(json.dumps({"choices": [choice]}).encode(), [5], 40, max_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"token_ids": [3, "a"]}, "an id 'a'.*another vocabulary"),
+        ({"token_ids": [3, None]}, "an id None"),
+        ({"token_ids": [3, True]}, "an id True"),
+        ({"token_ids": [3, 10**400]}, "an id 1000.*another vocabulary"),
+        ({"token_ids": 5}, "without token ids"),
+        ({"token_ids": "ab"}, "without token ids"),
+        ({"token_ids": {"3": 4, "5": 6}}, "without token ids"),
+        ({"token_ids": [3] * 5, "logprobs": {"token_logprobs": [-1.0] * 5}}, "5 tokens.*at most 4"),
+        ({"prompt_token_ids": 5}, "it read no other ids"),
+        ({"logprobs": {"token_logprobs": 7}}, "no log-probability"),
+        ({"logprobs": {"token_logprobs": [-1.0, -(10**400)]}}, "no log-probability"),
+        ({"logprobs": {"token_logprobs": [True, -1.0]}}, "no log-probability"),
+        ({"logprobs": []}, "no log-probability"),
+        ({"logprobs": [1]}, "no completion"),
+    ],
+)  # fmt: skip
+def test_lies_of_a_server_are_one_kind_of_error(changed: dict[str, Any], message: str) -> None:
+    right = {"token_ids": [3, 4], "prompt_token_ids": [5], "logprobs": {"token_logprobs": [-1, 0]}}
+    assert read_completion(json.dumps({"choices": [right]}).encode(), [5], 40, 4).ids == [3, 4]
+    with pytest.raises(ValueError, match=message) as caught:
+        read_completion(json.dumps({"choices": [right | changed]}).encode(), [5], 40, 4)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("length", ["long", [8], {}, float("inf"), float("nan")], ids=str)
+def test_catalogues_whose_lengths_are_no_numbers(agent: Path, stub: VllmStub, length: Any) -> None:
+    card = {"id": "student", "max_model_len": length or "none"}
+    stub.changed = lambda path, reply: (200, {"data": [card]})
+    config = configured(agent, stub.url)
+    with pytest.raises(ServerError, match="no list of models"):
+        make_engine(config, Policy.load(config.model))
 
 
 def test_another_model_behind_the_server(agent: Path, stub: VllmStub) -> None:
