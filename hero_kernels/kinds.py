@@ -41,7 +41,7 @@ def served(name: str, value: Any, dims: str) -> None:
     if isinstance(value, nn.Module):
         remedy, kind = "pass its .weight", type(value).__name__
         if hasattr(value, "base_layer"):
-            remedy = "its .weight would leave out the adapter (LoRA) on it: use lm_states"
+            remedy = "its .weight would leave out the adapter (LoRA) on it: use hidden_and_head"
         raise TypeError(f"{name} must be a tensor {dims}, got the module {kind}: {remedy}.")
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor {dims}, got {type(value).__name__}.")

@@ -19,7 +19,7 @@ from hero.renderer import Renderer
 from hero.sampling import Completion, Sampling
 from hero.teacher import TeacherWeights
 from hero.types import FeedbackKind, StopReason, Trajectory, Turn
-from hero_kernels.integrations.transformers import lm_states, with_head
+from hero_kernels.integrations.transformers import hidden_and_head, with_head
 
 
 class TrlPolicy(Policy):
@@ -40,7 +40,7 @@ class TrlPolicy(Policy):
             self.model.eval()
         try:
             with self.trainer.accelerator.autocast():
-                states = lm_states(self.trainer.model_wrapped, input_ids, **inputs)
+                states = hidden_and_head(self.trainer.model_wrapped, input_ids, **inputs)
         finally:
             self.model.train(training)
         return states.hidden.to(self.dtype)

@@ -18,7 +18,8 @@ def whole_head(weight: Tensor, dtype: torch.dtype | None = None, reduce_op: str 
         head = whole_head(model.lm_head.weight)
         loss = fused_linear_divergence(hidden, head, teacher_hidden)
 
-    The model has to be called as a whole; `integrations.transformers.lm_states` does all of this.
+    The model has to be called as a whole; `integrations.transformers.hidden_and_head` does all of
+    this.
 
     A weight that FSDP2 holds whole at the time (the root's after its forward pass) is returned as
     it is: its gradient FSDP2 reduces itself.

@@ -38,7 +38,7 @@ class LMStates(NamedTuple):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def lm_states(model: nn.Module, input_ids: Tensor | None = None, **inputs: Any) -> LMStates:
+def hidden_and_head(model: nn.Module, input_ids: Tensor | None = None, **inputs: Any) -> LMStates:
     """Run a causal LM once, without its logits: one position of each sequence is all it makes.
 
     The model is called as a whole, so that wrappers do their work: pass the one that is trained
@@ -71,7 +71,7 @@ def lm_states(model: nn.Module, input_ids: Tensor | None = None, **inputs: Any) 
 
 def with_head(model: Any, hidden: Tensor) -> LMStates:
     """Hidden states [B, L, H] that the caller has already, with the head of their model. Nothing
-    compares them with the model's logits, as `lm_states` does.
+    compares them with the model's logits, as `hidden_and_head` does.
 
     Raises:
         ValueError: a head that cannot be served as one differentiable tensor.

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from hero_kernels.functional import fused_linear_divergence
 from hero_kernels.integrations import constant, named_divergence
-from hero_kernels.integrations.transformers import LMStates, lm_states, with_head
+from hero_kernels.integrations.transformers import LMStates, hidden_and_head, with_head
 from hero_kernels.integrations.trl import one_scaling
 from hero_kernels.objective import DivergenceOutput
 
@@ -134,10 +134,10 @@ class _FusedGKD(_Guarded):
     def _loss(self: Any, model: Any, inputs: Any, num_items: Any) -> Tensor:
         ids = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with self.accelerator.autocast():
-            student = lm_states(model, **ids)
+            student = hidden_and_head(model, **ids)
             self.teacher_model.eval()
             with torch.no_grad():
-                teacher = lm_states(self.teacher_model, **ids)
+                teacher = hidden_and_head(self.teacher_model, **ids)
             # Of GKDConfig's temperature TRL samples with it only: the divergence is taken at 1.
             loss = divergence(
                 student, teacher, self.beta, num_items=num_items,
@@ -223,7 +223,7 @@ class _FusedSelfDistillation(_Guarded):
             forward = super()._forward_logits  # type: ignore[misc]
             return forward(model, input_ids, attention_mask, logits_to_keep)
         with self.accelerator.autocast():
-            states = lm_states(model, input_ids, attention_mask=attention_mask)
+            states = hidden_and_head(model, input_ids, attention_mask=attention_mask)
         return states._replace(hidden=states.hidden[:, -logits_to_keep - 1 : -1])
 
     def _compute_policy_loss(self: Any, inputs: Any, student_logits: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hero_kernels import fused_linear_divergence
-from hero_kernels.integrations.transformers import LMStates, lm_states
+from hero_kernels.integrations.transformers import LMStates, hidden_and_head
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 V, H = 61, 16
@@ -82,7 +82,7 @@ def jsd(logits_s: Tensor, logits_t: Tensor) -> Tensor:
 
 def same_as_dense(model: Any) -> None:
     """Loss and gradients against those of the model's logits, all of them."""
-    states = lm_states(model, ids_of())
+    states = hidden_and_head(model, ids_of())
     teacher = teacher_of(states)
     loss = fused_linear_divergence(states.hidden, **states.student_head(), teacher_hidden=teacher)
     assert isinstance(loss, Tensor)
@@ -120,7 +120,7 @@ def test_adapters_are_trained(where: str) -> None:
     model = peft.get_peft_model(made(), config, autocast_adapter_dtype=False)
     same_as_dense(model)
     with model.disable_adapter(), torch.no_grad():
-        states = lm_states(model, ids_of())
+        states = hidden_and_head(model, ids_of())
         torch.testing.assert_close(logits_of(states), model(ids_of()).logits)
         torch.testing.assert_close(logits_of(states), made()(ids_of()).logits)
 
@@ -134,7 +134,7 @@ def test_adapters_that_no_weight_expresses_are_refused(options: Any, message: st
     config = peft.LoraConfig(r=3, target_modules=["lm_head"], **options)
     model = peft.get_peft_model(made(), config).train()
     with pytest.raises(ValueError, match=message):
-        lm_states(model, ids_of())
+        hidden_and_head(model, ids_of())
 
 
 def test_a_head_with_an_adapter_is_not_sent_to_its_base_weight() -> None:
@@ -142,7 +142,9 @@ def test_a_head_with_an_adapter_is_not_sent_to_its_base_weight() -> None:
     model = peft.get_peft_model(made(), peft.LoraConfig(r=3, target_modules=["lm_head"]))
     head: Any = model.get_output_embeddings()
     hidden = torch.randn(2, head.weight.shape[1])
-    with pytest.raises(TypeError, match=r"leave out the adapter \(LoRA\) on it: use lm_states"):
+    with pytest.raises(
+        TypeError, match=r"leave out the adapter \(LoRA\) on it: use hidden_and_head"
+    ):
         fused_linear_divergence(hidden, head, hidden)
 
 
@@ -150,7 +152,7 @@ def test_other_adapters_on_the_head_are_refused() -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(made(), peft.LoHaConfig(r=3, target_modules=["lm_head"]))
     with pytest.raises(ValueError, match=r"loha.*modules_to_save"):
-        lm_states(model, ids_of())
+        hidden_and_head(model, ids_of())
 
 
 class Partitioned(nn.Module):
@@ -170,33 +172,33 @@ def test_heads_that_are_elsewhere_or_packed_are_refused() -> None:
     model.lm_head = Partitioned(whole, torch.empty(0))
     model.lm_head.weight.ds_shape = whole.shape
     with pytest.raises(ValueError, match=r"partitioned by ZeRO-3: \[0\] is here of \[61, 16\]"):
-        lm_states(model, ids_of())
+        hidden_and_head(model, ids_of())
     with pytest.raises(ValueError, match="student_weight is partitioned by ZeRO-3"):
         fused_linear_divergence(torch.zeros(2, H), model.lm_head.weight, torch.zeros(2, H))
     model.lm_head = Partitioned(whole, torch.empty(V * H // 2, 1, dtype=torch.uint8))
     with pytest.raises(ValueError, match="4-bit"):
-        lm_states(model, ids_of())
+        hidden_and_head(model, ids_of())
 
 
 def test_logits_made_in_another_way_are_refused() -> None:
     model = made()
     model.lm_head.register_forward_hook(lambda module, args, logits: 1.1 * logits)
     with pytest.raises(ValueError, match="something else between them"):
-        lm_states(model, ids_of())
+        hidden_and_head(model, ids_of())
     with pytest.raises(TypeError, match="Linear has no output embeddings"):
-        lm_states(nn.Linear(2, 2), ids_of())
+        hidden_and_head(nn.Linear(2, 2), ids_of())
     with pytest.raises(ValueError, match="Leave labels out"):
-        lm_states(made(), ids_of(), labels=ids_of())
+        hidden_and_head(made(), ids_of(), labels=ids_of())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_working_precision_and_under_autocast(dtype: torch.dtype) -> None:
     model = made("tied", dtype)
-    states = lm_states(model, ids_of())
+    states = hidden_and_head(model, ids_of())
     assert states.hidden.dtype == states.weight.dtype == dtype
     torch.testing.assert_close(logits_of(states), model(ids_of()).logits)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = lm_states(model, ids_of())
+        states = hidden_and_head(model, ids_of())
         teacher = teacher_of(states).to(states.hidden.dtype)
         loss = fused_linear_divergence(
             states.hidden, **states.student_head(), teacher_hidden=teacher
@@ -222,7 +224,7 @@ def gradients_of_rank(rank: int) -> dict[str, dict[str, Tensor]]:
     results = {}
     for name in VARIANTS:
         model = wrapped(name)
-        states = lm_states(model, ids_of(rank))
+        states = hidden_and_head(model, ids_of(rank))
         fused_linear_divergence(
             states.hidden, **states.student_head(), teacher_hidden=teacher_of(states)
         ).backward()
@@ -239,7 +241,7 @@ def by_rank() -> list[dict[str, dict[str, Tensor]]]:
 def test_two_processes_have_the_gradients_of_one(by_rank: Any, name: str) -> None:
     model = made("tied" if "tied" in name else "llama")
     for rank in range(WORLD_SIZE):
-        states = lm_states(model, ids_of(rank))
+        states = hidden_and_head(model, ids_of(rank))
         loss = jsd(logits_of(states), logits_of(states, teacher_of(states)).detach())
         (loss / WORLD_SIZE).backward()
     expected = gradients(model)
