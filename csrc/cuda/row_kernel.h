@@ -152,7 +152,9 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         at = sweep<delta>(
             problem, plan, work, exchange, lanes, row, scaling, at, true, !resident,
             [&](const Raw& raw, const Place&) {
-                if (divergence == REVERSE_KL || with_stats) return false;
+                // Of an uneven mixture the student's top token is searched: see `Centre`.
+                if (divergence == REVERSE_KL || with_stats || (is_jsd && !mixture.even()))
+                    return false;
                 const bool near =
                     near_masses<divergence, delta>(raw, scaling, is_first, mine, near_masses_sum);
                 is_first = is_first && !near;

@@ -14,8 +14,9 @@ struct Masses {
     float max_teacher, max_student;  // the second may be larger, if the top tokens are not wanted
     float teacher, student;          // sum exp(z - max)
     float growth;     // sum exp(z_t - max) (exp(z_s - z_t - shift) - 1), without cancellation
-    float log_ratio;  // sum exp(z_s - max) (z_s - z_t - reference); not for the forward KL
-    float reference;  // reverse KL: z_s - z_t where z_s is largest, see `Centre`; JSD: the shift
+    // sum exp(z_s - max) (z_s - z_t - reference), for the JSD (... - shift); not for the forward KL
+    float log_ratio;
+    float reference;  // z_s - z_t where z_s is largest, see `Centre`
     float shift;
     int32_t top_teacher, top_student;  // first column that has the maximum
 };
@@ -98,8 +99,9 @@ HERO_DEVICE Masses combine(const Masses& mine, bool with_tops) {
     all.log_ratio = all.reference = 0.0f;
     if (divergence == JSD)
         all.log_ratio = warp_sum((mine.log_ratio + moved * mine.student) * student_factor);
-    if (divergence == REVERSE_KL) {
+    if (divergence != FORWARD_KL)
         all.reference = warp_max(mine.max_student == all.max_student ? mine.reference : -INFINITY);
+    if (divergence == REVERSE_KL) {
         const float apart = shifted(mine.reference, all.shift) - shifted(all.reference, all.shift);
         all.log_ratio = warp_sum((mine.log_ratio + apart * mine.student) * student_factor);
     }

@@ -59,11 +59,13 @@ HERO_DEVICE void add_masses(const Logits& z, const Lanes& lanes, int column, boo
     }
     if (top_student > sums.max_student) {
         const float fall = exponential(sums.max_student - top_student);
-        if (divergence == REVERSE_KL) {
-            const float before = sums.reference;
+        const float before = sums.reference;
+        if (divergence != FORWARD_KL) {
             HERO_UNROLL
             for (int i = 0; i < COLUMNS_PER_THREAD; ++i)
                 if (z.student[i] == top_student) sums.reference = z.log_ratio[i];
+        }
+        if (divergence == REVERSE_KL) {
             const float apart = shifted(before, sums.shift) - shifted(sums.reference, sums.shift);
             sums.log_ratio = (sums.log_ratio + apart * sums.student) * fall;
         }
@@ -163,8 +165,9 @@ HERO_DEVICE float bracket(float x, const Mixture& mixture) {
                                                         : -log_mixture(x, mixture).from_student;
 }
 
-// A bracket that is subtracted from all, which cancels in the gradient: of the KL that at the
-// student's top token, of the JSD that at the student's mean log ratio. Where the student is
+// A bracket that is subtracted from all, which cancels in the gradient: that at the student's top
+// token, or, of an even mixture, whose near columns are not searched, at the student's mean log
+// ratio. Where the student is
 // confident, bracket and centre of its top token are nearly the same large number, and their
 // difference is its gradient; so both are formed as small numbers.
 struct Centre {
@@ -174,7 +177,8 @@ struct Centre {
     HERO_DEVICE static Centre of(const Masses& sums, const Normaliser& n, const Mixture& mixture) {
         const float mean = sums.log_ratio / sums.student;
         if (divergence != JSD) return {n.x(sums.reference), mean};
-        return {bracket<divergence>(mean - n.offset, mixture), 0.0f};
+        const float x = mixture.even() ? mean - n.offset : n.x(sums.reference);
+        return {bracket<divergence>(x, mixture), 0.0f};
     }
 };
 

@@ -130,8 +130,9 @@ def test_a_world_may_leave_the_folder(tmp_path: Path, monkeypatch: pytest.Monkey
         "    def reset(self, task):\n        os.makedirs('away', exist_ok=True)\n"
         "        os.chdir('away')\n        return super().reset(task)\n"
     )
-    own = ["--env.name", "wandering:World", "--env.options", "profile", "tiny"]
-    assert main(["train", "--output-dir", "run", *SMALL, *own]) == 0
+    world = ["--env.name", "wandering:World"]
+    assert main(["train", "--output-dir", "run", *SMALL, *world]) == 0
+    own = [*world, "--env.options", "profile", "tiny"]
     monkeypatch.chdir(tmp_path)
     assert main(["rollout", "tiny-shop", *own, "--tasks", "1", "--output", "r.jsonl"]) == 0
     monkeypatch.chdir(tmp_path)
