@@ -65,6 +65,8 @@ class Callbacks:
                 self._all.append(_OnUpdate(callback))
 
     def __getattr__(self, place: str) -> Callable[..., None]:
+        getattr(Callback, place)  # there is such a place
+
         def tell(*told: Any) -> None:
             for callback in self._all:
                 getattr(callback, place)(*told)

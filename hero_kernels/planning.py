@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -184,7 +185,7 @@ def explain(
     """
     sizes = {"num_rows": num_rows, "hidden_size": hidden_size, "vocab_size": vocab_size}
     for size, value in sizes.items():
-        if not isinstance(value, int):
+        if not isinstance(value, Integral):
             raise TypeError(
                 f"{size} must be a whole number, got a {type(value).__name__}: explain takes the "
                 "sizes of a call, explain(num_rows, hidden_size, vocab_size), not its tensors."

@@ -132,6 +132,9 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
     const Lanes lanes(plan);
     const Mixture mixture(problem.beta, problem.one_minus_beta);
     const bool with_stats = problem.with_stats;
+    // Of an uneven mixture the student's top token is searched: see `Centre`.
+    const bool may_be_near =
+        divergence != REVERSE_KL && !with_stats && (!is_jsd || mixture.even());
     const bool resident = leaves || plan.resident;
     const bool third = leaves || work.sweeps == 3;
     const int32_t left_dtype = problem.student_dtype == FLOAT32 ? FLOAT32 : FLOAT16;
@@ -152,9 +155,7 @@ HERO_DEVICE void compute_rows(const RowsProblem& problem, const Plan& plan, cons
         at = sweep<delta>(
             problem, plan, work, exchange, lanes, row, scaling, at, true, !resident,
             [&](const Raw& raw, const Place&) {
-                // Of an uneven mixture the student's top token is searched: see `Centre`.
-                if (divergence == REVERSE_KL || with_stats || (is_jsd && !mixture.even()))
-                    return false;
+                if (!may_be_near) return false;
                 const bool near =
                     near_masses<divergence, delta>(raw, scaling, is_first, mine, near_masses_sum);
                 is_first = is_first && !near;

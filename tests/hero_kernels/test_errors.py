@@ -128,6 +128,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         r"teacher_topk\[0\].*between 0 and 19.*20 to 20",
     ),
     "divergence": ({"divergence": "kl"}, "'jsd', 'forward_kl', 'reverse_kl'; got 'kl'"),
+    "a list": ({"divergence": ["jsd"]}, r"must be one of 'jsd'.*got \['jsd'\]"),
     "beta": ({"beta": 1.0}, "between 0 and 1, got 1.0.*reverse_kl"),
     "temperature": ({"temperature": 0.0}, "temperature must be a finite number above 0; got 0.0"),
     "softcap": ({"softcap": -1.0}, "softcap must be.*or None to switch it off; got -1.0"),
