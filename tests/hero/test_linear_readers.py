@@ -95,7 +95,7 @@ def test_many_ids_are_a_leak_and_long_hints_are_dropped_first(
         Diagnosis(turn=0, hint="go on", corrected_action=ids), trajectory
     )
     assert (kept.hint, kept.corrected_action, verdict) == ("", "", Verdict.LEAKED)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     # A hint that is both loses its corrected action too.
     both = Diagnosis(turn=0, hint=ids, corrected_action="open Q77")
     kept, verdict = hint_filter.apply(both, trajectory)
