@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from runs import settings
+from short_runs import settings
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hero.callbacks import Callback

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import train_eval_and_rollout
+from short_runs import train_eval_and_rollout
 
 from hero.envs.base import make_env
 from hero.envs.check import Verdict, check

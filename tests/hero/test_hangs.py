@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import settings, trainer
 from shop_helpers import trajectory
+from short_runs import settings, trainer
 
 from hero.cli import main
 from hero.envs import border

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same, settings, trainer, weights
 from safetensors.torch import load_file
+from short_runs import assert_same, settings, trainer, weights
 from transformers import AutoModelForCausalLM
 
 from hero.checkpoint import BrokenCheckpoint

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from endpoint_helpers import BARE, completion
-from runs import left, settings, trainer
+from short_runs import left, settings, trainer
 
 from hero.config import ReflectionConfig, RolloutConfig
 from hero.envs.workers import Threads

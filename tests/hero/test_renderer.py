@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import settings
+from short_runs import settings
 
 from hero.cli import main
 from hero.envs.shop import ShopEnv

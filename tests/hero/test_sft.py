@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same
 from safetensors.torch import load_file
+from short_runs import assert_same
 
 from hero.checks import from_dict
 from hero.config import ModelConfig, SftConfig

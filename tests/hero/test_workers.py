@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import settings, trainer
+from short_runs import settings, trainer
 from worlds import Unmade, Unready, World
 
 from hero.config import RolloutConfig

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from runs import train_eval_and_rollout
 from shop_helpers import DATA
+from short_runs import train_eval_and_rollout
 
 from hero.envs.registry import worlds
 
