@@ -28,7 +28,7 @@ from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
 from tests.hero import made
 from tests.hero.made import turn
-from tests.hero.runs import saved
+from tests.hero.short_runs import saved
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"

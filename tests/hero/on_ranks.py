@@ -22,7 +22,7 @@ from hero.ranks import Ranks, open_ranks
 from hero.shards import local
 from hero.trainer import Trainer
 from hero.types import Fault
-from tests.hero.runs import settings, trainer
+from tests.hero.short_runs import settings, trainer
 
 STEPS_OF_UPDATE = 2 * 3
 """Of each rank: half of the episodes, three turns each."""

@@ -18,7 +18,7 @@ import torch
 from hero.checkpoint import BrokenCheckpoint, checksum
 from hero.files import replacing
 from hero.types import Fault
-from tests.hero.runs import config_of, go_on, left, settings, trainer
+from tests.hero.short_runs import config_of, go_on, left, settings, trainer
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from hero.commands.arguments import parse
 from hero.config import SftConfig
 from hero.recipes import load_recipe, recipe_names
 from hero.report.viewer import CHARTS
-from tests.hero.runs import SMALL
+from tests.hero.short_runs import SMALL
 
 COMMANDS = (
     "train",

@@ -12,7 +12,7 @@ import pytest
 
 from hero.cli import main
 from hero.commands.arguments import parse
-from tests.hero.runs import SMALL
+from tests.hero.short_runs import SMALL
 
 
 def hero(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -21,7 +21,7 @@ from hero.files import only_writer
 from hero.report.comparison import Comparison, compare
 from hero.report.tracking import read_jsonl
 from hero.report.viewer import render
-from tests.hero.runs import Countdown, settings, trainer
+from tests.hero.short_runs import Countdown, settings, trainer
 
 CAPS = ["--rollout.max-turns", "2", "--rollout.max-turn-tokens", "4", "--rollout.batch-size", "2",
         "--device", "cpu"]  # fmt: skip

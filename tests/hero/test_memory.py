@@ -22,7 +22,7 @@ from hero.policy import Policy
 from hero.recipes import load_recipe, merge
 from hero.scratch import build_model
 from hero.teacher import TeacherWeights
-from tests.hero.runs import settings, trainer
+from tests.hero.short_runs import settings, trainer
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from hero.learner import Learned, Learner
 from hero.policy import Policy
 from hero.teacher import TeacherWeights
 from hero.types import Sample
-from tests.hero.runs import assert_same, settings, trainer, weights
+from tests.hero.short_runs import assert_same, settings, trainer, weights
 
 BF16: dict[str, Any] = {"dtype": "bfloat16"}
 MASTERS: dict[str, Any] = {**BF16, "master_weights": True}

@@ -22,7 +22,7 @@ from hero.memory import predict, sizes
 from hero.ranks import ManyRanks, Ranks, open_ranks
 from hero.report.tracking import read_jsonl
 from tests.hero.on_ranks import run, varied
-from tests.hero.runs import settings
+from tests.hero.short_runs import settings
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,7 +22,7 @@ from hero.cli import main
 from hero.interrupt import Stopped
 from hero.report.tracking import read_jsonl
 from hero.types import Fault
-from tests.hero.runs import (
+from tests.hero.short_runs import (
     Countdown,
     assert_same,
     config_of,

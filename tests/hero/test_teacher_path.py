@@ -19,7 +19,7 @@ from hero.sampler import HFSampler, Sampling
 from hero.scratch import build_model
 from hero.teacher import TeacherContext, TeacherWeights
 from hero.types import Diagnosis, Trajectory
-from tests.hero.runs import saved
+from tests.hero.short_runs import saved
 
 
 @pytest.fixture(scope="module")

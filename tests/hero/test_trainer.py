@@ -24,7 +24,7 @@ from hero.interrupt import Interrupt
 from hero.policy import Policy
 from hero.report.tracking import read_jsonl
 from hero.report.viewer import render
-from tests.hero.runs import assert_same, settings, trainer, weights
+from tests.hero.short_runs import assert_same, settings, trainer, weights
 
 
 def test_a_run_leaves_everything(model_path: Path, tmp_path: Path) -> None:

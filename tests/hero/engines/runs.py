@@ -7,7 +7,7 @@ from typing import Any
 
 from hero.config import TrainConfig
 from hero.policy import Policy
-from tests.hero.runs import settings
+from tests.hero.short_runs import settings
 
 SHORT: dict[str, Any] = {
     "updates": 2, "rollout": {"tasks_per_update": 2, "max_turns": 2, "max_turn_tokens": 6},

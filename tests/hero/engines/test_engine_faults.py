@@ -27,7 +27,7 @@ from hero.report.tracking import read_jsonl
 from hero.sampler import Sampling
 from hero.teacher import TeacherContext
 from tests.hero.engines.runs import SHORT, configured, prompts
-from tests.hero.runs import settings, trainer
+from tests.hero.short_runs import settings, trainer
 from tests.hero.vllm_stub import VllmStub, serving
 
 

@@ -17,7 +17,7 @@ from hero.report.tracking import read_jsonl
 from hero.sampler import HFSampler, Sampling
 from tests.hero import vllm_reference
 from tests.hero.engines.runs import SHORT, configured, prompts
-from tests.hero.runs import settings, trainer, weights
+from tests.hero.short_runs import settings, trainer, weights
 from tests.hero.vllm_stub import VllmStub
 
 
