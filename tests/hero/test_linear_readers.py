@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from timeit import timeit
 
 import pytest
 
@@ -51,9 +52,8 @@ READERS: dict[str, Callable[[str], object]] = {
 
 
 def seconds(read: Callable[[str], object], text: str) -> float:
-    started = time.process_time()  # another program costs none
-    read(text)
-    return time.process_time() - started
+    """Of the processor, without garbage collections of what other tests left."""
+    return timeit(partial(read, text), number=1, timer=time.process_time)
 
 
 def assert_linear(read: Callable[[str], object], piece: str, size: int = 400_000) -> None:
