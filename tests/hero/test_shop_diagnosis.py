@@ -127,6 +127,15 @@ def test_first_turn_mistakes(env: ShopEnv, action: str, cause: str, valid: bool)
     assert action not in first.hint and not any(found.hint for found in others)
 
 
+def test_search_in_vain_where_the_item_is_shown(env: ShopEnv) -> None:
+    """Models that read take an item's id for a word to search for."""
+    search, item, *rest = oracle_actions(env, TASK)
+    found = diagnose(env, [search, item.replace("click", "search"), search, item, *rest])
+    assert hinted(found) == [1]
+    assert found[1].failure_cause == "step not needed" and not found[1].necessary
+    assert found[1].corrected_action == item and item in found[1].hint
+
+
 def test_search_that_misses_the_item(env: ShopEnv) -> None:
     search, *_ = oracle_actions(env, TASK)
     noun = re.findall(r"\w+", search)[2]

@@ -154,7 +154,7 @@ class Guide:
         if after.view is View.DONE:
             return Cause.OPTION_MISSING if self._fitting(state.asin) else Cause.WRONG_PURCHASE
         if action.verb == "search":
-            return self._judge_search(after)
+            return self._judge_search(state, after)
         on_wrong_item = state.asin != "" and not self._fitting(state.asin)
         if on_wrong_item or (state.view is View.RESULTS and after.view is View.ITEM):
             return Cause.WRONG_ITEM
@@ -162,10 +162,10 @@ class Guide:
             return Cause.WRONG_OPTION
         return Cause.DETOUR
 
-    def _judge_search(self, after: State) -> Cause:
+    def _judge_search(self, state: State, after: State) -> Cause:
         shown = self.shop.results_page(after.query, 1)
-        if not shown:
-            return Cause.NO_RESULTS
+        if not shown:  # better words are no advice where the way on is a click
+            return Cause.NO_RESULTS if self.oracle(state).verb == "search" else Cause.DETOUR
         return Cause.DETOUR if any(map(self._fitting, shown)) else Cause.POOR_SEARCH
 
 
