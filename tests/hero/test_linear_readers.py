@@ -1,6 +1,6 @@
-"""Readers of texts from elsewhere: twice the text costs at most about twice the time.
+"""Readers of texts from elsewhere: twice the text costs about twice the time.
 
-Oracle: the clock, generously. Quadratic readers take minutes on these sizes.
+Oracle: the clock. A quadratic reader takes four times as long, three times are allowed.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def seconds(read: Callable[[str], object], text: str) -> float:
 
 
 def assert_linear(read: Callable[[str], object], piece: str, size: int = 400_000) -> None:
-    """Five times the time for twice the text is allowed, and half a second for nothing."""
+    """Three times the time for twice the text is allowed, and a quarter of a second for nothing."""
     half = seconds(read, piece * (size // len(piece) // 2))
-    assert seconds(read, piece * (size // len(piece))) < 5 * half + 0.5
+    assert seconds(read, piece * (size // len(piece))) < 3 * half + 0.25, piece
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("piece", PIECES)
-def test_readers_are_linear(reader: str, piece: str) -> None:
-    assert_linear(READERS[reader], piece)
+def test_readers_are_linear(reader: str) -> None:
+    for piece in PIECES:
+        assert_linear(READERS[reader], piece)
 
 
 def test_readers_are_linear_in_mixtures() -> None:
