@@ -87,7 +87,9 @@ def test_equals_a_dense_mask_forward_and_backward(groups: int) -> None:
 
 
 def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
-    """Sixteen branches of 32 tokens each: a fixed number of bytes a token."""
+    """Sixteen branches of 32 tokens each: a fixed number of bytes a token, beside torch's own
+    scratch memory, which threads and instruction sets make larger."""
+    tokens, held = list[int](), list[int]()
     for trunk in (1024, 4096):
         spans = [Span(0, 0, 0, trunk)]
         for branch in range(16):
@@ -102,8 +104,10 @@ def test_memory_does_not_grow_with_the_square_of_the_tokens() -> None:
             attention.attend(query, key, value, spans, 1.0)
         assert profile.profiler is not None
         events = profile.profiler.kineto_results.events()
-        largest = max(event.nbytes() for event in events if event.name() == "[memory]")
-        assert largest <= 600 * query.shape[2]  # a mask of all would have 1500 and 4600 times T
+        held.append(max(event.nbytes() for event in events if event.name() == "[memory]"))
+        tokens.append(query.shape[2])
+    # A mask of all would have 6100.
+    assert (held[1] - held[0]) / (tokens[1] - tokens[0]) <= 600
 
 
 FAMILIES = {
