@@ -14,9 +14,6 @@ LIMIT = {torch.bfloat16: 3e-3, torch.float16: 5e-4, torch.float32: 2e-5}
 """Relative error of loss and gradients, by Euclidean norms."""
 ROW_LIMIT = 2e-4
 """The same from two logits in fp32, whose difference is rounded."""
-FUSED_LIMITS = (1e-3, 3e-3, 3e-3)
-"""Of loss, dX and dW of impl="triton_fused" with a shared head: the gradients' gate of 0.3 %; the
-loss has the rounding of a delta in fp16."""
 PLAIN_FACTOR = 2.0
 """Where plain torch in fp32 loses precision too: so many times its error on top."""
 LOSS_SCALE = {torch.bfloat16: 1.0, torch.float16: 4096.0, torch.float32: 1.0}
@@ -41,13 +38,6 @@ class Check(NamedTuple):
             return f"ok   {1e3 * self.value:.4g} ms: {self.name}"
         verdict = "ok  " if self.passed else "FAIL"
         return f"{verdict} {self.value:8.1e} (limit {self.limit:.1e}): {self.name}"
-
-
-def limits(variant: Variant, dtype: torch.dtype, shared_head: bool) -> tuple[float, float, float]:
-    """Of loss, dX and dW."""
-    if variant.impl == "triton_fused" and shared_head:
-        return FUSED_LIMITS
-    return (LIMIT[dtype],) * 3
 
 
 class Size(NamedTuple):

@@ -22,9 +22,8 @@ from typing import Any
 import triton
 
 from benchmarks.machine import write_json
-from benchmarks.offline import Compiled, Instruction, cuda_rows, divergence, gemm, statistics
+from benchmarks.offline import Compiled, Instruction, cuda_rows, divergence, statistics
 from hero_kernels.constants import DIVERGENCE_CODES
-from hero_kernels.triton.configs import GEMMS
 
 # An H100 SXM: its data sheet, and for the rates of the units the table "Throughput of Native
 # Arithmetic Instructions" of the CUDA programming guide, column 9.0. Rates of memory and tensor
@@ -166,38 +165,21 @@ def of_sweep(
     return Bound(name, size, counts, compiled.registers, compiled.warps_per_sm)
 
 
-def of_epilogue(name: str, compiled: Compiled, tile: int, size: float) -> Bound:
-    """Of a GEMM: what stands after its loop, for each of the `tile` logits of a program.
-
-    The loop's own instructions are the products', which are counted as such.
-    """
-    last = max(at for at, line in enumerate(compiled.code) if "GMMA" in line.name)
-    lines = list(compiled.code[last + 1 :])
-    columns = tile / (32 * compiled.num_warps)
-    counts = count(lines, columns)
-    return Bound(name, size, counts, compiled.registers, compiled.warps_per_sm)
-
-
 def bounds() -> dict[str, Bound]:
-    """Of every kernel of the usual call: bf16 differences, fp32 teacher, a bf16 gradient."""
-    found = [of_sweep("Triton, statistics", statistics(90), 4, 6)]
+    """Of every kernel of the usual call: logits in fp32, a bf16 gradient."""
+    found = [of_sweep("Triton, statistics", statistics(90), 4, 8)]
     for name in DIVERGENCE_CODES:
         # The JSD's gradient needs its value first; a KL gives both in one sweep.
         kinds = ((True, False), (False, True)) if name == "jsd" else ((True, True),)
         for values, grad in kinds:
             compiled = divergence(90, name, values=values, grad=grad, stats=False)
             parts = " and ".join(["values"] * values + ["gradient"] * grad)
-            found.append(of_sweep(f"Triton, {name}: {parts}", compiled, 8, 6 + 2 * grad))
+            found.append(of_sweep(f"Triton, {name}: {parts}", compiled, 8, 8 + 2 * grad))
     codes = {code: name for name, code in DIVERGENCE_CODES.items()}
     for (code, delta, leaves), compiled in sorted(cuda_rows("90a").items()):
         if delta and leaves == (codes[code] == "jsd"):
-            # Eight columns are two loads of fp32 and one of bf16.
-            found.append(of_sweep(f"CUDA, {codes[code]}: whole row", compiled, 8, 8, loads=3))
-    config = GEMMS[90].descriptors
-    assert config is not None
-    tile = config.shared_head.block_t * config.shared_head.block_v
-    fused = gemm(90, "descriptors", "shared")
-    found.append(of_epilogue("Triton, fused GEMM: epilogue", fused, tile, 6))
+            # Eight columns are two loads of fp32 for each side.
+            found.append(of_sweep(f"CUDA, {codes[code]}: whole row", compiled, 8, 10, loads=4))
     return {bound.name: bound for bound in found}
 
 
@@ -211,7 +193,6 @@ def designs(found: dict[str, Bound]) -> dict[str, list[tuple[str, float]]]:
     return {
         "triton": least("Triton, statistics", *sweeps),
         "cuda": least("CUDA, jsd: whole row"),
-        "triton_fused": least("Triton, fused GEMM: epilogue", *sweeps),
     }
 
 

@@ -126,7 +126,7 @@ optional_gpu_stage() {
     fi
 }
 
-compared=hero-triton,hero-triton-fused,hero-cuda,hero-split
+compared=hero-triton,hero-cuda,hero-split
 # Rounding to 16 bits passes the limit of 0.3 % for one seed in fifty where tensors are tiny (67 rows).
 if $dry_run; then
     export OMP_NUM_THREADS=1 # tiny shapes: threads would only wait for each other
@@ -135,7 +135,7 @@ if $dry_run; then
 else
     size=full table=gpu comparison=comparison sweep=sweep seconds=2
     contestants=hero,hero-own-head,eager,chunked,liger-fused,liger-chunked,trl-chunked
-    more=() processes=() first=(--subjects "triton,triton-split,triton-fused")
+    more=() processes=() first=(--subjects "triton,triton-split")
     if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
         say "No CUDA device: run this on a GPU machine, or with --dry-run." >&2
         exit 1

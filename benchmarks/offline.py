@@ -22,8 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hero_kernels.constants import DIVERGENCE_CODES
-from hero_kernels.triton.configs import GEMMS, LOGPROBS, ROWS, STATISTICS
-from hero_kernels.triton.fused_kernel import ONE_SIDE, OWN_HEADS, SHARED_HEAD, fused_kernel
+from hero_kernels.triton.configs import LOGPROBS, ROWS, STATISTICS
 from hero_kernels.triton.logprobs import logprob_gradient_kernel, logprob_rows_kernel
 from hero_kernels.triton.row_kernels import divergence_kernel, statistics_kernel
 
@@ -167,10 +166,10 @@ def _dump(option: str, cubin: Path) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
 
 
-# The usual call on CUDA: bf16 differences, fp32 teacher, a bf16 gradient in place of the former. A
-# vocabulary of odd size in a padded row: the loads must be wide all the same.
+# The usual call on CUDA: logits in fp32, a bf16 gradient. A vocabulary of odd size in a padded row:
+# the loads must be wide all the same.
 SOURCE = {
-    "student_ptr": "*bf16",
+    "student_ptr": "*fp32",
     "teacher_ptr": "*fp32",
     "columns": "i32:16",
     "num_real": "i32",
@@ -243,54 +242,6 @@ def logprobs(arch: int, *, gradient: bool, full: bool = False) -> Compiled:
         constants["WITH_ENTROPY"] = full
     kernel = logprob_gradient_kernel if gradient else logprob_rows_kernel
     return compile_kernel(kernel, types, constants, arch=arch, num_warps=config.num_warps)
-
-
-GEMM_MODES = {"shared": SHARED_HEAD.value, "own": OWN_HEADS.value, "one": ONE_SIDE.value}
-
-
-def gemm(arch: int, path: str, mode: str, *, full: bool = False, **ones: int) -> Compiled:
-    """The GEMM with two accumulators; `ones` names integers of which a launch makes constants."""
-    config = getattr(GEMMS[arch], path)[GEMM_MODES[mode]]
-    integer = "i32" if path == "unaligned" else "i32:16"
-    of_out = "i32" if full else "i32:16"  # in the usual tile rows are padded to a multiple of 16
-    types = {
-        **dict.fromkeys(("student_size", "teacher_size"), integer),
-        **dict.fromkeys(("stride_sh", "stride_sw", "stride_th", "stride_tw"), integer),
-        **dict.fromkeys(("columns", "stride_so", "stride_to"), of_out),
-        **dict.fromkeys(("rows", "stride_pp", "stride_pc"), "i32"),
-        **dict.fromkeys(("inv_temperature", "logit_scale"), "fp32"),
-        **{"target_ids_ptr": "*i64", "parts_ptr": "*fp32"},
-    }
-    for side in ("student", "teacher"):
-        for name, rows in (("hidden", config.block_t), ("weight", config.block_v)):
-            kind = f"tensordesc<bf16[{rows},{config.block_k}]>"
-            types[f"{side}_{name}"] = kind if path == "descriptors" else "*bf16"
-    constants: dict[str, Any] = {
-        "MODE": GEMM_MODES[mode],
-        "DESCRIPTORS": path == "descriptors",
-        "BLOCK_T": config.block_t,
-        "BLOCK_V": config.block_v,
-        "BLOCK_K": config.block_k,
-    }
-    optional = {"teacher_bias_ptr": "*fp32", "temperatures_ptr": "*fp32", "softcap": "fp32"}
-    if mode != "one":
-        types |= {"student_out_ptr": "*fp16" if mode == "shared" else "*fp32"}
-        types |= {"teacher_out_ptr": "*fp32"}
-        optional |= {"student_bias_ptr": "*fp32"}
-    if mode == "shared":
-        types |= {"absolute_rows_ptr": "*i1"}
-    types |= optional if full else {}
-    absent = set(fused_kernel.arg_names) - set(types) - set(constants)
-    constants |= {**dict.fromkeys(absent), **ones}
-    types = {name: kind for name, kind in types.items() if name not in ones}
-    return compile_kernel(
-        fused_kernel,
-        types,
-        constants,
-        arch=arch,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
 
 
 @functools.cache

@@ -102,7 +102,6 @@ VARIANTS = {
     "hero": Variant(),
     "hero-own-head": Variant(own_head=True),
     "hero-triton": Variant("triton"),
-    "hero-triton-fused": Variant("triton_fused"),
     "hero-cuda": Variant("cuda"),
     "hero-split": Variant(splits=True),
 }
@@ -115,7 +114,6 @@ ON_REQUEST = tuple(name for name in VARIANTS if name not in ALWAYS)
 SUBJECTS = {
     "triton": Variant("triton"),
     "triton-split": Variant("triton", splits=True),
-    "triton-fused": Variant("triton_fused"),
     "cuda": Variant("cuda"),
     "cpu": Variant("cpu"),
     "torch": Variant("torch"),
@@ -123,7 +121,7 @@ SUBJECTS = {
 }
 """What first_look.py and gpu_check.py look at."""
 SUBJECTS_OF = {
-    "cuda": ("triton", "triton-split", "triton-fused", "cuda"),
+    "cuda": ("triton", "triton-split", "cuda"),
     "cpu": ("cpu", "torch", "torch-split"),
 }
 """Those that are looked at if none is named, by device."""

@@ -37,6 +37,7 @@ HEADLINE = {
     "compiled": "the same under torch.compile",
     "chunked": "torch, in chunks, computed twice",
     "liger-chunked": "Liger {liger-kernel}, chunked JSD",
+    "liger-compiled": "Liger {liger-kernel} under torch.compile",
     "trl-chunked": "TRL {trl}, chunked divergence",
 }
 """Contestants of a headline, and their names there, with versions of packages."""

@@ -45,7 +45,7 @@ class Inputs(NamedTuple):
     temperatures: Tensor | None
     teacher_ids: Tensor | None
     teacher_logprobs: Tensor | None
-    saved: Tensor | None  # [N, 16] of an earlier call
+    saved: Tensor | None  # [N, 15] of an earlier call
     numbers: Sequence[float]  # as `call.numbers_of` returns them
     call: str  # as `call.encoded` returns it
 
@@ -83,7 +83,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     Returns:
         loss ([N] if per row, else []), stats [N, 8], the gradients of the student's hidden states,
         weight and bias, of type `GRADIENT_DTYPE`, empty where not asked for; and what split rows
-        want back as `saved`, [N, 16], else empty.
+        want back as `saved`, [N, 15], else empty.
     """
     inputs = Inputs(*arguments)
     call = decoded_call(inputs.call)

@@ -32,10 +32,6 @@ class Implementation:
     """Whether it works on tiles of some columns too."""
     logprobs: str | None = None
     """A module with `logprob_rows` and `logprob_gradient` (rows_logprobs.py); None for none."""
-    makes_logits: bool = False
-    """Whether it makes the logits itself (`logits_into`), in place of the library's products."""
-    delta_dtype: torch.dtype | None = None
-    """Type in which it makes delta; None where products of the library do."""
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,14 +54,6 @@ IMPLEMENTATIONS = {
         splits=True,
         logprobs="hero_kernels.triton.logprobs",
     ),
-    "triton_fused": Implementation(
-        "hero_kernels.triton.fused",
-        "cuda",
-        (torch.bfloat16, torch.float16),
-        logprobs="hero_kernels.triton.fused",
-        makes_logits=True,
-        delta_dtype=torch.float16,
-    ),
 }
 AUTO = ("torch", "cpu", "cuda", "triton")
 """What `impl="auto"` may take, the last one that serves: not before its speed has been measured.
@@ -84,8 +72,6 @@ class Request(NamedTuple):
     """Whether the vocabulary is seen in tiles or on several ranks."""
     function: str = "fused_linear_divergence"
     """One of `FUNCTIONS`."""
-    vocab_size: int = 1
-    """V, of which "triton_fused" has a largest."""
 
 
 def supports(
@@ -97,20 +83,18 @@ def supports(
     support: str = "full",
     function: str = "fused_linear_divergence",
     split: bool = False,
-    vocab_size: int = 1,
 ) -> str | None:
     """Whether an implementation can serve a call of `fused_linear_divergence`, or of
     `linear_logprobs`.
 
     Args:
-        impl: "torch", "cpu", "cuda", "triton" or "triton_fused"; "auto" for any of them.
+        impl: "torch", "cpu", "cuda" or "triton"; "auto" for any of them.
         device: where the tensors are.
         dtype: of the student's hidden states and weight.
         divergence: as there.
         support: as there.
         function: "fused_linear_divergence" (and `divergence_from_logits`) or "linear_logprobs".
         split: whether `tile_columns` or a process group splits the vocabulary.
-        vocab_size: V, of which "triton_fused" has a largest.
 
     Returns:
         None if it can, else the reason why not.
@@ -122,9 +106,7 @@ def supports(
     choice("divergence", divergence, DIVERGENCE_CODES)
     choice("support", support, SUPPORTS)
     where = torch.device(device)
-    request = Request(
-        str(where), dtype, str(divergence), str(support), split, str(function), vocab_size
-    )
+    request = Request(str(where), dtype, str(divergence), str(support), split, str(function))
     if impl == "auto":
         try:
             choose(impl, request)
@@ -157,13 +139,7 @@ def refusal(impl: str, request: Request) -> str | None:
         if request.split and not entry.splits:
             return "it sees whole rows only, and here the vocabulary is split"
         module = _load(entry.module)
-    if isinstance(module, str):
-        return module
-    if not entry.makes_logits:
-        return None
-    capability = torch.cuda.get_device_capability(device)
-    reason: str | None = module.refusal(capability, request.dtype, request.vocab_size)
-    return reason
+    return module if isinstance(module, str) else None
 
 
 @functools.lru_cache(maxsize=1024)

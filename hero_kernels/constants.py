@@ -11,7 +11,6 @@ teacher's side, `_s` the student's. z are scaled logits, p = exp(log-softmax z),
     growth  sum p_t expm1(x0), up to the normaliser: how far the shifted student's mass exceeds 1
     offset  log(1 + growth), so that x = log p_s - log p_t = x0 - offset
     centre  what the gradient's bracket subtracts, so that the gradient of a row sums to 0
-    energy  sum exp(z - max)·(z - max), for the entropy
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ DIVERGENCE, RATIO, LOGPROB_S, LOGPROB_T, ENTROPY_S, ENTROPY_T, TOP1 = range(7)
 importance ratio, log p(target) of both sides, both entropies, top-1 agreement. The last one is
 reserved."""
 
-NUM_STATISTICS = 12
+NUM_STATISTICS = 11
 (
     MAX_T,  # max of z_t; MASKED without columns
     SUM_T,  # sum exp(z_t - MAX_T)
@@ -38,9 +37,8 @@ NUM_STATISTICS = 12
     TARGET_GAP,  # gap at the target, likewise
     TOP_T,  # first column that attains MAX_T, as a float: exact below 2^24
     TOP_S,
-    ENERGY,  # of kernels that see one side alone, else 0
 ) = range(NUM_STATISTICS)
-"""Columns of the statistics of a tile, [R, 12]."""
+"""Columns of the statistics of a tile, [R, 11]."""
 
 NUM_VALUES = 4
 VALUE, CENTRE, VALUE_ENTROPY_S, VALUE_ENTROPY_T = range(NUM_VALUES)

@@ -27,7 +27,6 @@ from hero_kernels.call import Call
 from hero_kernels.memory import SAVED, Layout, Shape, layout
 from hero_kernels.objective import Objective
 from hero_kernels.tiles import (
-    LogitMaker,
     Sides,
     Tiles,
     walk,
@@ -104,40 +103,31 @@ def _walked(
     shards: Shards,
     saved: Tensor | None,
 ) -> tuple[Tensor, Gradients, Tensor | None]:
-    """Statistics [N, 8], gradients, and [N, 16] sums of split rows."""
+    """Statistics [N, 8], gradients, and [N, 15] sums of split rows."""
     hidden = sides.student.hidden
     on_cpu = hidden.device.type == "cpu"
-    implementation = backends.IMPLEMENTATIONS[call.impl]
-    if implementation.makes_logits or (on_cpu and gemm.takes_16_bit(hidden.device, hidden.dtype)):
+    if on_cpu and gemm.takes_16_bit(hidden.device, hidden.dtype):
         sides = with_adjacent_columns(sides)
-    plan = _layout(sides, call, implementation.delta_dtype)
+    plan = _layout(sides, call)
     kernels = backends.row_kernels(call.impl)
     parts = _cut(rows, plan)
     if not call.tile_columns and shards.size == 1:
         work = WholeRows(kernels, parts, objective, call.with_stats)
-        maker: LogitMaker | None = None
-        if implementation.makes_logits:
-
-            def maker(i: int, tile: Tile, ours: Head, theirs: Head) -> Tile:
-                made: Tile = kernels.logits_into(tile, ours, theirs, parts[i], objective)
-                return made
-
-        stats, grads = walk(sides, work, call, plan, shards, maker)
+        stats, grads = walk(sides, work, call, plan, shards)
         return stats, grads, None
     split = SplitRows(kernels, parts, objective, call.with_stats, shards, saved, plan)
     stats, grads = walk(sides, split, call, plan, shards)
     return stats, grads, split.sums()
 
 
-def _layout(sides: Sides, call: Call, delta_dtype: torch.dtype | None) -> Layout:
+def _layout(sides: Sides, call: Call) -> Layout:
     hidden = sides.student.hidden
     sizes = [hidden.shape[1]]
     if sides.teacher is not None:
         sizes.append(sides.teacher.hidden.shape[1])
     shape = Shape(
         len(hidden), max(sizes), sides.columns, hidden.dtype, str(hidden.device),
-        sides.shared, call.need_hidden, call.need_weight,
-        call.need_bias, delta_dtype,
+        sides.shared, call.need_hidden, call.need_weight, call.need_bias,
     )  # fmt: skip
     return layout(shape, call.tile_rows, call.tile_columns)
 
@@ -269,7 +259,7 @@ class SplitRows:
         return stats
 
     def _statistics(self, tiles: Tiles, rows: RowTensors) -> Tensor:
-        """[R, 12] of all columns, of all ranks; tiles are merged as they come."""
+        """[R, 11] of all columns, of all ranks; tiles are merged as they come."""
         merged: Tensor | None = None
         for tile in tiles:
             part = self._kernels(tile).row_statistics(tile, rows, self.objective)
@@ -288,7 +278,7 @@ class SplitRows:
         )
 
     def sums(self) -> Tensor:
-        """[N, 16] statistics and values of all columns."""
+        """[N, 15] statistics and values of all columns."""
         found = [part for part in self.saved if part is not None]
         return torch.cat(found) if found else self.parts[0].weights.new_zeros(0, SAVED)
 
@@ -298,7 +288,7 @@ class SplitRows:
 
 
 def _parted(saved: Tensor) -> tuple[Tensor, Tensor]:
-    """Statistics [R, 12] and values [R, 4], as kernels want them."""
+    """Statistics [R, 11] and values [R, 4], as kernels want them."""
     return (
         saved[:, : c.NUM_STATISTICS].contiguous(),
         saved[:, c.NUM_STATISTICS :].contiguous(),

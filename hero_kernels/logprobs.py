@@ -8,7 +8,6 @@ would save one of them at the price of N·V numbers.
 With a frozen head and without entropies nothing is formed again: the forward pass multiplies the
 gradient of each log-probability by the head while its logits are there and keeps d log p / dh
 [N, H], which the backward pass scales by the upstream gradient. Two GEMMs in all in place of three.
-"triton_fused" has no logits then, and goes the longer way.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from hero_kernels.constants import ENTROPY, LOGPROB, NUM_LOGPROB_STATS
 from hero_kernels.divergence import active_rows, power_of_two_scale, spread, without_autocast
 from hero_kernels.memory import Layout, Shape, default_rows, layout
 from hero_kernels.objective import KernelOptions, Objective
-from hero_kernels.tiles import Sides, Tiles, cleared, walk, with_adjacent_columns
+from hero_kernels.tiles import Sides, Tiles, walk, with_adjacent_columns
 from hero_kernels.types import GRADIENT_DTYPE, Gradients, Head, Tile
 from hero_kernels.vocab_parallel import Shards
 
@@ -53,9 +52,8 @@ def linear_logprobs(
 
     Any upstream gradient is right, of the log-probabilities and of the entropy. On CPU, tokens
     whose upstream gradient is 0 (clipped by PPO, without advantage) are dropped before the products
-    of the backward pass. With a frozen head and without entropies the forward pass does them all
-    (not with "triton_fused"): mask there what will have no gradient, and call under
-    `torch.no_grad()` what needs none.
+    of the backward pass. With a frozen head and without entropies the forward pass does them all:
+    mask there what will have no gradient, and call under `torch.no_grad()` what needs none.
 
     Args:
         hidden: [..., H]; fp64, fp32, bf16 or fp16.
@@ -69,8 +67,8 @@ def linear_logprobs(
             0 and no gradient, and may hold anything. Not multiplied into the result.
         vocab_size: real tokens of a padded vocabulary.
         return_entropy: return the entropy of each distribution too, with gradient.
-        impl: "auto", or "torch" (any device, and fp64), "triton" (CUDA), or "triton_fused", whose
-            forward pass writes no logits at all; see `supports(impl, function="linear_logprobs")`.
+        impl: "auto", or "torch" (any device, and fp64) or "triton" (CUDA); see
+            `supports(impl, function="linear_logprobs")`.
         options: how it is computed; `tile_rows`, `max_active_rows` and `validate` count.
 
     Returns:
@@ -107,13 +105,11 @@ def linear_logprobs(
     if checks.values_readable(hidden, options.validate):
         checks.targets("target_ids", targets, vocab, mask)
     device, vocab = str(hidden.device), operator.index(vocab)
-    request = backends.Request(device, hidden.dtype, function="linear_logprobs", vocab_size=vocab)
+    request = backends.Request(device, hidden.dtype, function="linear_logprobs")
     name = backends.chosen(impl, *request)
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or trains_head)
-    needs_logits_again = (
-        trains_head or return_entropy or backends.IMPLEMENTATIONS[name].makes_logits
-    )
+    needs_logits_again = trains_head or return_entropy
     if wanted and needs_logits_again:
         gradients.savable("", hidden, weight, bias, target_ids=targets)
     call = Call(
@@ -230,21 +226,16 @@ def _computed(
         upstream = None if upstream is None else upstream[kept]
     sides, plan = _prepared(head, active, call)
     ids = target_ids.where(active, -1)
-    name, scale, grads = call.impl, None, Gradients(None, None, None)
-    makes_logits = backends.IMPLEMENTATIONS[name].makes_logits
+    scale = None
     if upstream is not None:
-        name = "triton" if makes_logits else name  # a gradient needs the logits in memory
         upstream = upstream.masked_fill(~active[:, None], 0).to(plan.wide)
         if head.hidden.dtype == torch.float16:
             scale = power_of_two_scale(upstream, objective.logit_scale / objective.temperature)
             upstream = upstream * scale
-    kernels = backends.logprob_kernels(name)
+    kernels = backends.logprob_kernels(call.impl)
     with without_autocast(head.hidden.device.type):
-        if makes_logits and upstream is None:
-            stats = _without_logits(kernels, sides, ids, plan, objective, call)
-        else:
-            work = _LogprobWork(kernels, ids, plan, objective, call.with_stats, stats, upstream)
-            stats, grads = walk(sides, work, call, plan, Shards())
+        work = _LogprobWork(kernels, ids, plan, objective, call.with_stats, stats, upstream)
+        stats, grads = walk(sides, work, call, plan, Shards())
     if scale is not None:
         grads = Gradients(*(None if grad is None else grad.div_(scale) for grad in grads))
     if grads.hidden is not None:
@@ -253,25 +244,6 @@ def _computed(
     if overflow is not None:
         stats = stats.masked_fill(overflow, torch.nan)
     return spread(stats, kept, num_rows), grads
-
-
-def _without_logits(
-    kernels: ModuleType, sides: Sides, ids: Tensor, plan: Layout, objective: Objective, call: Call
-) -> Tensor:
-    """The same from a product whose epilogue sums up its rows."""
-    hidden, weight, bias = sides.student
-    weight = weight[: call.vocab_size]
-    bias = None if bias is None else bias[: call.vocab_size].float()
-    stats = hidden.new_zeros(len(hidden), NUM_LOGPROB_STATS, dtype=plan.wide)
-    start = 0
-    for part in ids.split(plan.sizes):
-        rows = slice(start, start + len(part))
-        states = gemm.rows_of(cleared(hidden, sides.active, rows))
-        stats[rows] = kernels.logprob_rows(
-            states, weight, bias, part, objective, call.vocab_size, call.with_stats
-        )
-        start = rows.stop
-    return stats
 
 
 def _prepared(head: Head, active: Tensor, call: Call) -> tuple[Sides, Layout]:

@@ -39,8 +39,6 @@ class Shape(NamedTuple):
     need_hidden: bool
     need_weight: bool
     need_bias: bool
-    delta_dtype: torch.dtype | None = None
-    """Of the student's logits, if a maker of logits has its own (impl="triton_fused")."""
 
     @property
     def need_grad(self) -> bool:
@@ -66,9 +64,6 @@ class Layout(NamedTuple):
     """Number of row tiles whose gradients are held together, for one product that forms dW."""
     held: int
     """Rows of the gradient's buffer; 0 where the gradient takes the place of the logits."""
-    student: torch.dtype
-    """Of the student's logits. Never 16-bit but for a delta: the difference to the teacher's
-    counts. Teacher logits are always fp32 (fp64)."""
     gradient: torch.dtype
     """Of the logits' gradient: 16-bit, the type of the products' operands, where such a product has
     wide results (`gemm.takes_16_bit`), else fp32."""
@@ -77,7 +72,8 @@ class Layout(NamedTuple):
     in_place: bool
     """Whether the gradient takes the place of the student's logits."""
     wide: torch.dtype
-    """fp32, or fp64: of teacher logits, statistics and sums."""
+    """fp32, or fp64: of logits, statistics and sums. Logits are never 16-bit: the difference of
+    student and teacher counts."""
     need_grad: bool
 
 
@@ -93,16 +89,14 @@ def layout(shape: Shape, tile_rows: int, tile_columns: int) -> Layout:
     sizes = _equal_parts(shape.num_rows, tile_rows or max(1, shape.num_rows))
     longest = max(sizes, default=0)
     columns = min(tile_columns or shape.vocab_size, shape.vocab_size)
-    student = shape.delta_dtype if shape.delta_dtype and shape.shared_head else shape.wide
     gradient = shape.wide
     if gemm.takes_16_bit(torch.device(shape.device), shape.dtype):
         gradient = shape.dtype
-    is_fused_delta = shape.delta_dtype is not None and shape.shared_head
-    in_place = gradient == student or is_fused_delta
+    in_place = gradient == shape.wide
     groups, held = (1,) * len(sizes), 0
     if tile_columns:
         held = 0 if in_place or not shape.need_grad else longest
-    elif shape.need_grad and (is_fused_delta or not in_place):
+    elif shape.need_grad and not in_place:
         limit = shape.hidden_size * (4 if shape.on_cpu else 2) if shape.need_weight else 0
         groups = _equal_parts(len(sizes), max(1, limit // max(1, longest)))
         tiles = iter(sizes)
@@ -111,8 +105,7 @@ def layout(shape: Shape, tile_rows: int, tile_columns: int) -> Layout:
     products = len(sizes) if tile_columns else len(groups)
     weight_sum = GRADIENT_DTYPE[gradient] if products <= 1 else shape.wide
     return Layout(
-        sizes, columns, groups, held, student, gradient, weight_sum, in_place, shape.wide,
-        shape.need_grad,
+        sizes, columns, groups, held, gradient, weight_sum, in_place, shape.wide, shape.need_grad,
     )  # fmt: skip
 
 
@@ -135,8 +128,7 @@ def workspace(shape: Shape, tile_rows: int, tile_columns: int, in_torch: bool = 
     plan = layout(shape, tile_rows, tile_columns)
     longest, wide, narrow = max(plan.sizes, default=0), shape.wide.itemsize, shape.dtype.itemsize
     spacing = 127 if shape.on_cpu else 0  # columns by which `buffer` spaces rows, at most
-    of_student = 0 if plan.in_place and plan.held else plan.student.itemsize
-    elements = longest * (wide + of_student) + plan.held * plan.gradient.itemsize
+    elements = longest * 2 * wide + plan.held * plan.gradient.itemsize
     total = elements * (plan.columns + spacing)
     total += longest * shape.hidden_size * 2 * wide  # operands, or what a product packs of them
     if shape.need_weight and plan.weight_sum.itemsize > narrow:

@@ -115,7 +115,7 @@ def decide(facts: Facts) -> tuple[str, int, int]:
         may_split = backends.refusal(facts.impl, _request(facts, split=True)) is None
     split_in_torch = not facts.device.startswith("cuda") or facts.impl == "torch"
     rows, columns = tile_for(
-        shape_of(facts, name), facts.memory_budget, may_split, name == "torch", split_in_torch
+        shape_of(facts), facts.memory_budget, may_split, name == "torch", split_in_torch
     )
     if columns:
         name = backends.choose(facts.impl, _request(facts, split=True))
@@ -123,12 +123,10 @@ def decide(facts: Facts) -> tuple[str, int, int]:
 
 
 def _request(facts: Facts, split: bool) -> backends.Request:
-    return backends.Request(
-        facts.device, facts.dtype, facts.divergence, facts.support, split, vocab_size=facts.columns
-    )
+    return backends.Request(facts.device, facts.dtype, facts.divergence, facts.support, split)
 
 
-def shape_of(facts: Facts, impl: str) -> Shape:
+def shape_of(facts: Facts) -> Shape:
     """What memory.py asks of a call."""
     return Shape(
         facts.num_rows,
@@ -140,7 +138,6 @@ def shape_of(facts: Facts, impl: str) -> Shape:
         facts.need_hidden,
         facts.need_weight,
         facts.need_bias,
-        backends.IMPLEMENTATIONS[impl].delta_dtype,
     )
 
 
@@ -214,7 +211,7 @@ def explain(
                 preferred = other in backends.AUTO
                 reason = f"{name} was preferred" if preferred else "only if named: not measured"
             lines.append(f"  not {other}: {reason}")
-    shape = shape_of(facts, name)
+    shape = shape_of(facts)
     found = layout(shape, rows, columns)
     whole = max(found.sizes, default=0)
     passes = 1 if not columns else 3 if trainable_trunk or trainable_head else 2
@@ -222,8 +219,7 @@ def explain(
     asked = options.memory_budget or options.tile_rows or options.tile_columns
     lines.append(
         f"tile: {whole} of {num_rows} rows x {found.columns} of {vocab_size} columns "
-        f"({'as asked for' if asked else 'default'}); teacher logits {_name(found.wide)}, "
-        f"{'delta' if shared_head else 'student logits'} {_name(found.student)}, gradient "
+        f"({'as asked for' if asked else 'default'}); logits {_name(found.wide)}, gradient "
         f"{_name(found.gradient)}"
     )
     where_formed = "backward" if columns else "forward"

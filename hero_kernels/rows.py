@@ -73,7 +73,7 @@ def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_sta
 
 
 def row_statistics(tile: Tile, rows: RowTensors, objective: Objective) -> Tensor:
-    """[R, 12]; see `RowKernels`."""
+    """[R, 11]; see `RowKernels`."""
     result = tile.student.new_zeros(len(tile.student), c.NUM_STATISTICS, dtype=_wide(tile))
     result[:, c.MAX_T] = result[:, c.MAX_S] = c.MASKED
     for block in row_blocks(tile):
@@ -113,7 +113,7 @@ def row_gradient(
 
 
 def merge_statistics(parts: Tensor) -> Tensor:
-    """[R, 12] of all columns from [P, R, 12]; see `RowKernels`.
+    """[R, 11] of all columns from [P, R, 11]; see `RowKernels`.
 
     All take the shift of the tile that holds most of the teacher's mass: shifts differ from tile to
     tile, and x0 of every tile must be small where it counts.
@@ -151,7 +151,7 @@ def finish_rows(
     objective: Objective,
     with_stats: bool,
 ) -> Tensor:
-    """What whole rows return, [R, 8], from statistics [R, 12] and values [R, 4] of all columns.
+    """What whole rows return, [R, 8], from statistics [R, 11] and values [R, 4] of all columns.
 
     A row whose logits are -inf throughout, on one side or both, is no distribution: NaN, as
     `log_softmax` has it.
@@ -245,7 +245,7 @@ def _scaled(tile: Tile, block: slice, rows: RowTensors, objective: Objective) ->
 def _statistics(
     logits: ScaledLogits, target_ids: Tensor | None, first_column: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, 12] of a block, exp(z_t - MAX_T) and exp(z_s - MAX_S) [B, C]."""
+    """[B, 11] of a block, exp(z_t - MAX_T) and exp(z_s - MAX_S) [B, C]."""
     z_t, z_s, gap, _ = logits
     out = z_t.new_zeros(len(z_t), c.NUM_STATISTICS)
     max_t, top_t = z_t.max(-1)
@@ -276,7 +276,7 @@ def _statistics(
 
 
 def _log_ratio(logits: ScaledLogits, statistics: Tensor) -> Tensor:
-    """x of a block of rows, by the statistics [B, 12] of all columns."""
+    """x of a block of rows, by the statistics [B, 11] of all columns."""
     return _shifted_gap(logits, statistics).sub_(_log_offset(statistics)[:, None])
 
 
@@ -295,7 +295,7 @@ def _shifted_gap(logits: ScaledLogits, statistics: Tensor) -> Tensor:
 
 
 def _log_probs(logits: ScaledLogits, statistics: Tensor) -> LogProbs:
-    """Of a block of rows, by the statistics [B, 12] of all columns."""
+    """Of a block of rows, by the statistics [B, 11] of all columns."""
     stats = statistics[:, :, None]
     log_ratio = _log_ratio(logits, statistics)
     logp_t = (logits.teacher - stats[:, c.MAX_T]).sub_(stats[:, c.SUM_T].log())

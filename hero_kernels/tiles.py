@@ -10,8 +10,7 @@ are split too (`tile_columns` < V) the logits are made again each time they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -23,10 +22,6 @@ from hero_kernels.call import Call
 from hero_kernels.memory import Layout
 from hero_kernels.types import GRADIENT_DTYPE, Gradients, Head, Tile
 from hero_kernels.vocab_parallel import Shards
-
-LogitMaker = Callable[[int, Tile, Head, Head], Tile]
-"""Fills the logits of a tile of row tile `i` from the rows of both heads, biases as in the tile;
-see triton/fused.py."""
 
 
 class Work(Protocol):
@@ -62,18 +57,10 @@ class Tiles:
     """
 
     def __init__(
-        self,
-        sides: Sides,
-        rows: slice,
-        place: int,
-        buffers: Buffers,
-        plan: Layout,
-        maker: Callable[[Tile, Head, Head], Tile] | None,
+        self, sides: Sides, rows: slice, place: int, buffers: Buffers, plan: Layout
     ) -> None:
-        self.sides, self.buffers, self.plan, self.maker = sides, buffers, plan, maker
-        size = rows.stop - rows.start
-        self.of_grad = slice(place, place + size)
-        self.of_student = self.of_grad if buffers.shifts_student else slice(0, size)
+        self.sides, self.buffers, self.plan = sides, buffers, plan
+        self.of_grad = slice(place, place + rows.stop - rows.start)
         self.hidden = self.operand = cleared(sides.student.hidden, sides.active, rows)
         self.teacher_hidden: Tensor | None = None
         self.absolute_rows: Tensor | None = None
@@ -81,8 +68,8 @@ class Tiles:
         if sides.teacher is None:
             return
         self.teacher_hidden = cleared(sides.teacher.hidden, sides.active, rows)
-        if sides.shared and maker is None:
-            if plan.student == plan.gradient:
+        if sides.shared:
+            if plan.in_place:
                 # At most one rounding, to the type that the product takes.
                 self.operand = self.hidden.to(plan.wide) - self.teacher_hidden
             else:
@@ -108,7 +95,7 @@ class Tiles:
         used = slice(0, -(-real // 16) * 16 if buffers.student.is_cuda else real)
         size = self.of_grad.stop - self.of_grad.start
         tile = Tile(
-            buffers.student[self.of_student, used],
+            buffers.student[:size, used],
             None if buffers.teacher is None else buffers.teacher[:size, used],
             None if buffers.grad is None else buffers.grad[self.of_grad, used],
             shared,
@@ -127,15 +114,10 @@ class Tiles:
             gemm.logits_into(head, (logits, self.hidden))
             return tile
         of_teacher = tile.teacher[:, :real], self.teacher_hidden
-        other = head if shared else teacher.weight[columns]
-        if self.maker is not None:
-            ours = Head(self.hidden, head, tile.student_bias)
-            theirs = Head(self.teacher_hidden, other, tile.teacher_bias)
-            return self.maker(tile, ours, theirs)
         if shared:
             gemm.logits_into(head, of_teacher, (logits, self.operand))
         else:
-            gemm.logits_into(other, of_teacher)
+            gemm.logits_into(teacher.weight[columns], of_teacher)
             gemm.logits_into(head, (logits, self.operand))
         return tile
 
@@ -155,10 +137,9 @@ def buffer(like: Tensor, num_rows: int, columns: int, dtype: torch.dtype) -> Ten
 class Buffers:
     """The matrices in which a call's tiles live, one after the other.
 
-    Three ways to hold the gradient, after `Layout`: it overwrites the student's logits (types of
-    the same size, nothing held); it has a matrix of its own, of as many row tiles as share a
-    product for dW; or both, where 16-bit logits stand in the matrix of the held gradient and each
-    is overwritten where it stands.
+    Two ways to hold the gradient, after `Layout`: it overwrites the student's logits (types of the
+    same size, nothing held), or has a matrix of its own, of as many row tiles as share a product
+    for dW.
     """
 
     def __init__(self, like: Tensor, plan: Layout, need_grad: bool, has_teacher: bool) -> None:
@@ -167,14 +148,9 @@ class Buffers:
         width = -(-plan.columns // 16) * 16 if like.is_cuda else plan.columns
         self.teacher = buffer(like, longest, width, plan.wide) if has_teacher else None
         self.grad = buffer(like, plan.held, width, plan.gradient) if plan.held else None
-        if plan.in_place and self.grad is not None:
-            self.student = self.grad.view(plan.student)
-        else:
-            self.student = buffer(like, longest, width, plan.student)
-            if plan.in_place and need_grad:
-                self.grad = self.student
-        self.shifts_student = plan.in_place and plan.held > 0
-        """Whether the student's logits stand at their place among those held."""
+        self.student = buffer(like, longest, width, plan.wide)
+        if plan.in_place and need_grad:
+            self.grad = self.student
 
 
 class Sums:
@@ -245,7 +221,6 @@ def walk(
     call: Call,
     plan: Layout,
     shards: Shards,
-    maker: LogitMaker | None = None,
 ) -> tuple[Tensor, Gradients]:
     """Go through all tiles.
 
@@ -255,7 +230,6 @@ def walk(
         call: which gradients.
         plan: tiles and types.
         shards: the ranks that have the other columns.
-        maker: makes the logits; None for products of the library.
 
     Returns:
         Statistics [N, num_stats], and the gradients of what `work` differentiates.
@@ -272,8 +246,7 @@ def walk(
         for size in islice(sizes, group):
             rows = slice(start, start + size)
             place = start - first if plan.held else 0
-            made = None if maker is None else partial(maker, i)
-            tiles = Tiles(sides, rows, place, buffers, plan, made)
+            tiles = Tiles(sides, rows, place, buffers, plan)
             stats.append(work.of_rows(tiles, i))
             if need_grad:
                 for tile in tiles:

@@ -49,7 +49,6 @@ class Tile(NamedTuple):
     absolute_rows: Tensor | None = None  # [R] bool: rows that hold raw_s although `is_delta`
     first_column: int = 0  # place of column 0 in the whole vocabulary
     num_real: int = 0  # columns from here on are padding: ignored, with a gradient of 0
-    statistics: Tensor | None = None  # [R, 12] of whole rows, if the maker of the logits has them
 
 
 class Gradients(NamedTuple):
@@ -68,7 +67,7 @@ class Result(NamedTuple):
     gradients: Gradients
     saved: (
         Tensor | None
-    )  # [N, 16] statistics and values, for a backward pass that makes logits anew
+    )  # [N, 15] statistics and values, for a backward pass that makes logits anew
 
 
 class RowKernels(Protocol):
@@ -87,11 +86,11 @@ class RowKernels(Protocol):
         ...
 
     def row_statistics(self, tile: Tile, rows: RowTensors, objective: Objective) -> Tensor:
-        """[R, 12] of the tile's columns."""
+        """[R, 11] of the tile's columns."""
         ...
 
     def merge_statistics(self, parts: Tensor) -> Tensor:
-        """[R, 12] of all columns from [P, R, 12] of P disjoint tiles, in the order of columns."""
+        """[R, 11] of all columns from [P, R, 11] of P disjoint tiles, in the order of columns."""
         ...
 
     def row_values(
@@ -102,7 +101,7 @@ class RowKernels(Protocol):
         statistics: Tensor,
         with_stats: bool,
     ) -> Tensor:
-        """[R, 4] that the tile's columns contribute, by the merged statistics [R, 12]."""
+        """[R, 4] that the tile's columns contribute, by the merged statistics [R, 11]."""
         ...
 
     def row_gradient(

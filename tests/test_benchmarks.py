@@ -105,7 +105,7 @@ def test_a_contestant_that_computes_something_else_is_excluded(
     assert {len(results[name].seconds) for name in timed} == {measure.MIN_ROUNDS}
 
 
-@pytest.mark.parametrize("name", ["hero-triton", "hero-triton-fused", "hero-cuda"])
+@pytest.mark.parametrize("name", ["hero-triton", "hero-cuda"])
 def test_a_way_that_cannot_serve_is_skipped_with_its_reason_not_failed(name: str) -> None:
     result = measure.measure(Case("tiny", 32, "float32"), [name], "cpu", LIMITS)[name]
     assert result.skipped and "impl" in result.skipped

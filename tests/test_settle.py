@@ -53,38 +53,21 @@ def auto(checkout: Path) -> str:
     return re.findall(r"^AUTO = (.*)$", text, re.MULTILINE)[0]
 
 
-def test_what_is_faster_on_average_stands_last_and_what_is_not_is_left_out(checkout: Path) -> None:
+def test_cuda_is_taken_first_if_it_is_faster_on_average(checkout: Path) -> None:
     cases = session(
-        {"hero-triton": 2.0, "hero-cuda": 1.0, "hero-triton-fused": 3.0},
-        {"hero-triton": 2.0, "hero-cuda": 1.5, "hero-triton-fused": None},
-        {"hero-triton": 1.0, "hero-cuda": 1.1, "hero-triton-fused": 1.2},
+        {"hero-triton": 2.0, "hero-cuda": 1.0},
+        {"hero-triton": 2.0, "hero-cuda": None},
+        {"hero-triton": 1.0, "hero-cuda": 1.28},
     )
-    losers = settle.settle(write(checkout, cases), checkout)
+    assert settle.settle(write(checkout, cases), checkout) == pytest.approx(1.25)
     assert auto(checkout) == '("torch", "cpu", "triton", "cuda")'
-    assert losers == ["triton_fused"]
     compile((checkout / "hero_kernels" / "backends.py").read_text(), "backends.py", "exec")
 
 
-def test_triton_serves_what_a_faster_one_refuses(checkout: Path) -> None:
-    cases = session({"hero-triton": 2.0, "hero-cuda": 1.5, "hero-triton-fused": 1.0})
-    assert settle.settle(write(checkout, cases), checkout) == ["cuda"]
-    assert auto(checkout) == '("torch", "cpu", "triton", "triton_fused")'
-
-
-def test_the_fastest_of_several_winners_is_last(checkout: Path) -> None:
-    cases = session(
-        {"hero-triton": 3.0, "hero-cuda": 2.0, "hero-triton-fused": 1.0},
-        {"hero-triton": 3.0, "hero-cuda": 1.0, "hero-triton-fused": 1.2},
-    )
-    assert settle.settle(write(checkout, cases), checkout) == []
-    assert auto(checkout) == '("torch", "cpu", "triton", "cuda", "triton_fused")'
-
-
-def test_triton_stays_where_nothing_is_faster(checkout: Path) -> None:
-    cases = session({"hero-triton": 1.0, "hero-cuda": 2.0, "hero-triton-fused": 3.0})
-    losers = settle.settle(write(checkout, cases), checkout)
+def test_triton_alone_stays_if_it_is_not(checkout: Path) -> None:
+    cases = session({"hero-triton": 1.0, "hero-cuda": 2.0}, {"hero-triton": 3.0, "hero-cuda": 2.0})
+    assert settle.settle(write(checkout, cases), checkout) < 1
     assert auto(checkout) == '("torch", "cpu", "triton")'
-    assert set(losers) == {"cuda", "triton_fused"}
 
 
 def test_results_outside_of_the_checkout_are_refused(checkout: Path) -> None:
@@ -107,9 +90,9 @@ def test_the_tables_stand_in_the_document_once(checkout: Path) -> None:
 
 def test_what_a_session_makes_untrue_is_found(checkout: Path) -> None:
     (checkout / "README.md").write_text("one\n**Not measured:** anything on a GPU.\n")
-    (checkout / "hero_kernels" / "fused.py").write_text('"""It has not run on a GPU yet."""\n')
+    (checkout / "hero_kernels" / "rows.py").write_text('"""It has not run on a GPU yet."""\n')
     found = [line.split(": ")[0] for line in settle.untrue(checkout)]
-    assert "README.md:2" in found and "hero_kernels/fused.py:1" in found
+    assert "README.md:2" in found and "hero_kernels/rows.py:1" in found
 
 
 def test_nothing_to_compare_changes_nothing(checkout: Path) -> None:

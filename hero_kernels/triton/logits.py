@@ -56,18 +56,7 @@ def load_logits(source, offs_v, DELTA: tl.constexpr):
         bias_s = tl.load(student_bias_ptr + offs_v, mask=inside, other=0.0)
     if teacher_bias_ptr is not None:
         bias_t = tl.load(teacher_bias_ptr + offs_v, mask=inside, other=0.0)
-    scaling = (logit_scale, softcap, inv_temperature)
-    return scale_logits(raw_s, raw_t, bias_s, bias_t, offs_v < num_real, scaling, DELTA)
-
-
-@triton.jit
-def scale_logits(raw_s, raw_t, bias_s, bias_t, real, scaling, DELTA: tl.constexpr):
-    """z_t, z_s, their gap and d z_s / d raw student logit.
-
-    `raw_s` is raw_s - raw_t if DELTA, and then the bias is that of both. Biases broadcast, and may
-    be None. Columns that are not `real` are masked.
-    """
-    logit_scale, softcap, inv_temperature = scaling
+    real = offs_v < num_real
     z_t, stored = raw_t, raw_s
     if bias_t is not None:
         z_t += bias_t

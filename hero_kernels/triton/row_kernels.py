@@ -19,7 +19,6 @@ from hero_kernels.triton.device import (
 )
 from hero_kernels.triton.logits import inverse_temperature, load_logits
 from hero_kernels.triton.statistics import (
-    ENERGY,
     GROWTH,
     MAX_S,
     MAX_T,
@@ -158,7 +157,6 @@ def statistics_kernel(
     tl.store(out_ptr + TARGET_GAP, target_gap)
     tl.store(out_ptr + TOP_T, (first_t + first_column).to(tl.float32))
     tl.store(out_ptr + TOP_S, (first_s + first_column).to(tl.float32))
-    tl.store(out_ptr + ENERGY, 0.0)
 
 
 @triton.jit

@@ -53,10 +53,8 @@ def available() -> str | None:
 
 
 def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_stats: bool) -> Tensor:
-    """[R, 8]; takes `tile.statistics` if the maker of the logits has left them."""
-    statistics = tile.statistics
-    if statistics is None:
-        statistics = row_statistics(tile, rows, objective)
+    """[R, 8]."""
+    statistics = row_statistics(tile, rows, objective)
     if tile.grad is not None and objective.code != JSD:
         nothing = statistics.new_zeros(len(statistics), NUM_VALUES)
         scale = row_scales(rows, finish_rows(statistics, nothing, rows, objective, False))
@@ -70,7 +68,7 @@ def divergence_rows(tile: Tile, rows: RowTensors, objective: Objective, with_sta
 
 
 def row_statistics(tile: Tile, rows: RowTensors, objective: Objective) -> Tensor:
-    """[R, 12]."""
+    """[R, 11]."""
     launch = _Launch(tile, rows, objective, STATISTICS)
     if launch.is_empty:
         nothing = tile.student.new_zeros(launch.rows, NUM_STATISTICS, dtype=torch.float32)

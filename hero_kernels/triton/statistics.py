@@ -1,7 +1,7 @@
 """What the sweeps share: columns, the reference of the log ratio, and the merge of parts.
 
-Parts are tiles of a row's columns, pieces of them, or the tiles of a GEMM. They are merged in a
-fixed order, so the result depends on shapes alone.
+Parts are tiles of a row's columns, or pieces of them. They are merged in a fixed order, so the
+result depends on shapes alone.
 """
 
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -29,7 +29,6 @@ TARGET_T = tl.constexpr(constants.TARGET_T)
 TARGET_GAP = tl.constexpr(constants.TARGET_GAP)
 TOP_T = tl.constexpr(constants.TOP_T)
 TOP_S = tl.constexpr(constants.TOP_S)
-ENERGY = tl.constexpr(constants.ENERGY)
 NUM_STATISTICS = tl.constexpr(constants.NUM_STATISTICS)
 
 _NEARBY_MAXIMA = tl.constexpr(constants.NEARBY_MAXIMA)
@@ -78,48 +77,6 @@ def regrowth(growth, sum_t, weight_t, fall_t, change):
 
 
 @triton.jit
-def merge_two(a, b, ONE_SIDE: tl.constexpr):
-    """Statistics of two parts, the columns of `a` before those of `b`; tuples of twelve."""
-    (
-        max_ta, sum_ta, max_sa, sum_sa, shift_a, growth_a, mean_a,
-        target_ta, target_gap_a, top_ta, top_sa, energy_a,
-    ) = a  # fmt: skip
-    (
-        max_tb, sum_tb, max_sb, sum_sb, shift_b, growth_b, mean_b,
-        target_tb, target_gap_b, top_tb, top_sb, energy_b,
-    ) = b  # fmt: skip
-    max_t = tl.maximum(max_ta, max_tb)
-    max_s = tl.maximum(max_sa, max_sb)
-    shift = choose_shift(max_t, max_s)
-    fall_ta, fall_tb = max_ta - max_t, max_tb - max_t
-    fall_sa, fall_sb = max_sa - max_s, max_sb - max_s
-    weight_ta, weight_tb = exp(fall_ta), exp(fall_tb)
-    weight_sa, weight_sb = exp(fall_sa), exp(fall_sb)
-    growth_a = regrowth(growth_a, sum_ta, weight_ta, fall_ta, shift_a - shift)
-    growth_b = regrowth(growth_b, sum_tb, weight_tb, fall_tb, shift_b - shift)
-    mean_a = weight_sa * (mean_a + (shift_a - shift) * sum_sa)
-    mean_b = weight_sb * (mean_b + (shift_b - shift) * sum_sb)
-    energy = energy_a  # 0
-    if ONE_SIDE:
-        energy_a = weight_sa * (energy_a + fall_sa * sum_sa)
-        energy = energy_a + weight_sb * (energy_b + fall_sb * sum_sb)
-    return (
-        max_t,
-        weight_ta * sum_ta + weight_tb * sum_tb,
-        max_s,
-        weight_sa * sum_sa + weight_sb * sum_sb,
-        shift,
-        growth_a + growth_b,
-        mean_a + mean_b,
-        target_ta + target_tb,
-        target_gap_a + target_gap_b,
-        tl.where(max_tb > max_ta, top_tb, top_ta),
-        tl.where(max_sb > max_sa, top_sb, top_sa),
-        energy,
-    )
-
-
-@triton.jit
 def _merge_kernel(
     # tensors
     parts_ptr,
@@ -132,7 +89,6 @@ def _merge_kernel(
     stride_pr,
     stride_pc,
     # constexpr
-    ONE_SIDE: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -159,7 +115,6 @@ def _merge_kernel(
     sum_s = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     growth = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     mean = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
-    energy = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     target_t = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     target_gap = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     top_t = tl.full((BLOCK_P, BLOCK_R), float("inf"), tl.float32)
@@ -182,9 +137,6 @@ def _merge_kernel(
         part_growth = tl.load(ptr + GROWTH * stride_pc, mask, other=0.0)
         growth += regrowth(part_growth, part_t, weight_t, fall_t, change)
         mean += weight_s * (tl.load(ptr + MEAN * stride_pc, mask, other=0.0) + change * part_s)
-        if ONE_SIDE:
-            part_energy = tl.load(ptr + ENERGY * stride_pc, mask, other=0.0)
-            energy += weight_s * (part_energy + fall_s * part_s)
         target_t += tl.load(ptr + TARGET_T * stride_pc, mask, other=0.0)
         target_gap += tl.load(ptr + TARGET_GAP * stride_pc, mask, other=0.0)
         part_top_t = tl.load(ptr + TOP_T * stride_pc, mask, other=float("inf"))
@@ -207,16 +159,10 @@ def _merge_kernel(
     tl.store(out_ptr + TARGET_GAP, tl.sum(target_gap, 0), row_mask)
     tl.store(out_ptr + TOP_T, tl.min(top_t, 0), row_mask)
     tl.store(out_ptr + TOP_S, tl.min(top_s, 0), row_mask)
-    tl.store(out_ptr + ENERGY, tl.sum(energy, 0), row_mask)
 
 
-def merge_statistics(parts: Tensor, *, one_side: bool = False) -> Tensor:
-    """[R, 12] of all columns from [P, R, 12] fp32, of any strides.
-
-    Args:
-        parts: of disjoint columns, in their order.
-        one_side: whether they are those of one side alone, and hold `ENERGY`.
-    """
+def merge_statistics(parts: Tensor) -> Tensor:
+    """[R, 11] of all columns from [P, R, 11] fp32: disjoint columns, in their order."""
     count, rows, width = parts.shape
     statistics = parts.new_empty(rows, width)
     if rows == 0:
@@ -228,7 +174,6 @@ def merge_statistics(parts: Tensor, *, one_side: bool = False) -> Tensor:
             count,
             rows,
             *parts.stride(),
-            ONE_SIDE=one_side,
             BLOCK_P=min(_MERGE_PARTS, triton.next_power_of_2(count)),
             BLOCK_R=_MERGE_ROWS,
             num_warps=4,

@@ -13,7 +13,7 @@ import hero_kernels
 from hero_kernels import DivergenceOutput, KernelOptions, reference
 
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
-DEVICE = {"cuda": "cuda", "triton": "cuda", "triton_fused": "cuda"}
+DEVICE = {"cuda": "cuda", "triton": "cuda"}
 """Where an implementation runs, if not on the CPU."""
 
 

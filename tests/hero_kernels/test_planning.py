@@ -37,11 +37,11 @@ def test_layout_by_hand() -> None:
     """16-bit gradients are held, as far as they take no more than the sum that they save."""
     plain = layout(SHAPE, 100, 0)
     assert (plain.in_place, plain.held, plain.groups) == (True, 0, (1,) * 10)
-    assert plain.student == plain.gradient == plain.weight_sum == torch.float32
+    assert plain.wide == plain.gradient == plain.weight_sum == torch.float32
     on_gpu = SHAPE._replace(dtype=torch.bfloat16, device="cuda")
     held = layout(on_gpu, 50, 0)  # 2 H = 128 rows: two tiles of 50
     assert (held.in_place, held.held, held.groups) == (False, 100, (2,) * 10)
-    assert (held.student, held.gradient) == (torch.float32, torch.bfloat16)
+    assert (held.wide, held.gradient) == (torch.float32, torch.bfloat16)
     assert held.weight_sum == torch.float32
     one = layout(on_gpu._replace(num_rows=100), 50, 0)
     assert (one.held, one.groups, one.weight_sum) == (100, (2,), torch.bfloat16)
@@ -49,9 +49,6 @@ def test_layout_by_hand() -> None:
     assert (frozen.held, frozen.groups) == (50, (1,) * 20)
     evaluated = layout(on_gpu._replace(need_hidden=False, need_weight=False), 50, 0)
     assert evaluated.held == 0
-    # A maker of logits with a delta of 16 bits: it stands where its gradient will.
-    fused = layout(on_gpu._replace(delta_dtype=torch.float16, dtype=torch.float16), 50, 0)
-    assert (fused.student, fused.in_place, fused.held) == (torch.float16, True, 100)
 
 
 def test_a_budget_makes_tiles_smaller_and_then_splits_rows() -> None:
@@ -120,12 +117,12 @@ def test_the_plan_is_carried_out() -> None:
 
 
 def test_explain_adds_up() -> None:
-    """Eight tiles of 256 rows; teacher and delta in fp32; without 16-bit products the gradient
+    """Eight tiles of 256 rows; both sides in fp32; without 16-bit products the gradient
     takes the place of delta and dW is summed in fp32."""
     text = explain(2048, 576, 49152, dtype=torch.bfloat16, impl="torch")
     assert "tile: 256 of 2048 rows x 49152 of 49152 columns (default)" in text
     assert "products with the head: 4, gradients in the forward pass; 463.9 GFLOP" in text
-    assert "teacher logits float32, delta float32, gradient" in text
+    assert "logits float32, gradient" in text
     logits = 2 * 256 * (49152 + 127) * 4
     operands, scratch = 256 * 576 * 8, SCRATCH_TENSORS * (1 << 18) * 4
     kept, widened = 2048 * 576 * (2 + 2 * 2), 8192 * 576 * 4
@@ -135,7 +132,7 @@ def test_explain_adds_up() -> None:
     total = (logits + operands + scratch + kept + widened + extra) / 2**20
     assert f"memory beyond inputs and gradients: at most {total:.1f} MiB" in text
     frozen = explain(2048, 576, 49152, trainable_head=False, shared_head=False, impl="torch")
-    assert "products with the head: 3" in frozen and "student logits float32" in frozen
+    assert "products with the head: 3" in frozen and "logits float32" in frozen
 
 
 def peak_bytes(function: Any) -> int:

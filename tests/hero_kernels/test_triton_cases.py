@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 def run_cases(**environment: str) -> None:
     """Fails with pytest's own output."""
     paths = sorted(Path(__file__).parent.glob("triton_*_cases.py"))
-    assert len(paths) == 3
+    assert len(paths) == 2
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths],
         env={**os.environ, **environment},
