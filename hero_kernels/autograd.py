@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import get_library_allowing_overwrite
 
+from hero_kernels import cpu
 from hero_kernels.call import decoded_call, decoded_objective, encoded
 from hero_kernels.constants import NUM_STATS
 from hero_kernels.divergence import divergence
@@ -163,12 +164,19 @@ class _LinearDivergence(torch.autograd.Function):
             weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)
             grads = linear_divergence(*inputs._replace(row_weights=weights))[2:5]
         else:
-            grads = [grad * upstream for grad in ctx.saved_tensors]
+            grads = [_times(grad, upstream) for grad in ctx.saved_tensors]
         wanted = (
             grad.to(dtype) if need else None
             for grad, dtype, need in zip(grads, ctx.dtypes, needed, strict=True)
         )
         return (None, *wanted, *constants)
+
+
+def _times(grad: Tensor, upstream: Tensor) -> Tensor:
+    """The product, in huge pages if it is that of a head on a CPU."""
+    if grad.numel() < cpu.HUGE or not grad.is_cpu or type(grad) is not Tensor:  # fake, in a trace
+        return grad * upstream
+    return torch.mul(grad, upstream, out=cpu.advise_huge_pages(torch.empty_like(grad)))
 
 
 def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:

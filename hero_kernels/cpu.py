@@ -100,17 +100,21 @@ def instruction_set() -> str:
     return INSTRUCTION_SETS[library().hero_instruction_set()]
 
 
-_HUGE = 1 << 20
+HUGE = 1 << 20
 """Elements of a buffer below which pages of the usual size do."""
 
 
 def advise_huge_pages(tensor: Tensor) -> Tensor:
-    """Ask for huge pages under a fresh CPU tensor, if the library is there; returns the tensor.
+    """Ask for huge pages under a fresh tensor, if it is large, on a CPU, and the library is there.
+
+    Returns the tensor.
 
     A fresh buffer costs a page fault for each page that is touched first; the values are the same.
     """
+    if tensor.numel() < HUGE or not tensor.is_cpu:
+        return tensor
     library, _ = _load()
-    if library is not None and tensor.numel() >= _HUGE:
+    if library is not None:
         library.hero_advise_huge_pages(
             ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
         )

@@ -167,7 +167,8 @@ class Sums:
         if call.need_hidden and not self.one_product:
             self.hidden = hidden.new_zeros(hidden.shape, dtype=plan.wide)
         if call.need_weight:
-            self.weight = weight.new_empty(weight.shape, dtype=plan.weight_sum)
+            empty = weight.new_empty(weight.shape, dtype=plan.weight_sum)
+            self.weight = cpu.advise_huge_pages(empty)
             filled = sides.columns if plan.sizes else 0
             if filled < weight.shape[0]:
                 self.weight[filled:] = 0
