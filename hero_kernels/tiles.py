@@ -167,8 +167,9 @@ class Sums:
         if call.need_hidden and not self.one_product:
             self.hidden = hidden.new_zeros(hidden.shape, dtype=plan.wide)
         if call.need_weight:
-            empty = weight.new_empty(weight.shape, dtype=plan.weight_sum)
-            self.weight = cpu.advise_huge_pages(empty)
+            self.weight = weight.new_empty(weight.shape, dtype=plan.weight_sum)
+            if weight.numel() >= cpu.HUGE:
+                cpu.advise_huge_pages(self.weight)
             filled = sides.columns if plan.sizes else 0
             if filled < weight.shape[0]:
                 self.weight[filled:] = 0
