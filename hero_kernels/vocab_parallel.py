@@ -3,7 +3,7 @@
 Each rank holds a shard of the head, [V/P, H], and computes with the columns of its shard: its
 statistics of every row are gathered and merged, its values gathered and added (in the order of the
 ranks, so that all have the same bits), its summand of the hidden states' gradient all-reduced once
-a call. The head's gradient stays where the shard is. P·N·16 numbers a call and the [N, H] gradient
+a call. The head's gradient stays where the shard is. P·N·15 numbers a call and the [N, H] gradient
 travel.
 """
 
