@@ -168,7 +168,7 @@ class Sums:
             self.hidden = hidden.new_zeros(hidden.shape, dtype=plan.wide)
         if call.need_weight:
             self.weight = weight.new_empty(weight.shape, dtype=plan.weight_sum)
-            if weight.numel() >= cpu.HUGE:
+            if weight.numel() >= cpu.HUGE:  # a small one is spared the call
                 cpu.advise_huge_pages(self.weight)
             filled = sides.columns if plan.sizes else 0
             if filled < weight.shape[0]:

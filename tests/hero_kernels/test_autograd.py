@@ -17,6 +17,7 @@ from hero_kernels import (
     divergence_from_logits,
     fused_linear_divergence,
     linear_logprobs,
+    reference,
 )
 from hero_kernels.autograd import linear_divergence
 from hero_kernels.call import Call, encoded, numbers_of
@@ -344,3 +345,18 @@ states, head = (torch.randn(shape, requires_grad=True) for shape in ((2, 4), (8,
 second.fused_linear_divergence(states, head, torch.randn(2, 4)).backward()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_gradient_of_a_large_head_is_multiplied_out_of_place() -> None:
+    """From 2^20 numbers on the product has memory of another kind; the saved gradient stays."""
+    torch.manual_seed(0)
+    weight = (0.05 * torch.randn(4096, 256)).requires_grad_()
+    student, teacher = torch.randn(2, 8, 256)
+    loss = fused_linear_divergence(student, weight, teacher)
+    (expected,) = torch.autograd.grad(
+        reference.fused_linear_divergence(student, weight, teacher).loss, weight
+    )
+    for factor in (1.0, -3.0):
+        (found,) = torch.autograd.grad(factor * loss, weight, retain_graph=True)
+        torch.testing.assert_close(found, factor * expected, rtol=1e-4, atol=1e-8)
+        found.zero_()
