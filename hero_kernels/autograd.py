@@ -7,10 +7,11 @@ call; numbers stay numbers because torch.compile cannot turn a symbol into text.
 The op is registered with the dispatcher as `torch.library.custom_op` would do it, less what that
 does in each call, as filling in defaults of 15 arguments that have none.
 
-Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them,
-out of place, by the one upstream number. For a loss per row, and where columns are split, the
-backward pass runs the loop again with the row weights multiplied by the upstream gradient, so any
-upstream gradient is right; split rows get their statistics and values back as `saved`.
+Gradients of a scalar loss are formed in the forward pass, and the backward pass multiplies them by
+the one upstream number: in place, unless `retain_graph=True` may want them again. For a loss per
+row, and where columns are split, the backward pass runs the loop again with the row weights
+multiplied by the upstream gradient, so any upstream gradient is right; split rows get their
+statistics and values back as `saved`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import get_library_allowing_overwrite
 
-from hero_kernels import cpu
 from hero_kernels.call import decoded_call, decoded_objective, encoded
 from hero_kernels.constants import NUM_STATS
 from hero_kernels.divergence import divergence
@@ -173,10 +173,15 @@ class _LinearDivergence(torch.autograd.Function):
 
 
 def _times(grad: Tensor, upstream: Tensor) -> Tensor:
-    """The product, in huge pages if it is that of a head on a CPU."""
-    if grad.numel() < cpu.HUGE or not grad.is_cpu or type(grad) is not Tensor:  # fake, in a trace
+    """The product, in the memory of `grad` unless the pass may come again (`retain_graph`)."""
+    functorch: Any = torch._C._functorch
+    many = functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
+    traced = type(grad) is not Tensor
+    if many or traced or torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * upstream
-    return torch.mul(grad, upstream, out=cpu.advise_huge_pages(torch.empty_like(grad)))
+    if upstream.is_cpu and upstream.item() == 1:  # on a GPU the question would wait for it
+        return grad
+    return grad.mul_(upstream)
 
 
 def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[Tensor, ...]:

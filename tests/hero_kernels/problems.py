@@ -205,3 +205,20 @@ def assert_agrees(
         assert relative_error(student.gradients()[name], value) <= 5 * tolerance, (
             f"gradient of {name}"
         )
+
+
+def peak_bytes(function: Any) -> int:
+    """Most bytes that the CPU allocator held at once during a call, beyond those before it."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = function()
+    del result
+    assert profile.profiler is not None
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak

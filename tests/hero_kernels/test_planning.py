@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 import pytest
 import torch
-from problems import make_problem, relative_error
+from problems import make_problem, peak_bytes, relative_error
 from torch import Tensor
 
 from hero_kernels import KernelOptions, Objective, explain, fused_linear_divergence, rows, supports
@@ -135,23 +134,6 @@ def test_explain_adds_up() -> None:
     assert "products with the head: 3" in frozen and "logits float32" in frozen
 
 
-def peak_bytes(function: Any) -> int:
-    """Most bytes that the CPU allocator held at once during a call, beyond those before it."""
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        result = function()
-    del result
-    assert profile.profiler is not None
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = peak = 0
-    for _, change in changes:
-        held += change
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("support", ["full", "topk"])
 def test_temporaries_of_the_row_kernels(divergence: str, support: str) -> None:
@@ -189,11 +171,7 @@ ROWS, HIDDEN, VOCAB = 512, 96, 6000
 def test_workspace_bounds_what_is_measured(
     shared: bool, dtype: torch.dtype, impl: str, tile: tuple[int, int]
 ) -> None:
-    """Beyond the gradients, until these exist; and the bound is not far off.
-
-    Gradients of whole rows are formed in the forward pass (the backward pass multiplies them out of
-    place: there are two of each then), those of split rows in the backward pass.
-    """
+    """Beyond the gradients, in both passes; and the bound is not far off."""
     if reason := supports(impl):
         pytest.skip(f"{impl}: {reason}")
     problem = make_problem(ROWS, HIDDEN, VOCAB, shared=shared, dtype=dtype)
@@ -206,8 +184,7 @@ def test_workspace_bounds_what_is_measured(
             *problem.positional(), token_weights=weights, impl=impl, options=options
         )
         assert isinstance(loss, Tensor)
-        if tile[1]:
-            loss.backward()
+        loss.backward()
         return loss
 
     gradients = (ROWS + VOCAB) * HIDDEN * dtype.itemsize
@@ -226,8 +203,7 @@ def test_small_tiles_take_less_than_one_head() -> None:
         options = KernelOptions(tile_rows=tile_rows, tile_columns=tile_columns)
         loss = fused_linear_divergence(*problem.positional(), options=options)
         assert isinstance(loss, Tensor)
-        if tile_columns:
-            loss.backward()
+        loss.backward()
         return loss
 
     for tile in ((16, None), (None, 1024)):
