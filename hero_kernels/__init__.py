@@ -5,6 +5,7 @@
 
 from hero_kernels.aggregation import token_coefficients
 from hero_kernels.backends import supports
+from hero_kernels.cpu import release_memory
 from hero_kernels.from_logits import divergence_from_logits
 from hero_kernels.functional import fused_linear_divergence
 from hero_kernels.logprobs import linear_logprobs
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "fused_linear_divergence",
     "linear_logprobs",
+    "release_memory",
     "supports",
     "token_coefficients",
 ]

@@ -7,6 +7,7 @@ version of both. `pip install` builds it where a C++ compiler exists (see setup.
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def instruction_set() -> str:
 
 
 HUGE = 1 << 20
-"""Elements of a buffer below which pages of the usual size do."""
+"""Elements of a gradient, or bytes of a call's tiles, below which any memory will do."""
 
 
 def advise_huge_pages(tensor: Tensor) -> Tensor:
@@ -119,6 +120,39 @@ def advise_huge_pages(tensor: Tensor) -> Tensor:
             ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(tensor.untyped_storage().nbytes())
         )
     return tensor
+
+
+KEPT_BYTES = 512 << 20
+"""Most memory that stays with the process from one call to the next. More is wanted where the head
+is large, and there the products take so long that fresh memory costs little."""
+
+_kept: list[Tensor] = []
+
+
+def take_memory(num_bytes: int) -> Tensor:
+    """[at least num_bytes] of uint8 and any values, for one call: an earlier one's if there is any.
+
+    The system clears every page of fresh memory when it is touched first, which can take a sixth
+    of a call.
+    """
+    with suppress(IndexError):
+        kept = _kept.pop()
+        if kept.numel() >= num_bytes:
+            return kept
+        del kept  # before there is another
+    with torch.inference_mode(False):  # else calls outside of that mode could not write to it
+        return advise_huge_pages(torch.empty(num_bytes, dtype=torch.uint8, device="cpu"))
+
+
+def keep_memory(memory: Tensor) -> None:
+    """For the next call; only one is kept. Of two threads at once the second finds none."""
+    if memory.numel() <= KEPT_BYTES:
+        _kept[:] = [memory]
+
+
+def release_memory() -> None:
+    """Give back what is kept on the CPU for the next call, at most 512 MiB (docs/memory.md)."""
+    _kept.clear()
 
 
 def divergence_rows(

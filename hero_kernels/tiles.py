@@ -10,7 +10,7 @@ are split too (`tile_columns` < V) the logits are made again each time they are 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -122,16 +122,28 @@ class Tiles:
         return tile
 
 
-def buffer(like: Tensor, num_rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """An empty [num_rows, columns] on the device of `like`.
+def _matrices(
+    like: Tensor, columns: int, kinds: Sequence[tuple[int, torch.dtype]]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Empty [rows, columns] of these rows and types, and the memory to keep, if they share one.
 
-    On CPU rows of the same place in every page would compete for the same lines of the cache, so
-    they are spaced a little further apart; and fresh memory is taken in huge pages.
+    On a CPU rows of the same place in every page would compete for the same lines of the cache, so
+    they are spaced a little further apart.
     """
-    if like.device.type != "cpu":
-        return like.new_empty(num_rows, columns, dtype=dtype)
-    spaced = like.new_empty(num_rows, -(-columns // 64) * 64 + 64, dtype=dtype)
-    return cpu.advise_huge_pages(spaced)[:, :columns]
+    on_cpu, total = like.device.type == "cpu", 0
+    spaced = -(-columns // 64) * 64 + 64 if on_cpu else columns
+    for rows, dtype in kinds:
+        total += rows * spaced * dtype.itemsize
+    memory = cpu.take_memory(total) if on_cpu and total >= cpu.HUGE else None
+    if memory is None:
+        made = [like.new_empty(rows, spaced, dtype=dtype)[:, :columns] for rows, dtype in kinds]
+        return made, None
+    matrices, start = [], 0
+    for rows, dtype in kinds:
+        whole = memory.view(dtype)
+        matrices.append(whole.as_strided((rows, columns), (spaced, 1), start // dtype.itemsize))
+        start += rows * spaced * dtype.itemsize
+    return matrices, memory
 
 
 class Buffers:
@@ -146,10 +158,15 @@ class Buffers:
         longest = max(plan.sizes, default=0)
         # Kernels on CUDA want rows of multiples of 16 columns for wide loads and stores.
         width = -(-plan.columns // 16) * 16 if like.is_cuda else plan.columns
-        self.teacher = buffer(like, longest, width, plan.wide) if has_teacher else None
-        self.grad = buffer(like, plan.held, width, plan.gradient) if plan.held else None
-        self.student = buffer(like, longest, width, plan.wide)
-        if plan.in_place and need_grad:
+        kinds = [(longest, plan.wide)] * (2 if has_teacher else 1)
+        if plan.held:
+            kinds.append((plan.held, plan.gradient))
+        (self.student, *others), self.memory = _matrices(like, width, kinds)
+        self.teacher = others[0] if has_teacher else None
+        self.grad: Tensor | None = None
+        if plan.held:
+            self.grad = others[-1]
+        elif plan.in_place and need_grad:
             self.grad = self.student
 
 
@@ -258,6 +275,8 @@ def walk(
         if need_grad and whole_rows and buffers.grad is not None:
             grad = buffers.grad[: start - first, : sides.columns]
             sums.add_whole_rows(grad, slice(first, start))
+    if buffers.memory is not None:
+        cpu.keep_memory(buffers.memory)
     found = _joined(stats)
     if found is None:
         found = hidden.new_zeros(0, work.num_stats, dtype=plan.wide)

@@ -208,7 +208,9 @@ def assert_agrees(
 
 
 def peak_bytes(function: Any) -> int:
-    """Most bytes that the CPU allocator held at once during a call, beyond those before it."""
+    """Most bytes that the CPU allocator held at once during a call, beyond those before it and
+    without memory that an earlier call has left."""
+    hero_kernels.release_memory()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
