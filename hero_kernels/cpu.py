@@ -132,8 +132,8 @@ _kept: list[Tensor] = []
 def take_memory(num_bytes: int) -> Tensor:
     """[at least num_bytes] of uint8 and any values, for one call: an earlier one's if there is any.
 
-    The system clears every page of fresh memory when it is touched first, which takes up to a tenth of a
-    call in bf16 (docs/benchmarks.md).
+    The system clears every page of fresh memory when it is touched first, which takes up to a
+    tenth of a call in bf16 (docs/benchmarks.md).
     """
     with suppress(IndexError):
         kept = _kept.pop()
