@@ -146,6 +146,7 @@ class _LinearDivergence(torch.autograd.Function):
             saved = output[5] if call.tile_columns else None
             ctx.save_for_backward(*given[:12], saved)
         else:
+            ctx.spent = False
             ctx.save_for_backward(*output[2:5])
         return output
 
@@ -164,7 +165,15 @@ class _LinearDivergence(torch.autograd.Function):
             weights = (inputs.row_weights * upstream).where(inputs.row_weights != 0, 0.0)
             grads = linear_divergence(*inputs._replace(row_weights=weights))[2:5]
         else:
-            grads = [_times(grad, upstream) for grad in ctx.saved_tensors]
+            saved = ctx.saved_tensors
+            if ctx.spent:  # an earlier pass raised before torch could free the graph
+                raise RuntimeError(
+                    "A backward pass of this loss has failed before and used its gradients up: "
+                    "compute the loss again."
+                )
+            ctx.spent = _is_last_use(upstream)
+            times = _in_place if ctx.spent else torch.mul
+            grads = [times(grad, upstream) for grad in saved]
         wanted = (
             grad.to(dtype) if need else None
             for grad, dtype, need in zip(grads, ctx.dtypes, needed, strict=True)
@@ -172,13 +181,26 @@ class _LinearDivergence(torch.autograd.Function):
         return (None, *wanted, *constants)
 
 
-def _times(grad: Tensor, upstream: Tensor) -> Tensor:
-    """The product, in the memory of `grad` unless the pass may come again (`retain_graph`)."""
+def _is_last_use(upstream: Tensor) -> bool:
+    """Whether nobody can want the saved gradients after their product with `upstream`.
+
+    Others may: a later pass (`retain_graph`), further upstream gradients of a batch, a trace that
+    is being recorded, and the replay of a CUDA graph.
+    """
     functorch: Any = torch._C._functorch
-    many = functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream)
-    traced = type(grad) is not Tensor
-    if many or traced or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * upstream
+    if torch.compiler.is_compiling() or type(upstream) is not Tensor:
+        return False
+    if functorch.is_legacy_batchedtensor(upstream) or functorch.is_batchedtensor(upstream):
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._ops._len_torch_dispatch_stack_pre_dispatch():
+        return False
+    if upstream.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _in_place(grad: Tensor, upstream: Tensor) -> Tensor:
+    """The product, in the memory of `grad`."""
     if upstream.is_cpu and upstream.item() == 1:  # on a GPU the question would wait for it
         return grad
     return grad.mul_(upstream)

@@ -127,7 +127,7 @@ def workspace(shape: Shape, tile_rows: int, tile_columns: int, in_torch: bool = 
     """
     plan = layout(shape, tile_rows, tile_columns)
     longest, wide, narrow = max(plan.sizes, default=0), shape.wide.itemsize, shape.dtype.itemsize
-    spacing = 127 if shape.on_cpu else 0  # columns by which `buffer` spaces rows, at most
+    spacing = 127 if shape.on_cpu else 0  # columns by which rows are spaced, at most
     elements = longest * 2 * wide + plan.held * plan.gradient.itemsize
     total = elements * (plan.columns + spacing)
     total += longest * shape.hidden_size * 2 * wide  # operands, or what a product packs of them

@@ -19,6 +19,8 @@ from problems import (
     run,
 )
 from torch import Tensor
+from torch._dynamo import compiled_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hero_kernels import (
     KernelOptions,
@@ -394,3 +396,47 @@ def test_several_upstream_gradients_at_once(impl: str, device: str) -> None:
     (expected,) = torch.autograd.grad(loss, problem.student_weight, retain_graph=True)
     (found,) = torch.autograd.grad(loss, problem.student_weight, factors, is_grads_batched=True)
     torch.testing.assert_close(found, factors[:, None, None] * expected)
+
+
+def test_compiled_autograd_is_one_graph() -> None:
+    """Oracle: without it."""
+    problem = make_problem(6, 5, 40)
+    weight = problem.student_weight
+    (expected,) = torch.autograd.grad(3 * loss_of(problem, "torch"), weight)
+    loss = 3 * loss_of(problem, "torch")
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, expected)
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_a_trace_with_real_tensors(pre_dispatch: bool) -> None:
+    """Its replay on other inputs. Oracle: without a trace."""
+    problem, other = make_problem(6, 5, 40), make_problem(6, 5, 40, sharpness=2.0)
+
+    def gradient(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(3 * fused_linear_divergence(*tensors), tensors[:2])
+
+    inputs, others = problem.positional()[:3], other.positional()[:3]
+    traced = make_fx(gradient, tracing_mode="real", pre_dispatch=pre_dispatch)(*inputs)
+    for found, wanted in zip(traced(*others), gradient(*others), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_a_pass_that_failed_is_not_repeated_with_used_gradients(retain: bool) -> None:
+    """Hooks on saved tensors keep torch from seeing that they changed."""
+    problem = make_problem(6, 5, 40)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        loss = loss_of(problem, "torch")
+
+    def fail(*_: Any) -> None:
+        raise ValueError("of the hook")
+
+    handle = loss.grad_fn.register_hook(fail)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="of the hook"):
+        (3 * loss).backward()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward(retain_graph=retain)
