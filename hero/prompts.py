@@ -20,6 +20,8 @@ class Hindsight:
     """What a teacher may be shown of one turn; None or "" leaves a part out."""
 
     observation: str | None = None
+    later: tuple[str, ...] = ()
+    """Observations of the turns after that."""
     reward: float | None = None
     parse_ok: bool = True
     necessary: bool = True
@@ -75,6 +77,7 @@ class StandardPrompts:
             lines.append("Your answer could not be read as an action.")
         if hindsight.observation is not None:
             lines.append(f"Your answer was followed by: {hindsight.observation}")
+        lines += [f"Later: {observation}" for observation in hindsight.later]
         if hindsight.reward is not None:
             lines.append(f"The episode's final reward was {reward_text(hindsight.reward, 2)}.")
         if hindsight.outcome is not None:
@@ -132,6 +135,7 @@ class CompactPrompts:
             parts.append("unread")
         if hindsight.observation is not None:
             parts.append(f"then {hindsight.observation}")
+        parts += [f"then {observation}" for observation in hindsight.later]
         if hindsight.reward is not None:
             parts.append(f"reward {reward_text(hindsight.reward, 1)}")
         if hindsight.outcome is not None:

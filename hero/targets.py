@@ -66,7 +66,9 @@ def make_targets(
             targets["plain"].append([_sample(t.prompt_ids, t.action_ids) for t in trajectory.turns])
         task = trajectory.task_id
         demo = gold_episodes(env, [task], config.max_turns).get(task, ())
-        told = hindsight_samples(trajectory, diagnoses, right, demo, prompts, renderer, rng)
+        told = hindsight_samples(
+            trajectory, diagnoses, right, demo, prompts, renderer, rng, config.look_ahead
+        )
         if demonstrated:
             told += blank_samples(trajectory, config.blank_contexts, prompts, renderer, rng)
         if told:
@@ -140,6 +142,7 @@ def hindsight_samples(
     prompts: Prompts,
     renderer: Renderer,
     rng: random.Random,
+    look_ahead: int = 1,
 ) -> list[Sample]:
     """Answers with hindsight: the right action after a hint, the same action after a good turn.
 
@@ -148,16 +151,23 @@ def hindsight_samples(
 
     What of the hindsight is shown is drawn at random, each kind equally often, so that the teacher
     of every mode has been met: all of it, the diagnosis alone, observation and reward, the outcome,
-    a successful episode.
+    a successful episode. Observation means those of the next turns, up to `look_ahead` of them.
     """
     samples = []
-    for turn, diagnosis, best in zip(trajectory.turns, diagnoses, oracle, strict=True):
+    for k, (turn, diagnosis, best) in enumerate(
+        zip(trajectory.turns, diagnoses, oracle, strict=True)
+    ):
         faulty = _is_faulty(diagnosis)
         right = diagnosis.corrected_action or best if faulty else turn.action_text
         if faulty and right.strip() in ("", turn.action_text.strip()):
             continue
+        further = rng.randrange(look_ahead) if look_ahead > 1 else 0
+        after = trajectory.turns[k + 1 : k + 1 + further]
         raw = Hindsight(
-            observation=turn.observation, reward=trajectory.reward, parse_ok=turn.parse_ok
+            observation=turn.observation,
+            later=tuple(t.observation for t in after if t.observation is not None),
+            reward=trajectory.reward,
+            parse_ok=turn.parse_ok,
         )
         told = Hindsight(
             necessary=diagnosis.necessary,
@@ -166,7 +176,13 @@ def hindsight_samples(
             hint=diagnosis.hint,
             corrected_action=diagnosis.corrected_action,
         )
-        both = replace(told, observation=raw.observation, reward=raw.reward, parse_ok=raw.parse_ok)
+        both = replace(
+            told,
+            observation=raw.observation,
+            later=raw.later,
+            reward=raw.reward,
+            parse_ok=raw.parse_ok,
+        )
         others = [raw, Hindsight(outcome=trajectory.success)]
         others += [Hindsight(demonstration=demonstration)] if demonstration else []
         if diagnosis.hint:

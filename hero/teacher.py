@@ -31,11 +31,16 @@ class TeacherContext:
     def hindsight(self, trajectory: Trajectory, turn: int) -> Hindsight:
         """What followed the turn: observation and final reward, as far as the config shows them."""
         config, item = self.config, trajectory.turns[turn]
-        observation = None
-        if config.observation and item.observation is not None:
-            observation = self.renderer.clip(item.observation, config.max_observation_tokens)
+        after = trajectory.turns[turn : turn + config.look_ahead] if config.observation else []
+        seen = [
+            None
+            if t.observation is None
+            else self.renderer.clip(t.observation, config.max_observation_tokens)
+            for t in after
+        ]
         return Hindsight(
-            observation=observation,
+            observation=seen[0] if seen else None,
+            later=tuple(observation for observation in seen[1:] if observation is not None),
             reward=trajectory.reward if config.reward else None,
             parse_ok=item.parse_ok,
         )

@@ -185,6 +185,8 @@ class TeacherConfig(Settings):
     """gated: copy the student to a frozen teacher when dev success has risen beyond noise. [L]"""
     observation: bool = True
     """Show the observation that followed the action. [P]"""
+    look_ahead: Count = 1
+    """Turns whose observations are shown: the next one alone [P], or what came later too. [D]"""
     reward: bool = True
     """Show the final reward. [P]"""
     diagnosis: bool = True

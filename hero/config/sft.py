@@ -49,6 +49,9 @@ class SftConfig(Settings):
     The target is then the demonstrator's own action. Without them a small model learns that any
     context at all means "act like an expert", and what the context says no longer matters
     (docs/results.md)."""
+    look_ahead: Count = 1
+    """Turns whose observations a context shows at most, drawn anew each time; what the teacher of a
+    run with the same `teacher.look_ahead` has to read."""
     diagnoses: Literal["faults", "all"] = "faults"
     """What a reflection is taught to list: turns with a fault, as requests ask, or all of them.
 

@@ -11,7 +11,7 @@ import pytest
 from hero.algorithms import MODES, Experience
 from hero.algorithms.grpo import group_advantages
 from hero.checks import check, from_dict
-from hero.config import LossConfig
+from hero.config import LossConfig, TeacherConfig
 from hero.teacher import TeacherContext
 from hero.types import Diagnosis, Sample, Trajectory
 
@@ -40,6 +40,24 @@ def test_hero_trains_the_turns_with_a_hint(context: TeacherContext, experience: 
     assert turns(samples) == [(t, k) for t in range(4) for k in (0, 2)]
     text = hindsight_text(samples[1], context)
     assert "seen 2" in text and "stop here" in text and "0.00" in text
+
+
+@pytest.mark.parametrize(
+    ("look_ahead", "expected"),
+    [(1, {0: [0], 2: [2]}), (2, {0: [0, 1], 2: [2]}), (8, {0: [0, 1, 2], 2: [2]})],
+)
+def test_look_ahead_shows_what_came_later(
+    context: TeacherContext, experience: Experience, look_ahead: int, expected: dict[int, list[int]]
+) -> None:
+    """Of an episode of three turns, no further than its end."""
+    for shown in (True, False):
+        config = TeacherConfig(look_ahead=look_ahead, observation=shown)
+        far = TeacherContext(config, context.renderer, context.prompts)
+        found = {}
+        for sample in annotate("hero", far, experience)[:2]:
+            text = hindsight_text(sample, far)
+            found[sample.turn] = [k for k in range(3) if f": seen {k}" in text]
+        assert found == (expected if shown else {0: [], 2: []})
 
 
 def test_reflection_only_hides_observation_and_reward(

@@ -67,6 +67,22 @@ def test_the_wrong_action_is_never_taught(
     assert taught(renderer, episode(["s"]), diagnosis, oracle) == expected
 
 
+@pytest.mark.parametrize(("look_ahead", "most"), [(1, 1), (2, 2), (9, 3)])
+def test_contexts_look_ahead(
+    renderer: Renderer, episode: Episode, look_ahead: int, most: int
+) -> None:
+    """As far as the student's teacher may, and often less; no further than the episode's end."""
+    trajectory, prompts = episode(["s"] * 3), make_prompts("compact")
+    found = set()
+    for seed in range(40):
+        samples = hindsight_samples(
+            trajectory, [Diagnosis(turn=k, hint="look") for k in range(3)], ["go"] * 3, (), prompts,
+            renderer, random.Random(seed), look_ahead,
+        )  # fmt: skip
+        found.add(renderer.decode(samples[0].privileged_ids).count("then obs"))
+    assert found == set(range(most + 1))  # 0: a context that shows something else
+
+
 def test_behind_a_blank_context_the_demonstrator_acts_as_ever(
     renderer: Renderer, episode: Episode
 ) -> None:
