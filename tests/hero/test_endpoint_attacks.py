@@ -86,7 +86,11 @@ class Raw:
 
         class Server(socketserver.StreamRequestHandler):
             def handle(self) -> None:
-                self.request.recv(65536)
+                length = 0  # what is not read of a request resets the connection at its end
+                while (line := self.rfile.readline()).strip():
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.split(b":")[1])
+                self.rfile.read(length)
                 try:
                     for part in parts():
                         self.request.sendall(part)
