@@ -47,6 +47,8 @@ class StudyConfig(Settings):
     """Arms that have settings and learning rate of another, but for their own settings."""
     controls: list[str] = field(default_factory=list)
     """Arms that must lose the gain of the first arm. They may be paid otherwise (`env.reward`)."""
+    compared: list[str] = field(default_factory=list)
+    """Arms that the report compares with all others, besides the first."""
     seeds: Count = 5
     """Runs of each arm, seeds 0, 1, …"""
     fewer_seeds: dict[str, Count] = field(default_factory=dict)
@@ -106,7 +108,8 @@ def _without_null(data: dict[str, Any]) -> dict[str, Any]:
     for kind in ("starts", "arms", "only", "like", "fewer_seeds"):
         data[kind] = {k: v for k, v in data.get(kind, {}).items() if k not in gone}
     data["only"] = {k: [arm for arm in v if arm not in gone] for k, v in data["only"].items()}
-    data["controls"] = [arm for arm in data.get("controls", []) if arm not in gone]
+    for kind in ("controls", "compared"):
+        data[kind] = [arm for arm in data.get(kind, []) if arm not in gone]
     return data
 
 
@@ -115,7 +118,8 @@ def _check(study: StudyConfig) -> None:
         raise ValueError(f"marks must rise, got {study.marks}.")
     arms = {name: list(named) for name, named in (
         ("fewer_seeds", study.fewer_seeds), ("like", [*study.like, *study.like.values()]),
-        ("controls", study.controls), *((f"only.{s}", a) for s, a in study.only.items()),
+        ("controls", study.controls), ("compared", study.compared),
+        *((f"only.{s}", a) for s, a in study.only.items()),
     )}  # fmt: skip
     for name, named in arms.items():
         _known(name, named, study.arms)

@@ -160,8 +160,9 @@ def report_lines(study: StudyConfig, rows: Sequence[Row]) -> Iterator[str]:
         if not arms:
             continue
         yield from ("", f"## Start `{start}`", "", *success_table(study, rows, start))
-        if first in arms:
-            yield from ("", *differences(study, rows, start, first))
+        for basis in dict.fromkeys((first, *study.compared)):
+            if basis in arms:
+                yield from ("", *differences(study, rows, start, basis))
         yield from ("", *cost_table(rows, start))
 
 

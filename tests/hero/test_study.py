@@ -214,6 +214,19 @@ def test_claims_are_confirmed_denied_or_left_open(study: Callable[..., Any]) -> 
     assert "Within 40 turns these data show: hero cannot be told from env_only, shuffled." in text
 
 
+def test_a_report_compares_with_further_arms(study: Callable[..., Any]) -> None:
+    plan = study(compared=["grpo", "hero"])
+    rows = rows_of({"base": "00", "hero": "11", "env_only": "11", "grpo": "00"})
+    lines = list(report_lines(plan, rows))
+    assert sum(line.startswith("| hero minus") for line in lines) == 1
+    at = lines.index("| grpo minus | 40 turns | 80 turns |")
+    found = {line.split(" | ")[0]: line for line in lines[at + 2 : at + 5]}
+    assert found["| env_only"].count("-100.0 (-100.0 to -100.0): worse") == 2
+    assert found["| base"].count("+0.0 (+0.0 to +0.0): not told apart") == 2
+    with pytest.raises(ValueError, match="compared: unknown other"):
+        study(compared=["other"])
+
+
 def test_forgetting_is_seen_in_the_recall(study: Callable[..., Any]) -> None:
     rows = rows_of({"base": "01", "hero": "11"})
     rows[0]["diagnosing"], rows[1]["diagnosing"] = {"recall": 0.9}, {"recall": 0.2}
