@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context, parent_process
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -33,11 +34,10 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
         Fault: the folder holds another study.
     """
     claim_folder(study, folder)
-    context = get_context("spawn")  # each has its own torch, with one thread
     with (
         only_writer(folder, "hero study", "--output-dir"),
         safe_path(),
-        ProcessPoolExecutor(study.jobs, mp_context=context, initializer=_prepare) as pool,
+        _processes(study.jobs) as pool,
     ):
         models = make_starts(study, folder, pool, say)
         rates = choose_rates(study, folder, models, pool, say)
@@ -53,6 +53,26 @@ def run_study(study: StudyConfig, folder: Path, say: Say) -> list[dict[str, Any]
             done.result()
         rows += _all(pool, _cells(study, models, rates), folder, say)
     return rows
+
+
+@contextmanager
+def _processes(number: int) -> Iterator[ProcessPoolExecutor]:
+    """So many, each with its own torch and one thread.
+
+    An error or Ctrl-C ends them at once, so that none writes in a folder that is free again.
+    """
+    others = active_children()
+    context = get_context("spawn")
+    with ProcessPoolExecutor(number, mp_context=context, initializer=_prepare) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                if process not in others:
+                    process.kill()
+                    process.join()
+            raise
 
 
 def _prepare() -> None:
@@ -171,18 +191,14 @@ def _all(
     waiting = {pool.submit(run_cell, cell, folder): cell for cell in cells}
     rows: dict[int, dict[str, Any]] = {}
     failed: list[str] = []
-    try:
-        for number, done in enumerate(as_completed(waiting), 1):
-            cell = waiting[done]
-            if (error := done.exception()) is not None:
-                failed.append(f"{cell.name}: {type(error).__name__}: {error}")
-                say(f"{number}/{len(waiting)}  FAILED {failed[-1]}")
-                continue
-            rows[id(cell)] = done.result()
-            say(f"{number}/{len(waiting)}  {cell.name}  {_reached(done.result())}")
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+    for number, done in enumerate(as_completed(waiting), 1):
+        cell = waiting[done]
+        if (error := done.exception()) is not None:
+            failed.append(f"{cell.name}: {type(error).__name__}: {error}")
+            say(f"{number}/{len(waiting)}  FAILED {failed[-1]}")
+            continue
+        rows[id(cell)] = done.result()
+        say(f"{number}/{len(waiting)}  {cell.name}  {_reached(done.result())}")
     if failed:
         raise Fault(
             f"{len(failed)} of {len(waiting)} runs failed, the first: {failed[0]}\nThe others are "

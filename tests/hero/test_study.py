@@ -6,6 +6,7 @@ Oracles: values worked out by hand, and the plain bootstrap, draw by draw.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -315,6 +316,28 @@ def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
             return
         time.sleep(0.05)
     pytest.fail(f"process {worker.name} goes on")
+
+
+def test_ctrl_c_ends_the_runs_too(study: Callable[..., Any], tmp_path: Path) -> None:
+    study(arms={"hero": {}}, like={}, controls=[], only={}, seeds=1, marks=[10, 100_000], jobs=1,
+          starts={"shipped": {"model": "tiny-shop"}})  # fmt: skip
+    name, out = str(tmp_path / "small.yaml"), tmp_path / "out"
+    command = [sys.executable, "-m", "hero.cli", "study", name, "--output-dir", str(out)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for _ in range(1200):
+                if list(out.glob("runs/*/hero/*/metrics.jsonl")):  # it would go on for hours
+                    break
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert process.returncode == 130 and "goes on from them" in said
+    [run] = out.glob("runs/*/hero/*/metrics.jsonl")
+    size = run.stat().st_size
+    time.sleep(1)
+    assert run.stat().st_size == size  # nobody writes any more
 
 
 def test_a_study_runs_once_and_reports(study: Callable[..., Any], tmp_path: Path) -> None:
