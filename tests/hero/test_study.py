@@ -322,7 +322,11 @@ def test_ctrl_c_ends_the_runs_too(study: Callable[..., Any], tmp_path: Path) -> 
     study(arms={"hero": {}}, like={}, controls=[], only={}, seeds=1, marks=[10, 100_000], jobs=1,
           starts={"shipped": {"model": "tiny-shop"}})  # fmt: skip
     name, out = str(tmp_path / "small.yaml"), tmp_path / "out"
-    command = [sys.executable, "-m", "hero.cli", "study", name, "--output-dir", str(out)]
+    code = (  # as on a terminal, also if the tests themselves were started in the background
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import sys, hero.cli; raise SystemExit(hero.cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "study", name, "--output-dir", str(out)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
             for _ in range(1200):

@@ -108,7 +108,13 @@ class Case:
         log_s, log_t = log_probs(raw_s, self.student_bias), log_probs(raw_t, self.teacher_bias)
 
         def kl(a: Tensor, b: Tensor) -> Tensor:
-            return (a.exp() * (a - b)).where(a.exp() > 0, 0.0).sum(-1)
+            """sum p (log p - log q) - p + q: the sums of p and q cancel, and with them what fp64
+            loses in their normalisers, which a value of 1e-11 would show."""
+            p, q = a.exp(), b.exp()
+            ratio = (b - a).where(p > 0, 0.0)
+            close = ratio.clamp(-1, 1)
+            near = (p > 0) & (ratio == close)
+            return (p * (close.expm1() - close)).where(near, q - p - p * ratio).sum(-1)
 
         log_m = torch.log((1 - self.beta) * log_s.exp() + self.beta * log_t.exp())
         value = {
