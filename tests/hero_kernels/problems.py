@@ -224,3 +224,22 @@ def peak_bytes(function: Any) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def loss_of(problem: Problem, impl: str = "auto", **settings: Any) -> Tensor:
+    """The fused divergence of a problem, biases included."""
+    loss = hero_kernels.fused_linear_divergence(
+        *problem.positional(), **problem.biases(), impl=impl, **settings
+    )
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def check_second_backward(loss: Tensor, leaves: list[Tensor]) -> None:
+    """Two passes give the same gradients, and three times the upstream gradient thrice as much."""
+    once = torch.autograd.grad(loss, leaves, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, retain_graph=True)
+    threefold = torch.autograd.grad(3.0 * loss, leaves)
+    for first, second, third in zip(once, again, threefold, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(third, 3 * first)

@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from problems import DIVERGENCES, Problem, ProductCounter, make_problem, relative_error, run
+from problems import (
+    DIVERGENCES,
+    ProductCounter,
+    loss_of,
+    make_problem,
+    relative_error,
+    run,
+)
 from torch import Tensor
 
 from hero_kernels import (
@@ -36,12 +43,6 @@ EXTRA: dict[str, dict[str, Any]] = {
         "top_k_tail": False,
     },
 }
-
-
-def loss_of(problem: Problem, impl: str = "auto", **settings: Any) -> Tensor:
-    loss = fused_linear_divergence(*problem.positional(), **problem.biases(), impl=impl, **settings)
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

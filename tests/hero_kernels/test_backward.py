@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Problem, make_problem, peak_bytes
+from problems import check_second_backward, loss_of, make_problem, peak_bytes
 from torch import Tensor
 from torch._dynamo import compiled_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -14,22 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hero_kernels import fused_linear_divergence, reference
 
 
-def loss_of(problem: Problem, impl: str = "auto", **settings: Any) -> Tensor:
-    loss = fused_linear_divergence(*problem.positional(), **problem.biases(), impl=impl, **settings)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
 def test_upstream_gradient_and_second_backward(impl: str, device: str) -> None:
     problem = make_problem(6, 5, 40, bias=True).to(device, torch.float32)
     leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
     loss = loss_of(problem, impl)
-    once = torch.autograd.grad(loss, leaves, retain_graph=True)
-    again = torch.autograd.grad(loss, leaves, retain_graph=True)
-    threefold = torch.autograd.grad(3.0 * loss, leaves)
-    for first, second, third in zip(once, again, threefold, strict=True):
-        assert torch.equal(first, second)
-        torch.testing.assert_close(third, 3 * first)
+    check_second_backward(loss, leaves)
 
 
 def test_the_backward_pass_takes_no_memory() -> None:

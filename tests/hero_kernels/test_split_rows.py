@@ -11,6 +11,8 @@ from problems import (
     Problem,
     ProductCounter,
     assert_agrees,
+    check_second_backward,
+    loss_of,
     make_problem,
     relative_error,
     run,
@@ -26,14 +28,6 @@ from hero_kernels.objective import Objective
 from hero_kernels.types import Head, RowTensors
 
 SPLIT = KernelOptions(tile_columns=128)
-
-
-def loss_of(problem: Problem, options: KernelOptions, **settings: Any) -> Tensor:
-    loss = fused_linear_divergence(
-        *problem.positional(), **problem.biases(), **settings, options=options
-    )
-    assert isinstance(loss, Tensor)
-    return loss
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -114,7 +108,7 @@ def test_gradcheck(reduction: str) -> None:
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         changed = Problem(hidden, weight, problem.teacher_hidden, problem.teacher_weight, bias)
-        return loss_of(changed, options, reduction=reduction)
+        return loss_of(changed, options=options, reduction=reduction)
 
     inputs = (problem.student_hidden, problem.student_weight, problem.student_bias)
     assert torch.autograd.gradcheck(loss, inputs, fast_mode=True)
@@ -123,22 +117,17 @@ def test_gradcheck(reduction: str) -> None:
 def test_upstream_gradient_and_second_backward() -> None:
     problem = make_problem(6, 5, 300, bias=True)
     leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
-    loss = loss_of(problem, SPLIT)
-    once = torch.autograd.grad(loss, leaves, retain_graph=True)
-    again = torch.autograd.grad(loss, leaves, retain_graph=True)
-    threefold = torch.autograd.grad(3.0 * loss, leaves)
-    for first, second, third in zip(once, again, threefold, strict=True):
-        assert torch.equal(first, second)
-        torch.testing.assert_close(third, 3 * first)
+    loss = loss_of(problem, options=SPLIT)
+    check_second_backward(loss, leaves)
 
 
 def test_upstream_zeros_drop_rows() -> None:
     """Rows whose loss is not used cost no product in the backward pass, and get no gradient."""
     problem = make_problem(8, 5, 300)
     upstream = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0, 0.0, 3.0, 0.0])
-    loss = loss_of(problem, SPLIT, reduction="none")
+    loss = loss_of(problem, options=SPLIT, reduction="none")
     got = torch.autograd.grad(loss, problem.student_hidden, upstream)[0]
-    loss = loss_of(problem, KernelOptions(), reduction="none")
+    loss = loss_of(problem, reduction="none")
     expected = torch.autograd.grad(loss, problem.student_hidden, upstream)[0]
     torch.testing.assert_close(got, expected)
     assert got[upstream == 0].eq(0).all()
@@ -157,15 +146,15 @@ def test_bitwise_deterministic() -> None:
 def test_masked_rows_may_hold_anything_and_no_rows() -> None:
     problem = make_problem(6, 5, 300)
     weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
-    expected = loss_of(problem, SPLIT, token_weights=weights)
+    expected = loss_of(problem, options=SPLIT, token_weights=weights)
     with torch.no_grad():
         problem.student_hidden[1], problem.teacher_hidden[3] = torch.nan, torch.inf
-    loss = loss_of(problem, SPLIT, token_weights=weights)
+    loss = loss_of(problem, options=SPLIT, token_weights=weights)
     loss.backward()
     assert torch.equal(loss, expected)
     assert all(value.isfinite().all() for value in problem.gradients().values())
     empty = make_problem(0, 5, 300)
-    loss_of(empty, SPLIT).backward()
+    loss_of(empty, options=SPLIT).backward()
     assert empty.student_weight.grad is not None and empty.student_weight.grad.eq(0).all()
 
 
@@ -198,7 +187,7 @@ def test_upstream_garbage_of_masked_rows(upstream: float, columns: int | None) -
     problem = make_problem(6, 5, 300, bias=True)
     leaves = [problem.student_hidden, problem.student_weight, problem.student_bias]
     mask, options = torch.tensor([1, 0, 1, 1, 0, 1]), KernelOptions(tile_columns=columns)
-    loss = loss_of(problem, options, reduction="none", token_weights=mask)
+    loss = loss_of(problem, options=options, reduction="none", token_weights=mask)
     expected, got = (
         torch.autograd.grad(
             loss, leaves, torch.full((6,), 2.0).where(mask > 0, value), retain_graph=True
@@ -263,26 +252,26 @@ def test_as_many_columns_as_there_are_is_whole_rows() -> None:
     options = KernelOptions(tile_columns=300)
     assert "products with the head: 4" in explain(64, 8, 300, options=options)
     problem = make_problem(6, 5, 300)
-    assert torch.equal(loss_of(problem, options), loss_of(problem, KernelOptions()))
+    assert torch.equal(loss_of(problem, options=options), loss_of(problem))
 
 
 @pytest.mark.parametrize("split", [True, False], ids=["split_rows", "whole_rows"])
 def test_teacher_of_inference_mode(split: bool) -> None:
     problem = make_problem(6, 5, 300, shared=False)
-    expected = loss_of(problem, KernelOptions())
+    expected = loss_of(problem)
     with torch.inference_mode():
         problem.teacher_hidden = problem.teacher_hidden * 1
-    torch.testing.assert_close(loss_of(problem, KernelOptions()), expected)
+    torch.testing.assert_close(loss_of(problem), expected)
     reduction, options = ("mean", SPLIT) if split else ("none", KernelOptions())
     with pytest.raises(
         ValueError, match=r"teacher_hidden was made .*no_grad.*teacher_hidden\.clone"
     ):
-        loss_of(problem, options, reduction=reduction)
+        loss_of(problem, options=options, reduction=reduction)
     problem.teacher_hidden = problem.teacher_hidden.clone()
-    loss_of(problem, options, reduction=reduction).sum().backward()
+    loss_of(problem, options=options, reduction=reduction).sum().backward()
     with torch.inference_mode():
         problem.teacher_weight = problem.teacher_weight * 1
     with pytest.raises(ValueError, match=r"teacher_weight was made under torch\.inference_mode"):
-        loss_of(problem, options, reduction=reduction)
+        loss_of(problem, options=options, reduction=reduction)
     with torch.no_grad():
-        loss_of(problem, options, reduction=reduction)
+        loss_of(problem, options=options, reduction=reduction)
